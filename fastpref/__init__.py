@@ -1,0 +1,7 @@
+"""Preference tuning of large-vocabulary language models without ever holding the logits.
+
+`import fastpref` needs PyTorch alone. The op is `linear_logps`; the losses are in `fastpref.losses`; the
+Megatron-Core trainer is in `fastpref.trainer` (extra `megatron`).
+"""
+
+__version__ = "0.1.0"

@@ -1,0 +1,38 @@
+"""The errors that callers of fastpref can catch; every message says what was wrong, where, and the remedy."""
+
+from __future__ import annotations
+
+
+class FastprefError(Exception):
+    """Base class of every error that a caller's input or environment can cause."""
+
+
+class ConfigError(FastprefError, ValueError):
+    """A setting, or a combination of settings, that cannot work."""
+
+
+class DataError(FastprefError, ValueError):
+    """Input data that cannot be trained on.
+
+    Args:
+        message: what was found, the rule it breaks and the remedy.
+        path: the file at fault.
+        line: 1-based line (or record) in that file.
+    """
+
+    def __init__(self, message: str, path: str | None = None, line: int | None = None) -> None:
+        self.path, self.line = path, line
+        where = "" if path is None else f"{path}: " if line is None else f"{path}:{line}: "
+        super().__init__(where + message)
+
+
+class CheckpointError(FastprefError, RuntimeError):
+    """A checkpoint or model directory that is incomplete, altered or does not fit the run."""
+
+
+class NonFiniteError(FastprefError, ArithmeticError):
+    """A NaN or an infinity reached the loss or the gradient; no parameter was updated."""
+
+
+class MissingDependencyError(FastprefError, ImportError):
+    """An optional package is needed for what was asked; the message names the extra that brings it."""
