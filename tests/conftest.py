@@ -1,0 +1,49 @@
+"""Settings and fixtures of the whole suite: one thread, no network, and worker ranks that start once a session."""
+
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+# Before torch and the Hugging Face libraries are imported anywhere: they read these once.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+
+from fastpref.testing.workers import RankPool
+
+LOOPBACK = ("127.", "::1", "localhost", "0.0.0.0")
+
+
+def refuse_network(event: str, args: tuple[Any, ...]) -> None:
+    """Audit hook: Python code of a test may talk to this machine only."""
+    if event in ("socket.connect", "socket.sendto"):
+        address = args[-1]
+        host = address[0] if isinstance(address, tuple) else None
+    elif event == "socket.getaddrinfo":
+        host = args[0]
+    else:
+        return
+    if isinstance(host, bytes):
+        host = host.decode()
+    if isinstance(host, str) and host and not host.startswith(LOOPBACK):
+        raise PermissionError(f"tests must not use the network, but {event} was called for {host!r}")
+
+
+sys.addaudithook(refuse_network)
+
+
+@pytest.fixture(scope="session")
+def rank_pool_2() -> Iterator[RankPool]:
+    """Two worker ranks; nothing starts before the first `run`."""
+    with RankPool(2, timeout_s=120.0) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="session")
+def rank_pool_4() -> Iterator[RankPool]:
+    """Four worker ranks; nothing starts before the first `run`."""
+    with RankPool(4, timeout_s=120.0) as pool:
+        yield pool
