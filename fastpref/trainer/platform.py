@@ -1,0 +1,147 @@
+"""The process group, Megatron's parallel state and its random streams: set up on a GPU cluster or on a CPU.
+
+Import this module before anything of Megatron: it keeps Megatron's remarks about packages that are not
+installed here (Transformer Engine, Apex) out of the log, and no other warning.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from datetime import timedelta
+
+import torch
+
+with warnings.catch_warnings():
+    # Said once per module at import; both packages are optional and the CPU has no use for either.
+    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+    warnings.filterwarnings("ignore", message="Apex is not installed")
+    import megatron.core.models.gpt.gpt_layer_specs  # noqa: F401  (imported for its remark alone)
+    from megatron.core import parallel_state, tensor_parallel
+
+    from fastpref.trainer.cpu_platform import install_cpu_platform
+
+from fastpref.errors import ConfigError
+
+__all__ = [
+    "current_device",
+    "destroy",
+    "initialize_distributed",
+    "initialize_model_parallel",
+    "install_cpu_platform",
+]
+
+_owns_process_group = False
+
+
+def current_device() -> torch.device:
+    """Return the device of this rank: its CUDA device, or the CPU where there is none."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def initialize_distributed(timeout_s: float = 600.0) -> None:
+    """Join the process group: NCCL with one GPU per rank, gloo on a CPU.
+
+    Under `torchrun` (or any launcher that sets `RANK` and `WORLD_SIZE`) the ranks meet at `MASTER_ADDR`;
+    otherwise this process is the only rank and no network port is used. A process group that exists already
+    is kept as it is. The CPU platform is installed where there is no GPU.
+
+    Args:
+        timeout_s: seconds after which a collective that a peer does not join fails.
+
+    Raises:
+        ConfigError: `timeout_s` <= 0, or the launcher's variables are incomplete.
+    """
+    global _owns_process_group
+    if timeout_s <= 0:
+        raise ConfigError(f"timeout_s must be > 0 seconds, got {timeout_s}")
+    install_cpu_platform()
+    if torch.distributed.is_initialized():
+        return
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    backend, timeout = "nccl" if on_gpu else "gloo", timedelta(seconds=timeout_s)
+    if "WORLD_SIZE" in os.environ:
+        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if missing:
+            raise ConfigError(f"WORLD_SIZE is set but {', '.join(missing)} is not; start the ranks with torchrun")
+        torch.distributed.init_process_group(backend, timeout=timeout)
+    else:
+        if not on_gpu:
+            # One rank talks to nobody; without this gloo looks the host name up.
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+        torch.distributed.init_process_group(
+            backend, store=torch.distributed.HashStore(), rank=0, world_size=1, timeout=timeout
+        )
+    _owns_process_group = True
+
+
+def initialize_model_parallel(
+    tp: int = 1,
+    pp: int = 1,
+    vpp: int | None = None,
+    cp: int = 1,
+    ep: int = 1,
+    *,
+    seed: int = 1234,
+    timeout_s: float = 600.0,
+) -> None:
+    """Create Megatron's process groups and seed its random streams; the data-parallel size is what remains.
+
+    Args:
+        tp: tensor-parallel ranks.
+        pp: pipeline stages.
+        vpp: model chunks per pipeline stage (interleaved schedule), None for one.
+        cp: context-parallel ranks.
+        ep: expert-parallel ranks.
+        seed: base of the random streams; each pipeline stage and tensor-parallel rank gets its own from it.
+        timeout_s: seconds after which a collective in one of these groups fails.
+
+    Raises:
+        ConfigError: a size is not positive, they do not divide the world size, or `vpp` is given without a
+            pipeline.
+        RuntimeError: there is no process group yet, or the parallel state exists already.
+    """
+    if not torch.distributed.is_initialized():
+        raise RuntimeError("no process group: call initialize_distributed() first")
+    if parallel_state.model_parallel_is_initialized():
+        raise RuntimeError("model parallel state exists already: call destroy() before another layout")
+    sizes = {"tp": tp, "pp": pp, "cp": cp, "ep": ep, **({} if vpp is None else {"vpp": vpp})}
+    for name, size in sizes.items():
+        if size < 1:
+            raise ConfigError(f"{name} must be >= 1, got {size}")
+    world_size = torch.distributed.get_world_size()
+    if world_size % (tp * pp * cp) or world_size % (tp * pp * ep):
+        raise ConfigError(
+            f"tp * pp * cp and tp * pp * ep must divide the number of ranks, got tp={tp}, pp={pp}, cp={cp}, "
+            f"ep={ep} on {world_size} ranks; start a multiple of {tp * pp * max(cp, ep)} ranks or choose smaller sizes"
+        )
+    if vpp is not None and pp == 1:
+        raise ConfigError(f"vpp={vpp} needs a pipeline, got pp=1; set pp >= 2 or leave vpp unset")
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=vpp,
+        context_parallel_size=cp,
+        expert_model_parallel_size=ep,
+        distributed_timeout_minutes=timeout_s / 60.0,
+    )
+    stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    torch.manual_seed(stage_seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(stage_seed)
+
+
+def destroy() -> None:
+    """Undo `initialize_model_parallel`, and `initialize_distributed` where it created the process group."""
+    global _owns_process_group
+    if parallel_state.model_parallel_is_initialized():
+        # Megatron forgets its groups without closing them: sockets and threads would add up over many layouts.
+        groups = parallel_state._global_process_group_list or []
+        for group in dict.fromkeys(group for group in groups if group is not None):
+            torch.distributed.destroy_process_group(group)
+        parallel_state.destroy_model_parallel()
+    if _owns_process_group and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    _owns_process_group = False
