@@ -4,4 +4,8 @@
 Megatron-Core trainer is in `fastpref.trainer` (extra `megatron`).
 """
 
+from fastpref.kernels import SequenceLogps, linear_logps
+
+__all__ = ["SequenceLogps", "__version__", "linear_logps"]
+
 __version__ = "0.1.0"

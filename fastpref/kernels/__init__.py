@@ -1,0 +1,5 @@
+"""The fused op: log-probabilities of sequences from hidden states and the vocabulary projection."""
+
+from fastpref.kernels.api import SequenceLogps, linear_logps
+
+__all__ = ["SequenceLogps", "linear_logps"]

@@ -1,0 +1,199 @@
+"""`linear_logps`: log-probabilities of sequences straight from hidden states and the vocabulary projection.
+
+The op ends at log-probabilities. It has three steps: find the labelled rows (`rows`), compute one log-probability
+per row (`reference`, or a tiled backend), sum rows to sequences. Only the middle step is fused; the rest is plain
+PyTorch, so a gradient to any returned log-probability reaches `hidden`, `weight` and `bias` by the ordinary rules of
+autograd.
+
+Dims: `S` sequences, `L` padded length, `T` tokens, `R` rows (tokens with a label), `H` hidden, `V` vocabulary,
+`P` ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from fastpref.kernels import checks
+from fastpref.kernels.reference import RowOutputs, reference_rows
+from fastpref.kernels.rows import check_rows, derive_rows, gather_rows, segment_sum
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SequenceLogps:
+    """Result of `linear_logps`; floating values are fp32, or fp64 for fp64 inputs. None = not asked for.
+
+    Attributes:
+        logps: [S] sums of the labelled tokens' log-probabilities; 0.0 where there is none. Differentiable.
+        counts: int64 [S] numbers of labelled tokens.
+        rows: int64 [R] token index of each row, and `cu_rows` int64 [S+1], the bounds of each sequence's rows.
+        cu_rows: see `rows`.
+        token_logps: [R] in the order of `rows`; 0.0 where `labels` has no label. Differentiable.
+        nll: [S] sums of -logp over the tokens of `nll_labels`. Differentiable.
+        nll_counts: int64 [S] numbers of labels in `nll_labels`.
+        entropy: [S] sums over labelled tokens of the entropy of the distribution, in nats. Not differentiable.
+        hits: [S] numbers of labelled tokens whose label has the largest logit (a tie counts). Not differentiable.
+        mean_logit: [S] sums over labelled tokens of the logits' mean over V. Not differentiable.
+    """
+
+    logps: Tensor
+    counts: Tensor
+    rows: Tensor
+    cu_rows: Tensor
+    token_logps: Tensor | None = None
+    nll: Tensor | None = None
+    nll_counts: Tensor | None = None
+    entropy: Tensor | None = None
+    hits: Tensor | None = None
+    mean_logit: Tensor | None = None
+
+
+def linear_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    rows: Tensor | None = None,
+    cu_rows: Tensor | None = None,
+    nll_labels: Tensor | None = None,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    tp_group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
+    sequence_parallel: bool = False,
+    backend: str = "auto",
+    backward: str = "auto",
+    active_eps: float = checks.DEFAULT_ACTIVE_EPS,
+    cache_bytes: int | None = None,
+    stats: Sequence[str] = (),
+) -> SequenceLogps:
+    """Sum the log-probabilities of each sequence's labels without holding its logits.
+
+    Equals: `z = logit_scale * (hidden @ weight.T + bias)`, then with a softcap `z = softcap * tanh(z / softcap)`
+    (Gemma-2's order: scale, then cap); `logps[s]` = sum of `log_softmax(z[t])[labels[t]]` over the labelled tokens t of
+    sequence s.
+
+    Args:
+        hidden: padded [S, L, H] or flat [T, H]; fp32, bf16, fp16 or fp64, any strides.
+        weight: [V, H], or this rank's shard [V_local, H] (any size, 0 included) with `tp_group`; dtype of `hidden`.
+        labels: int64 [S, L] or [T], already shifted: `labels[t]` is the token that `hidden[t]` predicts, or
+            `ignore_index`.
+        cu_seqlens: int32 or int64 [S+1], token bounds of the sequences in flat `hidden`.
+        rows: int64 [R], indices into the flat [T] (or S*L) token axis of the tokens to score, grouped by sequence,
+            tokens in any order; instead of `cu_seqlens`. On the host, together with `cu_rows`, they cost no device sync.
+        cu_rows: int32 or int64 [S+1], bounds of each sequence's group in `rows`.
+        nll_labels: like `labels`: a second mask in the same pass, may cover other tokens. Where both label a token the
+            labels must agree.
+        bias: [V], dtype of `hidden`.
+        logit_scale: factor on the logits (1/temperature, or muP's output multiplier).
+        softcap: bound of the logits, > 0.
+        ignore_index: the value that means "no label".
+        tp_group: ranks that each hold a shard of the vocabulary; every rank must make the call, with the same labels.
+        vocab_start: id of this shard's first row. None derives it from all ranks' sizes, in rank order, by one more
+            (tiny) collective.
+        sequence_parallel: `hidden` is this rank's contiguous slice [T/P, H] of the flat token axis; everything else
+            describes all T tokens.
+        backend: "torch" (tiled, any device), "reference" (holds the logits), "auto" (= "torch"); "triton" and "cuda"
+            are not part of this build.
+        backward: "exact" = "recompute" = "auto": the logits are recomputed tile by tile; "active" and "cached" are not
+            part of this build.
+        active_eps: for backward="active" only.
+        cache_bytes: for backward="cached" only.
+        stats: any of "token_logps", "entropy", "hits", "mean_logit".
+
+    Returns:
+        SequenceLogps. A label outside [0, V) other than `ignore_index`, or a token whose two labels disagree, gives NaN
+        for that token and its sequence, no gradient for that token, and leaves every other sequence untouched.
+        Sequences without labels give logp 0.0, count 0 and zero gradients.
+
+    Memory: backend "torch" holds O(R * H) and a few tiles of logits, never R x V.
+
+    Determinism: bitwise repeatable; a sequence's log-probabilities do not depend, bit for bit, on what else is in the
+    batch or on packing.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit, before any work is done.
+        MissingDependencyError: a backend that is not part of this build.
+        NotImplementedError: a backward plan that is not part of this build; a second derivative.
+    """
+    backend = checks.resolve_backend(backend, backward, active_eps, cache_bytes)
+    checks.check_stats(stats)
+    checks.check_scalars(logit_scale, softcap, ignore_index)
+    checks.check_model_tensors(hidden, weight, bias)
+    checks.check_layout(hidden, cu_seqlens, rows, cu_rows, sequence_parallel)
+    if tp_group is not None:
+        raise NotImplementedError("tp_group is not part of this build; gather the weight, or leave it out")
+    token_shape = tuple(hidden.shape[:-1])
+    checks.check_labels("labels", labels, token_shape, hidden)
+    if nll_labels is not None:
+        checks.check_labels("nll_labels", nll_labels, token_shape, hidden)
+
+    labels_T = labels.reshape(-1)
+    nll_labels_T = None if nll_labels is None else nll_labels.reshape(-1)
+    if rows is None or cu_rows is None:
+        if cu_seqlens is None:
+            cu_seqlens = torch.arange(hidden.shape[0] + 1) * hidden.shape[1]
+        rows, cu_rows = derive_rows(labels_T, nll_labels_T, cu_seqlens, ignore_index)
+    else:
+        rows, cu_rows = check_rows(rows, cu_rows, labels_T.shape[0])
+    index_R = rows.to(hidden.device, non_blocking=True)
+    labels_R = labels_T[index_R]
+    nll_labels_R = None if nll_labels_T is None else nll_labels_T[index_R]
+    target_R = _row_targets(labels_R, nll_labels_R, ignore_index)
+    x_RH = gather_rows(hidden, index_R)
+    outputs = reference_rows(x_RH, weight, bias, target_R, logit_scale, softcap)
+    return _sum_to_sequences(outputs, labels_R, nll_labels_R, ignore_index, rows, cu_rows, stats)
+
+
+def _row_targets(labels_R: Tensor, nll_labels_R: Tensor | None, ignore_index: int) -> Tensor:
+    """Choose the one id that each row is scored for; -1, an id that nobody owns, where the two masks disagree."""
+    if nll_labels_R is None:
+        return labels_R
+    is_labelled_R, is_nll_R = labels_R != ignore_index, nll_labels_R != ignore_index
+    target_R = torch.where(is_labelled_R, labels_R, nll_labels_R)
+    return torch.where(is_labelled_R & is_nll_R & (labels_R != nll_labels_R), -1, target_R)
+
+
+def _sum_to_sequences(
+    outputs: RowOutputs,
+    labels_R: Tensor,
+    nll_labels_R: Tensor | None,
+    ignore_index: int,
+    rows: Tensor,
+    cu_rows: Tensor,
+    stats: Sequence[str],
+) -> SequenceLogps:
+    """Mask rows and sum them; selection, never multiplication, so that a masked NaN stays out."""
+    bounds = cu_rows.to(labels_R.device, non_blocking=True)
+    is_labelled_R = labels_R != ignore_index
+
+    def masked_sum(values_R: Tensor, mask_R: Tensor) -> Tensor:
+        return segment_sum(torch.where(mask_R, values_R, 0.0), bounds)
+
+    def statistic(name: str, values_R: Tensor | None) -> Tensor | None:
+        return masked_sum(values_R.detach(), is_labelled_R) if name in stats and values_R is not None else None
+
+    nll = nll_counts = None
+    if nll_labels_R is not None:
+        is_nll_R = nll_labels_R != ignore_index
+        nll = masked_sum(-outputs.token_logps, is_nll_R)
+        nll_counts = segment_sum(is_nll_R.double(), bounds).long()
+    return SequenceLogps(
+        logps=masked_sum(outputs.token_logps, is_labelled_R),
+        counts=segment_sum(is_labelled_R.double(), bounds).long(),
+        rows=rows,
+        cu_rows=cu_rows,
+        token_logps=torch.where(is_labelled_R, outputs.token_logps, 0.0) if "token_logps" in stats else None,
+        nll=nll,
+        nll_counts=nll_counts,
+        entropy=statistic("entropy", outputs.entropy),
+        hits=statistic("hits", outputs.hits),
+        mean_logit=statistic("mean_logit", outputs.mean_logit),
+    )

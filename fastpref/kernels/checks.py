@@ -1,0 +1,199 @@
+"""Argument checks of `linear_logps`: everything that shapes, types and option names can tell before any work starts."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastpref.errors import MissingDependencyError
+
+STATS = ("token_logps", "entropy", "hits", "mean_logit")
+BACKENDS = ("auto", "reference", "torch", "triton", "cuda")
+BACKWARD_PLANS = ("auto", "exact", "recompute", "active", "cached")
+DEFAULT_ACTIVE_EPS = 2.0**-14
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _require_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}{hint}")
+
+
+def resolve_backend(backend: str, backward: str, active_eps: float, cache_bytes: int | None) -> str:
+    """Return the backend that will run, or say why the combination cannot.
+
+    Raises:
+        ValueError: unknown name, or an option that the chosen plan does not use.
+        MissingDependencyError: a backend whose kernels are not part of this build.
+        NotImplementedError: a backward plan that is not part of this build.
+    """
+    _require_choice("backend", backend, BACKENDS)
+    _require_choice("backward", backward, BACKWARD_PLANS)
+    if backend in ("triton", "cuda"):
+        raise MissingDependencyError(
+            f"backend={backend!r} needs GPU kernels that this build of fastpref does not contain; "
+            "use backend='torch' (tiled, any device) or 'auto'"
+        )
+    if backward in ("active", "cached"):
+        raise NotImplementedError(
+            f"backward={backward!r} is not part of this build; use backward='exact' (the same gradients or better, by "
+            "recomputing the logits tile by tile) or 'auto'"
+        )
+    if active_eps != DEFAULT_ACTIVE_EPS:
+        raise ValueError(
+            f"active_eps is used by backward='active' only, got {active_eps} with backward={backward!r}; leave it out"
+        )
+    if cache_bytes is not None:
+        raise ValueError(
+            f"cache_bytes is used by backward='cached' only, got {cache_bytes} with backward={backward!r}; leave it out"
+        )
+    if backend == "reference" and backward == "recompute":
+        raise ValueError("backend='reference' keeps the logits and recomputes nothing; use backward='auto' or 'exact'")
+    return "torch" if backend == "auto" else backend
+
+
+def check_stats(stats: Sequence[str]) -> None:
+    """Check the names of the requested statistics.
+
+    Raises:
+        TypeError: a single string.
+        ValueError: an unknown name.
+    """
+    if isinstance(stats, str):
+        raise TypeError(f"stats must be a sequence of names, got the string {stats!r}; write stats=({stats!r},)")
+    for name in stats:
+        _require_choice("stats", name, STATS)
+
+
+def check_scalars(logit_scale: float, softcap: float | None, ignore_index: int) -> None:
+    """Check the numbers among the arguments.
+
+    Raises:
+        TypeError: a tensor or another type, whose gradient would be lost.
+        ValueError: not finite, or a softcap that is not positive.
+    """
+    for name, number in (("logit_scale", logit_scale), ("softcap", softcap)):
+        if number is None and name == "softcap":
+            continue
+        if isinstance(number, bool) or not isinstance(number, (int, float)):
+            raise TypeError(
+                f"{name} must be a Python number (it gets no gradient), got {type(number).__name__}; pass a float, "
+                "or fold a learned factor into `hidden`"
+            )
+        if not math.isfinite(number):
+            raise ValueError(f"{name} must be finite, got {number}")
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"softcap must be > 0 (Gemma-2 uses 30.0), got {softcap}; pass None for no cap")
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
+
+
+def _require_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def _require_like(name: str, tensor: Tensor, hidden: Tensor) -> None:
+    if tensor.dtype != hidden.dtype:
+        raise TypeError(
+            f"{name} and hidden must have one dtype, got {tensor.dtype} and {hidden.dtype}; cast one of them, "
+            f"e.g. {name}.to(hidden.dtype)"
+        )
+    _require_device(name, tensor, hidden)
+
+
+def _require_device(name: str, tensor: Tensor, hidden: Tensor) -> None:
+    if tensor.device != hidden.device:
+        raise ValueError(f"{name} must be on the device of hidden, {hidden.device}, got {tensor.device}; move it there")
+
+
+def check_model_tensors(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Check types, shapes and devices of the differentiable inputs.
+
+    Raises:
+        TypeError: no tensor, no floating dtype, or unequal dtypes.
+        ValueError: shapes or devices that do not fit.
+    """
+    _require_tensor("hidden", hidden)
+    _require_tensor("weight", weight)
+    if hidden.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"hidden must be float32, bfloat16, float16 or float64, got {hidden.dtype}")
+    if hidden.dim() not in (2, 3):
+        raise ValueError(f"hidden must be [T, H] or [S, L, H], got shape {tuple(hidden.shape)}")
+    _require_like("weight", weight, hidden)
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"weight must be [V, H] with H = {hidden.shape[-1]} as in hidden, got shape {tuple(weight.shape)}; "
+            "pass the projection as nn.Linear stores it, not its transpose"
+        )
+    if bias is not None:
+        _require_tensor("bias", bias)
+        _require_like("bias", bias, hidden)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias must be [V] with V = {weight.shape[0]} as in weight, got shape {tuple(bias.shape)}")
+
+
+def check_labels(name: str, labels: Tensor, shape: tuple[int, ...], hidden: Tensor) -> None:
+    """Check one label tensor against the token axes of `hidden`.
+
+    Raises:
+        TypeError: no int64 tensor (a tensor that requires grad is never int64).
+        ValueError: shape or device that does not fit.
+    """
+    _require_tensor(name, labels)
+    if labels.dtype != torch.int64:
+        raise TypeError(f"{name} must be int64 token ids without grad, got {labels.dtype}; use {name}.long()")
+    if tuple(labels.shape) != shape:
+        raise ValueError(
+            f"{name} must have one label per token, shape {shape}, got {tuple(labels.shape)}; "
+            "labels are already shifted and are not cut by sequence parallelism"
+        )
+    _require_device(name, labels, hidden)
+
+
+def check_layout(
+    hidden: Tensor, cu_seqlens: Tensor | None, rows: Tensor | None, cu_rows: Tensor | None, sequence_parallel: bool
+) -> None:
+    """Check that exactly one description of the sequences is there, and its types.
+
+    Raises:
+        TypeError: an index tensor of another dtype.
+        ValueError: none, too many, or a half description; an index tensor that is not 1-D; sequence parallelism with
+            padded input.
+    """
+    if (rows is None) != (cu_rows is None):
+        given, missing = ("rows", "cu_rows") if cu_rows is None else ("cu_rows", "rows")
+        raise ValueError(f"rows and cu_rows come together, got {given} without {missing}; pass both or neither")
+    if cu_seqlens is not None and rows is not None:
+        raise ValueError(
+            "cu_seqlens and rows both describe the sequences; pass rows and cu_rows, or cu_seqlens, not both"
+        )
+    if hidden.dim() == 3 and cu_seqlens is not None:
+        raise ValueError("cu_seqlens is for packed hidden [T, H], got padded [S, L, H]; leave cu_seqlens out")
+    if hidden.dim() == 2 and cu_seqlens is None and rows is None:
+        raise ValueError("flat hidden [T, H] needs the sequence bounds; pass cu_seqlens [S+1], or rows and cu_rows")
+    if hidden.dim() == 3 and sequence_parallel:
+        raise ValueError(
+            "sequence_parallel=True takes this rank's slice of the flat token axis, [T/P, H], got a 3-D hidden; "
+            "flatten it and pass rows and cu_rows"
+        )
+    for name, tensor, dtypes in (
+        ("cu_seqlens", cu_seqlens, (torch.int32, torch.int64)),
+        ("rows", rows, (torch.int64,)),
+        ("cu_rows", cu_rows, (torch.int32, torch.int64)),
+    ):
+        if tensor is None:
+            continue
+        _require_tensor(name, tensor)
+        if tensor.dtype not in dtypes:
+            raise TypeError(f"{name} must be {' or '.join(str(d) for d in dtypes)}, got {tensor.dtype}")
+        if tensor.dim() != 1 or (name != "rows" and not tensor.numel()):
+            raise ValueError(
+                f"{name} must be 1-D{'' if name == 'rows' else ', at least [0]'}, got {tuple(tensor.shape)}"
+            )

@@ -1,0 +1,50 @@
+"""The specification of the op in plain PyTorch: holds the logits, differentiated by autograd, any float dtype.
+
+The tiled backends are tested against it: in fp64 it is the oracle, in the input's own dtype the yardstick of error.
+
+Dims: `R` rows, `H` hidden, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class RowOutputs(NamedTuple):
+    """What a backend computes per row, each [R] in fp32 (fp64 for fp64 inputs); None = not asked for."""
+
+    token_logps: Tensor
+    hits: Tensor | None
+    entropy: Tensor | None
+    mean_logit: Tensor | None
+
+
+def reference_rows(
+    x_RH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, labels_R: Tensor, logit_scale: float, softcap: float | None
+) -> RowOutputs:
+    """Log-probabilities and statistics of each row's label under `log_softmax(z)`.
+
+    `z = logit_scale * (x @ weight.T + bias)`, then `z = softcap * tanh(z / softcap)` if there is a softcap. The product
+    is in the dtype of the inputs, everything after it in fp32 (fp64 for fp64 inputs).
+
+    Returns:
+        RowOutputs, all four present. A label outside [0, V) gives logp NaN, hit 0, and no gradient.
+    """
+    logits_RV = torch.nn.functional.linear(x_RH, weight_VH, bias_V)
+    logits_RV = logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32)) * logit_scale
+    if softcap is not None:
+        logits_RV = softcap * torch.tanh(logits_RV / softcap)
+    logps_RV = torch.log_softmax(logits_RV, dim=1)
+    is_valid_R = (labels_R >= 0) & (labels_R < weight_VH.shape[0])
+    ids_R1 = torch.where(is_valid_R, labels_R, 0).unsqueeze(1)
+    token_logps_R = torch.where(is_valid_R, logps_RV.gather(1, ids_R1).squeeze(1), float("nan"))
+    is_top_R = logits_RV.gather(1, ids_R1).squeeze(1) == logits_RV.amax(dim=1)
+    return RowOutputs(
+        token_logps=token_logps_R,
+        hits=(is_top_R & is_valid_R).to(logps_RV.dtype),
+        entropy=torch.special.entr(logps_RV.detach().exp()).sum(dim=1),
+        mean_logit=logits_RV.detach().mean(dim=1),
+    )

@@ -1,0 +1,110 @@
+"""Response rows: which tokens enter the op, and sums of per-row values back to sequences.
+
+Only tokens with a label cost a row of the vocabulary product. `rows` (token index of each row, grouped by sequence) and
+`cu_rows` (bounds of the groups) are either given by the caller, who knows the masks on the host, or derived here.
+
+Dims: `S` sequences, `T` tokens, `R` rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _check_bounds(name: str, bounds: Tensor, total: int, what: str) -> None:
+    host = bounds.cpu()
+    if host[0] != 0 or host[-1] != total or bool((host.diff() < 0).any()):
+        raise ValueError(
+            f"{name} must start at 0, never decrease and end at {total} (the number of {what}), got {host.tolist()[:8]}"
+            f"{' ...' if len(host) > 8 else ''} ending at {int(host[-1])}; rebuild it from the lengths of this batch"
+        )
+
+
+@torch.library.custom_op("fastpref::derive_rows", mutates_args=())
+def derive_rows(
+    labels_T: Tensor, nll_labels_T: Tensor | None, cu_seqlens: Tensor, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """Find the rows of a batch: every token that `labels` or `nll_labels` labels, in token order.
+
+    Args:
+        labels_T: int64 [T].
+        nll_labels_T: int64 [T] or None.
+        cu_seqlens: int32 or int64 [S+1] token bounds of the sequences.
+        ignore_index: the value that means "no label".
+
+    Returns:
+        (rows int64 [R], cu_rows int64 [S+1]). One device sync, for R.
+
+    Raises:
+        ValueError: `cu_seqlens` is no partition of [0, T).
+    """
+    _check_bounds("cu_seqlens", cu_seqlens, labels_T.numel(), "tokens")
+    is_labelled_T = labels_T != ignore_index
+    if nll_labels_T is not None:
+        is_labelled_T |= nll_labels_T != ignore_index
+    rows = is_labelled_T.nonzero().squeeze(1)
+    bounds = cu_seqlens.to(device=rows.device, dtype=torch.int64)
+    return rows, torch.searchsorted(rows, bounds)
+
+
+@derive_rows.register_fake
+def _(labels_T: Tensor, nll_labels_T: Tensor | None, cu_seqlens: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    num_rows = torch.library.get_ctx().new_dynamic_size()
+    return labels_T.new_empty(num_rows), labels_T.new_empty(cu_seqlens.shape[0])
+
+
+@torch.library.custom_op("fastpref::check_rows", mutates_args=())
+def check_rows(rows: Tensor, cu_rows: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+    """Check the caller's rows before anything is read through them; no device sync when they are on the host.
+
+    An operator, so that compiled callers are checked as well: nothing downstream sees unchecked indices.
+
+    Args:
+        rows: int64 [R] token indices, grouped by sequence, any order within.
+        cu_rows: int32 or int64 [S+1] bounds of the groups.
+        num_tokens: T.
+
+    Returns:
+        (rows, cu_rows as int64), copies, where they were.
+
+    Raises:
+        ValueError: an index outside [0, T), or `cu_rows` is no partition of [0, R).
+    """
+    _check_bounds("cu_rows", cu_rows, rows.numel(), "rows")
+    is_outside_R = (rows < 0) | (rows >= num_tokens)
+    if bool(is_outside_R.any()):
+        at = int(is_outside_R.nonzero()[0])
+        raise ValueError(f"rows must be in [0, {num_tokens}) (the number of tokens), got rows[{at}] = {int(rows[at])}")
+    return rows.clone(), cu_rows.to(torch.int64, copy=True)
+
+
+@check_rows.register_fake
+def _(rows: Tensor, cu_rows: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(rows), torch.empty_like(cu_rows, dtype=torch.int64)
+
+
+def gather_rows(hidden: Tensor, rows: Tensor) -> Tensor:
+    """Rows `rows` of the flattened token axis of `hidden` ([T, H] or [S, L, H], any strides), as [R, H]."""
+    if hidden.dim() == 2:
+        return hidden.index_select(0, rows)
+    # Flattening a transposed [S, L, H] would copy all of it.
+    length = hidden.shape[1]
+    return hidden[rows // length, rows % length] if length else hidden.new_empty(rows.shape[0], hidden.shape[2])
+
+
+def scatter_rows(values_RH: Tensor, rows: Tensor, like: Tensor) -> Tensor:
+    """Gradient of `gather_rows`: zeros shaped as `like`, with `values_RH` added at `rows`."""
+    out = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
+    # Atomics on a GPU cannot reorder the sum of the at most two rows that one token serves in practice.
+    out.view(-1, like.shape[-1]).index_add_(0, rows, values_RH.to(like.dtype))
+    return out
+
+
+def segment_sum(values_R: Tensor, cu_rows: Tensor) -> Tensor:
+    """Sum rows to sequences, accumulated in fp64 in row order: [R] and [S+1] -> [S] in the dtype of `values_R`.
+
+    Determinism: a sequence's sum depends on its own rows alone, bit for bit.
+    """
+    sums_S = torch.segment_reduce(values_R.double(), "sum", offsets=cu_rows, axis=0, unsafe=True, initial=0)
+    return sums_S.to(values_R.dtype)
