@@ -1,0 +1,27 @@
+"""Preference losses in plain torch on (B,) tensors: `preference_loss(DPOConfig(...), PairLogps(...))`."""
+
+from .config import DPOConfig
+from .inputs import LossContext, PairLogps, PreferenceOutput, SequenceStats, split_pairs
+from .metrics import Metrics, preference_metrics
+from .numerics import ld_logps, log_odds, update_running_mean, weighted_sum
+from .preference import expected_initial_loss, preference_loss
+from .registry import LOSSES, Loss
+
+__all__ = [
+    "LOSSES",
+    "DPOConfig",
+    "Loss",
+    "LossContext",
+    "Metrics",
+    "PairLogps",
+    "PreferenceOutput",
+    "SequenceStats",
+    "expected_initial_loss",
+    "ld_logps",
+    "log_odds",
+    "preference_loss",
+    "preference_metrics",
+    "split_pairs",
+    "update_running_mean",
+    "weighted_sum",
+]
