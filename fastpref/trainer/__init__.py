@@ -1,0 +1,30 @@
+"""The Megatron-Core preference trainer; needs the extra `megatron`."""
+
+from fastpref.errors import MissingDependencyError
+
+try:
+    # First: it keeps Megatron's import-time remarks about optional packages out of the log.
+    from fastpref.trainer import platform  # noqa: F401  (imported for its effect)
+except ImportError as error:
+    if (error.name or "").split(".")[0] == "fastpref":
+        raise
+    raise MissingDependencyError(
+        f'fastpref.trainer needs {error.name}: pip install "fastpref[megatron]"', name=error.name
+    ) from error
+
+from fastpref.losses import DPOConfig
+from fastpref.trainer.arguments import TrainingArguments
+from fastpref.trainer.dpo_trainer import DPOTrainer, initialize_megatron
+from fastpref.trainer.loop import TrainResult
+from fastpref.trainer.run_config import ModelConfig, ReferenceConfig, RunConfig
+
+__all__ = [
+    "DPOConfig",
+    "DPOTrainer",
+    "ModelConfig",
+    "ReferenceConfig",
+    "RunConfig",
+    "TrainResult",
+    "TrainingArguments",
+    "initialize_megatron",
+]

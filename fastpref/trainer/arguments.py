@@ -1,0 +1,193 @@
+"""`TrainingArguments`: how a run optimises, parallelises, logs and saves; names follow HF `TrainingArguments` and Megatron.
+
+A batch size counts preference pairs; a microbatch of n pairs is 2n rows. The global batch of an optimizer step is
+`per_device_train_batch_size * gradient_accumulation_steps * data_parallel_size` pairs.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from fastpref.errors import ConfigError
+
+LR_SCHEDULES = ("constant", "linear", "cosine", "inverse-square-root")
+REPORT_TARGETS = ("tensorboard", "wandb")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizationArguments:
+    """Batch, learning rate and AdamW."""
+
+    per_device_train_batch_size: int = 1
+    """Pairs in one microbatch of one data-parallel rank."""
+    per_device_eval_batch_size: int | None = None
+    """Pairs in one evaluation microbatch; None takes the training value."""
+    gradient_accumulation_steps: int = 1
+    """Microbatches that each data-parallel rank adds up before an update."""
+    num_train_epochs: int = 1
+    """Passes over the training pairs, each exact; used when `max_steps` is None."""
+    max_steps: int | None = None
+    """Optimizer steps to run; overrides `num_train_epochs`."""
+    drop_last: bool = False
+    """Drop an epoch's last partial batch instead of training on it."""
+    shuffle: bool = True
+    """Shuffle every epoch with a permutation of (seed, epoch)."""
+    seed: int = 42
+    """Seed of initial weights, dropout streams and data order."""
+    learning_rate: float = 1e-6
+    """Peak learning rate."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the schedule."""
+    lr_scheduler_type: str = "cosine"
+    """Decay after the warm-up: constant, linear, cosine or inverse-square-root (Megatron's schedules)."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from 0; the first update of a warm-up runs at learning rate 0."""
+    warmup_ratio: float | None = None
+    """Warm-up as a fraction of all steps (rounded up); excludes `warmup_steps`."""
+    weight_decay: float = 0.0
+    """Decoupled decay; biases and norm weights are exempt."""
+    adam_beta1: float = 0.9
+    """Decay of AdamW's first moment."""
+    adam_beta2: float = 0.999
+    """Decay of AdamW's second moment."""
+    adam_epsilon: float = 1e-8
+    """AdamW's epsilon."""
+    max_grad_norm: float = 1.0
+    """Global L2 norm to clip gradients to; 0 only measures the norm."""
+    log_num_zeros_in_grad: bool = False
+    """Count exact zeros in the gradient at every step (one more pass over it)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionArguments:
+    """Number formats and memory."""
+
+    bf16: bool = False
+    """Parameters and activations in bfloat16 with fp32 master weights."""
+    fp16: bool = False
+    """Parameters and activations in float16 with fp32 master weights and dynamic loss scaling."""
+    recompute_granularity: Literal["full", "selective"] | None = None
+    """Recompute activations in the backward pass: whole layers, or the attention core only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelArguments:
+    """Layout of the ranks; data parallelism takes what is left of the world size."""
+
+    tensor_model_parallel_size: int = 1
+    """Ranks that share every layer's matrices and the vocabulary."""
+    pipeline_model_parallel_size: int = 1
+    """Stages that the layers are cut into."""
+    sequence_parallel: bool = False
+    """Split norms and dropout along the sequence over the tensor-parallel ranks."""
+    use_distributed_optimizer: bool = False
+    """Shard optimizer state over the data-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward pass still runs."""
+    distributed_timeout_seconds: int = 600
+    """How long a collective may take before the run fails."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopArguments:
+    """Logging, evaluation, saving and guards."""
+
+    output_dir: str = "runs/fastpref"
+    """Directory of everything that the run writes."""
+    logging_steps: int = 10
+    """Steps in one window of averaged metrics."""
+    report_to: tuple[str, ...] = ("tensorboard",)
+    """Writers beside `metrics.jsonl`: tensorboard, wandb."""
+    eval_steps: int | None = None
+    """Steps between evaluations; None evaluates only at the end."""
+    eval_on_start: bool = False
+    """Also evaluate before the first step."""
+    save_steps: int | None = None
+    """Steps between checkpoints; None saves only at the end."""
+    save_on_end: bool = True
+    """Save a checkpoint after the last step."""
+    save_total_limit: int | None = None
+    """Checkpoints to keep, at least 2; None keeps all."""
+    resume_from_checkpoint: str | None = None
+    """Checkpoint directory to continue from, or "latest" in `output_dir`."""
+    check_initial_loss: bool = True
+    """Where policy and reference start equal: require the loss that the formula gives at zero margin on step 1."""
+    log_token_stats: bool = False
+    """Also log entropy, mean_token_accuracy and mean logits of the policy."""
+    disable_progress: bool = False
+    """No progress bar on rank 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingArguments(OptimizationArguments, PrecisionArguments, ParallelArguments, LoopArguments):
+    """All settings of a training run that are neither model, data nor loss.
+
+    Raises:
+        ConfigError: at construction, listing every value that cannot work.
+    """
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "report_to", tuple(self.report_to))
+        problems = self._number_problems() or self._combination_problems()
+        if problems:
+            raise ConfigError("; ".join(problems))
+
+    def _number_problems(self) -> list[str]:
+        at_least_one = (
+            "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps num_train_epochs max_steps "
+            "tensor_model_parallel_size pipeline_model_parallel_size distributed_timeout_seconds logging_steps eval_steps "
+            "save_steps"
+        ).split()
+        not_negative = "seed learning_rate min_lr warmup_steps weight_decay max_grad_norm".split()
+        problems = []
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is None or not str(field.type).startswith(("int", "float")):
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                problems.append(f"{field.name} must be a number, got {value!r}")
+            elif not math.isfinite(value):
+                problems.append(f"{field.name} must be finite, got {value}")
+            elif field.name in at_least_one and (value < 1 or value != int(value)):
+                problems.append(f"{field.name} must be a whole number >= 1, got {value}")
+            elif field.name in not_negative and value < 0:
+                problems.append(f"{field.name} must be >= 0, got {value}")
+            elif field.name in ("adam_beta1", "adam_beta2", "warmup_ratio") and not 0 <= value < 1:
+                problems.append(f"{field.name} must be in [0, 1), got {value}")
+        if not problems and not self.adam_epsilon > 0:
+            problems.append(f"adam_epsilon must be > 0, got {self.adam_epsilon}")
+        if not problems and self.save_total_limit is not None and self.save_total_limit < 2:
+            problems.append(
+                f"save_total_limit must be >= 2, so that one good checkpoint survives a bad one; got {self.save_total_limit}"
+            )
+        return problems
+
+    def _combination_problems(self) -> list[str]:
+        problems = []
+        if self.bf16 and self.fp16:
+            problems.append("bf16 and fp16 exclude each other; set one of them")
+        if self.lr_scheduler_type not in LR_SCHEDULES:
+            problems.append(
+                f"lr_scheduler_type must be one of {', '.join(LR_SCHEDULES)}; got {self.lr_scheduler_type!r}"
+            )
+        if self.min_lr > self.learning_rate:
+            problems.append(f"min_lr ({self.min_lr}) must not exceed learning_rate ({self.learning_rate})")
+        if self.warmup_ratio is not None and self.warmup_steps:
+            problems.append("warmup_ratio and warmup_steps exclude each other; set one of them")
+        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
+            problems.append("sequence_parallel needs tensor_model_parallel_size >= 2")
+        for target in self.report_to:
+            if target not in REPORT_TARGETS:
+                problems.append(f"report_to must name only {', '.join(REPORT_TARGETS)}; got {target!r}")
+        return problems
+
+    @property
+    def eval_batch_pairs(self) -> int:
+        """Pairs in one evaluation microbatch."""
+        return self.per_device_eval_batch_size or self.per_device_train_batch_size
+
+    def warmup_steps_of(self, total_steps: int) -> int:
+        """Steps of warm-up in a run of `total_steps` optimizer steps."""
+        return self.warmup_steps if self.warmup_ratio is None else math.ceil(self.warmup_ratio * total_steps)

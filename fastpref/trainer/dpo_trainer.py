@@ -1,0 +1,336 @@
+"""`DPOTrainer`: preference training of Megatron-Core models, with the seed system's entry points."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+from torch import Tensor
+
+from fastpref.errors import ConfigError, DataError, FastprefError
+from fastpref.losses import DPOConfig, PairLogps, expected_initial_loss, preference_loss
+from fastpref.trainer import guard, loop, state
+from fastpref.trainer.arguments import TrainingArguments
+from fastpref.trainer.batch import Microbatch
+from fastpref.trainer.feed import PairFeed
+from fastpref.trainer.head import TOKEN_STATS, install_heads, unwrap
+from fastpref.trainer.metrics import metric_names
+from fastpref.trainer.optimizer import build_optimizer, build_scheduler, wrap_for_training
+from fastpref.trainer.platform import initialize_distributed, initialize_model_parallel
+from fastpref.trainer.reference import build_reference
+from fastpref.trainer.step import MicrobatchResult, PreferenceSchedule
+
+if TYPE_CHECKING:
+    from fastpref.trainer.run_config import RunConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """One optimizer step: its microbatches, their results on the last stage, and what the optimizer said."""
+
+    batches: Sequence[Microbatch]
+    results: Sequence[MicrobatchResult]
+    loss: float
+    skipped_iter: int
+    grad_norm: float | None
+    num_zeros_in_grad: int | None
+    learning_rate: float
+
+    def without_tensors(self) -> StepResult:
+        """The step's numbers alone, so that a window of steps holds no activations."""
+        return replace(self, batches=(), results=())
+
+
+class DPOTrainer:
+    """Trains Megatron-Core `GPTModel` chunks on preference pairs.
+
+    Args:
+        model: this rank's chunks of the policy (one, or one per virtual pipeline stage); Megatron's parallel state must
+            exist (`initialize_megatron(args)`), as it must to build them. They are wrapped in Megatron's DDP.
+        train_config: the preference loss; default DPO at beta 0.1.
+        ref_model: chunks of the reference; None copies the policy as it is now where the loss reads a reference.
+        args: all other settings.
+        train_dataset: indexable pairs for `data_collator`: `fastpref.data.TokenizedPair` or anything it takes.
+        eval_dataset: the same, for `evaluate`.
+        data_collator: list of items -> batch as in `Microbatch.from_dict`; default `PreferenceCollator`.
+        processing_class: tokenizer that is saved with an exported model and names the padding token.
+
+    Raises:
+        ConfigError: settings, models and loss do not fit each other.
+    """
+
+    def __init__(
+        self,
+        model: Sequence[torch.nn.Module] | None = None,
+        train_config: DPOConfig | None = None,
+        ref_model: Sequence[torch.nn.Module] | None = None,
+        args: TrainingArguments | None = None,
+        *,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        data_collator: Callable[[list], Mapping[str, Tensor]] | None = None,
+        processing_class: Any = None,
+    ) -> None:
+        if not model:
+            raise ConfigError("model must be this rank's list of GPTModel chunks; DPOTrainer.from_config builds one")
+        self.args = args or TrainingArguments()
+        self.train_config = train_config or DPOConfig()
+        self.processing_class = processing_class
+        initialize_megatron(self.args)
+        loop.check_combination(self.args, self.train_config)
+        self.model = [unwrap(chunk) for chunk in model]
+        self.reference = build_reference(self.model, ref_model, self.train_config, self.args)
+        self.starts_at_reference = ref_model is None and self.reference is not None
+        token_stats = TOKEN_STATS if self.args.log_token_stats else ()
+        install_heads(self.model, token_stats)
+        self.models_wrapped = wrap_for_training(model, self.args)
+        self.schedule = PreferenceSchedule(self.train_config)
+        self.metrics_keys = list(metric_names(self.train_config, bool(token_stats)))
+        self.vocab_size = getattr(self.model[0], "real_vocab_size", self.model[0].vocab_size)
+        self.feed = PairFeed(self.args, self.train_config, train_dataset, eval_dataset, data_collator, processing_class)
+        self.optimizer = self.lr_scheduler = None
+        self.log_history: list[dict[str, float]] = []
+
+    @classmethod
+    def from_config(cls, config: RunConfig) -> DPOTrainer:
+        """Builds models, reference, tokenizer and data of a run file; see `RunConfig`."""
+        from fastpref.trainer.build import build_trainer
+
+        return build_trainer(config)
+
+    @property
+    def ref_models(self) -> list[torch.nn.Module] | None:
+        """Chunks of the reference, or None where the loss reads none."""
+        return None if self.reference is None else self.reference.models
+
+    def train(self) -> loop.TrainResult:
+        """Runs (or resumes) the training loop; see `fastpref.trainer.loop.train`."""
+        return loop.train(self)
+
+    def evaluate(self, eval_dataset: Any = None) -> dict[str, float]:
+        """Means of every metric over all pairs of the evaluation set, with the prefix `eval_`."""
+        return loop.evaluate(self, eval_dataset)
+
+    def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
+        """Builds the optimizer and its schedule for a run of `num_training_steps` updates."""
+        self.optimizer = build_optimizer(self.models_wrapped, self.args)
+        self.lr_scheduler = build_scheduler(self.optimizer, self.args, num_training_steps)
+
+    def training_step(
+        self, models: Sequence[DistributedDataParallel], data_iterator: Iterator[Mapping[str, Tensor]], seq_length: int
+    ) -> tuple[Tensor, list[dict[str, Tensor]], int, float | None, int | None]:
+        """One optimizer step over `gradient_accumulation_steps` microbatches.
+
+        Args:
+            models: the wrapped chunks, `models_wrapped`.
+            data_iterator: yields batches as in `Microbatch.from_dict`.
+            seq_length: positions to pad every microbatch to.
+
+        Returns:
+            (loss, metrics_tensors, skipped_iter, grad_norm, num_zeros_in_grad): the pair mean of the loss over all
+            ranks (scalar); one dict of scalar means per microbatch on the last pipeline stage, an empty list elsewhere;
+            1 if the optimizer refused the step; the gradient norm before clipping; zeros in the gradient when counted.
+
+        Raises:
+            NonFiniteError: a loss or gradient is NaN or infinite on any rank; nothing was updated.
+            DataError: a batch breaks the rules, or the iterator ends early.
+        """
+        batches = []
+        for index in range(self.args.gradient_accumulation_steps):
+            batch = next(data_iterator, None)
+            if batch is None:
+                raise DataError(
+                    f"data_iterator ended after {index} microbatches; a step takes "
+                    f"gradient_accumulation_steps={self.args.gradient_accumulation_steps}"
+                )
+            batches.append(Microbatch.from_dict(batch, self.vocab_size).padded_to(seq_length))
+        step = self.run_step(models, batches)
+        metrics = [
+            {name: total / weight for name, (total, weight) in result.metrics.items()} for result in step.results
+        ]
+        loss = torch.tensor(step.loss)
+        return loss, metrics, step.skipped_iter, step.grad_norm, step.num_zeros_in_grad
+
+    def run_step(
+        self, models: Sequence[DistributedDataParallel], batches: Sequence[Microbatch], step: int | None = None
+    ) -> StepResult:
+        """Reference, forward, backward, guard, update; `step` only names the step in an error."""
+        if self.optimizer is None or self.lr_scheduler is None:
+            self.create_optimizer_and_scheduler(self.feed.total_steps)
+        if self.reference is not None:
+            batches = self.reference.attach(batches)
+        for model in models:
+            model.train()
+            model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        results = self.schedule.forward_backward(models, batches)
+        loss = guard.check_step(models, batches, results, step=step, scaled=self.args.fp16)
+        learning_rate = max(group["lr"] for group in self.optimizer.param_groups)
+        updated, grad_norm, num_zeros = self.optimizer.step()
+        if updated:
+            self.lr_scheduler.step(1)
+            self.schedule.update_running_mean(results)
+        return StepResult(
+            batches=batches,
+            results=results,
+            loss=loss,
+            skipped_iter=int(not updated),
+            grad_norm=grad_norm,
+            num_zeros_in_grad=num_zeros,
+            learning_rate=learning_rate,
+        )
+
+    def compute_reference_log_probs(
+        self,
+        models: Sequence[torch.nn.Module],
+        data_list: Sequence[Mapping[str, Tensor]],
+        seq_length: int,
+        micro_batch_size: int,
+    ) -> list[dict[str, Tensor]] | None:
+        """Response log-prob sums of `data_list` under `models`, without gradients.
+
+        Args:
+            models: chunks with scoring heads, usually `ref_models`.
+            data_list: batches as in `Microbatch.from_dict`.
+            seq_length: positions to pad every batch to.
+            micro_batch_size: pairs in each batch.
+
+        Returns:
+            One `{"chosen_logps", "rejected_logps"}` of fp32 [n] per batch on the last pipeline stage; None elsewhere.
+        """
+        batches = [Microbatch.from_dict(batch, self.vocab_size).padded_to(seq_length) for batch in data_list]
+        for index, batch in enumerate(batches):
+            if batch.num_pairs != micro_batch_size:
+                raise DataError(f"data_list[{index}] has {batch.num_pairs} pairs, micro_batch_size is {micro_batch_size}")
+        modes = [model.training for model in models]
+        for model in models:
+            model.eval()
+        with torch.no_grad():
+            scores = self.schedule.score(models, batches)
+        for model, mode in zip(models, modes, strict=True):
+            model.train(mode)
+        if any(score is None for score in scores):
+            return None
+        return [dict(zip(("chosen_logps", "rejected_logps"), score.chunk(2), strict=True)) for score in scores]
+
+    def dpo_loss(
+        self,
+        policy_chosen_logps: Tensor,
+        policy_rejected_logps: Tensor,
+        reference_chosen_logps: Tensor,
+        reference_rejected_logps: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """DPO loss of response sums.
+
+        Equals: `-(1 - ls) logsigmoid(beta d) - ls logsigmoid(-beta d)`, d the difference of the log-ratios.
+
+        Args:
+            policy_chosen_logps: [n] sums under the policy.
+            policy_rejected_logps: [n] likewise.
+            reference_chosen_logps: [n] sums under the reference.
+            reference_rejected_logps: [n] likewise.
+
+        Returns:
+            (losses, chosen_rewards, rejected_rewards), each [n]; the rewards carry no gradient.
+        """
+        config = DPOConfig(beta=self.train_config.beta, label_smoothing=self.train_config.label_smoothing)
+        ones = torch.ones_like(policy_chosen_logps)
+        logps = PairLogps(
+            chosen=policy_chosen_logps,
+            rejected=policy_rejected_logps,
+            chosen_counts=ones,
+            rejected_counts=ones,
+            ref_chosen=reference_chosen_logps,
+            ref_rejected=reference_rejected_logps,
+        )
+        output = preference_loss(config, logps)
+        return output.losses, output.chosen_rewards, output.rejected_rewards
+
+    def odds_ratio_loss(
+        self,
+        policy_chosen_logps: Tensor,
+        policy_rejected_logps: Tensor,
+        chosen_counts: Tensor | None = None,
+        rejected_counts: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """ORPO loss: NLL of the chosen response plus beta times the odds-ratio term.
+
+        Args:
+            policy_chosen_logps: [n] sums with `chosen_counts`, else per-token means.
+            policy_rejected_logps: [n] likewise.
+            chosen_counts: [n] response tokens, or None.
+            rejected_counts: [n] response tokens, or None.
+
+        Returns:
+            (losses, chosen_rewards, rejected_rewards), each [n]; the rewards carry no gradient.
+        """
+        ones = torch.ones_like(policy_chosen_logps)
+        logps = PairLogps(
+            chosen=policy_chosen_logps,
+            rejected=policy_rejected_logps,
+            chosen_counts=ones if chosen_counts is None else chosen_counts,
+            rejected_counts=ones if rejected_counts is None else rejected_counts,
+        )
+        output = preference_loss(DPOConfig(beta=self.train_config.beta, pref_loss="orpo"), logps)
+        return output.losses, output.chosen_rewards, output.rejected_rewards
+
+    def check_initial_loss(self, loss: float) -> None:
+        """Requires the loss of the first step that policy == reference implies.
+
+        Raises:
+            FastprefError: policy and reference do not agree on the first batch.
+        """
+        expected = expected_initial_loss(self.train_config)
+        if not (self.args.check_initial_loss and self.starts_at_reference) or expected is None:
+            return
+        if self.model[0].config.hidden_dropout or self.model[0].config.attention_dropout:
+            return
+        if abs(loss - expected) > 1e-5 * max(1.0, abs(expected)):
+            raise FastprefError(
+                f"policy and reference start equal, so the first loss must be {expected:.6f}, but it is {loss:.6f}: "
+                "the model answers differently in training and evaluation mode. Fix the model, or set "
+                "check_initial_loss: false"
+            )
+
+    def save_checkpoint(self, step: int) -> Path:
+        """Saves everything that `resume_from_checkpoint` needs, under `output_dir/checkpoints`."""
+        return state.save(
+            loop.checkpoint_root(self.args),
+            self.models_wrapped,
+            self.optimizer,
+            self.lr_scheduler,
+            loop.run_state(self, step),
+        )
+
+    @property
+    def is_main_process(self) -> bool:
+        """Whether this rank prints and writes."""
+        return torch.distributed.get_rank() == 0
+
+
+def initialize_megatron(args: TrainingArguments) -> None:
+    """Joins the process group and creates Megatron's parallel state for `args`; a state of the same layout is kept.
+
+    Raises:
+        ConfigError: Megatron is initialised already, with another layout.
+    """
+    initialize_distributed(args.distributed_timeout_seconds)
+    if not parallel_state.model_parallel_is_initialized():
+        initialize_model_parallel(
+            args.tensor_model_parallel_size,
+            args.pipeline_model_parallel_size,
+            seed=args.seed,
+            timeout_s=args.distributed_timeout_seconds,
+        )
+    found = {
+        "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
+    }
+    for name, size in found.items():
+        if getattr(args, name) != size:
+            raise ConfigError(f"{name} is {getattr(args, name)} but Megatron's parallel state was made with {size}")

@@ -1,0 +1,244 @@
+"""The training loop, evaluation, and what a checkpoint says about its run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import resource
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import megatron.core
+import torch
+from megatron.core import parallel_state, tensor_parallel
+
+import fastpref
+from fastpref.checkpoint import directory
+from fastpref.errors import ConfigError
+from fastpref.losses import DPOConfig
+from fastpref.trainer import state
+from fastpref.trainer.arguments import TrainingArguments
+from fastpref.trainer.metrics import MetricWindow
+from fastpref.trainer.reporting import RunReporter
+
+if TYPE_CHECKING:
+    from fastpref.trainer.dpo_trainer import DPOTrainer, StepResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """Outcome of `train`: steps done over the whole run, and the metrics of its last log and evaluation."""
+
+    global_step: int
+    metrics: dict[str, float]
+
+
+def train(trainer: DPOTrainer) -> TrainResult:
+    """Trains from the first step, or from a checkpoint, to the last; every rank calls it.
+
+    Metrics are means over all pairs and ranks of a window of `logging_steps` steps. The run ends with an evaluation
+    (if there is an evaluation set) and a checkpoint (if `save_on_end`).
+
+    Raises:
+        NonFiniteError: a loss or gradient was not finite; the last checkpoint is intact.
+        CheckpointError: the checkpoint to resume from is unusable or belongs to another run.
+    """
+    args, total_steps = trainer.args, trainer.feed.total_steps
+    trainer.create_optimizer_and_scheduler(total_steps)
+    first_step = _resume(trainer)
+    window, last = _Window(trainer), {}
+    with RunReporter(args, torch.distributed.get_rank(), total_steps, first_step) as reporter:
+        if args.eval_on_start and first_step == 0:
+            last |= _log(trainer, reporter, 0, evaluate(trainer))
+        for step in range(first_step, total_steps):
+            _seed_dropout(trainer, step)
+            result = trainer.run_step(trainer.models_wrapped, trainer.feed.train_batches(step), step + 1)
+            if step == 0:
+                trainer.check_initial_loss(result.loss)
+            window.add(result)
+            reporter.advance()
+            done, is_last = step + 1, step + 1 == total_steps
+            if is_last or done % args.logging_steps == 0:
+                last |= _log(trainer, reporter, done, window.close(done))
+            if trainer.feed.eval_dataset is not None and (is_last or _is_due(done, args.eval_steps)):
+                last |= _log(trainer, reporter, done, evaluate(trainer))
+                window.restart_clock()
+            if (is_last and args.save_on_end) or _is_due(done, args.save_steps):
+                _save(trainer, done)
+                window.restart_clock()
+    return TrainResult(global_step=total_steps, metrics=last)
+
+
+def evaluate(trainer: DPOTrainer, eval_dataset: Any = None) -> dict[str, float]:
+    """Every metric over all pairs of `eval_dataset` (default: the trainer's), each pair exactly once.
+
+    Returns:
+        The means over all ranks with the prefix `eval_`, the same on every rank.
+
+    Raises:
+        ConfigError: there is no evaluation set.
+    """
+    dataset = trainer.feed.eval_dataset if eval_dataset is None else eval_dataset
+    if dataset is None:
+        raise ConfigError("evaluation needs an eval_dataset; set data.eval or pass one")
+    window = MetricWindow(trainer.metrics_keys)
+    for model in trainer.models_wrapped:
+        model.eval()
+    with torch.no_grad():
+        for batches in trainer.feed.eval_batches(dataset):
+            if trainer.reference is not None:
+                batches = trainer.reference.attach(batches)
+            window.add(batches, trainer.schedule.evaluate(trainer.models_wrapped, batches))
+    for model in trainer.models_wrapped:
+        model.train()
+    metrics, _ = window.reduce()
+    return {f"eval_{name}": value for name, value in metrics.items()}
+
+
+def check_combination(args: TrainingArguments, config: DPOConfig) -> None:
+    """Refuses settings of loss and loop that do not fit.
+
+    Raises:
+        ConfigError: a loss over the global batch with gradient accumulation or a short last batch.
+    """
+    if config.needs_global_batch and (args.gradient_accumulation_steps > 1 or not args.drop_last):
+        raise ConfigError(
+            f"pref_loss {' + '.join(config.loss_names)} compares the pairs of a whole batch: it needs "
+            "gradient_accumulation_steps=1 and drop_last=true; raise per_device_train_batch_size instead"
+        )
+
+
+def checkpoint_root(args: TrainingArguments) -> Path:
+    """Directory that holds the run's `step-N` checkpoints."""
+    return Path(args.output_dir) / "checkpoints"
+
+
+def run_state(trainer: DPOTrainer, step: int) -> dict[str, Any]:
+    """What a checkpoint's `state.json` records: position, layout, versions, and the settings that decide the result."""
+    return {
+        "step": step,
+        "fingerprint": _fingerprint(trainer),
+        "bco_delta": float(trainer.schedule.bco_delta),
+        "bco_count": float(trainer.schedule.bco_count),
+        "layout": {
+            "world_size": torch.distributed.get_world_size(),
+            "tensor_model_parallel_size": trainer.args.tensor_model_parallel_size,
+            "pipeline_model_parallel_size": trainer.args.pipeline_model_parallel_size,
+        },
+        "versions": {
+            "fastpref": fastpref.__version__,
+            "megatron-core": megatron.core.__version__,
+            "torch": torch.__version__,
+        },
+    }
+
+
+def _fingerprint(trainer: DPOTrainer) -> dict[str, Any]:
+    """Settings that must not change when a run continues; the layout may."""
+    args = trainer.args
+    names = (
+        "seed shuffle drop_last learning_rate min_lr lr_scheduler_type weight_decay adam_beta1 adam_beta2 adam_epsilon "
+        "max_grad_norm bf16 fp16"
+    ).split()
+    loss = json.dumps(asdict(trainer.train_config), sort_keys=True)
+    return {
+        **{name: getattr(args, name) for name in names},
+        "global_batch_pairs": trainer.feed.global_batch_pairs,
+        "total_steps": trainer.feed.total_steps,
+        "warmup_steps": args.warmup_steps_of(trainer.feed.total_steps),
+        "num_train_pairs": len(trainer.feed.train_dataset),
+        "train_data_sha256": getattr(trainer.feed.train_dataset, "sha256", None),
+        "loss_sha256": hashlib.sha256(loss.encode()).hexdigest(),
+    }
+
+
+def _resume(trainer: DPOTrainer) -> int:
+    """Restores the checkpoint that the settings ask for; returns the number of steps done."""
+    wanted = trainer.args.resume_from_checkpoint
+    if wanted is None:
+        return 0
+    path = directory.resolve(checkpoint_root(trainer.args), wanted)
+    saved = state.load(path, trainer.models_wrapped, trainer.optimizer, trainer.lr_scheduler, _fingerprint(trainer))
+    trainer.schedule.bco_delta, trainer.schedule.bco_count = saved["bco_delta"], saved["bco_count"]
+    return saved["step"]
+
+
+def _save(trainer: DPOTrainer, step: int) -> None:
+    trainer.save_checkpoint(step)
+    if trainer.args.save_total_limit is not None and torch.distributed.get_rank() == 0:
+        directory.prune(checkpoint_root(trainer.args), trainer.args.save_total_limit)
+
+
+def _seed_dropout(trainer: DPOTrainer, step: int) -> None:
+    """Makes a step's dropout a function of (seed, step), as the data order is; free where nothing is dropped."""
+    config = trainer.model[0].config
+    if config.hidden_dropout or config.attention_dropout:
+        seed = trainer.args.seed + 1_000_003 * (step + 1) + 101 * parallel_state.get_data_parallel_rank()
+        torch.manual_seed(seed)
+        tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def _is_due(done: int, interval: int | None) -> bool:
+    return interval is not None and done % interval == 0
+
+
+def _log(trainer: DPOTrainer, reporter: RunReporter, step: int, metrics: dict[str, float]) -> dict[str, float]:
+    trainer.log_history.append({"step": step, **metrics})
+    reporter.log(step, metrics)
+    return metrics
+
+
+class _Window:
+    """Metrics of the steps since the last log, with their throughput."""
+
+    def __init__(self, trainer: DPOTrainer) -> None:
+        self._trainer = trainer
+        self._metrics = MetricWindow(trainer.metrics_keys)
+        self._steps: list[StepResult] = []
+        self._start = time.perf_counter()
+        self._active = 0.0
+
+    def add(self, result: StepResult) -> None:
+        """Adds one finished step; its microbatches are released."""
+        self._metrics.add(result.batches, result.results)
+        self._steps.append(result.without_tensors())
+        self._active = time.perf_counter() - self._start
+
+    def restart_clock(self) -> None:
+        """Leaves the time since the last step (evaluation, saving) out of the throughput."""
+        self._start = time.perf_counter() - self._active
+
+    def close(self, done: int) -> dict[str, float]:
+        """Metrics of the window; then starts the next one."""
+        metrics, totals = self._metrics.reduce()
+        steps, seconds = self._steps, max(self._active, 1e-9)
+        norms = [step.grad_norm for step in steps if step.grad_norm is not None]
+        if norms:
+            metrics["grad_norm"] = sum(norms) / len(norms)
+        if self._trainer.args.log_num_zeros_in_grad:
+            metrics["num_zeros_in_grad"] = float(steps[-1].num_zeros_in_grad or 0)
+        metrics |= {
+            "lr": steps[-1].learning_rate,
+            "skipped_iter": float(sum(step.skipped_iter for step in steps)),
+            "epoch": done / self._trainer.feed.sampler.steps_per_epoch,
+            "perf/pairs_per_second": totals["pairs"] / seconds,
+            "perf/tokens_per_second": totals["real"] / seconds,
+            "perf/response_tokens_per_second": totals["response"] / seconds,
+            "perf/padded_tokens_per_second": totals["padded"] / seconds,
+            "perf/response_fraction": totals["response"] / totals["padded"],
+            "perf/padding_fraction": 1.0 - totals["real"] / totals["padded"],
+            "perf/seconds_per_step": seconds / len(steps),
+            "memory/peak_gib": _peak_gib(),
+        }
+        self._steps, self._start, self._active = [], time.perf_counter(), 0.0
+        return metrics
+
+
+def _peak_gib() -> float:
+    """Peak memory of this rank since its start: of the GPU, or the resident set on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+

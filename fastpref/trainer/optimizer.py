@@ -1,0 +1,125 @@
+"""Megatron's DDP, optimizer and scheduler around the model chunks, and the guard in front of every update."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import Float16Module
+
+from fastpref.errors import ConfigError
+from fastpref.trainer.arguments import TrainingArguments
+from fastpref.trainer.head import unwrap
+
+
+def params_dtype(args: TrainingArguments) -> torch.dtype:
+    """The dtype of parameters and activations."""
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+
+
+def to_precision(models: Sequence[torch.nn.Module], args: TrainingArguments) -> list[torch.nn.Module]:
+    """Wraps bare `GPTModel` chunks for half precision; leaves fp32 and already wrapped chunks as they are.
+
+    Raises:
+        ConfigError: a chunk was built for another dtype than `args` asks for.
+    """
+    dtype, wrapped = params_dtype(args), []
+    for model in models:
+        config = unwrap(model).config
+        if config.params_dtype != dtype:
+            raise ConfigError(
+                f"the model was built with params_dtype={config.params_dtype} but the run asks for {dtype}; "
+                "set bf16 / fp16 in TrainingArguments to match"
+            )
+        bare = isinstance(model, GPTModel)
+        wrapped.append(Float16Module(config, model) if bare and dtype != torch.float32 else model)
+    return wrapped
+
+
+def wrap_for_training(models: Sequence[torch.nn.Module], args: TrainingArguments) -> list[DistributedDataParallel]:
+    """Wraps chunks in Megatron's DDP; chunks that a caller wrapped already pass through."""
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=args.overlap_grad_reduce,
+        use_distributed_optimizer=args.use_distributed_optimizer,
+    )
+    wrapped = []
+    for index, model in enumerate(models):
+        if isinstance(model, DistributedDataParallel):
+            if model.ddp_config.use_distributed_optimizer != args.use_distributed_optimizer:
+                raise ConfigError("use_distributed_optimizer differs between TrainingArguments and the given DDP chunks")
+            wrapped.append(model)
+            continue
+        (model,) = to_precision([model], args)
+        config = unwrap(model).config
+        # Later chunks communicate under computation anyway; bucketing them only adds launches.
+        wrapped.append(DistributedDataParallel(config, ddp_config, model, disable_bucketing=index > 0))
+    return wrapped
+
+
+def build_optimizer(models: Sequence[DistributedDataParallel], args: TrainingArguments) -> MegatronOptimizer:
+    """AdamW over the chunks' parameters, and the schedule hooks that need it."""
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=args.learning_rate,
+        min_lr=args.min_lr,
+        weight_decay=args.weight_decay,
+        adam_beta1=args.adam_beta1,
+        adam_beta2=args.adam_beta2,
+        adam_eps=args.adam_epsilon,
+        bf16=args.bf16,
+        fp16=args.fp16,
+        params_dtype=params_dtype(args),
+        use_distributed_optimizer=args.use_distributed_optimizer,
+        # Megatron measures the norm only where it clips; an infinite limit measures and never clips.
+        clip_grad=args.max_grad_norm or float("inf"),
+        log_num_zeros_in_grad=args.log_num_zeros_in_grad,
+    )
+    optimizer = get_megatron_optimizer(config, list(models))
+    model_config = unwrap(models[0]).config
+    model_config.grad_scale_func = optimizer.scale_loss
+    model_config.finalize_model_grads_func = finalize_model_grads
+    no_sync, start_sync = [model.no_sync for model in models], [model.start_grad_sync for model in models]
+    model_config.no_sync_func = no_sync[0] if len(models) == 1 else no_sync
+    if args.overlap_grad_reduce:
+        model_config.grad_sync_func = start_sync[0] if len(models) == 1 else start_sync
+    return optimizer
+
+
+def build_scheduler(optimizer: MegatronOptimizer, args: TrainingArguments, total_steps: int) -> OptimizerParamScheduler:
+    """Megatron's learning-rate schedule over `total_steps` updates.
+
+    Raises:
+        ConfigError: the warm-up is as long as the run.
+    """
+    warmup = args.warmup_steps_of(total_steps)
+    if warmup >= total_steps:
+        raise ConfigError(
+            f"warm-up takes {warmup} of {total_steps} steps; lower warmup_steps or warmup_ratio, or train longer"
+        )
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=args.learning_rate,
+        min_lr=args.min_lr,
+        lr_warmup_steps=warmup,
+        lr_decay_steps=total_steps,
+        lr_decay_style=args.lr_scheduler_type,
+        start_wd=args.weight_decay,
+        end_wd=args.weight_decay,
+        wd_incr_steps=total_steps,
+        wd_incr_style="constant",
+    )
+
+
+def gradients_are_finite(models: Sequence[DistributedDataParallel]) -> bool:
+    """Whether the fp32 norm of every gradient buffer of this rank is finite; costs one pass over the gradients."""
+    buffers = [buffer for model in models for buffer in (*model.buffers, *model.expert_parallel_buffers)]
+    if not buffers:
+        return True
+    norms = torch.stack([torch.linalg.vector_norm(buffer.grad_data, dtype=torch.float32) for buffer in buffers])
+    return bool(torch.isfinite(norms).all())

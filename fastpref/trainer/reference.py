@@ -1,0 +1,88 @@
+"""The frozen reference model: where it comes from and how its log-probs reach a step."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+
+from fastpref.errors import ConfigError
+from fastpref.losses import DPOConfig
+from fastpref.trainer.arguments import TrainingArguments
+from fastpref.trainer.batch import Microbatch
+from fastpref.trainer.head import install_heads, unwrap
+from fastpref.trainer.optimizer import to_precision
+from fastpref.trainer.step import PreferenceSchedule, with_reference
+
+
+class ReferenceModel:
+    """Scores microbatches under frozen weights, with the same fused forward as the policy's.
+
+    Args:
+        models: chunks of the reference, not wrapped in DDP; their parameters are frozen and they stay in eval mode.
+        config: the preference loss.
+        args: the run's settings (precision).
+    """
+
+    def __init__(self, models: Sequence[torch.nn.Module], config: DPOConfig, args: TrainingArguments) -> None:
+        install_heads(models)
+        self.models = to_precision(models, args)
+        for model in self.models:
+            model.eval().requires_grad_(False)
+        self._schedule = PreferenceSchedule(config)
+
+    def attach(self, batches: Sequence[Microbatch]) -> list[Microbatch]:
+        """Returns the microbatches with their reference sums, known on the last pipeline stage only."""
+        with torch.no_grad():
+            return with_reference(batches, self._schedule.score(self.models, batches))
+
+
+def build_reference(
+    policy: Sequence[torch.nn.Module],
+    ref_model: Sequence[torch.nn.Module] | None,
+    config: DPOConfig,
+    args: TrainingArguments,
+) -> ReferenceModel | None:
+    """The reference that `config` needs: the given one, or a copy of the policy as it is now.
+
+    Args:
+        policy: bare chunks of the policy.
+        ref_model: chunks of the reference, or None for the copy.
+        config: the preference loss.
+        args: the run's settings.
+
+    Raises:
+        ConfigError: a reference is given to a reference-free loss, or its chunks do not match the policy's.
+    """
+    if not config.use_ref_model:
+        if ref_model is not None:
+            raise ConfigError(
+                f"pref_loss {' + '.join(config.loss_names)} reads no reference, but a reference model was given; "
+                "leave it out or choose another loss"
+            )
+        return None
+    if ref_model is None:
+        return ReferenceModel([_frozen_copy(unwrap(model)) for model in policy], config, args)
+    if len(ref_model) != len(policy):
+        raise ConfigError(
+            f"ref_model has {len(ref_model)} chunks on this rank and the policy has {len(policy)}; build both alike"
+        )
+    return ReferenceModel(ref_model, config, args)
+
+
+def _frozen_copy(model: torch.nn.Module) -> torch.nn.Module:
+    """A copy of a model chunk that shares what cannot be copied: its configuration and process groups."""
+    memo: dict[int, object] = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, torch.distributed.ProcessGroup) or value is model.config:
+                memo[id(value)] = value
+            if type(value).__name__ == "ProcessGroupCollection":
+                memo[id(value)] = value
+    duplicate = copy.deepcopy(model, memo)
+    # A schedule reads hooks of gradient reduction from the configuration; the reference must not run the policy's.
+    config = copy.copy(model.config)
+    config.no_sync_func = config.grad_sync_func = config.grad_scale_func = config.finalize_model_grads_func = None
+    duplicate.config = config
+    return duplicate

@@ -1,0 +1,70 @@
+"""`RunConfig`: the whole of a run, one section per owner; the YAML file of `fastpref train` has the same shape."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastpref.data import DataConfig
+from fastpref.errors import ConfigError
+from fastpref.losses import DPOConfig
+from fastpref.trainer.arguments import TrainingArguments
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The policy: a Hugging Face model directory, or random weights of a given architecture."""
+
+    path: str | None = None
+    """Directory with `config.json` and safetensors weights (llama, mistral, qwen2, qwen3)."""
+    config: Mapping[str, Any] | None = None
+    """Contents of a `config.json`, for random weights drawn from `training.seed`; excludes `path`."""
+    tokenizer: str | None = None
+    """Tokenizer directory; None takes `path`."""
+
+    def __post_init__(self) -> None:
+        if (self.path is None) == (self.config is None):
+            raise ConfigError("model needs exactly one of path (trained weights) and config (random weights)")
+        if self.tokenizer is None and self.path is None:
+            raise ConfigError("model.tokenizer must be set when the model is built from model.config")
+
+    @property
+    def tokenizer_path(self) -> str:
+        """Directory of the tokenizer."""
+        return self.tokenizer or self.path or ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceConfig:
+    """The frozen reference of losses that read one."""
+
+    path: str | None = None
+    """Model directory with the policy's architecture; None starts from the policy's own first weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that `fastpref train` needs.
+
+    Raises:
+        ConfigError: sections that do not fit each other.
+    """
+
+    model: ModelConfig
+    """The policy."""
+    data: DataConfig
+    """Training and evaluation pairs, templates and truncation."""
+    loss: DPOConfig = field(default_factory=DPOConfig)
+    """The preference loss and its options."""
+    reference: ReferenceConfig | None = None
+    """The reference; None takes the policy's first weights where the loss reads one."""
+    training: TrainingArguments = field(default_factory=TrainingArguments)
+    """Optimisation, precision, parallel layout, logging and saving."""
+
+    def __post_init__(self) -> None:
+        if self.reference is not None and not self.loss.use_ref_model:
+            raise ConfigError(
+                f"reference is given, but pref_loss {' + '.join(self.loss.loss_names)} reads none; "
+                "remove the section or choose another loss"
+            )

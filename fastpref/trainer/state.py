@@ -1,0 +1,98 @@
+"""Saving and resuming a run: Megatron's distributed checkpoint inside a directory that is published by rename.
+
+Data order and dropout streams are functions of (seed, step), so a checkpoint holds weights, optimizer state, the
+schedule's position and a few numbers; nothing about readers or generators needs to be restored.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from fastpref.checkpoint import directory
+from fastpref.errors import CheckpointError
+from fastpref.trainer.head import unwrap
+
+# The optimizer's shards are stored by parameter, so that any layout can read them.
+_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+def save(
+    root: Path,
+    models: Sequence[DistributedDataParallel],
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+    state: Mapping[str, Any],
+) -> Path:
+    """Saves after `state["step"]` optimizer steps; every rank calls it.
+
+    Returns:
+        The finished checkpoint's directory; an existing one of the same step is left as it is.
+    """
+    final = directory.step_directory(root, state["step"])
+    names = [f"{final.name}.tmp-{uuid.uuid4().hex[:8]}" if not final.exists() else None]
+    torch.distributed.broadcast_object_list(names, src=0)
+    if names[0] is None:
+        return final
+    temporary = root / names[0]
+    if torch.distributed.get_rank() == 0:
+        temporary.mkdir(parents=True)
+    torch.distributed.barrier()
+    payload = {**_sharded_state(models, optimizer, is_loading=False), "scheduler": scheduler.state_dict()}
+    dist_checkpointing.save(payload, str(temporary))
+    torch.distributed.barrier()
+    if torch.distributed.get_rank() == 0:
+        directory.publish(temporary, final, state)
+    torch.distributed.barrier()
+    return final
+
+
+def load(
+    path: Path,
+    models: Sequence[DistributedDataParallel],
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+    fingerprint: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Restores a checkpoint in place and returns its `state.json`.
+
+    Args:
+        path: a finished checkpoint's directory.
+        models: chunks to fill.
+        optimizer: optimizer to fill.
+        scheduler: schedule to put in position.
+        fingerprint: settings that decide what the run computes; they must equal the saved ones.
+
+    Raises:
+        CheckpointError: unreadable, or saved by a run with other settings; the message lists both values.
+    """
+    state = directory.read_state(path)
+    saved = state.get("fingerprint", {})
+    differing = [key for key in sorted({*saved, *fingerprint}) if saved.get(key) != fingerprint.get(key)]
+    if differing:
+        lines = "; ".join(f"{key}: saved {saved.get(key)!r}, now {fingerprint.get(key)!r}" for key in differing)
+        raise CheckpointError(f"{path} belongs to another run: {lines}. Use the saved settings or start a new run")
+    payload = {**_sharded_state(models, optimizer, is_loading=True), "scheduler": scheduler.state_dict()}
+    with torch.no_grad():
+        loaded = dist_checkpointing.load(payload, str(path))
+        for index, model in enumerate(models):
+            unwrap(model).load_state_dict(loaded[f"model{index}"])
+        optimizer.load_state_dict(loaded["optimizer"])
+    scheduler.load_state_dict(loaded["scheduler"])
+    return state
+
+
+def _sharded_state(
+    models: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer, *, is_loading: bool
+) -> dict[str, Any]:
+    metadata = {**_METADATA, "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    chunks = {f"model{i}": unwrap(model).sharded_state_dict(metadata=metadata) for i, model in enumerate(models)}
+    return {**chunks, "optimizer": optimizer.sharded_state_dict(chunks, is_loading=is_loading, metadata=metadata)}
