@@ -1,0 +1,1 @@
+"""Files of a run: training checkpoints and Hugging Face model directories."""

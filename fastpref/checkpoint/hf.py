@@ -1,0 +1,286 @@
+"""Hugging Face model directories: `config.json` and safetensors files, in and out, never a pickle.
+
+Reading trusts nothing: file names from an index stay inside the directory, headers are checked before any
+tensor is touched, and code that a directory brings along is refused. Writing needs memory for one tensor:
+the directory fills under a temporary name and appears under its own when it is complete.
+
+Format: https://huggingface.co/docs/safetensors
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, NoReturn
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fastpref.checkpoint.headers import TensorInfo, TensorSpec, encode_header, listed, read_header, read_json, refuse
+from fastpref.errors import CheckpointError
+
+CONFIG_FILE = "config.json"
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+# Everything that a tokenizer needs and that is text; never Python files.
+COMPANION_FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+)
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors")
+
+
+class ModelDirectory:
+    """A model directory open for reading.
+
+    Attributes:
+        path: the directory.
+        config: the contents of `config.json`.
+        tensors: every tensor of the model by name.
+
+    Args:
+        path: a directory with `config.json` and either `model.safetensors` or an index with its shards.
+
+    Raises:
+        CheckpointError: it is incomplete, holds only pickled weights, wants to run code of its own, or a
+            header does not describe its file.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = read_config(self.path)
+        self.tensors: dict[str, TensorInfo] = {}
+        self._open_files: dict[Path, Any] = {}
+        for file in self._weight_files():
+            for name, info in read_header(file).items():
+                if name in self.tensors:
+                    refuse(file, f"tensor {name!r} is also in {self.tensors[name].path.name}")
+                self.tensors[name] = info
+        self._check_index()
+
+    def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
+        """Read a slice of a tensor; only the bytes of the slice are copied.
+
+        Args:
+            name: a key of `tensors`.
+            dim: 0 or 1, the dimension to slice.
+            start: first index in `dim`.
+            stop: index after the last in `dim`; None for the end.
+
+        Returns:
+            The slice on the CPU in the file's dtype.
+        """
+        file = self.tensors[name].path
+        if file not in self._open_files:
+            try:
+                self._open_files[file] = safe_open(file, framework="pt")
+            except SafetensorError as error:
+                raise CheckpointError(f"{file}: not a valid safetensors file: {error}; copy it again") from error
+        view = self._open_files[file].get_slice(name)
+        return view[start:stop] if dim == 0 else view[:, start:stop]
+
+    def _weight_files(self) -> list[Path]:
+        single, index = self.path / SINGLE_FILE, self.path / INDEX_FILE
+        if single.is_file() and index.is_file():
+            refuse(self.path, f"holds both {SINGLE_FILE} and {INDEX_FILE}; remove the one that is out of date")
+        if single.is_file():
+            return [single]
+        if not index.is_file():
+            _refuse_without_weights(self.path)
+        files = [self.path / name for name in sorted(set(self._weight_map().values()))]
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            refuse(index, f"names files that do not exist: {listed(missing)}; download them")
+        return files
+
+    def _weight_map(self) -> dict[str, str]:
+        index = self.path / INDEX_FILE
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            refuse(index, "`weight_map` must map tensor names to file names")
+        for name, file in weight_map.items():
+            if not isinstance(file, str) or not _SAFE_NAME.fullmatch(file):
+                refuse(index, f"maps {name!r} to {file!r}; only .safetensors files beside the index are read")
+        return weight_map
+
+    def _check_index(self) -> None:
+        # `metadata.total_size` is not compared: many writers get it wrong.
+        if not (self.path / INDEX_FILE).is_file():
+            return
+        weight_map = self._weight_map()
+        found = {name: info.path.name for name, info in self.tensors.items()}
+        wrong = sorted(name for name in {*weight_map, *found} if weight_map.get(name) != found.get(name))
+        if wrong:
+            lines = [f"{name} (index: {weight_map.get(name)}, found in: {found.get(name)})" for name in wrong]
+            refuse(self.path / INDEX_FILE, f"does not fit its files: {listed(lines)}; write or download it again")
+
+
+class ModelWriter:
+    """Writes a model directory tensor by tensor; use as a context manager.
+
+    The directory gets its name when the block ends without an error; before that, and after an error, nothing
+    is visible there. Files have the mode that the umask asks for.
+
+    Args:
+        path: the new directory; it must not exist, or be empty.
+        specs: all tensors in the order in which they will be written.
+        config: contents of `config.json`.
+        companions: directory to copy tokenizer files and `generation_config.json` from, if they exist there.
+        max_shard_bytes: a new file starts before this size is passed; one tensor may be larger.
+
+    Raises:
+        CheckpointError: `path` exists and is not empty, or a tensor differs from its spec.
+        OSError: the disk is full or the directory cannot be written.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        specs: Sequence[TensorSpec],
+        config: dict[str, Any],
+        companions: str | Path | None = None,
+        max_shard_bytes: int = 5_000_000_000,
+    ) -> None:
+        self.path = Path(os.path.abspath(path))
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise CheckpointError(f"{self.path} exists and is not empty; choose a new directory or remove it first")
+        self._shards = _plan_shards(specs, max_shard_bytes)
+        self._config, self._companions = config, companions
+        self._queue = [(number, spec) for number, shard in enumerate(self._shards) for spec in shard]
+        self._position = 0
+        self._file: BinaryIO | None = None
+        self._temporary = self.path.with_name(f"{self.path.name}.tmp-{uuid.uuid4().hex[:12]}")
+
+    def __enter__(self) -> ModelWriter:
+        """Create the temporary directory."""
+        self._temporary.mkdir(parents=True)
+        return self
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Append the next tensor of `specs`, from any device."""
+        number, spec = self._queue[self._position] if self._position < len(self._queue) else (-1, None)
+        if spec != TensorSpec(name, tensor.dtype, tuple(tensor.shape)):
+            raise CheckpointError(f"tensor {name} {tensor.dtype} {tuple(tensor.shape)} was written, expected {spec}")
+        if self._position == 0 or self._queue[self._position - 1][0] != number:
+            self._close_shard()
+            self._file = open(self._temporary / self._shard_name(number), "xb")  # noqa: SIM115  (open until the shard is full)
+            self._file.write(encode_header(self._shards[number]))
+        assert self._file is not None
+        self._file.write(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data)
+        self._position += 1
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Publish the directory, or remove what was written after an error."""
+        try:
+            if kind is None:
+                self._publish()
+        finally:
+            if self._file is not None:
+                self._file.close()
+            shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def _publish(self) -> None:
+        if self._position != len(self._queue):
+            raise CheckpointError(f"{len(self._queue) - self._position} tensors of {self.path} were never written")
+        self._close_shard()
+        if len(self._shards) > 1:
+            weight_map = {spec.name: self._shard_name(number) for number, spec in self._queue}
+            total = sum(spec.num_bytes for _, spec in self._queue)
+            self._write_json(INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        for name in COMPANION_FILES:
+            if self._companions is not None and (source := Path(self._companions) / name).is_file():
+                self._write_bytes(name, source.read_bytes())
+        self._write_json(CONFIG_FILE, self._config)
+        _sync_directory(self._temporary)
+        os.replace(self._temporary, self.path)
+        _sync_directory(self.path.parent)
+
+    def _shard_name(self, number: int) -> str:
+        if len(self._shards) == 1:
+            return SINGLE_FILE
+        return f"model-{number + 1:05d}-of-{len(self._shards):05d}.safetensors"
+
+    def _close_shard(self) -> None:
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._file = None
+
+    def _write_json(self, name: str, content: dict[str, Any]) -> None:
+        self._write_bytes(name, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
+
+    def _write_bytes(self, name: str, content: bytes) -> None:
+        with open(self._temporary / name, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def read_config(directory: str | Path) -> dict[str, Any]:
+    """Read the `config.json` of a model directory.
+
+    Raises:
+        CheckpointError: there is none, it is no JSON object, or it asks for code of its own (`auto_map`).
+    """
+    path = Path(directory) / CONFIG_FILE
+    if not Path(directory).is_dir():
+        raise CheckpointError(f"{directory} is not a directory; pass a local model directory with {CONFIG_FILE}")
+    if not path.is_file():
+        raise CheckpointError(f"{directory} has no {CONFIG_FILE}; pass a Hugging Face model directory")
+    config = read_json(path)
+    if config.get("auto_map"):
+        refuse(
+            path, f"`auto_map` asks for Python code of the model's own ({config['auto_map']}), which never runs here"
+        )
+    return config
+
+
+def _plan_shards(specs: Sequence[TensorSpec], max_shard_bytes: int) -> list[list[TensorSpec]]:
+    shards: list[list[TensorSpec]] = [[]]
+    size = 0
+    for spec in specs:
+        if shards[-1] and size + spec.num_bytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(spec)
+        size += spec.num_bytes
+    return shards
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _refuse_without_weights(directory: Path) -> NoReturn:
+    found = sorted(file.name for file in directory.iterdir())
+    pickles = [name for name in found if name.endswith(_PICKLES)]
+    if pickles:
+        refuse(
+            directory,
+            f"holds its weights as pickles ({listed(pickles)}), which can run any code when loaded; convert them in a "
+            "sandbox with transformers' `save_pretrained` and load the safetensors files",
+        )
+    refuse(directory, f"has neither {SINGLE_FILE} nor {INDEX_FILE}, found: {listed(found) or 'nothing'}")
