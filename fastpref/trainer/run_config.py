@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastpref.data import DataConfig
+from fastpref.data.config import DataConfig
 from fastpref.errors import ConfigError
 from fastpref.losses import DPOConfig
 from fastpref.trainer.arguments import TrainingArguments

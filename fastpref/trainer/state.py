@@ -6,6 +6,7 @@ schedule's position and a few numbers; nothing about readers or generators needs
 
 from __future__ import annotations
 
+import queue
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -47,6 +49,9 @@ def save(
         temporary.mkdir(parents=True)
     torch.distributed.barrier()
     payload = {**_sharded_state(models, optimizer, is_loading=False), "scheduler": scheduler.state_dict()}
+    # Megatron would start a manager process for this queue, which re-imports the caller's script; a save that waits
+    # for its writers needs no queue that other processes can reach.
+    filesystem_async._results_queue = queue.Queue()
     dist_checkpointing.save(payload, str(temporary))
     torch.distributed.barrier()
     if torch.distributed.get_rank() == 0:

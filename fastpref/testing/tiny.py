@@ -1,0 +1,67 @@
+"""Small preference pairs and a small stock Megatron model, for tests of the trainer."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer import TransformerConfig
+
+from fastpref.data import TokenizedPair
+
+VOCAB_SIZE = 64
+
+
+def tiny_pairs(num_pairs: int, seed: int = 0, vocab_size: int = VOCAB_SIZE) -> list[TokenizedPair]:
+    """Random pairs with prompts of 2-6 and answers of 1-9 tokens."""
+    rng = random.Random(seed)
+    pairs = []
+    for pair_id in range(num_pairs):
+        prompt = [rng.randrange(vocab_size) for _ in range(rng.randint(2, 6))]
+        sides = {}
+        for side in ("chosen", "rejected"):
+            answer = [rng.randrange(vocab_size) for _ in range(rng.randint(1, 9))]
+            sides[f"{side}_input_ids"] = prompt + answer
+            sides[f"{side}_labels"] = [-100] * len(prompt) + answer
+        pairs.append(TokenizedPair(pair_id=pair_id, source=f"tiny:{pair_id}", **sides))
+    return pairs
+
+
+def stock_model(seed: int = 0, **overrides: object) -> list[GPTModel]:
+    """One `GPTModel` as a Megatron user would build it: stock local layers, nothing of this library.
+
+    Args:
+        seed: of the initial weights.
+        overrides: fields of `TransformerConfig`.
+    """
+    settings = {
+        "num_layers": 2,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "num_query_groups": 2,
+        "ffn_hidden_size": 64,
+        "normalization": "RMSNorm",
+        "add_bias_linear": False,
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "bias_dropout_fusion": False,
+        "bias_activation_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "masked_softmax_fusion": False,
+        "use_cpu_initialization": True,
+    }
+    torch.manual_seed(seed)
+    model = GPTModel(
+        config=TransformerConfig(**(settings | overrides)),
+        transformer_layer_spec=get_gpt_layer_local_spec(normalization="RMSNorm"),
+        vocab_size=VOCAB_SIZE,
+        max_sequence_length=64,
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=False,
+        parallel_output=True,
+    )
+    return [model]
