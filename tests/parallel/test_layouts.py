@@ -1,0 +1,161 @@
+"""Every layout of ranks trains like one process: losses, log-probs, gradient norms and final parameters."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastpref.testing.tiny import tiny_pairs
+from fastpref.testing.workers import RankPool
+from fastpref.trainer import DPOConfig, DPOTrainer, TrainingArguments, initialize_megatron, load_models, save_hf
+from fastpref.trainer.model import ModelOptions
+from fastpref.trainer.platform import destroy
+
+POLICY = Path(__file__).resolve().parents[1] / "golden" / "policy_init"
+REFERENCE = POLICY.parent / "reference_init"
+PAIRS = tiny_pairs(22, seed=11)
+STEPS = 3
+
+
+@dataclass(frozen=True)
+class Layout:
+    tp: int = 1
+    pp: int = 1
+    sp: bool = False
+    distributed_optimizer: bool = False
+
+
+def train(layout: Layout, dp: int, loss: DPOConfig, output_dir: str, pairs_per_microbatch: int = 2) -> list[dict]:
+    """Three steps of 8 pairs on this rank; returns the log. The global batch is the same for every layout."""
+    args = TrainingArguments(
+        output_dir=output_dir,
+        per_device_train_batch_size=pairs_per_microbatch,
+        gradient_accumulation_steps=8 // pairs_per_microbatch // dp,
+        learning_rate=5e-3,
+        max_steps=STEPS,
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        sequence_parallel=layout.sp,
+        use_distributed_optimizer=layout.distributed_optimizer,
+        logging_steps=1,
+        report_to=(),
+        disable_progress=True,
+        save_on_end=False,
+        log_token_stats=True,
+        log_num_zeros_in_grad=True,
+    )
+    initialize_megatron(args)
+    try:
+        options = ModelOptions(sequence_parallel=layout.sp)
+        reference = load_models(REFERENCE, options=options) if loss.use_ref_model else None
+        trainer = DPOTrainer(
+            load_models(POLICY, options=options),
+            loss,
+            reference,
+            args,
+            train_dataset=PAIRS,
+            eval_dataset=PAIRS[:7],
+        )
+        trainer.train()
+        save_hf(trainer.model, output_dir + "/hf", POLICY)
+        return trainer.log_history
+    finally:
+        destroy()
+
+
+def exported(directory: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return {name: tensor for path in directory.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def assert_same_run(log: list[dict], expected: list[dict], directory: Path, expected_directory: Path) -> None:
+    assert len(log) == len(expected) == STEPS + 1
+    for ours, theirs in zip(log, expected, strict=True):
+        assert set(ours) == set(theirs)
+        for name, value in theirs.items():
+            if not name.startswith(("perf/", "memory/")):
+                # fp32 sums in another order; log-ratios near zero carry the absolute noise of sums near 30
+                assert ours[name] == pytest.approx(value, rel=2e-5, abs=2e-6), f"step {ours['step']}: {name}"
+    ours, theirs = exported(directory / "hf"), exported(expected_directory / "hf")
+    assert set(ours) == set(theirs)
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+
+
+LOSSES = {
+    "dpo": DPOConfig(),
+    "orpo": DPOConfig(pref_loss="orpo"),
+    "ipo+sft": DPOConfig(pref_loss=("ipo", "sft"), loss_weights=(1.0, 0.2)),
+}
+LAYOUTS = {
+    "dp2": (Layout(), 2),
+    "dp2-distributed-optimizer": (Layout(distributed_optimizer=True), 2),
+    "tp2": (Layout(tp=2), 1),
+    "tp2-sp": (Layout(tp=2, sp=True), 1),
+    "pp2": (Layout(pp=2), 1),
+}
+
+
+@pytest.fixture(scope="module", params=LOSSES)
+def single(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+    directory = tmp_path_factory.mktemp("single")
+    config = LOSSES[request.param]
+    return config, train(Layout(), 1, config, str(directory)), directory
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_two_ranks_train_like_one(rank_pool_2: RankPool, single, tmp_path: Path, name: str) -> None:
+    config, expected, directory = single
+    layout, dp = LAYOUTS[name]
+    logs = rank_pool_2.run(train, layout, dp, config, str(tmp_path))
+    assert_same_run(logs[0], expected, tmp_path, directory)
+    timing = ("perf/", "memory/")
+    keep = [[{k: v for k, v in r.items() if not k.startswith(timing)} for r in log] for log in logs]
+    assert keep[0] == keep[1]  # every rank sees the same metrics
+
+
+@pytest.mark.parametrize("layout", [Layout(tp=2, pp=2), Layout(tp=2, sp=True)], ids=["tp2-pp2", "tp2-sp-dp2"])
+def test_four_ranks_train_like_one(rank_pool_4: RankPool, tmp_path: Path, layout: Layout) -> None:
+    expected = train(Layout(), 1, LOSSES["dpo"], str(tmp_path / "single"))
+    dp = 4 // (layout.tp * layout.pp)
+    logs = rank_pool_4.run(train, layout, dp, LOSSES["dpo"], str(tmp_path / "four"))
+    assert_same_run(logs[0], expected, tmp_path / "four", tmp_path / "single")
+
+
+def test_microbatch_size_does_not_change_the_run(tmp_path: Path) -> None:
+    config = LOSSES["ipo+sft"]
+    expected = train(Layout(), 1, config, str(tmp_path / "two"))
+    log = train(Layout(), 1, config, str(tmp_path / "eight"), 8)
+    assert_same_run(log, expected, tmp_path / "eight", tmp_path / "two")
+
+
+def test_aot_sorts_over_all_ranks(rank_pool_2: RankPool, tmp_path: Path) -> None:
+    logs = rank_pool_2.run(train_aot, 2, str(tmp_path / "two"))
+    expected = train_aot(1, str(tmp_path / "one"))
+    for ours, theirs in zip(logs[0], expected, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-5)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=2e-5)
+
+
+def train_aot(dp: int, output_dir: str) -> list[dict]:
+    args = TrainingArguments(
+        output_dir=output_dir,
+        per_device_train_batch_size=8 // dp,
+        drop_last=True,
+        learning_rate=5e-3,
+        max_steps=STEPS,
+        logging_steps=1,
+        report_to=(),
+        disable_progress=True,
+        save_on_end=False,
+    )
+    initialize_megatron(args)
+    try:
+        reference = load_models(REFERENCE)
+        trainer = DPOTrainer(load_models(POLICY), DPOConfig(pref_loss="aot"), reference, args, train_dataset=PAIRS)
+        trainer.train()
+        return trainer.log_history
+    finally:
+        destroy()
