@@ -1,0 +1,86 @@
+"""The table: every Megatron parameter of a model, the file tensors behind it, and their order in the files."""
+
+from __future__ import annotations
+
+import re
+
+from fastpref.trainer.bridge.architecture import Architecture
+from fastpref.trainer.bridge.layouts import Columns, GateUp, Layout, QueryKeyValue, Replicated, VocabRows
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# Rotary tables that older files carry along; they follow from config.json.
+DERIVED_TENSOR = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+# Transformer Engine keeps a norm inside the linear layer that follows it.
+_FUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+
+
+def parameter_table(arch: Architecture) -> dict[str, Layout]:
+    """List the parameters of the whole model.
+
+    Returns:
+        Megatron name (local layer spec, layers counted over the whole model) -> layout, in the order of the
+        model's files. A tied model has no `output_layer.weight`: its last pipeline stage holds a copy of the
+        embedding under that name.
+    """
+    hidden = arch.hidden_size
+    table: dict[str, Layout] = {"embedding.word_embeddings.weight": VocabRows(EMBEDDING, (arch.vocab_size, hidden))}
+    for index in range(arch.num_layers):
+        for name, layout in _layer_table(arch, f"model.layers.{index}.").items():
+            table[f"decoder.layers.{index}.{name}"] = layout
+    table["decoder.final_layernorm.weight"] = Replicated("model.norm.weight", (hidden,))
+    if not arch.tie_embeddings:
+        table["output_layer.weight"] = VocabRows(HEAD, (arch.vocab_size, hidden))
+    return table
+
+
+def _layer_table(arch: Architecture, prefix: str) -> dict[str, Layout]:
+    attention, mlp, hidden = f"{prefix}self_attn.", f"{prefix}mlp.", arch.hidden_size
+
+    def qkv(kind: str, tail: tuple[int, ...]) -> QueryKeyValue:
+        query, key, value = (f"{attention}{letter}_proj.{kind}" for letter in "qkv")
+        groups = arch.num_query_groups
+        return QueryKeyValue(query, key, value, groups, arch.num_heads // groups, arch.head_dim, tail)
+
+    table: dict[str, Layout] = {
+        "input_layernorm.weight": Replicated(f"{prefix}input_layernorm.weight", (hidden,)),
+        "self_attention.linear_qkv.weight": qkv("weight", (hidden,)),
+        "self_attention.linear_proj.weight": Columns(
+            f"{attention}o_proj.weight", (hidden, arch.num_heads * arch.head_dim)
+        ),
+        "pre_mlp_layernorm.weight": Replicated(f"{prefix}post_attention_layernorm.weight", (hidden,)),
+        "mlp.linear_fc1.weight": GateUp(
+            f"{mlp}gate_proj.weight", f"{mlp}up_proj.weight", (arch.ffn_hidden_size, hidden)
+        ),
+        "mlp.linear_fc2.weight": Columns(f"{mlp}down_proj.weight", (hidden, arch.ffn_hidden_size)),
+    }
+    if arch.qkv_bias:
+        table["self_attention.linear_qkv.bias"] = qkv("bias", ())
+    if arch.qk_norm:
+        for letter in "qk":
+            table[f"self_attention.{letter}_layernorm.weight"] = Replicated(
+                f"{attention}{letter}_norm.weight", (arch.head_dim,)
+            )
+    return table
+
+
+def file_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
+    """List the tensors of the model's files with their shapes, in file order."""
+    return {name: shape for layout in parameter_table(arch).values() for name, shape in layout.shapes.items()}
+
+
+def table_name(name: str, layer_offset: int) -> str:
+    """Translate a parameter's name in a model chunk into its name in `parameter_table`.
+
+    Args:
+        name: as in `named_parameters()`, of either layer spec.
+        layer_offset: number of the model's layers before this chunk.
+    """
+    match = _LAYER.fullmatch(name)
+    if match is None:
+        return name
+    inner = _FUSED_NORMS.get(match[2], match[2])
+    return f"decoder.layers.{int(match[1]) + layer_offset}.{inner}"
