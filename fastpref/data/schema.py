@@ -23,7 +23,9 @@ class PreferencePair:
     chosen: str | list[Message]
     rejected: str | list[Message]
     weight: float = 1.0
-    """Share of this pair in the loss, relative to the other pairs; finite and above 0."""
+    """Share of this pair in the loss, relative to the other pairs; above 0."""
+    tools: list[Any] | None = None
+    """Tool descriptions for the chat template."""
     path: str
     """File that the pair was read from."""
     line: int
