@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .inputs import LossContext, PairLogps
-from .numerics import divergence_score, log_odds, smoothed_logistic
+from .numerics import MAX_EXPONENT, divergence_score, log_odds, smoothed_logistic
 
 if TYPE_CHECKING:
     from .config import DPOConfig
@@ -50,10 +50,12 @@ def filled(value: float | None) -> float:
     return value
 
 
-def _scores(config: DPOConfig, logps: PairLogps) -> tuple[Tensor, Tensor]:
-    chosen, rejected = log_ratios(logps)
-    kind, alpha = config.f_divergence, config.f_alpha
-    return divergence_score(chosen, kind, alpha), divergence_score(rejected, kind, alpha)
+def _scores(config: DPOConfig, logps: PairLogps, max_exponent: float = MAX_EXPONENT) -> tuple[Tensor, Tensor]:
+    chosen, rejected = (
+        divergence_score(log_ratio, config.f_divergence, config.f_alpha, max_exponent)
+        for log_ratio in log_ratios(logps)
+    )
+    return chosen, rejected
 
 
 def _margin(config: DPOConfig, logps: PairLogps) -> Tensor:
@@ -66,11 +68,6 @@ def _rewards(config: DPOConfig, logps: PairLogps) -> tuple[Tensor, Tensor]:
     return config.beta * chosen, config.beta * rejected
 
 
-def _normalised_scores(config: DPOConfig, logps: PairLogps) -> tuple[Tensor, Tensor]:
-    chosen, rejected = _scores(config, logps)
-    return per_token(chosen, logps.chosen_counts), per_token(rejected, logps.rejected_counts)
-
-
 def sigmoid(config: DPOConfig, logps: PairLogps, context: LossContext) -> Tensor:
     """DPO: -(1 - ls) logsigmoid(x) - ls logsigmoid(-x). Source: Rafailov et al. 2023; Mitchell 2023 (cDPO)."""
     return smoothed_logistic(_margin(config, logps), config.label_smoothing)
@@ -78,8 +75,9 @@ def sigmoid(config: DPOConfig, logps: PairLogps, context: LossContext) -> Tensor
 
 def sigmoid_norm(config: DPOConfig, logps: PairLogps, context: LossContext) -> Tensor:
     """Length-normalised DPO: -logsigmoid(beta (r_c / n_c - r_r / n_r)). Source: Lambert et al. 2024 (Tulu 3)."""
-    chosen, rejected = _normalised_scores(config, logps)
-    return smoothed_logistic(config.beta * (chosen - rejected))
+    chosen, rejected = _scores(config, logps)
+    difference = per_token(chosen, logps.chosen_counts) - per_token(rejected, logps.rejected_counts)
+    return smoothed_logistic(config.beta * difference)
 
 
 def hinge(config: DPOConfig, logps: PairLogps, context: LossContext) -> Tensor:
@@ -89,8 +87,10 @@ def hinge(config: DPOConfig, logps: PairLogps, context: LossContext) -> Tensor:
 
 def ipo(config: DPOConfig, logps: PairLogps, context: LossContext) -> Tensor:
     """(d - 1 / (2 beta))^2, d = r_c / n_c - r_r / n_r ("mean") or r_c - r_r ("sum"). Source: Azar et al. 2023."""
-    scores = _normalised_scores if config.ipo_reduction == "mean" else _scores
-    chosen, rejected = scores(config, logps)
+    # the square of an f-divergence score must be finite too
+    chosen, rejected = _scores(config, logps, max_exponent=MAX_EXPONENT / 2)
+    if config.ipo_reduction == "mean":
+        chosen, rejected = per_token(chosen, logps.chosen_counts), per_token(rejected, logps.rejected_counts)
     return (chosen - rejected - 1 / (2 * config.beta)) ** 2
 
 

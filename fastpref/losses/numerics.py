@@ -59,7 +59,9 @@ def log_odds(mean_logps: Tensor) -> Tensor:
     return _LogOdds.apply(mean_logps)
 
 
-def divergence_score(log_ratio: Tensor, kind: str | None, alpha: float | None) -> Tensor:
+def divergence_score(
+    log_ratio: Tensor, kind: str | None, alpha: float | None, max_exponent: float = MAX_EXPONENT
+) -> Tensor:
     """Score f'(pi / pi_ref) of an f-divergence that replaces the log-ratio in a DPO-like margin.
 
     Args:
@@ -67,10 +69,11 @@ def divergence_score(log_ratio: Tensor, kind: str | None, alpha: float | None) -
         kind: "reverse_kl" (f' = log t, also None), "forward_kl" (1 - 1/t), "js" (log(2t / (t + 1))) or
             "alpha" ((t^(alpha - 1) - 1) / (alpha - 1)).
         alpha: order of the "alpha" divergence; 1 is reverse KL, 0 is forward KL.
+        max_exponent: where exponents are cut.
 
     Returns:
-        (B,) scores, 0 where policy and reference agree. Exponents are cut at MAX_EXPONENT, where the gradient
-        becomes 0: a response that far from the reference has no finite score.
+        (B,) scores, 0 where policy and reference agree. Where the exponent is cut the gradient is 0: a response that
+        far from the reference has no finite score.
 
     Source: Wang et al. 2024, "Beyond Reverse KL" (f-DPO), in the parametrisation of TRL 1.16.
     """
@@ -80,7 +83,7 @@ def divergence_score(log_ratio: Tensor, kind: str | None, alpha: float | None) -
     assert order is not None, "the alpha divergence has an order"
     if order == 1.0:
         return log_ratio
-    return torch.expm1(((order - 1.0) * log_ratio).clamp(max=MAX_EXPONENT)) / (order - 1.0)
+    return torch.expm1(((order - 1.0) * log_ratio).clamp(max=max_exponent)) / (order - 1.0)
 
 
 def weighted_sum(losses: Tensor, weights: Tensor) -> Tensor:

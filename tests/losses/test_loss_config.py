@@ -1,0 +1,238 @@
+"""DPOConfig: what it accepts, what it fills in, and that nothing is accepted and ignored."""
+
+import math
+from dataclasses import asdict, fields, replace
+
+import pytest
+
+from fastpref.errors import ConfigError
+from fastpref.losses import LOSSES, DPOConfig, expected_initial_loss
+from fastpref.losses.options import OPTIONS
+
+# a value of each option that differs from its default
+OTHER_VALUE = {
+    "label_smoothing": 0.1,
+    "orpo_nll": "prompt_and_response",
+    "simpo_gamma": 1.0,
+    "simpo_alpha": 0.2,
+    "cpo_alpha": 0.5,
+    "nll_reduction": "sequence",
+    "ipo_reduction": "sum",
+    "bco_delta": "running_mean",
+    "discopop_tau": 0.1,
+    "f_divergence": "js",
+    "f_alpha": 0.3,
+    "ld_alpha": 0.5,
+}
+# option -> losses that read it, from the definitions of the losses
+READERS = {
+    "label_smoothing": {"sigmoid", "robust", "exo_pair", "aot", "aot_unpaired", "simpo", "cpo"},
+    "orpo_nll": {"orpo"},
+    "simpo_gamma": {"simpo"},
+    "simpo_alpha": {"simpo"},
+    "cpo_alpha": {"cpo"},
+    "nll_reduction": {"simpo", "cpo", "sft"},
+    "ipo_reduction": {"ipo"},
+    "bco_delta": {"bco_pair"},
+    "discopop_tau": {"discopop"},
+    "f_divergence": {"sigmoid", "sigmoid_norm", "hinge", "ipo", "robust", "exo_pair", "discopop"},
+    "f_alpha": {"sigmoid", "sigmoid_norm", "hinge", "ipo", "robust", "exo_pair", "discopop"},
+    "ld_alpha": set(LOSSES) - {"orpo", "simpo", "cpo", "sft"},
+}
+# what makes the option of the key readable, or the loss of the key possible
+COMPANIONS = {"f_alpha": {"f_divergence": "alpha"}}
+NEEDED = {"exo_pair": {"label_smoothing": 1e-3}}
+
+
+def needed(name: str, option: str) -> dict:
+    extra = NEEDED.get(name, {}) | COMPANIONS.get(option, {})
+    if option == "nll_reduction" and name == "simpo":
+        extra["simpo_alpha"] = 0.2
+    return {key: value for key, value in extra.items() if key != option}
+
+
+def test_default_is_dpo() -> None:
+    config = DPOConfig()
+    assert (config.beta, config.pref_loss, config.label_smoothing) == (0.1, "sigmoid", 0.0)
+    assert config.loss_names == ("sigmoid",)
+    assert config.use_ref_model
+    assert not config.needs_global_batch
+    assert not config.needs_nll_mask
+    assert not config.needs_mean_nll_count
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_needs_its_name_alone(name: str) -> None:
+    config = DPOConfig(pref_loss=name, **NEEDED.get(name, {}))
+    assert config.use_ref_model == (name not in {"orpo", "simpo", "cpo", "sft"})
+    assert config.needs_global_batch == (name in {"aot", "aot_unpaired"})
+    assert config.needs_mean_nll_count == (name in {"cpo", "sft"})
+
+
+def test_every_option_has_an_entry_here() -> None:
+    own = {field.name for field in fields(DPOConfig)} - {"beta", "pref_loss", "loss_weights", "tie_value"}
+    assert own == set(OTHER_VALUE) == set(READERS) == set(OPTIONS) | {"label_smoothing"}
+
+
+@pytest.mark.parametrize("option", OTHER_VALUE)
+@pytest.mark.parametrize("name", LOSSES)
+def test_option_is_read_or_refused(name: str, option: str) -> None:
+    arguments = {"pref_loss": name, option: OTHER_VALUE[option]} | needed(name, option)
+    if name in READERS[option]:
+        assert getattr(DPOConfig(**arguments), option) == OTHER_VALUE[option]
+    else:
+        with pytest.raises(ConfigError) as caught:
+            DPOConfig(**arguments)
+        message = str(caught.value)
+        assert f"{option}={OTHER_VALUE[option]!r} is not read by {name}; remove it, or use " in message
+        assert all(reader in message for reader in READERS[option])
+
+
+@pytest.mark.parametrize("option", [option for option in OPTIONS if option != "ld_alpha"])
+def test_option_given_at_its_default_is_refused_too_where_nothing_reads_it(option: str) -> None:
+    name = "orpo" if option != "orpo_nll" else "sigmoid"
+    with pytest.raises(ConfigError, match=f"{option}=.* is not read by {name}"):
+        DPOConfig(pref_loss=name, **{option: OPTIONS[option].default})
+
+
+@pytest.mark.parametrize(("name", "option"), [(name, option) for option in OPTIONS for name in sorted(READERS[option])])
+def test_option_left_out_is_filled_in_where_it_is_read(name: str, option: str) -> None:
+    config = DPOConfig(pref_loss=name, **needed(name, option))
+    assert getattr(config, option) == OPTIONS[option].default
+    assert DPOConfig(**asdict(config)) == config
+
+
+def test_option_of_one_loss_of_several_is_accepted() -> None:
+    config = DPOConfig(pref_loss=["simpo", "sft"], simpo_gamma=2.0, loss_weights=[1, 0.2])
+    assert config.pref_loss == config.loss_names == ("simpo", "sft")
+    assert config.loss_weights == (1, 0.2)
+    assert not config.use_ref_model
+    assert DPOConfig(pref_loss=("sigmoid", "sft"), f_divergence="js", ld_alpha=0.5).nll_reduction == "token"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"beta": 0}, r"beta must be a finite number > 0, got 0"),
+        ({"beta": -0.1}, r"beta must be .* got -0.1"),
+        ({"beta": math.nan}, r"beta must be .* got nan"),
+        ({"beta": math.inf}, r"beta must be .* got inf"),
+        ({"beta": "0.1"}, r"beta must be .* got '0.1'"),
+        ({"beta": True}, r"beta must be .* got True"),
+        ({"beta": None}, r"beta must be .* got None"),
+        ({"label_smoothing": -0.01}, r"label_smoothing must be in \[0, 0.5\].* got -0.01"),
+        ({"label_smoothing": 0.51}, r"label_smoothing must be in \[0, 0.5\].* got 0.51"),
+        ({"label_smoothing": math.nan}, r"label_smoothing must be .* got nan"),
+        ({"pref_loss": "robust", "label_smoothing": 0.5}, r"label_smoothing must be < 0.5 for robust"),
+        ({"pref_loss": "exo_pair"}, r"label_smoothing must be > 0 for exo_pair.*try 1e-3"),
+        ({"pref_loss": "sigmod"}, r"got 'sigmod'; did you mean 'sigmoid'\?"),
+        ({"pref_loss": ("hinge", "apo-zero")}, r"got 'apo-zero'; did you mean 'apo_zero'\?"),
+        ({"pref_loss": ()}, r"pref_loss must name at least one loss"),
+        ({"pref_loss": []}, r"pref_loss must name at least one loss"),
+        ({"pref_loss": 3}, r"pref_loss must be the name of a loss, got 3; the losses are sigmoid"),
+        ({"pref_loss": [["sigmoid"]]}, r"pref_loss must be the name of a loss, got \['sigmoid'\]"),
+        ({"pref_loss": ("hinge", "hinge")}, r"each loss once, got 'hinge' 2 times; use loss_weights"),
+        ({"loss_weights": (1.0, 2.0)}, r"one weight for each of the 1 losses in pref_loss, got 2"),
+        ({"loss_weights": (0.0,)}, r"loss_weights must be finite numbers > 0, got \(0.0,\)"),
+        ({"loss_weights": 1.0}, r"loss_weights must be finite numbers > 0, got 1.0"),
+        ({"pref_loss": "orpo", "orpo_nll": "responce"}, r"got 'responce'; did you mean 'response'\?"),
+        ({"pref_loss": "simpo", "simpo_gamma": -1}, r"simpo_gamma must be a finite number >= 0, got -1; the default"),
+        ({"pref_loss": "simpo", "simpo_alpha": math.inf}, r"simpo_alpha must be .* got inf"),
+        ({"pref_loss": "cpo", "cpo_alpha": -1.0}, r"cpo_alpha must be .* got -1.0"),
+        (
+            {"pref_loss": "sft", "nll_reduction": "mean"},
+            r"nll_reduction must be one of 'token', 'sequence', got 'mean'",
+        ),
+        ({"pref_loss": "ipo", "ipo_reduction": "summ"}, r"got 'summ'; did you mean 'sum'\?"),
+        ({"pref_loss": "bco_pair", "bco_delta": 0.0}, r"bco_delta must be one of 'zero', 'running_mean', got 0.0"),
+        ({"pref_loss": "discopop", "discopop_tau": 0.0}, r"discopop_tau must be a number in \(0, 1\], got 0.0"),
+        ({"pref_loss": "discopop", "discopop_tau": 1.5}, r"discopop_tau must be .* got 1.5"),
+        ({"f_divergence": "forward_k1"}, r"got 'forward_k1'; did you mean 'forward_kl'\?"),
+        ({"f_divergence": "alpha", "f_alpha": math.nan}, r"f_alpha must be a finite number, got nan"),
+        ({"f_alpha": 0.5}, r"f_alpha=0.5 is not read by sigmoid.*with f_divergence='alpha'"),
+        ({"ld_alpha": 1.1}, r"ld_alpha must be a number in \[0, 1\], got 1.1"),
+        ({"tie_value": 2}, r"tie_value must be in \[0, 1\], got 2"),
+        (
+            {"pref_loss": ("sigmoid", "apo_zero"), "f_divergence": "js"},
+            r"f_divergence='js' is not defined for apo_zero; remove the option or the loss",
+        ),
+        ({"pref_loss": ("sigmoid", "orpo"), "ld_alpha": 0.5}, r"ld_alpha=0.5 is not defined for orpo"),
+        (
+            {"pref_loss": ("orpo", "sft"), "orpo_nll": "prompt_and_response"},
+            r"orpo_nll='prompt_and_response' cannot go with another loss that has an NLL .*orpo \+ sft",
+        ),
+        ({"pref_loss": "cpo", "cpo_alpha": 0, "nll_reduction": "token"}, r"nll_reduction='token' is not read by cpo"),
+        ({"pref_loss": "simpo", "nll_reduction": "token"}, r"nll_reduction='token' is not read by simpo"),
+    ],
+    ids=str,
+)
+def test_config_that_cannot_work_names_argument_rule_and_value(arguments: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        DPOConfig(**arguments)
+
+
+def test_config_with_many_problems_lists_them_all() -> None:
+    with pytest.raises(ConfigError) as caught:
+        DPOConfig(beta=0, label_smoothing=0.7, tie_value=-1, pref_loss="hinge", simpo_gamma=1.0, loss_weights=(1, 1))
+    lines = str(caught.value).splitlines()[1:]
+    for option in ("beta", "label_smoothing", "tie_value", "simpo_gamma", "loss_weights"):
+        assert any(line.startswith(f"- {option}") for line in lines), option
+    with pytest.raises(ConfigError) as caught:
+        DPOConfig(beta=0, pref_loss="sigmod")
+    assert len(str(caught.value).splitlines()) == 3
+
+
+def test_reverse_kl_may_stand_beside_a_loss_without_divergences() -> None:
+    assert DPOConfig(pref_loss=("sigmoid", "apo_zero"), f_divergence="reverse_kl").f_divergence == "reverse_kl"
+
+
+def test_config_from_pydantic_takes_lists_and_passes_messages_on() -> None:
+    pydantic = pytest.importorskip("pydantic", reason="pydantic comes with the extra megatron")
+    adapter = pydantic.TypeAdapter(DPOConfig)
+    config = adapter.validate_python({"pref_loss": ["sigmoid", "sft"], "loss_weights": [1, 0.2]})
+    assert config == DPOConfig(pref_loss=("sigmoid", "sft"), loss_weights=(1.0, 0.2))
+    assert adapter.validate_json('{"pref_loss": "orpo"}') == DPOConfig(pref_loss="orpo")
+    with pytest.raises(pydantic.ValidationError, match=r"did you mean 'sigmoid'"):
+        adapter.validate_python({"pref_loss": ["sigmod"]})
+
+
+def test_config_is_frozen_and_can_be_replaced() -> None:
+    config = DPOConfig(label_smoothing=0.1)
+    with pytest.raises(AttributeError):
+        config.beta = 1.0  # type: ignore[misc]
+    assert replace(config, beta=0.2) == DPOConfig(beta=0.2, label_smoothing=0.1)
+
+
+LN2 = math.log(2.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "loss"),
+    [
+        ({"pref_loss": "sigmoid"}, LN2),
+        ({"pref_loss": "sigmoid", "label_smoothing": 0.3, "f_divergence": "js", "ld_alpha": 0.2}, LN2),
+        ({"pref_loss": "hinge"}, 1.0),
+        ({"pref_loss": "ipo", "beta": 0.2}, 1 / 0.4**2),
+        ({"pref_loss": "ipo", "beta": 0.2, "ipo_reduction": "sum"}, 1 / 0.4**2),
+        ({"pref_loss": "robust", "label_smoothing": 0.2}, LN2),
+        ({"pref_loss": "exo_pair", "label_smoothing": 0.1}, -LN2 - math.log(0.9) / 2 - math.log(0.1) / 2),
+        ({"pref_loss": "nca_pair"}, 2 * LN2),
+        ({"pref_loss": "bco_pair", "bco_delta": "running_mean"}, 2 * LN2),
+        ({"pref_loss": "sppo_hard", "beta": 0.5}, 2.0),
+        ({"pref_loss": "aot", "label_smoothing": 0.1}, LN2),
+        ({"pref_loss": "aot_unpaired"}, LN2),
+        ({"pref_loss": "apo_zero"}, 1.0),
+        ({"pref_loss": "apo_down"}, 1.0),
+        ({"pref_loss": "discopop"}, 0.5 * LN2 + 0.5),
+        ({"pref_loss": "sigmoid_norm"}, LN2),
+        ({"pref_loss": ("sigmoid", "hinge"), "loss_weights": (0.5, 2.0)}, 0.5 * LN2 + 2.0),
+        ({"pref_loss": "orpo"}, None),
+        ({"pref_loss": "simpo"}, None),
+        ({"pref_loss": "cpo"}, None),
+        ({"pref_loss": ("sigmoid", "sft")}, None),
+    ],
+    ids=str,
+)
+def test_expected_initial_loss_is_the_value_at_policy_equal_to_reference(arguments: dict, loss: float | None) -> None:
+    got = expected_initial_loss(DPOConfig(**arguments))
+    assert got == loss if loss is None else got == pytest.approx(loss, rel=1e-14)
