@@ -16,14 +16,15 @@ import json
 import random
 from pathlib import Path
 
-NAMES = "Ada Amy Ana Ben Dan Eva Fay Gus Ian Ida Ivy Jon Kai Kim Lea Leo Max Mia Ned Pia Rob Roy Sam Sue Tim Tom Zoe".split()
-COLOURS = "red blue green black white pink brown grey golden yellow".split()
-OBJECTS = (
-    "ball basket bell book boot bottle bowl coat comb cup drum flag flute hat kite key lamp mirror pen ring scarf "
-    "vase violin watch"
-).split()
-PLACES = (
-    "lake park farm beach castle shop river tower bridge garden forest harbour library market school station".split()
+NAMES, COLOURS, OBJECTS, PLACES = (
+    words.split()
+    for words in (
+        "Ada Amy Ana Ben Dan Eva Fay Gus Ian Ida Ivy Jon Kai Kim Lea Leo Max Mia Ned Pia Rob Roy Sam Sue Tim Tom Zoe",
+        "red blue green black white pink brown grey golden yellow",
+        "ball basket bell book boot bottle bowl coat comb cup drum flag flute hat kite key lamp mirror pen ring scarf "
+        "vase violin watch",
+        "lake park farm beach castle shop river tower bridge garden forest harbour library market school station",
+    )
 )
 EOS_TOKEN = "<|end|>"
 SPECIAL_TOKENS = ["<|pad|>", EOS_TOKEN, "<|user|>", "<|assistant|>"]
