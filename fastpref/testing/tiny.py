@@ -20,12 +20,18 @@ def tiny_pairs(num_pairs: int, seed: int = 0, vocab_size: int = VOCAB_SIZE) -> l
     pairs = []
     for pair_id in range(num_pairs):
         prompt = [rng.randrange(vocab_size) for _ in range(rng.randint(2, 6))]
-        sides = {}
-        for side in ("chosen", "rejected"):
-            answer = [rng.randrange(vocab_size) for _ in range(rng.randint(1, 9))]
-            sides[f"{side}_input_ids"] = prompt + answer
-            sides[f"{side}_labels"] = [-100] * len(prompt) + answer
-        pairs.append(TokenizedPair(pair_id=pair_id, source=f"tiny:{pair_id}", **sides))
+        chosen, rejected = ([rng.randrange(vocab_size) for _ in range(rng.randint(1, 9))] for _ in range(2))
+        masked = [-100] * len(prompt)
+        pairs.append(
+            TokenizedPair(
+                pair_id=pair_id,
+                chosen_input_ids=prompt + chosen,
+                chosen_labels=masked + chosen,
+                rejected_input_ids=prompt + rejected,
+                rejected_labels=masked + rejected,
+                source=f"tiny:{pair_id}",
+            )
+        )
     return pairs
 
 

@@ -16,15 +16,20 @@ from fastpref.losses import DPOConfig
 from fastpref.trainer.arguments import TrainingArguments
 from fastpref.trainer.dpo_trainer import DPOTrainer, initialize_megatron
 from fastpref.trainer.loop import TrainResult
+from fastpref.trainer.model import ModelOptions, build_models, load_models, save_hf
 from fastpref.trainer.run_config import ModelConfig, ReferenceConfig, RunConfig
 
 __all__ = [
     "DPOConfig",
     "DPOTrainer",
     "ModelConfig",
+    "ModelOptions",
     "ReferenceConfig",
     "RunConfig",
     "TrainResult",
     "TrainingArguments",
+    "build_models",
     "initialize_megatron",
+    "load_models",
+    "save_hf",
 ]

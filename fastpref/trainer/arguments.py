@@ -1,4 +1,4 @@
-"""`TrainingArguments`: how a run optimises, parallelises, logs and saves; names follow HF `TrainingArguments` and Megatron.
+"""`TrainingArguments`: how a run optimises, parallelises, logs and saves; names as in HF and Megatron.
 
 A batch size counts preference pairs; a microbatch of n pairs is 2n rows. The global batch of an optimizer step is
 `per_device_train_batch_size * gradient_accumulation_steps * data_parallel_size` pairs.
@@ -7,11 +7,26 @@ A batch size counts preference pairs; a microbatch of n pairs is 2n rows. The gl
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Literal
 
 from fastpref.errors import ConfigError
 
+Rule = tuple[str, Callable[[float], bool]]
+_AT_LEAST_ONE: Rule = ("a whole number >= 1", lambda value: value >= 1)
+_NOT_NEGATIVE: Rule = ("a finite number >= 0", lambda value: value >= 0)
+_FRACTION: Rule = ("in [0, 1)", lambda value: 0 <= value < 1)
+# Fields whose range is not the usual one of their type (int: >= 1, float: >= 0).
+_RULES: dict[str, Rule] = {
+    "seed": _NOT_NEGATIVE,
+    "warmup_steps": _NOT_NEGATIVE,
+    "warmup_ratio": _FRACTION,
+    "adam_beta1": _FRACTION,
+    "adam_beta2": _FRACTION,
+    "adam_epsilon": ("a finite number > 0", lambda value: value > 0),
+    "save_total_limit": (">= 2, so that one good checkpoint survives a bad one", lambda value: value >= 2),
+}
 LR_SCHEDULES = ("constant", "linear", "cosine", "inverse-square-root")
 REPORT_TARGETS = ("tensorboard", "wandb")
 
@@ -130,38 +145,26 @@ class TrainingArguments(OptimizationArguments, PrecisionArguments, ParallelArgum
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "report_to", tuple(self.report_to))
-        problems = self._number_problems() or self._combination_problems()
+        problems = self._number_problems()
+        # A combination can only be judged once its parts are numbers.
+        problems += [] if any("must be a number" in problem for problem in problems) else self._combination_problems()
         if problems:
             raise ConfigError("; ".join(problems))
 
     def _number_problems(self) -> list[str]:
-        at_least_one = (
-            "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps num_train_epochs max_steps "
-            "tensor_model_parallel_size pipeline_model_parallel_size distributed_timeout_seconds logging_steps eval_steps "
-            "save_steps"
-        ).split()
-        not_negative = "seed learning_rate min_lr warmup_steps weight_decay max_grad_norm".split()
         problems = []
         for field in fields(self):
-            value = getattr(self, field.name)
-            if value is None or not str(field.type).startswith(("int", "float")):
+            value, kind = getattr(self, field.name), str(field.type).split()[0]
+            if value is None or kind not in ("int", "float"):
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 problems.append(f"{field.name} must be a number, got {value!r}")
-            elif not math.isfinite(value):
-                problems.append(f"{field.name} must be finite, got {value}")
-            elif field.name in at_least_one and (value < 1 or value != int(value)):
-                problems.append(f"{field.name} must be a whole number >= 1, got {value}")
-            elif field.name in not_negative and value < 0:
-                problems.append(f"{field.name} must be >= 0, got {value}")
-            elif field.name in ("adam_beta1", "adam_beta2", "warmup_ratio") and not 0 <= value < 1:
-                problems.append(f"{field.name} must be in [0, 1), got {value}")
-        if not problems and not self.adam_epsilon > 0:
-            problems.append(f"adam_epsilon must be > 0, got {self.adam_epsilon}")
-        if not problems and self.save_total_limit is not None and self.save_total_limit < 2:
-            problems.append(
-                f"save_total_limit must be >= 2, so that one good checkpoint survives a bad one; got {self.save_total_limit}"
-            )
+                continue
+            rule, holds = _RULES.get(field.name, _AT_LEAST_ONE if kind == "int" else _NOT_NEGATIVE)
+            if not math.isfinite(value) or not holds(value):
+                problems.append(f"{field.name} must be {rule}, got {value}")
+            elif kind == "int" and value != int(value):
+                problems.append(f"{field.name} must be a whole number, got {value}")
         return problems
 
     def _combination_problems(self) -> list[str]:
@@ -171,6 +174,10 @@ class TrainingArguments(OptimizationArguments, PrecisionArguments, ParallelArgum
         if self.lr_scheduler_type not in LR_SCHEDULES:
             problems.append(
                 f"lr_scheduler_type must be one of {', '.join(LR_SCHEDULES)}; got {self.lr_scheduler_type!r}"
+            )
+        if self.recompute_granularity not in (None, "full", "selective"):
+            problems.append(
+                f"recompute_granularity must be full, selective or None; got {self.recompute_granularity!r}"
             )
         if self.min_lr > self.learning_rate:
             problems.append(f"min_lr ({self.min_lr}) must not exceed learning_rate ({self.learning_rate})")

@@ -7,7 +7,7 @@ R response rows.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -33,12 +33,13 @@ class HeadRequest:
 
     def to(self, device: torch.device) -> HeadRequest:
         """Copies every tensor to `device` without waiting for it."""
-        moved = {
-            field.name: None if value is None else value.to(device, non_blocking=True)
-            for field in fields(self)
-            for value in [getattr(self, field.name)]
-        }
-        return HeadRequest(**moved)
+        nll_labels_T = self.nll_labels_T
+        return HeadRequest(
+            labels_T=self.labels_T.to(device, non_blocking=True),
+            nll_labels_T=None if nll_labels_T is None else nll_labels_T.to(device, non_blocking=True),
+            rows_R=self.rows_R.to(device, non_blocking=True),
+            cu_rows=self.cu_rows.to(device, non_blocking=True),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,9 +123,17 @@ class Microbatch:
         return (self.labels_SL != IGNORE_INDEX).sum(1).float()
 
     @property
-    def nll_counts_S(self) -> Tensor | None:
-        """Tokens of each sequence under the NLL mask [S], fp32."""
-        return None if self.nll_labels_SL is None else (self.nll_labels_SL != IGNORE_INDEX).sum(1).float()
+    def nll_counts_S(self) -> Tensor:
+        """Tokens of each sequence under the NLL mask [S], fp32.
+
+        Raises:
+            DataError: the batch came without `nll_labels`.
+        """
+        if self.nll_labels_SL is None:
+            raise DataError(
+                "this loss needs the batch key nll_labels; use PreferenceCollator with the nll_mask it names"
+            )
+        return (self.nll_labels_SL != IGNORE_INDEX).sum(1).float()
 
     def padded_to(self, seq_length: int) -> Microbatch:
         """Returns the microbatch right-padded to `seq_length` positions."""

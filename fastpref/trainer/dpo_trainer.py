@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
 from fastpref.errors import ConfigError, DataError, FastprefError
@@ -20,7 +22,7 @@ from fastpref.trainer.batch import Microbatch
 from fastpref.trainer.feed import PairFeed
 from fastpref.trainer.head import TOKEN_STATS, install_heads, unwrap
 from fastpref.trainer.metrics import metric_names
-from fastpref.trainer.optimizer import build_optimizer, build_scheduler, wrap_for_training
+from fastpref.trainer.optimizer import build_optimizer, build_scheduler, check_model, wrap_for_training
 from fastpref.trainer.platform import initialize_distributed, initialize_model_parallel
 from fastpref.trainer.reference import build_reference
 from fastpref.trainer.step import MicrobatchResult, PreferenceSchedule
@@ -84,6 +86,7 @@ class DPOTrainer:
         initialize_megatron(self.args)
         loop.check_combination(self.args, self.train_config)
         self.model = [unwrap(chunk) for chunk in model]
+        check_model(self.model, self.args)
         self.reference = build_reference(self.model, ref_model, self.train_config, self.args)
         self.starts_at_reference = ref_model is None and self.reference is not None
         token_stats = TOKEN_STATS if self.args.log_token_stats else ()
@@ -93,7 +96,8 @@ class DPOTrainer:
         self.metrics_keys = list(metric_names(self.train_config, bool(token_stats)))
         self.vocab_size = getattr(self.model[0], "real_vocab_size", self.model[0].vocab_size)
         self.feed = PairFeed(self.args, self.train_config, train_dataset, eval_dataset, data_collator, processing_class)
-        self.optimizer = self.lr_scheduler = None
+        self._optimizer: MegatronOptimizer | None = None
+        self._lr_scheduler: OptimizerParamScheduler | None = None
         self.log_history: list[dict[str, float]] = []
 
     @classmethod
@@ -118,8 +122,22 @@ class DPOTrainer:
 
     def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
         """Builds the optimizer and its schedule for a run of `num_training_steps` updates."""
-        self.optimizer = build_optimizer(self.models_wrapped, self.args)
-        self.lr_scheduler = build_scheduler(self.optimizer, self.args, num_training_steps)
+        self._optimizer = build_optimizer(self.models_wrapped, self.args)
+        self._lr_scheduler = build_scheduler(self._optimizer, self.args, num_training_steps)
+
+    @property
+    def optimizer(self) -> MegatronOptimizer:
+        """Megatron's optimizer; made for the whole run of the training set when nobody made it before."""
+        if self._optimizer is None:
+            self.create_optimizer_and_scheduler(self.feed.total_steps)
+        assert self._optimizer is not None
+        return self._optimizer
+
+    @property
+    def lr_scheduler(self) -> OptimizerParamScheduler:
+        """Megatron's learning-rate schedule, made together with the optimizer."""
+        assert self.optimizer is self._optimizer and self._lr_scheduler is not None
+        return self._lr_scheduler
 
     def training_step(
         self, models: Sequence[DistributedDataParallel], data_iterator: Iterator[Mapping[str, Tensor]], seq_length: int
@@ -160,18 +178,17 @@ class DPOTrainer:
         self, models: Sequence[DistributedDataParallel], batches: Sequence[Microbatch], step: int | None = None
     ) -> StepResult:
         """Reference, forward, backward, guard, update; `step` only names the step in an error."""
-        if self.optimizer is None or self.lr_scheduler is None:
-            self.create_optimizer_and_scheduler(self.feed.total_steps)
+        optimizer = self.optimizer
         if self.reference is not None:
             batches = self.reference.attach(batches)
         for model in models:
             model.train()
             model.zero_grad_buffer()
-        self.optimizer.zero_grad()
+        optimizer.zero_grad()
         results = self.schedule.forward_backward(models, batches)
         loss = guard.check_step(models, batches, results, step=step, scaled=self.args.fp16)
-        learning_rate = max(group["lr"] for group in self.optimizer.param_groups)
-        updated, grad_norm, num_zeros = self.optimizer.step()
+        learning_rate = max(group["lr"] for group in optimizer.param_groups)
+        updated, grad_norm, num_zeros = optimizer.step()
         if updated:
             self.lr_scheduler.step(1)
             self.schedule.update_running_mean(results)
@@ -206,7 +223,9 @@ class DPOTrainer:
         batches = [Microbatch.from_dict(batch, self.vocab_size).padded_to(seq_length) for batch in data_list]
         for index, batch in enumerate(batches):
             if batch.num_pairs != micro_batch_size:
-                raise DataError(f"data_list[{index}] has {batch.num_pairs} pairs, micro_batch_size is {micro_batch_size}")
+                raise DataError(
+                    f"data_list[{index}] has {batch.num_pairs} pairs, micro_batch_size is {micro_batch_size}"
+                )
         modes = [model.training for model in models]
         for model in models:
             model.eval()
@@ -214,9 +233,13 @@ class DPOTrainer:
             scores = self.schedule.score(models, batches)
         for model, mode in zip(models, modes, strict=True):
             model.train(mode)
-        if any(score is None for score in scores):
-            return None
-        return [dict(zip(("chosen_logps", "rejected_logps"), score.chunk(2), strict=True)) for score in scores]
+        results = []
+        for score in scores:
+            if score is None:
+                return None
+            chosen, rejected = score.chunk(2)
+            results.append({"chosen_logps": chosen, "rejected_logps": rejected})
+        return results
 
     def dpo_loss(
         self,

@@ -11,6 +11,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from fastpref.data import PairSampler, PreferenceCollator
+from fastpref.data.collate import NllMask
 from fastpref.errors import ConfigError
 from fastpref.losses import DPOConfig
 from fastpref.trainer.arguments import TrainingArguments
@@ -98,5 +99,9 @@ class PairFeed:
 def default_collator(config: DPOConfig, tokenizer: Any) -> PreferenceCollator:
     """The collator whose label masks `config` needs; pads with the tokenizer's padding token, or 0 without one."""
     pad_token_id = getattr(tokenizer, "pad_token_id", None)
-    mask = "shared" if config.ld_alpha is not None else "prompt_and_response" if config.needs_nll_mask else None
+    mask: NllMask | None = None
+    if config.ld_alpha is not None:
+        mask = "shared"
+    elif config.needs_nll_mask:
+        mask = "prompt_and_response"
     return PreferenceCollator(pad_token_id=0 if pad_token_id is None else pad_token_id, nll_mask=mask)

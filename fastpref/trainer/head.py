@@ -69,18 +69,19 @@ class LogpsHead(ColumnParallelLinear):
             sequence_parallel=self.sequence_parallel,
             stats=self.token_stats,
         )
-        columns = [scores.logps, *([] if request.nll_labels_T is None else [scores.nll])]
+        columns = [scores.logps] if scores.nll is None else [scores.logps, scores.nll]
         columns += [getattr(scores, name).float() for name in self.token_stats]
         return torch.stack(columns, dim=1), None
 
 
 def unwrap(model: torch.nn.Module) -> GPTModel:
     """The `GPTModel` inside Megatron's DDP and precision wrappers."""
-    while not isinstance(model, GPTModel):
-        if not hasattr(model, "module"):
-            raise ConfigError(f"model chunks must be megatron.core GPTModel, got {type(model).__name__}")
-        model = model.module
-    return model
+    inner: object = model
+    while not isinstance(inner, GPTModel):
+        if not hasattr(inner, "module"):
+            raise ConfigError(f"model chunks must be megatron.core GPTModel, got {type(inner).__name__}")
+        inner = inner.module
+    return inner
 
 
 def head_of(model: torch.nn.Module) -> LogpsHead | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import resource
 import time
@@ -22,6 +23,7 @@ from fastpref.trainer import state
 from fastpref.trainer.arguments import TrainingArguments
 from fastpref.trainer.metrics import MetricWindow
 from fastpref.trainer.reporting import RunReporter
+from fastpref.trainer.step import step_totals
 
 if TYPE_CHECKING:
     from fastpref.trainer.dpo_trainer import DPOTrainer, StepResult
@@ -48,7 +50,8 @@ def train(trainer: DPOTrainer) -> TrainResult:
     args, total_steps = trainer.args, trainer.feed.total_steps
     trainer.create_optimizer_and_scheduler(total_steps)
     first_step = _resume(trainer)
-    window, last = _Window(trainer), {}
+    window = _Window(trainer)
+    last: dict[str, float] = {}
     with RunReporter(args, torch.distributed.get_rank(), total_steps, first_step) as reporter:
         if args.eval_on_start and first_step == 0:
             last |= _log(trainer, reporter, 0, evaluate(trainer))
@@ -86,11 +89,13 @@ def evaluate(trainer: DPOTrainer, eval_dataset: Any = None) -> dict[str, float]:
     window = MetricWindow(trainer.metrics_keys)
     for model in trainer.models_wrapped:
         model.eval()
+    # A token mean divides by the tokens of the whole set, so they are counted first.
+    totals = step_totals(itertools.chain.from_iterable(trainer.feed.eval_batches(dataset)), trainer.train_config)
     with torch.no_grad():
         for batches in trainer.feed.eval_batches(dataset):
             if trainer.reference is not None:
                 batches = trainer.reference.attach(batches)
-            window.add(batches, trainer.schedule.evaluate(trainer.models_wrapped, batches))
+            window.add(batches, trainer.schedule.evaluate(trainer.models_wrapped, batches, totals))
     for model in trainer.models_wrapped:
         model.train()
     metrics, _ = window.reduce()
@@ -139,9 +144,9 @@ def _fingerprint(trainer: DPOTrainer) -> dict[str, Any]:
     """Settings that must not change when a run continues; the layout may."""
     args = trainer.args
     names = (
-        "seed shuffle drop_last learning_rate min_lr lr_scheduler_type weight_decay adam_beta1 adam_beta2 adam_epsilon "
-        "max_grad_norm bf16 fp16"
-    ).split()
+        *("seed", "shuffle", "drop_last", "bf16", "fp16", "max_grad_norm"),
+        *("learning_rate", "min_lr", "lr_scheduler_type", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
+    )
     loss = json.dumps(asdict(trainer.train_config), sort_keys=True)
     return {
         **{name: getattr(args, name) for name in names},
@@ -241,4 +246,3 @@ def _peak_gib() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-

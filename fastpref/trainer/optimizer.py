@@ -21,23 +21,32 @@ def params_dtype(args: TrainingArguments) -> torch.dtype:
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
 
 
-def to_precision(models: Sequence[torch.nn.Module], args: TrainingArguments) -> list[torch.nn.Module]:
-    """Wraps bare `GPTModel` chunks for half precision; leaves fp32 and already wrapped chunks as they are.
+def check_model(models: Sequence[GPTModel], args: TrainingArguments) -> None:
+    """Requires that chunks were built with the settings that a run can only take from them.
 
     Raises:
-        ConfigError: a chunk was built for another dtype than `args` asks for.
+        ConfigError: precision, sequence parallelism or recomputation differ; lists every difference.
     """
-    dtype, wrapped = params_dtype(args), []
-    for model in models:
-        config = unwrap(model).config
-        if config.params_dtype != dtype:
-            raise ConfigError(
-                f"the model was built with params_dtype={config.params_dtype} but the run asks for {dtype}; "
-                "set bf16 / fp16 in TrainingArguments to match"
-            )
-        bare = isinstance(model, GPTModel)
-        wrapped.append(Float16Module(config, model) if bare and dtype != torch.float32 else model)
-    return wrapped
+    wanted = {
+        "params_dtype": params_dtype(args),
+        "sequence_parallel": args.sequence_parallel,
+        "recompute_granularity": args.recompute_granularity,
+    }
+    problems = [
+        f"{name}: the model was built with {getattr(model.config, name)}, TrainingArguments ask for {value}"
+        for model in models[:1]
+        for name, value in wanted.items()
+        if getattr(model.config, name) != value
+    ]
+    if problems:
+        raise ConfigError("; ".join(problems) + ". Build the model with the settings of the run")
+
+
+def to_precision(models: Sequence[torch.nn.Module], args: TrainingArguments) -> list[torch.nn.Module]:
+    """Wraps bare `GPTModel` chunks for half precision; leaves fp32 and already wrapped chunks as they are."""
+    if params_dtype(args) == torch.float32:
+        return list(models)
+    return [Float16Module(model.config, model) if isinstance(model, GPTModel) else model for model in models]
 
 
 def wrap_for_training(models: Sequence[torch.nn.Module], args: TrainingArguments) -> list[DistributedDataParallel]:
@@ -51,7 +60,7 @@ def wrap_for_training(models: Sequence[torch.nn.Module], args: TrainingArguments
     for index, model in enumerate(models):
         if isinstance(model, DistributedDataParallel):
             if model.ddp_config.use_distributed_optimizer != args.use_distributed_optimizer:
-                raise ConfigError("use_distributed_optimizer differs between TrainingArguments and the given DDP chunks")
+                raise ConfigError("use_distributed_optimizer differs between TrainingArguments and the chunks in DDP")
             wrapped.append(model)
             continue
         (model,) = to_precision([model], args)

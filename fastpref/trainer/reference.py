@@ -6,13 +6,14 @@ import copy
 from collections.abc import Sequence
 
 import torch
+from megatron.core.models.gpt import GPTModel
 
 from fastpref.errors import ConfigError
 from fastpref.losses import DPOConfig
 from fastpref.trainer.arguments import TrainingArguments
 from fastpref.trainer.batch import Microbatch
 from fastpref.trainer.head import install_heads, unwrap
-from fastpref.trainer.optimizer import to_precision
+from fastpref.trainer.optimizer import check_model, to_precision
 from fastpref.trainer.step import PreferenceSchedule, with_reference
 
 
@@ -68,10 +69,11 @@ def build_reference(
         raise ConfigError(
             f"ref_model has {len(ref_model)} chunks on this rank and the policy has {len(policy)}; build both alike"
         )
+    check_model([unwrap(model) for model in ref_model], args)
     return ReferenceModel(ref_model, config, args)
 
 
-def _frozen_copy(model: torch.nn.Module) -> torch.nn.Module:
+def _frozen_copy(model: GPTModel) -> GPTModel:
     """A copy of a model chunk that shares what cannot be copied: its configuration and process groups."""
     memo: dict[int, object] = {}
     for module in model.modules():

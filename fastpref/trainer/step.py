@@ -11,7 +11,7 @@ Dims: B pairs, S = 2B sequences, K score columns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -94,9 +94,10 @@ class PreferenceSchedule:
         collected = self._run(models, batches, self._reference_func, forward_only=True, collect_non_loss_data=True)
         return collected if collected else [None] * len(batches)
 
-    def evaluate(self, models: Sequence[torch.nn.Module], batches: Sequence[Microbatch]) -> list[MicrobatchResult]:
-        """Losses and metrics without gradients; empty on every stage but the last."""
-        totals = step_totals(batches, self.config)
+    def evaluate(
+        self, models: Sequence[torch.nn.Module], batches: Sequence[Microbatch], totals: StepTotals
+    ) -> list[MicrobatchResult]:
+        """Losses and metrics without gradients, `totals` those of the whole set; empty on every stage but the last."""
         return self._run(models, batches, partial(self._loss_func, totals, len(batches)), forward_only=True)
 
     def forward_backward(
@@ -183,15 +184,15 @@ class PreferenceSchedule:
         return SequenceStats(entropy=entropy, hits=hits, mean_logit=mean_logit)
 
 
-def step_totals(batches: Sequence[Microbatch], config: DPOConfig) -> StepTotals:
-    """Pair weight and NLL tokens of an optimizer step over all data-parallel ranks.
+def step_totals(batches: Iterable[Microbatch], config: DPOConfig) -> StepTotals:
+    """Pair weight and NLL tokens of an optimizer step, or of a whole set, over all data-parallel ranks.
 
     Raises:
-        DataError: no pair of the step carries weight.
+        DataError: no pair carries weight.
     """
     weight = tokens = 0.0
     for batch in batches:
-        counts_B = (batch.counts_S if not config.needs_nll_mask else batch.nll_counts_S).chunk(2)[0]
+        counts_B = (batch.nll_counts_S if config.needs_nll_mask else batch.counts_S)[: batch.num_pairs]
         weight += float(batch.weights_B.sum())
         tokens += float((counts_B * batch.weights_B).sum())
     totals = torch.tensor([weight, tokens], dtype=torch.float64, device=current_device())
@@ -203,11 +204,9 @@ def step_totals(batches: Sequence[Microbatch], config: DPOConfig) -> StepTotals:
 
 
 def aligned(batches: Sequence[Microbatch]) -> list[Microbatch]:
-    """Pads microbatches as the layout demands: one length across a pipeline, a multiple of TP under sequence parallel."""
-    tp, pp = (
-        parallel_state.get_tensor_model_parallel_world_size(),
-        parallel_state.get_pipeline_model_parallel_world_size(),
-    )
+    """Pads microbatches as the layout demands: to one length across a pipeline, to a multiple of the TP size."""
+    tp = parallel_state.get_tensor_model_parallel_world_size()
+    pp = parallel_state.get_pipeline_model_parallel_world_size()
     longest = max(batch.seq_length for batch in batches)
     lengths = [longest if pp > 1 else batch.seq_length for batch in batches]
     return [batch.padded_to(-(-length // tp) * tp) for batch, length in zip(batches, lengths, strict=True)]

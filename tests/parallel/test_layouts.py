@@ -8,8 +8,15 @@ import torch
 
 from fastpref.testing.tiny import tiny_pairs
 from fastpref.testing.workers import RankPool
-from fastpref.trainer import DPOConfig, DPOTrainer, TrainingArguments, initialize_megatron, load_models, save_hf
-from fastpref.trainer.model import ModelOptions
+from fastpref.trainer import (
+    DPOConfig,
+    DPOTrainer,
+    ModelOptions,
+    TrainingArguments,
+    initialize_megatron,
+    load_models,
+    save_hf,
+)
 from fastpref.trainer.platform import destroy
 
 POLICY = Path(__file__).resolve().parents[1] / "golden" / "policy_init"
@@ -78,10 +85,13 @@ def assert_same_run(log: list[dict], expected: list[dict], directory: Path, expe
             if not name.startswith(("perf/", "memory/")):
                 # fp32 sums in another order; log-ratios near zero carry the absolute noise of sums near 30
                 assert ours[name] == pytest.approx(value, rel=2e-5, abs=2e-6), f"step {ours['step']}: {name}"
-    ours, theirs = exported(directory / "hf"), exported(expected_directory / "hf")
-    assert set(ours) == set(theirs)
+    ours, theirs, start = exported(directory / "hf"), exported(expected_directory / "hf"), exported(POLICY)
+    assert set(ours) == set(theirs) == set(start)
     for name, tensor in theirs.items():
-        torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+        # Adam divides by the gradient's own size, so the rounding of tiny gradients shows in single elements:
+        # what must agree is the update as a whole.
+        update = (tensor - start[name]).norm()
+        assert update > 0 and (ours[name] - tensor).norm() <= 1e-3 * update, name
 
 
 LOSSES = {

@@ -78,5 +78,5 @@ def test_resume_refuses_another_run(quiet_args, tmp_path, change: dict, message:
 def test_resume_without_a_checkpoint_names_the_directory(quiet_args, tmp_path) -> None:
     with pytest.raises(CheckpointError, match="no finished checkpoint under"):
         finish(quiet_args(resume_from_checkpoint="latest"))
-    with pytest.raises(CheckpointError, match="state.json is missing"):
+    with pytest.raises(CheckpointError, match=r"state\.json is missing"):
         finish(quiet_args(resume_from_checkpoint=str(tmp_path)))

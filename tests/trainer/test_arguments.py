@@ -1,0 +1,43 @@
+"""`TrainingArguments`: every value that cannot work is refused at construction, all at once."""
+
+import pytest
+
+from fastpref.errors import ConfigError
+from fastpref.trainer import TrainingArguments
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be a whole number >= 1, got 0"),
+        ({"gradient_accumulation_steps": 1.5}, "must be a whole number, got 1.5"),
+        ({"learning_rate": -1.0}, "learning_rate must be a finite number >= 0"),
+        ({"learning_rate": float("nan")}, "learning_rate must be a finite number >= 0, got nan"),
+        ({"learning_rate": "1e-5"}, "learning_rate must be a number, got '1e-5'"),
+        ({"max_steps": True}, "max_steps must be a number, got True"),
+        ({"adam_beta2": 1.0}, r"adam_beta2 must be in \[0, 1\)"),
+        ({"adam_epsilon": 0.0}, "adam_epsilon must be a finite number > 0"),
+        ({"min_lr": 1.0}, "min_lr .* must not exceed learning_rate"),
+        ({"lr_scheduler_type": "cosin"}, "must be one of constant, linear, cosine"),
+        ({"bf16": True, "fp16": True}, "bf16 and fp16 exclude each other"),
+        ({"warmup_steps": 3, "warmup_ratio": 0.1}, "exclude each other"),
+        ({"sequence_parallel": True}, "tensor_model_parallel_size >= 2"),
+        ({"save_total_limit": 1}, "save_total_limit must be >= 2"),
+        ({"report_to": ("tensorbord",)}, "report_to must name only"),
+        ({"recompute_granularity": "half"}, "recompute_granularity must be full, selective or None"),
+    ],
+)
+def test_arguments_refuse(change: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TrainingArguments(**change)
+
+
+def test_arguments_list_all_problems_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        TrainingArguments(learning_rate=-1.0, max_steps=0, save_total_limit=0)
+    assert all(name in str(caught.value) for name in ("learning_rate", "max_steps", "save_total_limit"))
+
+
+@pytest.mark.parametrize(("ratio", "total", "steps"), [(0.1, 100, 10), (0.1, 15, 2), (0.0, 9, 0)])
+def test_warmup_steps_of_rounds_up(ratio: float, total: int, steps: int) -> None:
+    assert TrainingArguments(warmup_ratio=ratio).warmup_steps_of(total) == steps
