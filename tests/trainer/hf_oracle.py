@@ -1,0 +1,127 @@
+"""Tiny random transformers models of every supported family, and what they compute in fp64."""
+
+import copy
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.5,
+    "high_freq_factor": 3.0,
+    "original_max_position_embeddings": 16,
+}
+VARIANTS: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(**SIZES),
+    "llama-tied-odd-vocab": LlamaConfig(**{**SIZES, "vocab_size": 97}, tie_word_embeddings=True),
+    "llama-full-heads": LlamaConfig(**{**SIZES, "num_key_value_heads": 4}, rms_norm_eps=1e-3),
+    "llama-one-kv-head-wide": LlamaConfig(**{**SIZES, "num_key_value_heads": 1}, head_dim=20),
+    "llama3-rope": LlamaConfig(**SIZES, rope_parameters=LLAMA3_ROPE),
+    "llama-linear-rope": LlamaConfig(
+        **SIZES, rope_parameters={"rope_type": "linear", "rope_theta": 3000.0, "factor": 2.5}
+    ),
+    "mistral": MistralConfig(**{**SIZES, "vocab_size": 97}, head_dim=16, sliding_window=None),
+    "mistral-window": MistralConfig(**SIZES, sliding_window=5),
+    "qwen2": Qwen2Config(**SIZES),
+    "qwen2-tied-window": Qwen2Config(
+        **SIZES, tie_word_embeddings=True, use_sliding_window=True, sliding_window=7, max_window_layers=2
+    ),
+    "qwen3": Qwen3Config(**SIZES, head_dim=16),
+    "qwen3-tied-odd-vocab": Qwen3Config(**{**SIZES, "vocab_size": 97}, head_dim=8, tie_word_embeddings=True),
+}
+
+
+class Problem(NamedTuple):
+    """Two microbatches of one sequence each, and the weights of a linear loss on their logits."""
+
+    input_ids_SL: torch.Tensor
+    weights_SLV: torch.Tensor
+
+
+class Answer(NamedTuple):
+    """Logits, and the gradient of every tensor of the model's files."""
+
+    logits_SLV: torch.Tensor
+    gradients: dict[str, torch.Tensor]
+
+
+def make_problem(vocab_size: int, length: int = 24) -> Problem:
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(0, vocab_size, (2, length), generator=generator)
+    return Problem(ids, torch.randn(2, length, vocab_size, generator=generator) / length)
+
+
+def make_model(variant: str) -> torch.nn.Module:
+    """A model whose norms and biases differ from one and zero, so that losing one of them shows."""
+    torch.manual_seed(11)
+    model = AutoModelForCausalLM.from_config(VARIANTS[variant], attn_implementation="sdpa")
+    for name, parameter in model.named_parameters():
+        std = 0.2 if parameter.ndim == 1 else 1.5 / parameter.size(1) ** 0.5
+        parameter.data.normal_(std=std)
+        if name.endswith("norm.weight"):
+            parameter.data.add_(1.0)
+    return model.eval()
+
+
+def save(model: torch.nn.Module, path: Path, max_shard_size: str = "5GB") -> Path:
+    model.save_pretrained(path, max_shard_size=max_shard_size)
+    return path
+
+
+def answer(model: torch.nn.Module, problem: Problem) -> Answer:
+    logits = model(problem.input_ids_SL).logits
+    model.zero_grad()
+    # the mean over microbatches
+    ((logits * problem.weights_SLV).sum() / 2).backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    return Answer(logits.detach(), gradients)
+
+
+def answer_fp64(model: torch.nn.Module, problem: Problem) -> Answer:
+    exact = copy.deepcopy(model).double()
+    for module in exact.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = _rms_norm_fp64.__get__(module)  # transformers' own rounds to fp32 inside
+    return answer(exact, Problem(problem.input_ids_SL, problem.weights_SLV.double()))
+
+
+def _rms_norm_fp64(self: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+
+def assert_as_accurate(got: Answer, fp32: Answer, exact: Answer) -> None:
+    """The one rule: at most three times the error of transformers at the same precision, plus four roundings."""
+    assert set(got.gradients) == set(exact.gradients)
+    pairs = {"logits": (got.logits_SLV, fp32.logits_SLV, exact.logits_SLV)}
+    pairs |= {name: (got.gradients[name], fp32.gradients[name], exact.gradients[name]) for name in exact.gradients}
+    for name, (ours, theirs, truth) in pairs.items():
+        assert ours.shape == truth.shape, name
+        assert ours.dtype == torch.float32
+        allowed = 3 * (theirs - truth).abs().max() + 4 * torch.finfo(torch.float32).eps * truth.abs().max()
+        error = (ours - truth).abs().max()
+        assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}"
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in sorted(path.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def assert_same_bits(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert sorted(got) == sorted(expected)
+    for name, tensor in expected.items():
+        assert got[name].dtype == tensor.dtype, name
+        assert torch.equal(got[name], tensor), name
