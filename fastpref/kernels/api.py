@@ -19,8 +19,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from fastpref.kernels import checks
+from fastpref.kernels.ops import linear_logps_fwd
 from fastpref.kernels.reference import RowOutputs, reference_rows
 from fastpref.kernels.rows import check_rows, derive_rows, gather_rows, segment_sum
+from fastpref.kernels.vocab_parallel import shard_start
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -87,7 +89,7 @@ def linear_logps(
             `ignore_index`.
         cu_seqlens: int32 or int64 [S+1], token bounds of the sequences in flat `hidden`.
         rows: int64 [R], indices into the flat [T] (or S*L) token axis of the tokens to score, grouped by sequence,
-            tokens in any order; instead of `cu_seqlens`. On the host, together with `cu_rows`, they cost no device sync.
+            tokens in any order; instead of `cu_seqlens`. On the host, like `cu_rows`, they cost no device sync.
         cu_rows: int32 or int64 [S+1], bounds of each sequence's group in `rows`.
         nll_labels: like `labels`: a second mask in the same pass, may cover other tokens. Where both label a token the
             labels must agree.
@@ -128,12 +130,10 @@ def linear_logps(
     checks.check_scalars(logit_scale, softcap, ignore_index)
     checks.check_model_tensors(hidden, weight, bias)
     checks.check_layout(hidden, cu_seqlens, rows, cu_rows, sequence_parallel)
-    if tp_group is not None:
-        raise NotImplementedError("tp_group is not part of this build; gather the weight, or leave it out")
-    token_shape = tuple(hidden.shape[:-1])
-    checks.check_labels("labels", labels, token_shape, hidden)
-    if nll_labels is not None:
-        checks.check_labels("nll_labels", nll_labels, token_shape, hidden)
+    group = checks.check_parallel(hidden, weight, tp_group, vocab_start, sequence_parallel, backend)
+    for name, ids in (("labels", labels), ("nll_labels", nll_labels)):
+        if ids is not None or name == "labels":
+            checks.check_labels(name, ids, hidden, group.size() if group is not None and sequence_parallel else 1)
 
     labels_T = labels.reshape(-1)
     nll_labels_T = None if nll_labels is None else nll_labels.reshape(-1)
@@ -143,12 +143,21 @@ def linear_logps(
         rows, cu_rows = derive_rows(labels_T, nll_labels_T, cu_seqlens, ignore_index)
     else:
         rows, cu_rows = check_rows(rows, cu_rows, labels_T.shape[0])
-    index_R = rows.to(hidden.device, non_blocking=True)
+    index_R = rows.to(labels.device, non_blocking=True)
     labels_R = labels_T[index_R]
     nll_labels_R = None if nll_labels_T is None else nll_labels_T[index_R]
-    target_R = _row_targets(labels_R, nll_labels_R, ignore_index)
-    x_RH = gather_rows(hidden, index_R)
-    outputs = reference_rows(x_RH, weight, bias, target_R, logit_scale, softcap)
+    targets_R = _row_targets(labels_R, nll_labels_R, ignore_index)
+    if backend == "reference":
+        outputs = reference_rows(gather_rows(hidden, index_R), weight, bias, targets_R, logit_scale, softcap)
+    else:
+        group_name = None if group is None else group.group_name
+        if group_name is not None:
+            targets_R = targets_R - (shard_start(weight, group_name) if vocab_start is None else vocab_start)
+        with_stats = "entropy" in stats or "mean_logit" in stats
+        token_logps_R, _, _, hits_R, entropy_R, mean_logit_R = linear_logps_fwd(
+            hidden, weight, bias, rows, targets_R, logit_scale, softcap, group_name, sequence_parallel, with_stats
+        )
+        outputs = RowOutputs(token_logps_R, hits_R, entropy_R, mean_logit_R)
     return _sum_to_sequences(outputs, labels_R, nll_labels_R, ignore_index, rows, cu_rows, stats)
 
 
@@ -177,8 +186,8 @@ def _sum_to_sequences(
     def masked_sum(values_R: Tensor, mask_R: Tensor) -> Tensor:
         return segment_sum(torch.where(mask_R, values_R, 0.0), bounds)
 
-    def statistic(name: str, values_R: Tensor | None) -> Tensor | None:
-        return masked_sum(values_R.detach(), is_labelled_R) if name in stats and values_R is not None else None
+    def statistic(name: str, values_R: Tensor) -> Tensor | None:
+        return masked_sum(values_R.detach(), is_labelled_R) if name in stats else None
 
     nll = nll_counts = None
     if nll_labels_R is not None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from fastpref.errors import MissingDependencyError
 
@@ -139,22 +140,54 @@ def check_model_tensors(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> 
             raise ValueError(f"bias must be [V] with V = {weight.shape[0]} as in weight, got shape {tuple(bias.shape)}")
 
 
-def check_labels(name: str, labels: Tensor, shape: tuple[int, ...], hidden: Tensor) -> None:
-    """Check one label tensor against the token axes of `hidden`.
+def check_labels(name: str, labels: Tensor | None, hidden: Tensor, num_slices: int) -> None:
+    """Check one label tensor against the token axes of `hidden`, which is one of `num_slices` equal slices.
 
     Raises:
         TypeError: no int64 tensor (a tensor that requires grad is never int64).
         ValueError: shape or device that does not fit.
     """
     _require_tensor(name, labels)
+    assert labels is not None
     if labels.dtype != torch.int64:
         raise TypeError(f"{name} must be int64 token ids without grad, got {labels.dtype}; use {name}.long()")
+    shape = (hidden.shape[0] * num_slices, *hidden.shape[1:-1])
     if tuple(labels.shape) != shape:
         raise ValueError(
-            f"{name} must have one label per token, shape {shape}, got {tuple(labels.shape)}; "
-            "labels are already shifted and are not cut by sequence parallelism"
+            f"{name} must have one label per token, shape {shape}, got {tuple(labels.shape)}; labels are already "
+            "shifted, and sequence parallelism cuts only hidden, in equal slices (pad the tokens to fit)"
         )
     _require_device(name, labels, hidden)
+
+
+def check_parallel(
+    hidden: Tensor,
+    weight: Tensor,
+    tp_group: ProcessGroup | None,
+    vocab_start: int | None,
+    sequence_parallel: bool,
+    backend: str,
+) -> ProcessGroup | None:
+    """Check the parallel options; return the group, None where it is this rank alone.
+
+    Raises:
+        TypeError: `vocab_start` is no int.
+        ValueError: options that need a group without one, an empty vocabulary, or a backend that knows no groups.
+    """
+    if vocab_start is not None and (isinstance(vocab_start, bool) or not isinstance(vocab_start, int)):
+        raise TypeError(f"vocab_start must be an int, got {vocab_start!r}")
+    if tp_group is None:
+        for name, given in (("vocab_start", vocab_start is not None), ("sequence_parallel", sequence_parallel)):
+            if given:
+                raise ValueError(f"{name} describes this rank's part and needs tp_group, got tp_group=None; pass both")
+        if not weight.shape[0]:
+            raise ValueError("weight must have at least one row (an empty shard is possible with tp_group), got V = 0")
+        return None
+    if vocab_start is not None and vocab_start < 0:
+        raise ValueError(f"vocab_start must be >= 0, got {vocab_start}")
+    if backend == "reference":
+        raise ValueError("backend='reference' computes on one rank; use backend='torch' with tp_group")
+    return tp_group if tp_group.size() > 1 else None
 
 
 def check_layout(

@@ -14,12 +14,12 @@ from torch import Tensor
 
 
 class RowOutputs(NamedTuple):
-    """What a backend computes per row, each [R] in fp32 (fp64 for fp64 inputs); None = not asked for."""
+    """What a backend computes per row, each [R] in fp32 (fp64 for fp64 inputs)."""
 
     token_logps: Tensor
-    hits: Tensor | None
-    entropy: Tensor | None
-    mean_logit: Tensor | None
+    hits: Tensor
+    entropy: Tensor
+    mean_logit: Tensor
 
 
 def reference_rows(
