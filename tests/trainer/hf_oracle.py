@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from megatron_runs import Problem
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
@@ -45,13 +46,6 @@ VARIANTS: dict[str, PreTrainedConfig] = {
 }
 
 
-class Problem(NamedTuple):
-    """Two microbatches of one sequence each, and the weights of a linear loss on their logits."""
-
-    input_ids_SL: torch.Tensor
-    weights_SLV: torch.Tensor
-
-
 class Answer(NamedTuple):
     """Logits, and the gradient of every tensor of the model's files."""
 
@@ -68,7 +62,7 @@ def make_problem(vocab_size: int, length: int = 24) -> Problem:
 def make_model(variant: str) -> torch.nn.Module:
     """A model whose norms and biases differ from one and zero, so that losing one of them shows."""
     torch.manual_seed(11)
-    model = AutoModelForCausalLM.from_config(VARIANTS[variant], attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(VARIANTS[variant]), attn_implementation="sdpa")
     for name, parameter in model.named_parameters():
         std = 0.2 if parameter.ndim == 1 else 1.5 / parameter.size(1) ** 0.5
         parameter.data.normal_(std=std)

@@ -1,11 +1,15 @@
-"""What the worker ranks of the model tests do: load, run both passes on Megatron's schedule, export."""
+"""What the worker ranks of the model tests do: load, run both passes on Megatron's schedule, export.
 
+Kept apart from the tests, so that a worker does not import transformers.
+"""
+
+import resource
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-import hf_oracle
 import torch
 from megatron.core.distributed import (
     DistributedDataParallel,
@@ -15,8 +19,16 @@ from megatron.core.distributed import (
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
+from fastpref.errors import ConfigError
 from fastpref.trainer import platform
 from fastpref.trainer.model import ModelOptions, build_models, load_models, save_hf
+
+
+class Problem(NamedTuple):
+    """Two microbatches of one sequence each, and the weights of a linear loss on their logits."""
+
+    input_ids_SL: torch.Tensor
+    weights_SLV: torch.Tensor
 
 
 class Layout(NamedTuple):
@@ -36,9 +48,7 @@ def parallel(layout: Layout) -> Iterator[None]:
         platform.destroy()
 
 
-def answer(
-    path: str, out: str, layout: Layout, problem: hf_oracle.Problem, options: ModelOptions
-) -> torch.Tensor | None:
+def answer(path: str, out: str, layout: Layout, problem: Problem, options: ModelOptions) -> torch.Tensor | None:
     """Run the model of `path`; its gradients are exported to `out` as if they were weights.
 
     Returns:
@@ -57,7 +67,7 @@ def answer(
     return torch.cat(logits)[..., : problem.weights_SLV.size(-1)] if logits else None
 
 
-def _forward_backward(models: list, problem: hf_oracle.Problem) -> list[torch.Tensor]:
+def _forward_backward(models: list, problem: Problem) -> list[torch.Tensor]:
     logits = []
     length = problem.input_ids_SL.size(1)
 
@@ -106,12 +116,37 @@ def load_error(path: str, layout: Layout) -> str:
     return "no error"
 
 
-def save_error(path: str, out: str, layout: Layout) -> str:
-    """The message of the error that exporting raises on this rank."""
+def save_error(path: str, out: str, layout: Layout, max_file_bytes: int | None = None) -> str:
+    """The message of the error that exporting raises on this rank, when no file may pass `max_file_bytes`."""
     with parallel(layout):
         models = load_models(path)
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes or soft, hard))
         try:
             save_hf(models, out, path)
         except Exception as error:
             return f"{type(error).__name__}: {error}"
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            signal.signal(signal.SIGXFSZ, handler)
     return "no error"
+
+
+def build_error(config: dict, layout: Layout) -> str:
+    """The message of the error that building raises on this rank."""
+    with parallel(layout):
+        try:
+            build_models(config, seed=0)
+        except ConfigError as error:
+            return f"ConfigError: {error}"
+    return "no error"
+
+
+def last_vocab_row(config: dict) -> tuple[int, int, float]:
+    """Padded vocabulary, real vocabulary, and the largest value in this rank's last row, for two ranks."""
+    with parallel(Layout(tp=2)):
+        (model,) = build_models(config, seed=1)
+        rows = model.embedding.word_embeddings.weight
+        assert rows.size(0) * 2 == model.vocab_size
+        return model.vocab_size, model.real_vocab_size, rows[-1].abs().max().item()

@@ -1,0 +1,371 @@
+"""Model directories: what is written can be read by others, and nothing hostile is."""
+
+import json
+import os
+import pickle
+import struct
+import sys
+import threading
+import tracemalloc
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fastpref.checkpoint import hf
+from fastpref.checkpoint.headers import MAX_JSON_BYTES, TensorSpec
+from fastpref.checkpoint.hf import ModelDirectory, ModelWriter
+from fastpref.errors import CheckpointError
+
+TENSORS = {
+    "b": torch.arange(12.0).reshape(3, 4),
+    "a": torch.randn(5, generator=torch.Generator().manual_seed(0)).bfloat16(),
+    "c": torch.tensor([[1.5], [float("nan")]], dtype=torch.float64),
+    "empty": torch.empty(0, 4, dtype=torch.float16),
+}
+SPECS = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in TENSORS.items()]
+
+
+def write(
+    path: Path, config: dict | None = None, max_shard_bytes: int = 1 << 30, companions: Path | None = None
+) -> Path:
+    with ModelWriter(path, SPECS, config or {"model_type": "llama"}, companions, max_shard_bytes) as writer:
+        for name, tensor in TENSORS.items():
+            writer.write(name, tensor)
+    return path
+
+
+def same(got: torch.Tensor, expected: torch.Tensor) -> bool:
+    return got.dtype == expected.dtype and torch.equal(got.nan_to_num(7.0), expected.nan_to_num(7.0))
+
+
+def write_raw(path: Path, header: object, data: bytes = b"", length: int | None = None) -> Path:
+    """A directory with a hand-made safetensors file."""
+    path.mkdir()
+    (path / "config.json").write_text("{}")
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    (path / "model.safetensors").write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
+    return path
+
+
+def entry(start: int, stop: int, shape: list | None = None, dtype: str = "F32") -> dict:
+    return {"dtype": dtype, "shape": [(stop - start) // 4] if shape is None else shape, "data_offsets": [start, stop]}
+
+
+# --- writing and reading
+
+
+@pytest.mark.parametrize(("max_shard_bytes", "num_files"), [(1 << 30, 1), (50, 2), (1, 4)])
+def test_writer_writes_what_safetensors_reads(tmp_path: Path, max_shard_bytes: int, num_files: int) -> None:
+    path = write(tmp_path / "m", max_shard_bytes=max_shard_bytes)
+    files = sorted(path.glob("*.safetensors"))
+    assert len(files) == num_files
+    theirs = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    assert set(theirs) == set(TENSORS)
+    assert all(same(theirs[name], tensor) for name, tensor in TENSORS.items())
+    ours = ModelDirectory(path)
+    assert {name: (info.dtype, info.shape) for name, info in ours.tensors.items()} == {s.name: s[1:] for s in SPECS}
+    assert all(same(ours.read(name), tensor) for name, tensor in TENSORS.items())
+
+
+def test_reader_reads_slices(tmp_path: Path) -> None:
+    directory = ModelDirectory(write(tmp_path / "m"))
+    for start, stop in ((0, 2), (1, 3), (2, 2), (1, None)):
+        assert torch.equal(directory.read("b", 0, start, stop), TENSORS["b"][start:stop])
+        assert torch.equal(directory.read("b", 1, start, stop), TENSORS["b"][:, start:stop])
+
+
+def test_reader_reads_what_safetensors_writes(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    save_file(TENSORS, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    directory = ModelDirectory(tmp_path)
+    assert all(same(directory.read(name), tensor) for name, tensor in TENSORS.items())
+    assert directory.config == {"model_type": "llama"}
+
+
+def test_writer_publishes_only_a_finished_directory(tmp_path: Path) -> None:
+    path = tmp_path / "m"
+    with pytest.raises(KeyboardInterrupt), ModelWriter(path, SPECS, {}) as writer:
+        writer.write("b", TENSORS["b"])
+        assert not path.exists()
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+    with (
+        pytest.raises(CheckpointError, match=r"3 tensors of .* were never written"),
+        ModelWriter(path, SPECS, {}) as writer,
+    ):
+        writer.write("b", TENSORS["b"])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_writer_leaves_nothing_behind_when_the_disk_fails(tmp_path: Path, monkeypatch, call: str) -> None:
+    def fail(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(hf.os, call, fail)
+    with pytest.raises(OSError, match="No space left"):
+        write(tmp_path / "m")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_writer_refuses_a_directory_in_use(tmp_path: Path) -> None:
+    path = write(tmp_path / "m")
+    before = {file.name: file.read_bytes() for file in path.iterdir()}
+    with pytest.raises(CheckpointError, match="exists and is not empty; choose a new directory"):
+        ModelWriter(path, SPECS, {})
+    assert {file.name: file.read_bytes() for file in path.iterdir()} == before
+    (tmp_path / "empty").mkdir()
+    assert ModelDirectory(write(tmp_path / "empty")).tensors.keys() == TENSORS.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [("a", TENSORS["a"]), ("b", TENSORS["b"].double()), ("b", TENSORS["b"].T), ("z", TENSORS["b"])],
+)
+def test_writer_refuses_a_tensor_that_was_not_announced(tmp_path: Path, name: str, tensor: torch.Tensor) -> None:
+    with (
+        pytest.raises(CheckpointError, match="was written, expected TensorSpec"),
+        ModelWriter(tmp_path / "m", SPECS, {}) as w,
+    ):
+        w.write(name, tensor)
+
+
+def test_writer_writes_strided_tensors(tmp_path: Path) -> None:
+    tensor = torch.arange(12.0).reshape(4, 3).T
+    with ModelWriter(tmp_path / "m", [TensorSpec("b", tensor.dtype, (3, 4))], {}) as writer:
+        writer.write("b", tensor.requires_grad_())
+    assert torch.equal(load_file(tmp_path / "m/model.safetensors")["b"], tensor.detach())
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o007, 0o077])
+def test_writer_honours_the_umask(tmp_path: Path, umask: int) -> None:
+    previous = os.umask(umask)
+    try:
+        path = write(tmp_path / "m", max_shard_bytes=1)
+    finally:
+        os.umask(previous)
+    assert {file.stat().st_mode & 0o777 for file in path.iterdir()} == {0o666 & ~umask}
+
+
+def test_writer_holds_one_tensor_at_a_time(tmp_path: Path) -> None:
+    specs = [TensorSpec(f"t{i}", torch.float32, (1 << 20,)) for i in range(8)]
+    tensor = torch.zeros(1 << 20)
+    tracemalloc.start()
+    with ModelWriter(tmp_path / "m", specs, {}) as writer:
+        for spec in specs:
+            writer.write(spec.name, tensor)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (tmp_path / "m/model.safetensors").stat().st_size > 8 * 4 * (1 << 20)
+    assert peak < 2 << 20
+
+
+def test_writer_copies_tokenizer_files_but_no_code(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json", "tokenization_custom.py", "pytorch_model.bin"):
+        (source / name).write_text(name)
+    path = write(tmp_path / "m", companions=source)
+    expected = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    assert sorted(file.name for file in path.iterdir()) == expected
+    assert (path / "tokenizer.json").read_text() == "tokenizer.json"
+
+
+# --- refusals
+
+
+def test_reader_refuses_pickles_without_opening_them(tmp_path: Path) -> None:
+    class Payload:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "executed",))
+
+    for name in ("pytorch_model.bin", "model.pt"):
+        path = tmp_path / name.replace(".", "-")
+        path.mkdir()
+        (path / "config.json").write_text("{}")
+        (path / name).write_bytes(pickle.dumps(Payload()))
+        with pytest.raises(CheckpointError, match=rf"pickles \({name}\), which can run any code .* convert"):
+            ModelDirectory(path)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_reader_refuses_code_that_comes_with_a_model(tmp_path: Path) -> None:
+    path = write(tmp_path / "m", {"auto_map": {"AutoModelForCausalLM": "modeling_evil.Evil"}})
+    (path / "modeling_evil.py").write_text("raise SystemExit('imported')")
+    with pytest.raises(CheckpointError, match=r"config.json: `auto_map` asks for Python code.*never runs"):
+        ModelDirectory(path)
+    assert "modeling_evil" not in sys.modules
+
+
+OUTSIDE = ["../other/model.safetensors", "/etc/passwd", "~/model.safetensors", "a/b.safetensors", "..", ""]
+NO_WEIGHTS = ["model.bin", ".hidden.safetensors", "model\0.safetensors", 7, None]
+
+
+@pytest.mark.parametrize("file", OUTSIDE + NO_WEIGHTS)
+def test_reader_refuses_an_index_that_points_elsewhere(tmp_path: Path, file: object) -> None:
+    write(tmp_path / "other")
+    path = write(tmp_path / "m", max_shard_bytes=1)
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"b": file}}))
+    with pytest.raises(CheckpointError, match=r"only \.safetensors files beside the index are read"):
+        ModelDirectory(path)
+
+
+def test_reader_refuses_an_index_that_does_not_fit(tmp_path: Path) -> None:
+    path = write(tmp_path / "m", max_shard_bytes=50)
+    index = path / "model.safetensors.index.json"
+    good = json.loads(index.read_text())["weight_map"]
+    first = good["b"]
+    cases = [
+        ({**good, "extra": first}, rf"extra \(index: {first}, found in: None\)"),
+        ({name: file for name, file in good.items() if name != "empty"}, r"empty \(index: None, found in: model-"),
+        ({**good, "a": first}, rf"a \(index: {first}, found in: model-"),
+        ({**good, "a": "gone.safetensors"}, "files that do not exist: gone.safetensors"),
+        ({}, "`weight_map` must map"),
+        ([], "`weight_map` must map"),
+    ]
+    for weight_map, message in cases:
+        index.write_text(json.dumps({"metadata": {"total_size": 0}, "weight_map": weight_map}))
+        with pytest.raises(CheckpointError, match=message):
+            ModelDirectory(path)
+    index.write_text(json.dumps({"metadata": {"total_size": 0}, "weight_map": good}))
+    assert ModelDirectory(path).tensors.keys() == TENSORS.keys()
+
+
+def test_reader_refuses_a_tensor_in_two_files(tmp_path: Path) -> None:
+    path = write(tmp_path / "m", max_shard_bytes=1)
+    names = sorted(file.name for file in path.glob("*.safetensors"))
+    (path / names[1]).write_bytes((path / names[0]).read_bytes())
+    with pytest.raises(CheckpointError, match=f"{names[1]}: tensor 'b' is also in {names[0]}"):
+        ModelDirectory(path)
+
+
+def test_reader_refuses_ambiguous_weights(tmp_path: Path) -> None:
+    path = write(tmp_path / "m", max_shard_bytes=1)
+    save_file(TENSORS, path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"holds both model\.safetensors and"):
+        ModelDirectory(path)
+
+
+def test_reader_refuses_a_directory_without_a_model(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="nowhere is not a directory"):
+        ModelDirectory(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match=r"has no config\.json"):
+        ModelDirectory(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor .* found: config\.json"):
+        ModelDirectory(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"a": 1, "a": 2}', "\xff", "[" * 100_000, '{"a": NaN'])
+def test_read_config_refuses_bad_json(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text, encoding="latin-1")
+    with pytest.raises(CheckpointError, match=r"not valid JSON|must hold a JSON object"):
+        hf.read_config(tmp_path)
+
+
+def test_read_config_refuses_a_huge_file_unread(tmp_path: Path) -> None:
+    with open(tmp_path / "config.json", "wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(CheckpointError, match="more than the"):
+        hf.read_config(tmp_path)
+
+
+def test_read_config_refuses_a_fifo(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(CheckpointError, match=r"has no config\.json"):
+        hf.read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("header", "data", "message"),
+    [
+        ({"a": entry(0, 8), "b": entry(4, 12)}, b"\0" * 12, "'b' starts at byte 4 of the data, expected 8: an overlap"),
+        ({"a": entry(0, 8), "b": entry(12, 16)}, b"\0" * 16, "'b' starts at byte 12 .* expected 8: .* gap"),
+        ({"a": entry(0, 8, [3])}, b"\0" * 8, r"'a' of F32 \[3\] has 8 bytes, needs 12"),
+        ({"a": entry(0, 8, [2], "F64")}, b"\0" * 8, r"has 8 bytes, needs 16"),
+        ({"a": entry(8, 0, [2])}, b"\0" * 8, r"has -8 bytes, needs 8"),
+        ({"a": entry(0, 8, [-2])}, b"\0" * 8, "no whole number >= 0"),
+        ({"a": entry(0, 8, [2.0])}, b"\0" * 8, "no whole number >= 0"),
+        ({"a": entry(0, 8, [2], "I64")}, b"\0" * 8, "dtype I64; only F64, F32, F16, BF16"),
+        ({"a": entry(0, 2, [2], "F8_E4M3")}, b"\0" * 2, "dtype F8_E4M3"),
+        ({"a": entry(0, 8, [1 << 62, 1 << 62])}, b"\0" * 8, "has 8 bytes, needs"),
+        ({"a": {"dtype": "F32"}}, b"", "malformed header entry"),
+        ({"a": [1]}, b"", "malformed header entry"),
+        ({"a": entry(0, 8)}, b"\0" * 9, "header describes"),
+        ({"a": entry(0, 8)}, b"\0" * 7, "header describes"),
+        (b'{"a": {}, "a": {}}', b"", "duplicate keys a"),
+        (b"[]", b"", "must hold a JSON object"),
+        (b"\xff\xfe", b"", "not valid JSON"),
+    ],
+)
+def test_reader_refuses_damaged_headers(tmp_path: Path, header: object, data: bytes, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        ModelDirectory(write_raw(tmp_path / "m", header, data))
+
+
+@pytest.mark.parametrize("length", [1 << 63, (1 << 64) - 1, 1 << 30, 100])
+def test_reader_refuses_a_header_length_beyond_the_file(tmp_path: Path, length: int) -> None:
+    with pytest.raises(CheckpointError, match=f"a header of {length} bytes does not fit"):
+        ModelDirectory(write_raw(tmp_path / "m", {"a": entry(0, 8)}, b"\0" * 8, length))
+
+
+def test_reader_refuses_a_million_tensors_in_bounded_memory(tmp_path: Path) -> None:
+    path = tmp_path / "m"
+    path.mkdir()
+    (path / "config.json").write_text("{}")
+    with open(path / "model.safetensors", "wb") as file:
+        file.write(struct.pack("<Q", 80_000_000))
+        file.truncate(90_000_000)
+    tracemalloc.start()
+    with pytest.raises(CheckpointError, match="a header of 80000000 bytes does not fit"):
+        ModelDirectory(path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1 << 20
+    assert MAX_JSON_BYTES < 80_000_000
+
+
+@pytest.mark.parametrize("cut", ["-1", "half", "0", "+1"])
+def test_reader_refuses_a_truncated_or_grown_file(tmp_path: Path, cut: str) -> None:
+    path = write(tmp_path / "m")
+    file = path / "model.safetensors"
+    raw = file.read_bytes()
+    file.write_bytes({"-1": raw[:-1], "half": raw[: len(raw) // 2], "0": b"", "+1": raw + b"\0"}[cut])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: "):
+        ModelDirectory(path)
+
+
+def test_tensors_survive_a_replacement_of_their_directory(tmp_path: Path) -> None:
+    path = write(tmp_path / "m")
+    tensor = ModelDirectory(path).read("b")
+    path.rename(tmp_path / "old")
+    other = {**TENSORS, "b": TENSORS["b"] + 1}
+    with ModelWriter(path, SPECS, {}) as writer:
+        for name, value in other.items():
+            writer.write(name, value)
+    assert torch.equal(tensor, TENSORS["b"])
+    assert torch.equal(ModelDirectory(path).read("b"), TENSORS["b"] + 1)
+
+
+def test_writers_of_one_directory_do_not_mix(tmp_path: Path) -> None:
+    path, barrier, errors = tmp_path / "m", threading.Barrier(2), []
+
+    def run() -> None:
+        try:
+            with ModelWriter(path, SPECS, {}) as writer:
+                for name, tensor in TENSORS.items():
+                    writer.write(name, tensor)
+                barrier.wait()
+        except OSError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(errors) == 1  # the second rename finds the name taken
+    assert ModelDirectory(path).tensors.keys() == TENSORS.keys()
+    assert [file.name for file in tmp_path.iterdir()] == ["m"]

@@ -1,0 +1,162 @@
+"""`config.json` to architecture: nothing is skipped in silence."""
+
+import json
+
+import hf_oracle
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from fastpref.errors import ConfigError
+from fastpref.trainer.bridge.architecture import FAMILIES, Architecture, Rope
+
+CONFIG_CLASSES = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+REQUIRED = {
+    "num_hidden_layers": 3,
+    "num_attention_heads": 64,
+    "hidden_size": 1024,
+    "intermediate_size": 80,
+    "vocab_size": 97,
+    "max_position_embeddings": 128,
+}
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_from_hf_fills_absent_keys_like_transformers(model_type: str) -> None:
+    theirs = CONFIG_CLASSES[model_type](**REQUIRED)
+    ours = Architecture.from_hf({"model_type": model_type, **REQUIRED})
+    assert ours.num_query_groups == theirs.num_key_value_heads
+    assert ours.head_dim == (getattr(theirs, "head_dim", None) or 1024 // 64)
+    assert ours.norm_eps == theirs.rms_norm_eps
+    assert ours.init_std == theirs.initializer_range
+    assert ours.tie_embeddings == theirs.tie_word_embeddings
+    assert ours.rope == Rope(theirs.rope_parameters["rope_theta"])
+    assert ours.sliding_window == getattr(theirs, "sliding_window", None)
+    assert ours.sliding_layers == ((True,) * 3 if model_type == "mistral" else ())
+
+
+@pytest.mark.parametrize("variant", hf_oracle.VARIANTS)
+def test_from_hf_reads_full_and_shortened_configs_alike(variant: str) -> None:
+    config = hf_oracle.VARIANTS[variant]
+    full, shortened = Architecture.from_hf(config.to_dict()), Architecture.from_hf(json.loads(config.to_json_string()))
+    assert full == shortened
+    assert full.num_query_groups == config.num_key_value_heads
+    assert full.norm_eps == config.rms_norm_eps
+    assert full.tie_embeddings == config.tie_word_embeddings
+
+
+def test_from_hf_reads_the_keys_of_older_transformers() -> None:
+    base = {"model_type": "llama", **REQUIRED, "rope_theta": 500000.0, "torch_dtype": "bfloat16"}
+    assert Architecture.from_hf({**base, "rope_scaling": None, "rope_parameters": None}).rope == Rope(500000.0)
+    scaling = {"type": "linear", "factor": 2}
+    assert Architecture.from_hf({**base, "rope_scaling": scaling}).rope == Rope(500000.0, "linear", 2)
+    llama3 = {key: value for key, value in hf_oracle.LLAMA3_ROPE.items() if key != "rope_theta"}
+    assert Architecture.from_hf({**base, "rope_scaling": llama3}).rope == Rope(500000.0, "llama3", 4.0, 1.5, 3.0, 16)
+    del llama3["original_max_position_embeddings"]
+    assert Architecture.from_hf({**base, "rope_scaling": llama3}).rope.original_max_positions == 128
+
+
+@pytest.mark.parametrize(
+    ("keys", "window", "sliding"),
+    [
+        ({}, None, ()),
+        ({"sliding_window": 9}, None, ()),
+        ({"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}, 9, (False, True, True)),
+        ({"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 0}, 9, (True, True, True)),
+        ({"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 3}, None, ()),
+        ({"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0}, None, ()),
+        ({"use_sliding_window": True, "max_window_layers": 2}, 4096, (False, False, True)),
+    ],
+)
+def test_from_hf_reads_the_layers_of_a_qwen_window(keys: dict, window: int | None, sliding: tuple) -> None:
+    ours = Architecture.from_hf({"model_type": "qwen2", **REQUIRED, **keys})
+    assert (ours.sliding_window, ours.sliding_layers) == (window, sliding)
+    theirs = Qwen2Config(**REQUIRED, **keys).layer_types
+    assert theirs == ["sliding_attention" if s else "full_attention" for s in sliding or (False,) * 3]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "keys", "message"),
+    [
+        ("gpt2", {}, "model_type must be one of llama, mistral, qwen2, qwen3, got 'gpt2'"),
+        ("llama", {"auto_map": {"AutoConfig": "evil.Config"}}, "auto_map"),
+        ("llama", {"attention_bias": True}, "attention_bias must be False, got True"),
+        ("qwen3", {"attention_bias": True}, "attention_bias must be False, got True"),
+        ("llama", {"mlp_bias": True}, "mlp_bias must be False, got True"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act must be 'silu', got 'gelu'"),
+        ("llama", {"attention_dropout": 0.1}, r"attention_dropout must be 0, got 0\.1"),
+        ("llama", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config must be None"),
+        ("llama", {"sliding_window": 9}, "sliding_window = 9 is not supported for llama"),
+        ("mistral", {"layer_types": ["full_attention"] * 3}, "layer_types = .* not supported for mistral"),
+        ("llama", {"logit_scale": 0.5, "residual_multiplier": 2}, r"logit_scale = 0\.5 .*; residual_multiplier = 2"),
+        (
+            "llama",
+            {"vocab_size": None, "hidden_size": "1024"},
+            "hidden_size must be of type int.*vocab_size is missing",
+        ),
+        ("llama", {"num_key_value_heads": 3}, "num_key_value_heads 3 must divide num_attention_heads 64"),
+        (
+            "llama",
+            {"num_attention_heads": 48, "num_key_value_heads": 8},
+            "num_attention_heads 48 must divide hidden_size",
+        ),
+        ("llama", {"num_hidden_layers": True}, "num_hidden_layers must be of type int, got True"),
+        ("llama", {"rms_norm_eps": -1e-6}, "rms_norm_eps must be a finite number > 0"),
+        ("llama", {"initializer_range": float("nan")}, "initializer_range must be a finite number > 0"),
+        ("llama", {"tie_word_embeddings": 1}, "tie_word_embeddings must be of type bool, got 1"),
+        ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type must be one of .* got 'yarn'"),
+        ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "high_freq_factor is missing"),
+        ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, r"partial_rotary_factor must be 1\.0, got 0\.5"),
+        ("llama", {"partial_rotary_factor": 0.5}, r"partial_rotary_factor must be 1\.0, got 0\.5"),
+        ("llama", {"rope_parameters": {"mscale": 2.0}}, r"rope_parameters: mscale = 2\.0 is not supported"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_theta": 1e4}, "rope_theta": 1e5},
+            r"rope_theta is 10000\.0 here and 100000\.0",
+        ),
+        (
+            "llama",
+            {"rope_parameters": {"rope_theta": 1e4}, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            "contradict each other",
+        ),
+        ("llama", {"rope_parameters": {**hf_oracle.LLAMA3_ROPE, "low_freq_factor": 3.0}}, "low_freq_factor must be <"),
+        ("llama", {"rope_parameters": "default"}, "rope_parameters must be an object"),
+        ("qwen2", {"layer_types": ["full_attention"]}, "layer_types must name .* for 3 layers"),
+        ("qwen2", {"layer_types": ["sliding_attention"] * 3}, "use_sliding_window or sliding_window is off"),
+        ("qwen2", {"max_window_layers": -1}, "max_window_layers must be a whole number >= 0"),
+    ],
+)
+def test_from_hf_refuses_what_it_does_not_honour(model_type: str, keys: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Architecture.from_hf({"model_type": model_type, **REQUIRED, **keys})
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    kind=st.sampled_from(["default", "linear", "llama3"]),
+    head_dim=st.sampled_from([2, 8, 64, 128]),
+    theta=st.floats(100.0, 1e7),
+    factor=st.floats(1.0, 64.0),
+    low=st.floats(0.5, 2.0),
+    gap=st.floats(0.1, 8.0),
+    original=st.integers(16, 16384),
+)
+def test_inv_freq_equals_transformers_bit_for_bit(
+    kind: str, head_dim: int, theta: float, factor: float, low: float, gap: float, original: int
+) -> None:
+    parameters = {"rope_type": kind, "rope_theta": theta}
+    if kind != "default":
+        parameters["factor"] = factor
+    if kind == "llama3":
+        parameters |= {"low_freq_factor": low, "high_freq_factor": low + gap}
+        parameters |= {"original_max_position_embeddings": original}
+    config = LlamaConfig(
+        hidden_size=head_dim, num_attention_heads=1, max_position_embeddings=65536, rope_parameters=parameters
+    )
+    theirs = LlamaRotaryEmbedding(config)
+    assert theirs.attention_scaling == 1.0
+    rope = Rope(theta, kind, factor, low, low + gap, original)
+    assert torch.equal(rope.inv_freq(head_dim), theirs.inv_freq)
