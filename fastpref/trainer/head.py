@@ -21,6 +21,7 @@ from torch import Tensor
 from fastpref.errors import ConfigError
 from fastpref.kernels import linear_logps
 from fastpref.trainer.batch import HeadRequest
+from fastpref.trainer.timing import DeviceTimer
 
 TOKEN_STATS = ("entropy", "hits", "mean_logit")
 
@@ -31,6 +32,7 @@ class LogpsHead(ColumnParallelLinear):
     request: HeadRequest | None
     token_stats: tuple[str, ...]
     vocab_size: int
+    timer: DeviceTimer
 
     def forward(
         self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
@@ -49,6 +51,7 @@ class LogpsHead(ColumnParallelLinear):
         request = self.request
         if request is None:
             return super().forward(input_, weight, runtime_gather_output)
+        self.timer.start()
         weight_VH = self.weight if weight is None else weight
         vocab_start = self.tp_group.rank() * self.output_size_per_partition
         # Rows that only pad the vocabulary to a multiple of the tensor-parallel size must not enter the softmax.
@@ -71,6 +74,10 @@ class LogpsHead(ColumnParallelLinear):
         )
         columns = [scores.logps] if scores.nll is None else [scores.logps, scores.nll]
         columns += [getattr(scores, name).float() for name in self.token_stats]
+        self.timer.stop()
+        if scores.logps.requires_grad and input_.requires_grad:
+            scores.logps.register_hook(lambda _: self.timer.start())
+            input_.register_hook(lambda _: self.timer.stop())
         return torch.stack(columns, dim=1), None
 
 
@@ -115,3 +122,4 @@ def install_heads(models: Sequence[torch.nn.Module], token_stats: tuple[str, ...
         head.request = None
         head.token_stats = token_stats
         head.vocab_size = getattr(chunk, "real_vocab_size", chunk.vocab_size)
+        head.timer = DeviceTimer()

@@ -21,6 +21,7 @@ from fastpref.errors import ConfigError
 from fastpref.losses import DPOConfig
 from fastpref.trainer import state
 from fastpref.trainer.arguments import TrainingArguments
+from fastpref.trainer.head import head_of
 from fastpref.trainer.metrics import MetricWindow
 from fastpref.trainer.reporting import RunReporter
 from fastpref.trainer.step import step_totals
@@ -204,6 +205,7 @@ class _Window:
         self._steps: list[StepResult] = []
         self._start = time.perf_counter()
         self._active = 0.0
+        self._last_ratio: float | None = None
 
     def add(self, result: StepResult) -> None:
         """Adds one finished step; its microbatches are released."""
@@ -217,28 +219,48 @@ class _Window:
 
     def close(self, done: int) -> dict[str, float]:
         """Metrics of the window; then starts the next one."""
+        trainer, steps, seconds = self._trainer, self._steps, max(self._active, 1e-9)
+        heads = [head for head in map(head_of, trainer.model) if head is not None]
+        self._metrics.add_seconds(
+            ref_seconds=0.0 if trainer.reference is None else trainer.reference.timer.read(),
+            head_seconds=sum(head.timer.read() for head in heads),
+        )
         metrics, totals = self._metrics.reduce()
-        steps, seconds = self._steps, max(self._active, 1e-9)
         norms = [step.grad_norm for step in steps if step.grad_norm is not None]
         if norms:
             metrics["grad_norm"] = sum(norms) / len(norms)
-        if self._trainer.args.log_num_zeros_in_grad:
+        if trainer.args.log_num_zeros_in_grad:
             metrics["num_zeros_in_grad"] = float(steps[-1].num_zeros_in_grad or 0)
         metrics |= {
             "lr": steps[-1].learning_rate,
             "skipped_iter": float(sum(step.skipped_iter for step in steps)),
-            "epoch": done / self._trainer.feed.sampler.steps_per_epoch,
+            "epoch": done / trainer.feed.sampler.steps_per_epoch,
+            **self._displacement(metrics),
             "perf/pairs_per_second": totals["pairs"] / seconds,
-            "perf/tokens_per_second": totals["real"] / seconds,
-            "perf/response_tokens_per_second": totals["response"] / seconds,
-            "perf/padded_tokens_per_second": totals["padded"] / seconds,
-            "perf/response_fraction": totals["response"] / totals["padded"],
-            "perf/padding_fraction": 1.0 - totals["real"] / totals["padded"],
-            "perf/seconds_per_step": seconds / len(steps),
+            "perf/tokens_per_second": totals["real_tokens"] / seconds,
+            "perf/response_tokens_per_second": totals["response_tokens"] / seconds,
+            "perf/padded_tokens_per_second": totals["padded_tokens"] / seconds,
+            "perf/response_fraction": totals["response_tokens"] / totals["padded_tokens"],
+            "perf/padding_fraction": 1.0 - totals["real_tokens"] / totals["padded_tokens"],
+            "perf/step_seconds": seconds / len(steps),
+            "perf/ref_seconds": totals["ref_seconds"] / len(steps),
+            "perf/head_seconds": totals["head_seconds"] / len(steps),
             "memory/peak_gib": _peak_gib(),
         }
         self._steps, self._start, self._active = [], time.perf_counter(), 0.0
         return metrics
+
+    def _displacement(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Likelihood displacement: 1 where chosen answers became less likely than under the reference, and still fall.
+
+        Source: Razin et al. 2024, "Unintentional Unalignment: Likelihood Displacement in Direct Preference
+        Optimization".
+        """
+        ratio, last = metrics.get("kl/chosen"), self._last_ratio
+        if ratio is None:
+            return {}
+        self._last_ratio = ratio
+        return {"alarm/likelihood_displacement": float(ratio < 0.0 and last is not None and ratio < last)}
 
 
 def _peak_gib() -> float:

@@ -13,7 +13,7 @@ from fastpref.trainer.batch import Microbatch
 from fastpref.trainer.platform import current_device
 from fastpref.trainer.step import Metrics, MicrobatchResult
 
-TOKEN_KINDS = ("real", "response", "padded")
+TOTALS = ("pairs", "real_tokens", "response_tokens", "padded_tokens", "ref_seconds", "head_seconds", "ranks")
 
 
 def metric_names(config: DPOConfig, token_stats: bool) -> tuple[str, ...]:
@@ -38,7 +38,7 @@ def metric_names(config: DPOConfig, token_stats: bool) -> tuple[str, ...]:
 
 
 class MetricWindow:
-    """Sums of metrics and tokens since the last `reduce`.
+    """Sums of metrics, tokens and seconds since the last `reduce`.
 
     Every rank adds what it has; only ranks that own results count (last pipeline stage, first tensor-parallel rank),
     so that one sum over the world gives the total.
@@ -46,40 +46,45 @@ class MetricWindow:
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = tuple(names)
-        self.reset()
-
-    def reset(self) -> None:
-        """Forgets everything."""
-        self.sums = torch.zeros(len(self.names), 2, dtype=torch.float64, device=current_device())
-        self.tokens = torch.zeros(len(TOKEN_KINDS), dtype=torch.float64)
-        self.pairs = 0.0
+        self._reset()
 
     def add(self, batches: Iterable[Microbatch], results: Iterable[MicrobatchResult]) -> None:
         """Adds the microbatches of one step and their results."""
         for result in results:
-            self.sums += _as_table(result.metrics, self.names, self.sums.device)
+            self._sums += _as_table(result.metrics, self.names, self._sums.device)
         for batch in batches:
-            real_S = batch.weights_B.repeat(2) != 0
-            self.tokens[0] += batch.lengths_S[real_S].sum()
-            self.tokens[1] += batch.counts_S[real_S].sum()
-            self.tokens[2] += batch.input_ids_SL.numel()
-            self.pairs += float((batch.weights_B != 0).sum())
+            is_real_B = batch.weights_B != 0
+            is_real_S = is_real_B.repeat(2)
+            self._totals["pairs"] += float(is_real_B.sum())
+            self._totals["real_tokens"] += float(batch.lengths_S[is_real_S].sum())
+            self._totals["response_tokens"] += float(batch.counts_S[is_real_S].sum())
+            self._totals["padded_tokens"] += batch.input_ids_SL.numel()
+
+    def add_seconds(self, ref_seconds: float, head_seconds: float) -> None:
+        """Adds this rank's time in the reference pass and in the head."""
+        self._totals["ref_seconds"] += ref_seconds
+        self._totals["head_seconds"] += head_seconds
 
     def reduce(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Means of the metrics and totals of the tokens over all ranks; then starts a new window.
+        """Means of the metrics and `TOTALS` over all ranks; then starts a new window.
 
         Returns:
-            (metrics, totals): `totals` has `pairs` and real, response and padded tokens.
+            (metrics, totals): seconds are the mean of the ranks that own results, the other totals their sum.
         """
-        counts = torch.cat([self.tokens, torch.tensor([self.pairs], dtype=torch.float64)]).to(self.sums.device)
-        packed = torch.cat([self.sums.flatten(), counts])
+        packed = torch.cat([self._sums.flatten(), self._sums.new_tensor(list(self._totals.values()))])
         if not owns_results():
             packed.zero_()
         torch.distributed.all_reduce(packed)
-        table, totals = packed[: self.sums.numel()].view(-1, 2).tolist(), packed[self.sums.numel() :].tolist()
-        self.reset()
-        metrics = {name: total / weight for name, (total, weight) in zip(self.names, table, strict=True) if weight}
-        return metrics, dict(zip((*TOKEN_KINDS, "pairs"), totals, strict=True))
+        table, values = packed[: self._sums.numel()].view(-1, 2).tolist(), packed[self._sums.numel() :].tolist()
+        totals = dict(zip(TOTALS, values, strict=True))
+        for name in ("ref_seconds", "head_seconds"):
+            totals[name] /= totals["ranks"]
+        self._reset()
+        return {name: total / weight for name, (total, weight) in zip(self.names, table, strict=True) if weight}, totals
+
+    def _reset(self) -> None:
+        self._sums = torch.zeros(len(self.names), 2, dtype=torch.float64, device=current_device())
+        self._totals = dict.fromkeys(TOTALS, 0.0) | {"ranks": 1.0}
 
 
 def owns_results() -> bool:

@@ -15,6 +15,7 @@ from fastpref.trainer.batch import Microbatch
 from fastpref.trainer.head import install_heads, unwrap
 from fastpref.trainer.optimizer import check_model, to_precision
 from fastpref.trainer.step import PreferenceSchedule, with_reference
+from fastpref.trainer.timing import DeviceTimer
 
 
 class ReferenceModel:
@@ -32,11 +33,15 @@ class ReferenceModel:
         for model in self.models:
             model.eval().requires_grad_(False)
         self._schedule = PreferenceSchedule(config)
+        self.timer = DeviceTimer()
 
     def attach(self, batches: Sequence[Microbatch]) -> list[Microbatch]:
         """Returns the microbatches with their reference sums, known on the last pipeline stage only."""
+        self.timer.start()
         with torch.no_grad():
-            return with_reference(batches, self._schedule.score(self.models, batches))
+            scores = self._schedule.score(self.models, batches)
+        self.timer.stop()
+        return with_reference(batches, scores)
 
 
 def build_reference(

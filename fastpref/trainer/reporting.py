@@ -29,6 +29,8 @@ class RunReporter:
 
     def __init__(self, args: TrainingArguments, rank: int, total_steps: int, first_step: int) -> None:
         self.active = rank == 0
+        self._console = Console(stderr=True)
+        self._has_warned = False
         self._writers: list = []
         self._progress: Progress | None = None
         if not self.active:
@@ -49,7 +51,7 @@ class RunReporter:
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[status]}"),
-                console=Console(stderr=True),
+                console=self._console,
             )
             self._task = self._progress.add_task("train", total=total_steps, completed=first_step, status="")
 
@@ -82,6 +84,12 @@ class RunReporter:
         self._file.flush()
         for writer in self._writers:
             writer.log(step, metrics)
+        if metrics.get("alarm/likelihood_displacement") and not self._has_warned:
+            self._has_warned = True
+            self._console.print(
+                f"[yellow]step {step}: chosen answers are less likely than under the reference and still fall "
+                "(likelihood displacement); consider an sft term in pref_loss, or a larger beta"
+            )
         if self._progress is not None:
             shown = [("loss", "loss"), ("rewards/accuracies", "acc"), ("rewards/margins", "margin")]
             status = "  ".join(f"{label} {metrics[name]:.3f}" for name, label in shown if name in metrics)

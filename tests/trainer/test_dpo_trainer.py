@@ -100,6 +100,18 @@ def test_train_leaves_the_reference_unchanged_and_starts_at_ln_2(quiet_args) -> 
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
+def test_train_flags_falling_chosen_logps(quiet_args) -> None:
+    """A large step at a large beta makes both answers unlikely: the chosen log-ratio turns negative and falls."""
+    pairs = tiny_pairs(4, seed=1)
+    args = quiet_args(learning_rate=0.05, lr_scheduler_type="constant", max_steps=8, shuffle=False)
+    trainer = DPOTrainer(stock_model(0), DPOConfig(beta=1.0), None, args, train_dataset=pairs)
+    trainer.train()
+    ratios = [record["kl/chosen"] for record in trainer.log_history]
+    flags = [record["alarm/likelihood_displacement"] for record in trainer.log_history]
+    expected = [0.0] + [float(b < 0 and b < a) for a, b in zip(ratios, ratios[1:], strict=False)]
+    assert flags == expected and 0 < sum(flags) < len(flags)
+
+
 def test_short_last_batch_weighs_every_pair_the_same(quiet_args) -> None:
     """5 pairs in batches of 4: the last step averages over its one pair and its fillers count in nothing."""
     pairs = tiny_pairs(5)

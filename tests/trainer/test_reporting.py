@@ -54,3 +54,10 @@ def test_reporter_without_wandb_names_the_remedy(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(MissingDependencyError, match="pip install wandb"):
         RunReporter(arguments(tmp_path, "wandb"), rank=0, total_steps=1, first_step=0)
+
+
+def test_reporter_warns_once_of_likelihood_displacement(tmp_path, capsys) -> None:
+    with RunReporter(arguments(tmp_path), rank=0, total_steps=3, first_step=0) as reporter:
+        for step, alarm in enumerate((0.0, 1.0, 1.0), start=1):
+            reporter.log(step, {"alarm/likelihood_displacement": alarm})
+    assert capsys.readouterr().err.count("likelihood displacement") == 1
