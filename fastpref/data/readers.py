@@ -132,7 +132,7 @@ def _read_jsonl(path: str, config: DataConfig, problems: ProblemLog) -> Iterator
             if not raw.strip():
                 continue
             try:
-                record = strict_json.loads(raw, path, line, unfinished=not raw.endswith(b"\n"))
+                record = strict_json.loads(raw.rstrip(), path, line, unfinished=not raw.endswith(b"\n"))
             except DataError as error:
                 problems.add(error)
             else:

@@ -5,7 +5,12 @@ from pathlib import Path
 
 import pytest
 import transformers
+from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+# A busy machine is not a failed test.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 SPECIAL_TOKENS = ["<pad>", "<bos>", "<eos>", "<|user|>", "<|assistant|>", "<|system|>", "<|tool|>"]
 CHAT_TEMPLATE = (

@@ -1,5 +1,7 @@
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -7,7 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from fastpref.data import DataConfig, PreferencePair, read_pairs
-from fastpref.errors import DataError
+from fastpref.errors import DataError, MissingDependencyError
 
 USER = {"role": "user", "content": "Hi"}
 GOOD = {"role": "assistant", "content": "Hello."}
@@ -235,6 +237,21 @@ def test_read_pairs_format_overrides_the_name(write) -> None:
     with pytest.raises(DataError, match=r"known endings are \.jsonl, .*: set `format`"):
         list(read_pairs(path))
     assert len(list(read_pairs(path, DataConfig(format="jsonl")))) == 1
+
+
+def test_read_pairs_parquet_without_pyarrow_names_the_extra(write, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(MissingDependencyError, match=r"needs pyarrow; install fastpref\[hf\]"):
+        list(read_pairs(write("PAR1", "pairs.parquet")))
+
+
+def test_import_fastpref_data_needs_torch_only() -> None:
+    probe = (
+        "import sys, fastpref.data; "
+        "print(sorted({'transformers', 'tokenizers', 'pyarrow', 'jinja2', 'datasets'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
 
 
 def test_read_pairs_real_sharegpt_file() -> None:
