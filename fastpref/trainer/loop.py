@@ -107,12 +107,13 @@ def check_combination(args: TrainingArguments, config: DPOConfig) -> None:
     """Refuses settings of loss and loop that do not fit.
 
     Raises:
-        ConfigError: a loss over the global batch with gradient accumulation or a short last batch.
+        ConfigError: a loss over the global batch with gradient accumulation.
     """
-    if config.needs_global_batch and (args.gradient_accumulation_steps > 1 or not args.drop_last):
+    if config.needs_global_batch and args.gradient_accumulation_steps > 1:
         raise ConfigError(
-            f"pref_loss {' + '.join(config.loss_names)} compares the pairs of a whole batch: it needs "
-            "gradient_accumulation_steps=1 and drop_last=true; raise per_device_train_batch_size instead"
+            f"pref_loss {' + '.join(config.loss_names)} sorts the pairs of a whole batch, which must be in memory at "
+            f"once: gradient_accumulation_steps must be 1, got {args.gradient_accumulation_steps}; raise "
+            "per_device_train_batch_size or the number of ranks instead"
         )
 
 

@@ -153,7 +153,6 @@ def train_aot(dp: int, output_dir: str) -> list[dict]:
     args = TrainingArguments(
         output_dir=output_dir,
         per_device_train_batch_size=8 // dp,
-        drop_last=True,
         learning_rate=5e-3,
         max_steps=STEPS,
         logging_steps=1,

@@ -186,7 +186,7 @@ def test_trainer_refuses_what_cannot_work(quiet_args) -> None:
         DPOTrainer(stock_model(0, calculate_per_token_loss=True), DPOConfig(), None, quiet_args())
     with pytest.raises(ConfigError, match="params_dtype"):
         DPOTrainer(stock_model(0), DPOConfig(), None, quiet_args(bf16=True))
-    with pytest.raises(ConfigError, match="drop_last=true"):
+    with pytest.raises(ConfigError, match="gradient_accumulation_steps must be 1, got 2"):
         DPOTrainer(stock_model(0), DPOConfig(pref_loss="aot"), None, quiet_args())
     with pytest.raises(ConfigError, match="tensor_model_parallel_size is 2"):
         DPOTrainer(stock_model(0), DPOConfig(), None, quiet_args(tensor_model_parallel_size=2))
