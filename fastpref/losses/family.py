@@ -184,7 +184,7 @@ def nll_per_pair(logps: PairLogps, context: LossContext) -> Tensor:
     mean_count = context.mean_nll_count
     if mean_count is None:
         weights = torch.ones_like(nll) if context.pair_weights is None else context.pair_weights.to(nll.dtype)
-        mean_count = (weights * counts).sum() / weights.sum()
-    mean_count = torch.as_tensor(mean_count, dtype=nll.dtype, device=nll.device)
-    # a batch without NLL tokens, or of filler alone (0 / 0), has nothing to average
-    return nll / torch.where(mean_count > 0, mean_count, 1.0)
+        batch_mean = (weights * counts).sum() / weights.sum()
+        # a batch without NLL tokens, or of filler alone (0 / 0), has nothing to average
+        mean_count = torch.where(batch_mean > 0, batch_mean, 1.0)
+    return nll / mean_count

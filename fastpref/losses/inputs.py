@@ -119,7 +119,7 @@ class LossContext:
     pair_weights: Tensor | None = None
     """(B,) weights >= 0. A pair of weight 0 is filler: its log-probs are replaced before the loss sees them."""
     mean_nll_count: Tensor | float | None = None
-    """NLL tokens per pair, (weighted) mean over the whole optimizer step; None = the mean over this batch."""
+    """NLL tokens per pair, > 0: the weighted mean over the whole optimizer step; None = the mean over this batch."""
     bco_delta: Tensor | float = 0.0
     """Reward shift of `bco_pair` with `bco_delta="running_mean"`; see `update_running_mean`."""
     gather: Callable[[Tensor], Tensor] | None = None
