@@ -8,6 +8,8 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import faulthandler
 import multiprocessing
 import os
@@ -111,10 +113,9 @@ class RankPool:
         deadline = time.monotonic() + 2.0
         for rank in self._ranks:
             rank.process.join(max(0.0, deadline - time.monotonic()))
-            if rank.process.is_alive():
-                rank.process.kill()
-                rank.process.join()
+            _kill(rank.process)
         self._ranks = []
+        atexit.unregister(self.close)
         if self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)
             self._directory = None
@@ -128,6 +129,8 @@ class RankPool:
         self.close()
 
     def _start(self) -> None:
+        # Before multiprocessing's own exit handler, which waits for processes that are no daemons.
+        atexit.register(self.close)
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(self._preload)
         self._directory = Path(tempfile.mkdtemp(prefix="fastpref-ranks-"))
@@ -138,7 +141,7 @@ class RankPool:
                 target=_serve,
                 args=(number, self.world_size, str(self._directory / "store"), str(stack_path), self.timeout_s, theirs),
                 name=f"rank-{number}",
-                daemon=True,
+                daemon=False,  # a daemon may not start processes, and saving a checkpoint does
             )
             process.start()
             theirs.close()
@@ -180,12 +183,22 @@ class RankPool:
         os.kill(rank.process.pid, signal.SIGUSR1)
         time.sleep(0.2)  # a live interpreter writes its stack at once; a stopped one never does
         stack = rank.stack_path.read_text(encoding="utf-8") if rank.stack_path.exists() else ""
-        rank.process.kill()
+        _kill(rank.process)
         return f"no answer in time; it was killed. Its stack:\n{stack or '(the process did not react to a signal)'}"
+
+
+def _kill(process: ForkServerProcess) -> None:
+    """End a worker that still runs, with the processes that it started."""
+    if process.is_alive() and process.pid is not None:
+        with contextlib.suppress(ProcessLookupError):  # it has no process group of its own yet
+            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
+        process.join()
 
 
 def _serve(rank: int, world_size: int, store_path: str, stack_path: str, timeout_s: float, pipe: Connection) -> None:
     """Join the group, then run functions until the parent closes the pipe."""
+    os.setsid()
     torch.set_num_threads(1)
     # Gloo would otherwise look the host name up, which fails or leaves the machine where it is not in /etc/hosts.
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
@@ -197,11 +210,9 @@ def _serve(rank: int, world_size: int, store_path: str, stack_path: str, timeout
             try:
                 path, task = pickle.loads(pipe.recv_bytes())
             except EOFError:
-                break
+                return
             sys.path[:] = path
             answer = _attempt(_run_task, (task,))
-    # A group that a failed function left in the middle of a collective cannot be torn down in order.
-    os._exit(0)
 
 
 def _join_group(rank: int, world_size: int, store_path: str, timeout_s: float) -> None:

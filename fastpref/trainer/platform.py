@@ -44,8 +44,9 @@ def initialize_distributed(timeout_s: float = 600.0) -> None:
     """Join the process group: NCCL with one GPU per rank, gloo on a CPU.
 
     Under `torchrun` (or any launcher that sets `RANK` and `WORLD_SIZE`) the ranks meet at `MASTER_ADDR`;
-    otherwise this process is the only rank and no network port is used. A process group that exists already
-    is kept as it is. The CPU platform is installed where there is no GPU.
+    otherwise this process is the only rank, no port needs to be free, and gloo stays on the loopback
+    interface. A process group that exists already is kept as it is. The CPU platform is installed where there
+    is no GPU.
 
     Args:
         timeout_s: seconds after which a collective that a peer does not join fails.
@@ -69,9 +70,8 @@ def initialize_distributed(timeout_s: float = 600.0) -> None:
             raise ConfigError(f"WORLD_SIZE is set but {', '.join(missing)} is not; start the ranks with torchrun")
         torch.distributed.init_process_group(backend, timeout=timeout)
     else:
-        if not on_gpu:
-            # One rank talks to nobody; without this gloo looks the host name up.
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+        # One rank talks to nobody; without this gloo looks the host name up.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
         torch.distributed.init_process_group(
             backend, store=torch.distributed.HashStore(), rank=0, world_size=1, timeout=timeout
         )
