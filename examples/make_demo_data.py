@@ -19,11 +19,10 @@ from pathlib import Path
 NAMES, COLOURS, OBJECTS, PLACES = (
     words.split()
     for words in (
-        "Ada Amy Ana Ben Dan Eva Fay Gus Ian Ida Ivy Jon Kai Kim Lea Leo Max Mia Ned Pia Rob Roy Sam Sue Tim Tom Zoe",
-        "red blue green black white pink brown grey golden yellow",
-        "ball basket bell book boot bottle bowl coat comb cup drum flag flute hat kite key lamp mirror pen ring scarf "
-        "vase violin watch",
-        "lake park farm beach castle shop river tower bridge garden forest harbour library market school station",
+        "Ada Ben Eva Gus Ian Ivy Kim Leo Max Mia Ned Pia Roy Sam Tom Zoe",
+        "red blue green black white pink brown grey",
+        "basket bell book bottle coat drum flute hat kite key lamp mirror ring scarf violin watch",
+        "lake farm beach castle shop river tower bridge garden forest harbour market",
     )
 )
 EOS_TOKEN = "<|end|>"
@@ -32,7 +31,7 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-VOCAB_SIZE = 512
+VOCAB_SIZE = 448
 Story = tuple[str, str, str, str]
 """Name, colour, object, place."""
 
@@ -137,7 +136,7 @@ def main() -> None:
     """Parse the command line and write the files."""
     parser = argparse.ArgumentParser(description="Write the demo preference data and its tokenizer.")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="directory to write into")
-    parser.add_argument("--num-train", type=int, default=1200, help="training pairs, even")
+    parser.add_argument("--num-train", type=int, default=1500, help="training pairs, even")
     parser.add_argument("--num-eval", type=int, default=200, help="evaluation pairs, even")
     parser.add_argument("--seed", type=int, default=0, help="seed of the generator")
     args = parser.parse_args()
