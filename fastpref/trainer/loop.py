@@ -17,7 +17,7 @@ from megatron.core import parallel_state, tensor_parallel
 
 import fastpref
 from fastpref.checkpoint import directory
-from fastpref.errors import ConfigError
+from fastpref.errors import CheckpointError, ConfigError
 from fastpref.losses import DPOConfig
 from fastpref.trainer import state
 from fastpref.trainer.arguments import TrainingArguments
@@ -163,10 +163,15 @@ def _fingerprint(trainer: DPOTrainer) -> dict[str, Any]:
 
 def _resume(trainer: DPOTrainer) -> int:
     """Restores the checkpoint that the settings ask for; returns the number of steps done."""
-    wanted = trainer.args.resume_from_checkpoint
+    wanted, root = trainer.args.resume_from_checkpoint, checkpoint_root(trainer.args)
     if wanted is None:
+        if directory.finished_steps(root):
+            raise CheckpointError(
+                f"{root} holds checkpoints of an earlier run, which a new run must not mix with its own; set "
+                "resume_from_checkpoint: latest to continue it, or another output_dir"
+            )
         return 0
-    path = directory.resolve(checkpoint_root(trainer.args), wanted)
+    path = directory.resolve(root, wanted)
     saved = state.load(path, trainer.models_wrapped, trainer.optimizer, trainer.lr_scheduler, _fingerprint(trainer))
     trainer.schedule.bco_delta, trainer.schedule.bco_count = saved["bco_delta"], saved["bco_count"]
     return saved["step"]

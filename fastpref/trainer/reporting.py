@@ -24,7 +24,7 @@ class RunReporter:
         args: the run's settings.
         rank: this process's rank.
         total_steps: length of the progress bar.
-        first_step: optimizer steps done before; records after it are dropped from `metrics.jsonl`.
+        first_step: optimizer steps done before; records after it are dropped from `metrics.jsonl`, all of them at 0.
     """
 
     def __init__(self, args: TrainingArguments, rank: int, total_steps: int, first_step: int) -> None:
@@ -37,7 +37,10 @@ class RunReporter:
             return
         self.output_dir = Path(args.output_dir)
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        _drop_records_after(self.output_dir / METRICS_FILE, first_step)
+        if first_step:
+            _drop_records_after(self.output_dir / METRICS_FILE, first_step)
+        else:
+            (self.output_dir / METRICS_FILE).unlink(missing_ok=True)
         self._file = (self.output_dir / METRICS_FILE).open("a", encoding="utf-8")
         if "tensorboard" in args.report_to:
             self._writers.append(_TensorBoardWriter(self.output_dir / "tensorboard", first_step))

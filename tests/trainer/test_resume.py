@@ -76,6 +76,14 @@ def test_resume_refuses_another_run(quiet_args, tmp_path, change: dict, message:
         finish(quiet_args(resume_from_checkpoint=path), DPOConfig(beta=0.3))
 
 
+def test_new_run_refuses_a_directory_with_checkpoints(quiet_args, tmp_path) -> None:
+    finish(quiet_args(save_steps=2))
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    with pytest.raises(CheckpointError, match="set resume_from_checkpoint: latest to continue it"):
+        finish(quiet_args(learning_rate=0.5))
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
 def test_resume_without_a_checkpoint_names_the_directory(quiet_args, tmp_path) -> None:
     with pytest.raises(CheckpointError, match="no finished checkpoint under"):
         finish(quiet_args(resume_from_checkpoint="latest"))
