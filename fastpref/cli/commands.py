@@ -1,0 +1,184 @@
+"""The commands: read the settings, call the trainer, print what came out."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import click
+import torch.distributed
+from rich.console import Console, RenderableType
+
+import fastpref
+from fastpref.cli import tables
+from fastpref.cli.failures import ReportingGroup
+
+if TYPE_CHECKING:
+    from fastpref.trainer import RunConfig
+
+# The trainer takes seconds to import, so each command does it; --help and --version need not wait for it.
+
+EVAL_FILE = "eval.json"
+Command = TypeVar("Command", bound=Callable[..., None])
+
+
+def _remember_debug(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    ctx.meta["fastpref.debug"] = value
+
+
+def run_arguments(command: Command) -> Command:
+    """Give a command the arguments `config_path` and `overrides`, and the option --debug."""
+    path = click.Path(path_type=Path)
+    debug = {"is_flag": True, "expose_value": False, "is_eager": True, "callback": _remember_debug}
+    command = click.option("--debug", help="Show the traceback of an error.", **debug)(command)  # type: ignore[arg-type]
+    command = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")(command)
+    return click.argument("config_path", metavar="CONFIG", type=path)(command)
+
+
+@click.group(cls=ReportingGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(fastpref.__version__, prog_name="fastpref")
+def cli() -> None:
+    """Preference tuning of large-vocabulary language models on Megatron-Core.
+
+    CONFIG is a YAML file; arguments like training.learning_rate=1e-6 change keys of it. Relative paths start at the
+    current directory. For several ranks start the same command with: torchrun --nproc-per-node N -m fastpref ...
+
+    Exit codes: 0 done, 2 config, 3 data, 4 checkpoint, 5 non-finite loss or gradient, 6 a peer failed, 7 disk full.
+    """
+
+
+@cli.command()
+@run_arguments
+@click.option("--export", "export_dir", type=click.Path(path_type=Path), help="Then write the model here, in HF form.")
+def train(config_path: Path, overrides: tuple[str, ...], export_dir: Path | None) -> None:
+    """Train, and end with a table of what changed."""
+    from fastpref.trainer import build, platform
+
+    config = _load(config_path, overrides)
+    if export_dir is not None:
+        build.check_export_target(export_dir)
+    trainer = build.build_trainer(config)
+    start = time.perf_counter()
+    result = trainer.train()
+    seconds = time.perf_counter() - start
+    if export_dir is not None:
+        build.export_trained(trainer, config, export_dir)
+    if trainer.is_main_process:
+        written = _written(config, result.global_step, export_dir)
+        _print(
+            tables.evaluation_changes(trainer.log_history),
+            tables.summary(trainer.log_history, result.global_step, seconds, written),
+        )
+    platform.destroy()
+
+
+@cli.command("eval")
+@run_arguments
+def evaluate(config_path: Path, overrides: tuple[str, ...]) -> None:
+    """Evaluate model.path, or the checkpoint of training.resume_from_checkpoint, on data.eval.
+
+    Prints the metrics and writes them to eval.json in training.output_dir.
+    """
+    from fastpref.trainer import build, platform
+
+    config = _load(config_path, overrides)
+    trainer = build.build_evaluator(config)
+    values = trainer.evaluate()
+    if trainer.is_main_process:
+        checkpoint = config.training.resume_from_checkpoint
+        record = {
+            "model": config.model.path,
+            "checkpoint": checkpoint,
+            "data": config.data.eval_paths,
+            "metrics": values,
+        }
+        path = Path(config.training.output_dir) / EVAL_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        _print(tables.metrics(values, f"Evaluation of {len(trainer.feed.eval_dataset)} pairs"), f"Written to {path}")
+    platform.destroy()
+
+
+@cli.command()
+@run_arguments
+@click.option("--checkpoint", default="latest", show_default=True, help="Directory of a checkpoint, or latest.")
+@click.option("--output", required=True, type=click.Path(path_type=Path), help="New directory of the model.")
+def export(config_path: Path, overrides: tuple[str, ...], checkpoint: str, output: Path) -> None:
+    """Write a training checkpoint as a Hugging Face model directory with its tokenizer.
+
+    One process is enough: the parallel sizes of CONFIG are then not used.
+    """
+    from fastpref.trainer import build, platform
+
+    config = _load(config_path, overrides)
+    path = build.export_checkpoint(config, checkpoint, output)
+    if torch.distributed.get_rank() == 0:
+        _print(f"Wrote {path} to {output}")
+    platform.destroy()
+
+
+@cli.command()
+@run_arguments
+@click.option("--world-size", type=click.IntRange(min=1), help="Ranks to plan for.")
+def check(config_path: Path, overrides: tuple[str, ...], world_size: int | None) -> None:
+    """Validate everything that training would, and show what it would do; needs no GPU and loads no weights.
+
+    Without --world-size the plan is for the ranks of the launcher, or the fewest that the layout needs.
+    """
+    from fastpref.trainer import inspect
+    from fastpref.trainer.prepare import launched_world_size, prepare
+
+    config = _load(config_path, overrides)
+    if world_size is None:
+        args = config.training
+        fewest = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
+        world_size = max(launched_world_size(), fewest)
+    run = prepare(config, world_size)
+    reports = {name: data.report for name, data in (("train", run.train), ("eval", run.eval)) if data is not None}
+    _print(
+        *(tables.pair(view, index) for index, view in enumerate(inspect.pair_views(run))),
+        tables.data_report(reports),
+        tables.plan(run, inspect.layout_axes(run)),
+        tables.memory(inspect.estimate_memory(run), inspect.full_logits_bytes(run)),
+        f"{config_path} is valid.",
+    )
+
+
+@cli.command()
+@click.argument("run_dir", metavar="RUN_DIR", type=click.Path(path_type=Path))
+@click.option("--output", type=click.Path(path_type=Path), help="Picture to write.  [default: RUN_DIR/curves.png]")
+def plot(run_dir: Path, output: Path | None) -> None:
+    """Draw loss, margins, accuracies and log-probs of a run."""
+    from fastpref.trainer.curves import draw_curves, read_metrics
+
+    path = output or run_dir / "curves.png"
+    draw_curves(read_metrics(run_dir), path)
+    _print(f"Wrote {path}")
+
+
+def _load(config_path: Path, overrides: tuple[str, ...]) -> RunConfig:
+    from fastpref.trainer.config_file import load_run_config
+
+    return load_run_config(config_path, overrides)
+
+
+def _print(*parts: RenderableType) -> None:
+    console = Console(highlight=False)
+    for part in parts:
+        console.print(part, markup=False)
+
+
+def _written(config: RunConfig, step: int, export_dir: Path | None) -> dict[str, str]:
+    """Return what a run wrote, by name, as far as it is there."""
+    output = Path(config.training.output_dir)
+    places = {
+        "settings": output / "config.yaml",
+        "metrics": output / "metrics.jsonl",
+        "TensorBoard": output / "tensorboard",
+        "checkpoint": output / "checkpoints" / f"step-{step}",
+        "Hugging Face model": export_dir,
+    }
+    return {name: str(path) for name, path in places.items() if path is not None and path.exists()}

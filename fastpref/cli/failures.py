@@ -1,0 +1,84 @@
+"""How a command fails: one message, its exit code, and which rank says it."""
+
+from __future__ import annotations
+
+import errno
+import os
+from datetime import timedelta
+
+import click
+import torch.distributed
+
+from fastpref.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    FastprefError,
+    MissingDependencyError,
+    NonFiniteError,
+)
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+# (what failed, exit code) by error; the first match counts.
+_KINDS: tuple[tuple[type[Exception], str, int], ...] = (
+    (ConfigError, "config", 2),
+    (MissingDependencyError, "config", 2),
+    (DataError, "data", 3),
+    (CheckpointError, "checkpoint", 4),
+    (NonFiniteError, "non-finite", 5),
+    (FastprefError, "run", 1),
+    (torch.distributed.DistError, "peer", 6),
+)
+_STORE_KEY = "fastpref/error"
+_STORE_WAIT = timedelta(seconds=3)
+
+
+class ReportingGroup(click.Group):
+    """A command group that turns errors a user can cause into a message and an exit code."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Run the command; with `--debug` errors keep their traceback."""
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            described = describe(error)
+            if described is None or ctx.meta.get("fastpref.debug"):
+                raise
+            message, code = described
+            if not _is_said_by_rank_0(message):
+                rank = _rank()
+                click.echo(f"[rank {rank}] {message}" if rank else message, err=True)
+            ctx.exit(code)
+
+
+def describe(error: Exception) -> tuple[str, int] | None:
+    """Return the message and the exit code of `error`; None for one that is our own bug."""
+    for kind, name, code in _KINDS:
+        if isinstance(error, kind):
+            return f"fastpref: {name} error: {error}", code
+    if isinstance(error, OSError) and error.errno in _DISK_FULL:
+        return f"fastpref: no space left: {error}; free some and resume from the last checkpoint", 7
+    if isinstance(error, ImportError) and error.name and not error.name.startswith("fastpref"):
+        return f'fastpref: this command needs {error.name}: pip install "fastpref[megatron]"', 2
+    return None
+
+
+def _rank() -> int:
+    text = os.environ.get("RANK", "0")
+    return int(text) if text.isdecimal() else 0
+
+
+def _is_said_by_rank_0(message: str) -> bool:
+    """Whether this rank can stay silent because rank 0 prints the same message."""
+    if not torch.distributed.is_initialized():
+        # Before the ranks have met each reads the same files; another node may not have them.
+        return _rank() != 0 and os.environ.get("LOCAL_RANK", "0") != "0"
+    store = torch.distributed.distributed_c10d._get_default_store()
+    try:
+        if _rank() == 0:
+            store.set(_STORE_KEY, message)
+            return False
+        store.wait([_STORE_KEY], _STORE_WAIT)
+        return bool(store.get(_STORE_KEY).decode() == message)
+    except RuntimeError:  # rank 0 said nothing in time, or is gone
+        return False

@@ -1,0 +1,189 @@
+"""From the settings of a run to models and trainers; every rank calls these functions together."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.models.gpt import GPTModel
+
+from fastpref.checkpoint import directory
+from fastpref.errors import CheckpointError, ConfigError, DataError
+from fastpref.trainer import loop
+from fastpref.trainer.config_file import dump_run_config
+from fastpref.trainer.dpo_trainer import DPOTrainer, initialize_megatron
+from fastpref.trainer.head import unwrap
+from fastpref.trainer.model import ModelOptions, build_models, load_models, save_hf
+from fastpref.trainer.optimizer import params_dtype
+from fastpref.trainer.prepare import PreparedRun, hf_config_of, launched_world_size, prepare
+from fastpref.trainer.run_config import RunConfig
+
+CONFIG_FILE = "config.yaml"
+
+
+def build_trainer(config: RunConfig) -> DPOTrainer:
+    """Build everything that training needs, and write the settings to `config.yaml` in the output directory.
+
+    Raises:
+        ConfigError: see `prepare`; or the output directory cannot be written.
+        DataError: see `prepare`; or the ranks read different data.
+        CheckpointError: a model directory is unusable.
+    """
+    run = prepare(config)
+    initialize_megatron(config.training)
+    _write_config(config)
+    return _build(run)
+
+
+def build_evaluator(config: RunConfig) -> DPOTrainer:
+    """Build a trainer for `evaluate` alone, with the weights of `training.resume_from_checkpoint` where it is set.
+
+    The reference of a checkpoint is that of its run: `reference.path`, else the weights that the run started from.
+
+    Raises:
+        ConfigError: see `prepare`.
+        DataError: see `prepare`; or the ranks read different data.
+        CheckpointError: a model directory or the checkpoint is unusable.
+    """
+    run = prepare(config, for_training=False)
+    initialize_megatron(config.training)
+    trainer = _build(run)
+    wanted = config.training.resume_from_checkpoint
+    if wanted is not None:
+        path = directory.resolve(loop.checkpoint_root(config.training), wanted)
+        load_checkpoint_weights(path, trainer.model)
+        state = directory.read_state(path)
+        trainer.schedule.bco_delta, trainer.schedule.bco_count = state["bco_delta"], state["bco_count"]
+    return trainer
+
+
+def export_checkpoint(config: RunConfig, checkpoint: str, output: str | Path) -> Path:
+    """Write the weights of a training checkpoint as a Hugging Face model directory with the tokenizer.
+
+    A single process takes any checkpoint: weights do not depend on the layout that saved them.
+
+    Args:
+        config: the run that saved the checkpoint.
+        checkpoint: its directory, or "latest".
+        output: the new directory; it must not exist, or be empty.
+
+    Returns:
+        The checkpoint that was read.
+
+    Raises:
+        ConfigError: the output is not empty, or the settings do not fit.
+        CheckpointError: the checkpoint or the model directory is unusable.
+    """
+    check_export_target(output)
+    if launched_world_size() == 1:
+        alone = replace(
+            config.training, tensor_model_parallel_size=1, pipeline_model_parallel_size=1, sequence_parallel=False
+        )
+        config = replace(config, training=alone)
+    path = directory.resolve(loop.checkpoint_root(config.training), checkpoint)
+    initialize_megatron(config.training)
+    models = _policy(config)
+    load_checkpoint_weights(path, models)
+    save_hf(models, output, hf_config_of(config), config.model.tokenizer_path)
+    return path
+
+
+def export_trained(trainer: DPOTrainer, config: RunConfig, output: str | Path) -> None:
+    """Write the weights of a trainer as a Hugging Face model directory with the tokenizer."""
+    save_hf(trainer.model, output, hf_config_of(config), config.model.tokenizer_path)
+
+
+def check_export_target(output: str | Path) -> None:
+    """Refuse early what an export would refuse at its end.
+
+    Raises:
+        ConfigError: `output` exists and is not an empty directory.
+    """
+    path = Path(output)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ConfigError(f"the export directory {str(path)!r} exists and is not empty; choose a new one or remove it")
+
+
+def load_checkpoint_weights(path: Path, models: list[GPTModel]) -> None:
+    """Fill chunks with the weights of a training checkpoint, saved in any layout; optimizer state is not read.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read or holds another model.
+    """
+    chunks = [unwrap(model) for model in models]
+    payload = {f"model{index}": chunk.sharded_state_dict() for index, chunk in enumerate(chunks)}
+    try:
+        with torch.no_grad():
+            loaded = dist_checkpointing.load(payload, str(path))
+            for index, chunk in enumerate(chunks):
+                chunk.load_state_dict(loaded[f"model{index}"])
+    except CheckpointingException as error:
+        raise CheckpointError(f"{path} does not hold this model: {error}") from error
+
+
+def _build(run: PreparedRun) -> DPOTrainer:
+    config = run.config
+    _require_equal_data(run)
+    return DPOTrainer(
+        model=_policy(config),
+        train_config=config.loss,
+        ref_model=_reference(config),
+        args=config.training,
+        train_dataset=run.train,
+        eval_dataset=run.eval,
+        data_collator=run.collator(),
+        processing_class=run.tokenizer,
+    )
+
+
+def _options(config: RunConfig) -> ModelOptions:
+    args = config.training
+    return ModelOptions(
+        params_dtype=params_dtype(args),
+        sequence_parallel=args.sequence_parallel,
+        recompute_granularity=args.recompute_granularity,
+    )
+
+
+def _policy(config: RunConfig) -> list[GPTModel]:
+    if config.model.path is not None:
+        return load_models(config.model.path, _options(config))
+    return build_models(hf_config_of(config), _options(config), seed=config.training.seed)
+
+
+def _reference(config: RunConfig) -> list[GPTModel] | None:
+    """Return the reference's own weights; None where the trainer copies the policy."""
+    path = None if config.reference is None else config.reference.path
+    if path is None or (config.model.path is not None and Path(path).samefile(config.model.path)):
+        return None
+    return load_models(path, _options(config))
+
+
+def _require_equal_data(run: PreparedRun) -> None:
+    """Compare what the ranks read: a node with another copy of a file would train on other pairs."""
+    found: list[tuple[str | None, ...]] = [()] * torch.distributed.get_world_size()
+    mine = tuple(None if dataset is None else dataset.sha256 for dataset in (run.train, run.eval))
+    torch.distributed.all_gather_object(found, mine)
+    differing = [str(rank) for rank, hashes in enumerate(found) if hashes != found[0]]
+    if differing:
+        raise DataError(
+            f"ranks {', '.join(differing)} read other training or evaluation pairs than rank 0; "
+            "put the same files on every node"
+        )
+
+
+def _write_config(config: RunConfig) -> None:
+    if torch.distributed.get_rank() != 0:
+        return
+    path = Path(config.training.output_dir) / CONFIG_FILE
+    temporary = path.with_suffix(".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(dump_run_config(config), encoding="utf-8")
+        os.replace(temporary, path)
+    except PermissionError as error:
+        raise ConfigError(f"training.output_dir: {str(path.parent)!r} cannot be written: {error.strerror}") from error

@@ -1,0 +1,186 @@
+"""What a run would do, in numbers and samples: layout, memory, tokenised pairs. Nothing here needs weights or prints.
+
+Dims: `H` hidden, `V` vocabulary, `R` response rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastpref.data import TokenizedPair
+from fastpref.trainer.bridge.architecture import Architecture
+from fastpref.trainer.bridge.names import file_shapes, parameter_table
+from fastpref.trainer.optimizer import params_dtype
+from fastpref.trainer.prepare import PreparedRun
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairView:
+    """A tokenised pair as text, one string per token."""
+
+    source: str
+    """`path:line` of the pair."""
+    prompt: tuple[str, ...]
+    """Tokens that are not scored."""
+    chosen: tuple[str, ...]
+    """Scored tokens of the preferred answer."""
+    rejected: tuple[str, ...]
+    """Scored tokens of the other."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayoutAxis:
+    """One way in which the ranks share the work."""
+
+    name: str
+    """tensor, pipeline or data."""
+    size: int
+    """Ranks along it."""
+    ranks_with_0: tuple[int, ...]
+    """The ranks that rank 0 shares it with, itself included."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryEstimate:
+    """Bytes of the rank that needs most; weights to optimizer are exact, the last two are estimates."""
+
+    parameters: int
+    """Parameters on the rank (a number, not bytes)."""
+    weights: int
+    """The policy."""
+    reference: int
+    """A second copy of the weights, where the loss reads a reference."""
+    gradients: int
+    """The fp32 buffer that gradients are summed in."""
+    optimizer: int
+    """AdamW's moments, and fp32 weights where the model is in half precision."""
+    activations: int
+    """What the layers keep for the backward pass, for microbatches of the longest rows."""
+    head: int
+    """Peak of the fused head over the same microbatch."""
+
+    @property
+    def total(self) -> int:
+        """Sum of the parts."""
+        return self.weights + self.reference + self.gradients + self.optimizer + self.activations + self.head
+
+
+def pair_views(run: PreparedRun, count: int = 2) -> list[PairView]:
+    """Return the first pairs, of the training set where there is one."""
+    dataset = run.train if run.train is not None else run.eval
+    return [] if dataset is None else [_pair_view(run, pair) for pair in dataset[:count]]
+
+
+def _pair_view(run: PreparedRun, pair: TokenizedPair) -> PairView:
+    prompt = pair.chosen_input_ids[: pair.num_prompt_tokens]
+    sides = (ids[len(prompt) :] for ids in (pair.chosen_input_ids, pair.rejected_input_ids))
+    texts = [tuple(run.tokenizer.decode([token]) for token in ids) for ids in (prompt, *sides)]
+    return PairView(source=pair.source, prompt=texts[0], chosen=texts[1], rejected=texts[2])
+
+
+def layout_axes(run: PreparedRun) -> list[LayoutAxis]:
+    """Return how the ranks are laid out: tensor-parallel ranks next to each other, pipeline stages furthest apart."""
+    args, dp = run.config.training, run.data_parallel_size
+    axes, stride = [], 1
+    for name, size in (
+        ("tensor", args.tensor_model_parallel_size),
+        ("data", dp),
+        ("pipeline", args.pipeline_model_parallel_size),
+    ):
+        axes.append(LayoutAxis(name=name, size=size, ranks_with_0=tuple(range(0, stride * size, stride))))
+        stride *= size
+    return axes
+
+
+def longest_row(run: PreparedRun) -> int:
+    """Return the positions of the longest padded row of any microbatch."""
+    datasets = [dataset for dataset in (run.train, run.eval) if dataset is not None]
+    # the last token of a row is only a label
+    longest = max(pair.num_tokens - 1 for dataset in datasets for pair in dataset)
+    multiple = run.config.data.pad_to_multiple_of
+    return -(-longest // multiple) * multiple
+
+
+def estimate_memory(run: PreparedRun) -> MemoryEstimate:
+    """Estimate the memory of the rank that needs most while it trains."""
+    return max(_stage_memories(run), key=lambda memory: memory.total)
+
+
+def _stage_memories(run: PreparedRun) -> Iterator[MemoryEstimate]:
+    args, dtype = run.config.training, params_dtype(run.config.training)
+    num_stages, width = args.pipeline_model_parallel_size, dtype.itemsize
+    # fp32 parameters are their own master copy
+    state_bytes = 8 if dtype == torch.float32 else 12
+    shards = run.data_parallel_size if args.use_distributed_optimizer else 1
+    length = longest_row(run)
+    for stage, parameters in enumerate(stage_parameters(run.architecture, args.tensor_model_parallel_size, num_stages)):
+        yield MemoryEstimate(
+            parameters=parameters,
+            weights=parameters * width,
+            reference=parameters * width if run.config.loss.use_ref_model else 0,
+            gradients=parameters * 4,
+            optimizer=parameters * state_bytes // shards,
+            activations=_activation_bytes(run, stage, length),
+            head=_head_bytes(run, length) if stage == num_stages - 1 else 0,
+        )
+
+
+def stage_parameters(arch: Architecture, tp: int, pp: int) -> list[int]:
+    """Return the number of parameters of tensor-parallel rank 0 on each pipeline stage."""
+    shapes = file_shapes(arch)
+
+    def read(name: str, dim: int, start: int, stop: int | None) -> Tensor:
+        whole = torch.empty(shapes[name], device="meta")
+        return whole[start:stop] if dim == 0 else whole[:, start:stop]
+
+    totals = [0] * pp
+    for name, layout in parameter_table(arch).items():
+        size = layout.shard(read, 0, tp).numel()
+        if name.startswith("decoder.layers."):
+            totals[int(name.split(".")[2]) * pp // arch.num_layers] += size
+        elif name.startswith("embedding."):
+            totals[0] += size
+            # a tied head on another stage is a copy
+            totals[-1] += size if arch.tie_embeddings and pp > 1 else 0
+        else:
+            totals[-1] += size
+    return totals
+
+
+def _activation_bytes(run: PreparedRun, stage: int, length: int) -> int:
+    """Estimate what the layers of a stage keep, over the microbatches that are in flight at once."""
+    args, arch = run.config.training, run.architecture
+    tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    in_flight = min(pp - stage, args.gradient_accumulation_steps)
+    num_tokens = 2 * args.per_device_train_batch_size * length
+    num_layers = arch.num_layers // pp
+    queries, keys = arch.num_heads * arch.head_dim, arch.num_query_groups * arch.head_dim
+    stream = arch.hidden_size // (tp if args.sequence_parallel else 1)
+    # Counted with autograd's saved-tensor hooks on Megatron's local layers, where half-precision norms work in fp32.
+    width = params_dtype(args).itemsize
+    layer = (6 if width == 4 else 8) * stream + (3 * queries + 3 * keys + 5 * arch.ffn_hidden_size) // tp
+    if args.recompute_granularity == "full":
+        elements = num_layers * stream * in_flight + layer
+    else:
+        elements = num_layers * layer * in_flight
+    return num_tokens * elements * width
+
+
+def _head_bytes(run: PreparedRun, length: int) -> int:
+    """Estimate the fused head: gathered rows, their gradient, the weight's gradient and one tile of logits."""
+    args, arch = run.config.training, run.architecture
+    num_rows = 2 * args.per_device_train_batch_size * length
+    width, columns = params_dtype(args).itemsize, -(-arch.vocab_size // args.tensor_model_parallel_size)
+    rows = num_rows * arch.hidden_size * (2 * width + 4)
+    return rows + columns * arch.hidden_size * width + 2 * 1024 * min(columns, 8192) * 4
+
+
+def full_logits_bytes(run: PreparedRun) -> int:
+    """Return what the fp32 logits of one microbatch would take on a rank, which the fused head never holds."""
+    args = run.config.training
+    columns = -(-run.architecture.vocab_size // args.tensor_model_parallel_size)
+    return 2 * args.per_device_train_batch_size * longest_row(run) * columns * 4
