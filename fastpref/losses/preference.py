@@ -25,7 +25,7 @@ def preference_loss(config: DPOConfig, logps: PairLogps, context: LossContext = 
         logps: log-prob sums of B pairs; 16-bit ones are promoted to float32. With `ld_alpha` they are the sums of
             `ld_logps`, for the policy and the reference.
         context: what lies beyond this microbatch. Pairs of weight 0 in `context.pair_weights` get log-probs of 0
-            here, so that nothing they hold (NaN, inf) reaches another pair or a gradient.
+            here: their loss is finite, and nothing they hold (NaN, inf) reaches another pair or a gradient.
 
     Returns:
         (B,) losses in the dtype of the log-probs, and (B,) detached rewards: `beta * log(policy / reference)` of whole

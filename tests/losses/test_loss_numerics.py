@@ -151,7 +151,8 @@ def test_filler_pairs_count_in_nothing_whatever_they_hold(name: str, bad: float)
     config = config_of(name)
     weights = torch.tensor([1.0, 0.0, 0.5, 0.0])
     real = [0, 2]
-    chosen, rejected, counts = [-4.0, bad, -9.5, -2.0], [-6.0, bad, -3.0, bad], [4, 7, 3, 5]
+    # the second real pair lies far below what a filler pair is replaced by: sorting must not let them meet
+    chosen, rejected, counts = [-4.0, bad, -950.0, -2.0], [-6.0, bad, -3.0, bad], [4, 7, 3, 5]
     ref_chosen, ref_rejected = torch.tensor([-5.0, bad, -8.0, bad]), torch.tensor([-4.0, 0.0, -6.0, bad])
 
     def run(rows: list[int]) -> tuple[Tensor, Tensor, Tensor, dict[str, tuple[Tensor, Tensor]]]:
@@ -163,6 +164,7 @@ def test_filler_pairs_count_in_nothing_whatever_they_hold(name: str, bad: float)
             **(reference_fields(config) | refs),
         )
         output = preference_loss(config, logps, LossContext(pair_weights=weights[rows]))
+        assert torch.isfinite(output.losses).all()
         loss = weighted_sum(output.losses, weights[rows])
         grads = torch.autograd.grad(loss, (logps.chosen, logps.rejected), allow_unused=True)
         grads = [torch.zeros(len(rows)) if grad is None else grad for grad in grads]
