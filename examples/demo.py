@@ -89,7 +89,9 @@ def export_initial_weights(overrides: list[str], directory: Path) -> None:
 def show_answers(before: Path, after: Path) -> None:
     """Loads both models in transformers and prints their answers to two held-out questions."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     lines = Path("examples/data/demo_eval.jsonl").read_text(encoding="utf-8").splitlines()
     pairs = [json.loads(line) for line in lines[:2]]
     tokenizer = AutoTokenizer.from_pretrained(after)

@@ -20,7 +20,7 @@ def metric_names(config: DPOConfig, token_stats: bool) -> tuple[str, ...]:
     """Names of the metrics that one microbatch yields; the same on every rank, also where no loss is computed."""
     one = torch.ones(1)
     reference = -one if config.use_ref_model else None
-    nll = one if config.needs_nll_mask else None
+    nll = one if config.needs_nll_mask or config.ld_alpha is not None else None
     logps = PairLogps(
         chosen=-one,
         rejected=-one,

@@ -141,7 +141,14 @@ def test_evaluate_counts_every_pair_once(quiet_args) -> None:
         assert whole[key] == pytest.approx(sum(record[key] for record in single) / 7, rel=1e-5), key
 
 
-@pytest.mark.parametrize("options", [{"ld_alpha": 0.5}, {"pref_loss": "orpo", "orpo_nll": "prompt_and_response"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"ld_alpha": 0.5},
+        {"ld_alpha": 0.5, "pref_loss": ("sigmoid", "sft")},
+        {"pref_loss": "orpo", "orpo_nll": "prompt_and_response"},
+    ],
+)
 def test_train_runs_losses_with_a_second_mask(quiet_args, options: dict) -> None:
     pairs = tiny_pairs(8)
     trainer = DPOTrainer(stock_model(0), DPOConfig(**options), None, quiet_args(max_steps=6), train_dataset=pairs)
