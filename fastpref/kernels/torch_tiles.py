@@ -2,8 +2,9 @@
 
 - Tiles are cut by vocabulary chunk first: a chunk of the weight is read (and on a CPU widened to fp32) once, then
   every row tile uses it; in backward its gradient is complete, hence rounded once, before the next chunk starts.
-- The forward's tile has a fixed number of rows, the last one padded: BLAS picks its kernel by shape, and a row's bits
-  must not depend on how many rows came along.
+- Logits are always multiplied out in blocks of the same number of rows, the last one padded: BLAS picks its kernel by
+  shape, a row's bits must not depend on how many rows came along, and backward must meet the very logits of forward
+  (a certain token then has gradient 0, not the rounding of its logit).
 - exp2 instead of exp: PyTorch's CPU `exp` is 3 times slower, and 18 times where the result underflows.
 
 Dims: `R` rows, `H` hidden, `V` vocabulary, `F` fields of a part; lower case `r`, `v`: one tile of it.
@@ -36,15 +37,22 @@ LOWEST_GAP = -700.0
 
 
 class TileShape(NamedTuple):
-    """Rows of a forward tile, rows of a backward tile, vocabulary columns of both."""
+    """Rows and vocabulary columns of a tile.
 
-    fwd_rows: int
+    Attributes:
+        block_rows: rows of one product for logits, and of a forward tile.
+        bwd_rows: rows of a backward tile, a multiple of `block_rows`; the taller, the fewer passes over the weight's
+            gradient.
+        columns: vocabulary columns of both.
+    """
+
+    block_rows: int
     bwd_rows: int
     columns: int
 
 
-CPU_TILES = TileShape(fwd_rows=128, bwd_rows=1024, columns=2048)
-DEVICE_TILES = TileShape(fwd_rows=1024, bwd_rows=1024, columns=8192)
+CPU_TILES = TileShape(block_rows=128, bwd_rows=1024, columns=2048)
+DEVICE_TILES = TileShape(block_rows=1024, bwd_rows=1024, columns=8192)
 
 
 class Head(NamedTuple):
@@ -93,11 +101,18 @@ def _weight_chunks(weight_VH: Tensor, columns: int) -> Iterator[tuple[int, Tenso
         yield start, chunk_vH
 
 
-def _logit_tile(x_rH: Tensor, chunk_vH: Tensor, start: int, head: Head, buffer: Tensor) -> Tensor:
-    """Compute the logits [r, v] of one tile into the flat `buffer`."""
+def _pad_rows(values_R: Tensor, block_rows: int, value: float) -> Tensor:
+    """Lengthen the first axis to a multiple of `block_rows`."""
+    padding = [0, 0] * (values_R.dim() - 1) + [0, -values_R.shape[0] % block_rows]
+    return torch.nn.functional.pad(values_R, padding, value=value)
+
+
+def _logit_tile(x_rH: Tensor, chunk_vH: Tensor, start: int, head: Head, block_rows: int, buffer: Tensor) -> Tensor:
+    """Compute the logits [r, v] of one tile, whole blocks of rows, into the flat `buffer`."""
     num_rows, num_columns = x_rH.shape[0], chunk_vH.shape[0]
     z_rv = buffer[: num_rows * num_columns].view(num_rows, num_columns)
-    _product(x_rH, chunk_vH.t(), z_rv)
+    for x_block, z_block in zip(x_rH.split(block_rows), z_rv.split(block_rows), strict=True):
+        _product(x_block, chunk_vH.t(), z_block)
     if head.bias_V is not None:
         z_rv.add_(head.bias_V[start : start + num_columns].to(z_rv.dtype))
     if head.logit_scale != 1.0:
@@ -146,21 +161,18 @@ def forward_partials(x_RH: Tensor, head: Head, labels_R: Tensor, with_stats: boo
 
     Memory: one tile of logits, the rows once in the operands' dtype, a chunk of the weight if it is 16-bit.
     """
-    num_rows, hidden_size = x_RH.shape
-    tiles = _tile_shape(x_RH.device)
-    dtype = accumulation_dtype(x_RH.dtype)
-    num_padded = -(-num_rows // tiles.fwd_rows) * tiles.fwd_rows
-    padded_RH = x_RH.new_zeros(num_padded, hidden_size, dtype=_operand_dtype(x_RH))
-    padded_RH[:num_rows] = x_RH
-    padded_labels_R = torch.nn.functional.pad(labels_R, (0, num_padded - num_rows), value=-1)
-    merged_FR = empty_partials(num_padded, with_stats, x_RH.device)
+    num_rows = x_RH.shape[0]
+    block_rows, _, columns = _tile_shape(x_RH.device)
+    x_RH = _pad_rows(x_RH.to(_operand_dtype(x_RH)), block_rows, 0.0)
+    labels_R = _pad_rows(labels_R, block_rows, -1)
+    merged_FR = empty_partials(x_RH.shape[0], with_stats, x_RH.device)
     parts_2FR = merged_FR.new_empty(2, *merged_FR.shape)
-    buffer = torch.empty(tiles.fwd_rows * min(tiles.columns, head.weight_VH.shape[0]), dtype=dtype, device=x_RH.device)
-    for start, chunk_vH in _weight_chunks(head.weight_VH, tiles.columns):
-        for top in range(0, num_padded, tiles.fwd_rows):
-            tile = slice(top, top + tiles.fwd_rows)
-            z_rv = _logit_tile(padded_RH[tile], chunk_vH, start, head, buffer)
-            _tile_partials(z_rv, padded_labels_R[tile], start, parts_2FR[1, :, tile])
+    buffer = x_RH.new_empty(block_rows * min(columns, head.weight_VH.shape[0]), dtype=accumulation_dtype(x_RH.dtype))
+    for start, chunk_vH in _weight_chunks(head.weight_VH, columns):
+        for top in range(0, x_RH.shape[0], block_rows):
+            tile = slice(top, top + block_rows)
+            z_rv = _logit_tile(x_RH[tile], chunk_vH, start, head, block_rows, buffer)
+            _tile_partials(z_rv, labels_R[tile], start, parts_2FR[1, :, tile])
         parts_2FR[0] = merged_FR
         merged_FR = merge_partials(parts_2FR)
     return merged_FR[:, :num_rows]
@@ -175,33 +187,47 @@ class RowGradients(NamedTuple):
 
 
 class _LiveRows(NamedTuple):
-    """The rows that take part in a backward pass, `x_RH` in the operands' dtype."""
+    """The rows that take part in a backward pass, in whole blocks, and where they come from.
+
+    `places` holds their indices among all rows; None = all rows, in order, are there.
+    """
 
     x_RH: Tensor
     labels_R: Tensor
     coefficients_R: Tensor
     row_max_R: Tensor
     row_sum_R: Tensor
+    places: Tensor | None
 
 
-def _drop_dead_rows(rows: _LiveRows) -> tuple[_LiveRows, Tensor | None]:
-    """Take rows without a coefficient out of the backward pass: (the rest, their indices or None for all).
+def _live_rows(
+    x_RH: Tensor, labels_R: Tensor, coefficients_R: Tensor, row_max_R: Tensor, row_sum_R: Tensor, block_rows: int
+) -> _LiveRows:
+    """Take rows without a coefficient out of the backward pass, and pad the rest to whole blocks.
 
     By selection, not multiplication: a NaN in a dead row reaches no gradient. A GPU would have to stop to learn how
-    many rows are left, so there the dead ones become zeros.
+    many rows are left, so there the dead ones become zeros, as padding is.
     """
-    is_live_R = rows.coefficients_R != 0
-    if rows.x_RH.device.type == "cpu":
-        index = is_live_R.nonzero().squeeze(1)
-        x_RH = rows.x_RH.index_select(0, index).to(_operand_dtype(rows.x_RH))
-        return _LiveRows(x_RH, *(values_R.index_select(0, index) for values_R in rows[1:])), index
-    zeroed = rows._replace(
-        x_RH=torch.where(is_live_R.unsqueeze(1), rows.x_RH, 0.0),
+    places = None
+    if x_RH.device.type == "cpu":
+        places = coefficients_R.nonzero().squeeze(1)
+        x_RH, labels_R, coefficients_R, row_max_R, row_sum_R = (
+            values.index_select(0, places) for values in (x_RH, labels_R, coefficients_R, row_max_R, row_sum_R)
+        )
+    else:
+        is_live_R = coefficients_R != 0
+        x_RH = torch.where(is_live_R.unsqueeze(1), x_RH, 0.0)
+        row_max_R = torch.where(is_live_R, row_max_R, float("inf"))
+        row_sum_R = torch.where(is_live_R, row_sum_R, 1.0)
+    return _LiveRows(
+        x_RH=_pad_rows(x_RH.to(_operand_dtype(x_RH)), block_rows, 0.0),
+        labels_R=_pad_rows(labels_R, block_rows, -1),
+        coefficients_R=_pad_rows(coefficients_R, block_rows, 0.0),
         # exp2(z - inf) = 0 whatever the logit.
-        row_max_R=torch.where(is_live_R, rows.row_max_R, float("inf")),
-        row_sum_R=torch.where(is_live_R, rows.row_sum_R, 1.0),
+        row_max_R=_pad_rows(row_max_R, block_rows, float("inf")),
+        row_sum_R=_pad_rows(row_sum_R, block_rows, 1.0),
+        places=places,
     )
-    return zeroed, None
 
 
 def _logit_gradient_tile(z_rv: Tensor, rows: _LiveRows, tile: slice, start: int, head: Head) -> Tensor:
@@ -244,32 +270,43 @@ def backward_rows(
     """
     weight_VH = head.weight_VH
     tiles, dtype = _tile_shape(x_RH.device), accumulation_dtype(x_RH.dtype)
-    rows, index = _drop_dead_rows(_LiveRows(x_RH, labels_R, coefficients_R, row_max_R, row_sum_R))
+    rows = _live_rows(x_RH, labels_R, coefficients_R, row_max_R, row_sum_R, tiles.block_rows)
     num_rows = rows.x_RH.shape[0]
-    d_x_RH = x_RH.new_zeros(rows.x_RH.shape, dtype=dtype) if needs[0] else None
+    d_rows_RH = rows.x_RH.new_zeros(rows.x_RH.shape, dtype=dtype) if needs[0] else None
     # The first row tile writes every chunk of the weight's gradient; without a row nothing does.
     new_weight = torch.empty if num_rows else torch.zeros
     d_weight_VH = new_weight(weight_VH.shape, dtype=weight_VH.dtype, device=weight_VH.device) if needs[1] else None
     d_bias_V = weight_VH.new_zeros(weight_VH.shape[0], dtype=dtype) if needs[2] else None
     num_columns = min(tiles.columns, weight_VH.shape[0])
-    buffer = x_RH.new_empty(min(tiles.bwd_rows, num_rows) * num_columns, dtype=dtype)
-    d_buffer_VH = x_RH.new_empty(num_columns, x_RH.shape[1], dtype=dtype) if needs[1] and x_RH.dtype != dtype else None
+    buffer = rows.x_RH.new_empty(min(tiles.bwd_rows, num_rows) * num_columns, dtype=dtype)
+    d_buffer_vH = x_RH.new_empty(num_columns, x_RH.shape[1], dtype=dtype) if needs[1] and x_RH.dtype != dtype else None
     for start, chunk_vH in _weight_chunks(weight_VH, tiles.columns) if num_rows else ():
         columns = slice(start, start + chunk_vH.shape[0])
-        d_chunk_vH = d_weight_VH[columns] if d_buffer_VH is None and d_weight_VH is not None else d_buffer_VH
+        d_chunk_vH = None
+        if d_weight_VH is not None:
+            d_chunk_vH = d_weight_VH[columns] if d_buffer_vH is None else d_buffer_vH[: chunk_vH.shape[0]]
         for top in range(0, num_rows, tiles.bwd_rows):
             tile = slice(top, top + tiles.bwd_rows)
-            z_rv = _logit_tile(rows.x_RH[tile], chunk_vH, start, head, buffer)
+            z_rv = _logit_tile(rows.x_RH[tile], chunk_vH, start, head, tiles.block_rows, buffer)
             d_z_rv = _logit_gradient_tile(z_rv, rows, tile, start, head)
             if d_bias_V is not None:
                 d_bias_V[columns] += d_z_rv.sum(dim=0)
             d_z_rv = d_z_rv.to(rows.x_RH.dtype)
-            if d_x_RH is not None:
-                _product(d_z_rv, chunk_vH, d_x_RH[tile], accumulate=True)
+            if d_rows_RH is not None:
+                _product(d_z_rv, chunk_vH, d_rows_RH[tile], accumulate=True)
             if d_chunk_vH is not None:
-                _product(d_z_rv.t(), rows.x_RH[tile], d_chunk_vH[: chunk_vH.shape[0]], accumulate=top > 0)
-        if d_weight_VH is not None and d_buffer_VH is not None:
-            d_weight_VH[columns] = d_buffer_VH[: chunk_vH.shape[0]]
-    if d_x_RH is not None and index is not None:
-        d_x_RH = d_x_RH.new_zeros(x_RH.shape).index_copy_(0, index, d_x_RH)
-    return RowGradients(d_x_RH, d_weight_VH, None if d_bias_V is None else d_bias_V.to(weight_VH.dtype))
+                _product(d_z_rv.t(), rows.x_RH[tile], d_chunk_vH, accumulate=top > 0)
+        if d_weight_VH is not None and d_buffer_vH is not None and d_chunk_vH is not None:
+            d_weight_VH[columns] = d_chunk_vH
+    return RowGradients(
+        x_RH=None if d_rows_RH is None else _spread_rows(d_rows_RH, rows.places, x_RH.shape[0]),
+        weight_VH=d_weight_VH,
+        bias_V=None if d_bias_V is None else d_bias_V.to(weight_VH.dtype),
+    )
+
+
+def _spread_rows(d_rows_RH: Tensor, places: Tensor | None, num_rows: int) -> Tensor:
+    """Put the gradients of the live rows back among all rows, and drop the padding."""
+    if places is None:
+        return d_rows_RH[:num_rows]
+    return d_rows_RH.new_zeros(num_rows, d_rows_RH.shape[1]).index_copy_(0, places, d_rows_RH[: places.shape[0]])

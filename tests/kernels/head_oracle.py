@@ -1,0 +1,90 @@
+"""What the op must return, written once more without any code of the package, and the comparison by the numeric rule."""
+
+import torch
+from torch import Tensor
+
+from fastpref import SequenceLogps, linear_logps
+from fastpref.testing.adversarial import IGNORE, HeadInputs
+from fastpref.testing.numerics import assert_within_rule
+
+STATS = ("token_logps", "entropy", "hits", "mean_logit")
+OUTPUTS = ("logps", "nll", *STATS)
+
+
+def oracle(inputs: HeadInputs) -> dict[str, list[float]]:
+    """Per-sequence values of padded input, token by token, in fp64; `labels` inside the vocabulary only."""
+    inputs = inputs.cast(torch.float64)
+    values: dict[str, list[float]] = {name: [] for name in (*OUTPUTS, "counts", "nll_counts")}
+    for s in range(inputs.hidden_SLH.shape[0]):
+        sums = dict.fromkeys(values, 0.0)
+        for t in range(inputs.hidden_SLH.shape[1]):
+            label = int(inputs.labels_SL[s, t])
+            nll_label = IGNORE if inputs.nll_labels_SL is None else int(inputs.nll_labels_SL[s, t])
+            if label == IGNORE and nll_label == IGNORE:
+                continue
+            z = inputs.weight_VH @ inputs.hidden_SLH[s, t]
+            if inputs.bias_V is not None:
+                z = z + inputs.bias_V
+            z = z * inputs.logit_scale
+            if inputs.softcap is not None:
+                z = inputs.softcap * torch.tanh(z / inputs.softcap)
+            logps = z - z.logsumexp(0)
+            if label != IGNORE:
+                sums["logps"] += float(logps[label])
+                sums["counts"] += 1
+                p = logps.exp()
+                sums["entropy"] -= float((p * logps)[p > 0].sum())
+                sums["hits"] += float(z[label] == z.max())
+                sums["mean_logit"] += float(z.mean())
+            values["token_logps"].append(float(logps[label]) if label != IGNORE else 0.0)
+            if nll_label != IGNORE:
+                sums["nll"] -= float(logps[nll_label])
+                sums["nll_counts"] += 1
+        for name in values:
+            if name != "token_logps":
+                values[name].append(sums[name])
+    return values
+
+
+def run(inputs: HeadInputs, backend: str = "torch", **options) -> tuple[SequenceLogps, dict[str, Tensor]]:
+    """Outputs, and gradients of a fixed random mixture of every differentiable one of them."""
+    leaves = {
+        name: tensor.detach().requires_grad_()
+        for name, tensor in (("hidden", inputs.hidden_SLH), ("weight", inputs.weight_VH), ("bias", inputs.bias_V))
+        if tensor is not None
+    }
+    result = linear_logps(
+        leaves["hidden"],
+        leaves["weight"],
+        inputs.labels_SL,
+        nll_labels=inputs.nll_labels_SL,
+        bias=leaves.get("bias"),
+        logit_scale=inputs.logit_scale,
+        softcap=inputs.softcap,
+        backend=backend,
+        stats=STATS,
+        **options,
+    )
+    generator = torch.Generator().manual_seed(99)
+    scalar = result.logps.new_zeros(())
+    for values in (result.logps, result.nll, result.token_logps):
+        if values is not None:
+            # Select finite values only: the case may contain a right -inf, whose sum has no useful gradient.
+            weights = torch.randn(values.shape, generator=generator, dtype=torch.float64).to(values.dtype)
+            scalar = scalar + torch.where(values.isfinite(), values * weights, 0.0).sum()
+    gradients = torch.autograd.grad(scalar, list(leaves.values()), materialize_grads=True)
+    return result, dict(zip(leaves, gradients, strict=True))
+
+
+def assert_matches_reference(inputs: HeadInputs, dtype: torch.dtype, backend: str = "torch") -> None:
+    """Every output and every gradient of `backend`, by the rule, against the reference in fp64 and in `dtype`."""
+    inputs = inputs.cast(dtype)
+    actual, actual_grads = run(inputs, backend)
+    same_dtype, same_dtype_grads = run(inputs, "reference")
+    wide, wide_grads = run(inputs.cast(torch.float64), "reference")
+    for name in OUTPUTS:
+        if getattr(wide, name) is not None:
+            assert_within_rule(getattr(actual, name), getattr(same_dtype, name), getattr(wide, name))
+    assert torch.equal(actual.counts, wide.counts)
+    for name, gradient in wide_grads.items():
+        assert_within_rule(actual_grads[name], same_dtype_grads[name], gradient, kind="gradient")
