@@ -64,6 +64,8 @@ def describe(error: Exception) -> tuple[str, int] | None:
 
 
 def _rank() -> int:
+    if torch.distributed.is_initialized():
+        return torch.distributed.get_rank()
     text = os.environ.get("RANK", "0")
     return int(text) if text.isdecimal() else 0
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastpref.errors import DataError, MissingDependencyError
+from fastpref.errors import ConfigError, DataError, MissingDependencyError
 from fastpref.trainer.reporting import METRICS_FILE
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 _TRAIN, _EVAL = "#4c72b0", "#dd8452"
 _CHOSEN, _REJECTED = "#2a9d5c", "#c44e52"
 _SMALL = 9
+_FORMATS = (".png", ".pdf", ".svg")
 # (title, curves) of a panel; a curve is (metric, label, colour, line style).
 _PANELS: tuple[tuple[str, tuple[tuple[str, str, str, str], ...]], ...] = (
     ("Loss", (("loss", "train", _TRAIN, "-"), ("eval_loss", "evaluation", _EVAL, "o-"))),
@@ -70,16 +71,22 @@ def draw_curves(records: Sequence[Mapping[str, float]], output: str | Path, titl
     """Draw a 2 x 2 figure; the suffix of `output` chooses the format (png, pdf, svg).
 
     Raises:
+        ConfigError: `output` has another suffix.
         DataError: no record has a metric of any panel.
         MissingDependencyError: matplotlib is not installed.
     """
+    if Path(output).suffix not in _FORMATS:
+        raise ConfigError(f"the picture must end in {', '.join(_FORMATS)}; got {str(output)!r}")
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError as error:
         raise MissingDependencyError('curves need matplotlib: pip install "fastpref[megatron]"') from error
     # The object interface: no global state, no window, and none of the user's style files.
-    figure = Figure(figsize=(10, 6.4), dpi=150, layout="constrained", facecolor="white")
+    figure = Figure(
+        figsize=(10, 6.4), dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12), facecolor="white"
+    )
     FigureCanvasAgg(figure)
     drawn = [
         _draw_panel(axes, name, curves, records)
@@ -108,6 +115,7 @@ def _draw_panel(
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=_SMALL, color="#999999")
     axes.set_xlabel("step", fontsize=_SMALL)
+    axes.locator_params(axis="x", integer=True)
     axes.margins(x=0.02)
     if name == "Reward accuracy":
         axes.axhline(0.5, color="#999999", linewidth=0.9, linestyle=":")

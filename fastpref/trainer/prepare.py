@@ -140,15 +140,26 @@ def hf_config_of(config: RunConfig) -> dict[str, Any]:
 
 
 def _path_problems(config: RunConfig, for_training: bool) -> Iterator[str]:
-    directories = {"model.path": config.model.path, "model.tokenizer": config.model.tokenizer}
-    directories["reference.path"] = None if config.reference is None else config.reference.path
+    directories = {
+        "model.path": config.model.path,
+        "model.tokenizer": config.model.tokenizer,
+        "reference.path": None if config.reference is None else config.reference.path,
+    }
+    files = [("data.train", path) for path in config.data.train_paths if for_training]
+    files += [("data.eval", path) for path in config.data.eval_paths]
+    given = [(key, path) for key, path in directories.items() if path is not None]
+    unusable = [
+        f"{key}: {path!r} begins with ~, which only a shell expands, or holds a NUL; write the path out"
+        for key, path in [*given, *files, ("training.output_dir", config.training.output_dir)]
+        if path.startswith("~") or "\0" in path
+    ]
+    if unusable:
+        yield from unusable
+        return
     relative_to = f"relative paths start at the current directory, {Path.cwd()}"
-    for key, path in directories.items():
-        if path is not None and not Path(path).is_dir():
+    for key, path in given:
+        if not Path(path).is_dir():
             yield f"{key}: {path!r} is not a directory; {relative_to}"
-    files = [("data.eval", path) for path in config.data.eval_paths]
-    if for_training:
-        files = [("data.train", path) for path in config.data.train_paths] + files
     for key, path in files:
         if not Path(path).exists():
             yield f"{key}: {path!r} does not exist; {relative_to}"
