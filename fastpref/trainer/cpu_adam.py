@@ -26,6 +26,7 @@ class FusedLayoutAdam(torch.optim.Optimizer):
         eps: term added to the root of the second moment, >= 0.
         weight_decay: decay per step, multiplied by the learning rate.
         adam_w_mode: decoupled weight decay.
+        capturable: must be False; Megatron-Core 0.19 passes it on to say whether CUDA graphs are in use.
 
     Raises:
         ValueError: a setting is out of its range.
@@ -39,7 +40,10 @@ class FusedLayoutAdam(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         adam_w_mode: bool = True,
+        capturable: bool = False,
     ) -> None:
+        if capturable:
+            raise ValueError("capturable must be False on a CPU, got True; set optimizer_cuda_graph=False")
         for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
             if not value >= 0.0:
                 raise ValueError(f"{name} must be >= 0, got {value}")

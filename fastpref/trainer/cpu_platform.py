@@ -65,6 +65,8 @@ def _replace_device_queries() -> None:
     """Megatron's buffers and messages live on `torch.cuda.current_device()`, `"cuda"` or `tensor.cuda()`."""
     torch.cuda.current_device = _current_device  # type: ignore[assignment]
     torch.cuda.synchronize = lambda device=None: None
+    # Asked for, from Megatron-Core 0.19 on, to wait for CUDA graphs; there are none to wait for.
+    torch.cuda.current_stream = lambda device=None: None  # type: ignore[assignment,return-value]
     torch.Tensor.cuda = _stay  # type: ignore[method-assign,assignment]
     for name in FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))

@@ -87,7 +87,15 @@ def test_step_calls_the_closure_with_gradients() -> None:
 
 
 @pytest.mark.parametrize(
-    "setting", [{"lr": -1.0}, {"eps": -1.0}, {"weight_decay": -0.1}, {"lr": float("nan")}, {"betas": (0.9, 1.0)}]
+    "setting",
+    [
+        {"lr": -1.0},
+        {"eps": -1.0},
+        {"weight_decay": -0.1},
+        {"lr": float("nan")},
+        {"betas": (0.9, 1.0)},
+        {"capturable": True},
+    ],
 )
 def test_constructor_refuses_settings_out_of_range(setting: dict) -> None:
     with pytest.raises(ValueError, match="must"):
