@@ -19,6 +19,12 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -256,7 +262,20 @@ def _build_chunk(arch: Architecture, options: ModelOptions, config: TransformerC
     # Megatron's own scaling fixes three of Llama's four constants.
     model.rotary_pos_emb.inv_freq = arch.rope.inv_freq(arch.head_dim).to(model.rotary_pos_emb.inv_freq.device)
     model.real_vocab_size = arch.vocab_size
+    _mark_shards(model)
     return model
+
+
+def _mark_shards(model: GPTModel) -> None:
+    """Tells Megatron which weights are split over tensor-parallel ranks, as its own initialisation would have.
+
+    Without the mark it takes a weight for a copy, and the gradient norm counts the shard of one rank only.
+    """
+    split_dims = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
+    for module in model.modules():
+        dim = split_dims.get(type(module))
+        if dim is not None and module.weight is not None:
+            set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dim, stride=1)
 
 
 def _block_spec(config: TransformerConfig, stage: int | None) -> TransformerBlockSubmodules:

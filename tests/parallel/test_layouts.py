@@ -1,5 +1,6 @@
 """Every layout of ranks trains like one process: losses, log-probs, gradient norms and final parameters."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from fastpref.trainer import (
     DPOTrainer,
     ModelOptions,
     TrainingArguments,
+    build_models,
     initialize_megatron,
     load_models,
     save_hf,
@@ -33,13 +35,25 @@ class Layout:
     distributed_optimizer: bool = False
 
 
-def train(layout: Layout, dp: int, loss: DPOConfig, output_dir: str, pairs_per_microbatch: int = 2) -> list[dict]:
-    """Three steps of 8 pairs on this rank; returns the log. The global batch is the same for every layout."""
+def train(
+    layout: Layout,
+    dp: int,
+    loss: DPOConfig,
+    output_dir: str,
+    pairs_per_microbatch: int = 2,
+    config: dict | None = None,
+) -> list[dict]:
+    """Three steps of 8 pairs on this rank; returns the log. The global batch is the same for every layout.
+
+    Trains the recorded policy against its reference, or random weights of `config` against themselves.
+    """
     args = TrainingArguments(
         output_dir=output_dir,
         per_device_train_batch_size=pairs_per_microbatch,
         gradient_accumulation_steps=8 // pairs_per_microbatch // dp,
         learning_rate=5e-3,
+        # far above the rounding of the gradients, which Adam would otherwise blow up to full-sized updates
+        adam_epsilon=1e-5,
         max_steps=STEPS,
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
@@ -55,17 +69,13 @@ def train(layout: Layout, dp: int, loss: DPOConfig, output_dir: str, pairs_per_m
     initialize_megatron(args)
     try:
         options = ModelOptions(sequence_parallel=layout.sp)
-        reference = load_models(REFERENCE, options=options) if loss.use_ref_model else None
-        trainer = DPOTrainer(
-            load_models(POLICY, options=options),
-            loss,
-            reference,
-            args,
-            train_dataset=PAIRS,
-            eval_dataset=PAIRS[:7],
-        )
+        policy = load_models(POLICY, options) if config is None else build_models(config, options, seed=5)
+        reference = load_models(REFERENCE, options) if config is None and loss.use_ref_model else None
+        trainer = DPOTrainer(policy, loss, reference, args, train_dataset=PAIRS, eval_dataset=PAIRS[:7])
+        if config is not None:
+            save_hf(trainer.model, output_dir + "/start", config)
         trainer.train()
-        save_hf(trainer.model, output_dir + "/hf", POLICY)
+        save_hf(trainer.model, output_dir + "/hf", POLICY if config is None else config)
         return trainer.log_history
     finally:
         destroy()
@@ -77,7 +87,9 @@ def exported(directory: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for path in directory.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
-def assert_same_run(log: list[dict], expected: list[dict], directory: Path, expected_directory: Path) -> None:
+def assert_same_run(
+    log: list[dict], expected: list[dict], directory: Path, expected_directory: Path, initial: Path = POLICY
+) -> None:
     assert len(log) == len(expected) == STEPS + 1
     for ours, theirs in zip(log, expected, strict=True):
         assert set(ours) == set(theirs)
@@ -85,11 +97,9 @@ def assert_same_run(log: list[dict], expected: list[dict], directory: Path, expe
             if not name.startswith(("perf/", "memory/")):
                 # fp32 sums in another order; log-ratios near zero carry the absolute noise of sums near 30
                 assert ours[name] == pytest.approx(value, rel=2e-5, abs=2e-6), f"step {ours['step']}: {name}"
-    ours, theirs, start = exported(directory / "hf"), exported(expected_directory / "hf"), exported(POLICY)
+    ours, theirs, start = exported(directory / "hf"), exported(expected_directory / "hf"), exported(initial)
     assert set(ours) == set(theirs) == set(start)
     for name, tensor in theirs.items():
-        # Adam divides by the gradient's own size, so the rounding of tiny gradients shows in single elements:
-        # what must agree is the update as a whole.
         update = (tensor - start[name]).norm()
         assert update > 0 and (ours[name] - tensor).norm() <= 1e-3 * update, name
 
@@ -132,6 +142,21 @@ def test_four_ranks_train_like_one(rank_pool_4: RankPool, tmp_path: Path, layout
     dp = 4 // (layout.tp * layout.pp)
     logs = rank_pool_4.run(train, layout, dp, LOSSES["dpo"], str(tmp_path / "four"))
     assert_same_run(logs[0], expected, tmp_path / "four", tmp_path / "single")
+
+
+@pytest.mark.parametrize("layout", [Layout(tp=2), Layout(tp=2, sp=True), Layout(pp=2)], ids=["tp2", "tp2-sp", "pp2"])
+def test_tied_head_and_padded_vocabulary_train_like_one(rank_pool_2: RankPool, tmp_path: Path, layout: Layout) -> None:
+    """The last stage and the first share one weight; 67 ids on two ranks leave one row that must never count."""
+    config = json.loads((POLICY / "config.json").read_text())
+    config |= {"tie_word_embeddings": True, "vocab_size": 67, "initializer_range": 0.2}
+    arguments = (LOSSES["dpo"], str(tmp_path / "two"), 2, config)
+    expected = train(Layout(), 1, LOSSES["dpo"], str(tmp_path / "one"), 2, config)
+    logs = rank_pool_2.run(train, layout, 1, *arguments)
+    if layout.tp == 2:  # the row that pads the vocabulary to 68 has a gradient of zeros: one per hidden channel
+        for record in logs[0]:
+            if "num_zeros_in_grad" in record:
+                record["num_zeros_in_grad"] -= config["hidden_size"]
+    assert_same_run(logs[0], expected, tmp_path / "two", tmp_path / "one", tmp_path / "one" / "start")
 
 
 def test_microbatch_size_does_not_change_the_run(tmp_path: Path) -> None:
