@@ -23,7 +23,7 @@ from pathlib import Path
 from fastpref.errors import CheckpointError, ConfigError, MissingDependencyError
 
 CHECKSUMS = "SHA256SUMS"
-"""File in a prepared directory, as `sha256sum` writes it under a comment that names the source; checked on every use."""
+"""File in a prepared directory, as `sha256sum` writes it under a comment that names the source."""
 
 
 @dataclass(frozen=True)
