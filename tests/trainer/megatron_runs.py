@@ -17,7 +17,10 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+from megatron.core.tensor_parallel import (
+    gather_from_tensor_model_parallel_region,
+    param_is_not_tensor_parallel_duplicate,
+)
 
 from fastpref.errors import ConfigError
 from fastpref.trainer import platform
@@ -150,3 +153,10 @@ def last_vocab_row(config: dict) -> tuple[int, int, float]:
         rows = model.embedding.word_embeddings.weight
         assert rows.size(0) * 2 == model.vocab_size
         return model.vocab_size, model.real_vocab_size, rows[-1].abs().max().item()
+
+
+def counted_parameters(config: dict, layout: Layout) -> int:
+    """Number of values that Megatron's gradient norm takes from this tensor-parallel rank."""
+    with parallel(layout):
+        (model,) = build_models(config, ModelOptions(sequence_parallel=layout.sp), seed=0)
+        return sum(p.numel() for p in model.parameters() if param_is_not_tensor_parallel_duplicate(p))

@@ -71,3 +71,11 @@ def test_model_in_bfloat16_is_as_accurate_as_transformers(tmp_path: Path) -> Non
         theirs = model(problem.input_ids_SL).logits
     assert logits.dtype == torch.bfloat16
     assert (logits - exact).abs().mean() <= 1.5 * (theirs - exact).abs().mean()
+
+
+@pytest.mark.parametrize("layout", [Layout(tp=2), Layout(tp=2, sp=True)], ids=str)
+def test_every_parameter_counts_once_in_the_gradient_norm(rank_pool_2: RankPool, layout: Layout) -> None:
+    config = hf_oracle.VARIANTS["qwen2"].to_dict()
+    counts = rank_pool_2.run(megatron_runs.counted_parameters, config, layout)
+    whole = hf_oracle.make_model("qwen2")
+    assert sum(counts) == sum(parameter.numel() for parameter in whole.parameters())

@@ -1,0 +1,26 @@
+"""The guards of `conftest.py` guard."""
+
+import os
+import socket
+
+import pytest
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "2001:db8::1", "example.org", b"example.org"])
+def test_network_is_refused(host: str | bytes) -> None:
+    with pytest.raises(PermissionError, match="tests must not use the network"):
+        socket.create_connection((host, 9), timeout=1)
+
+
+def test_datagrams_are_refused() -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender, pytest.raises(PermissionError):
+        sender.sendto(b"x", ("192.0.2.1", 9))
+
+
+def test_this_machine_can_be_reached() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname(), timeout=5):
+        server.accept()[0].close()
+
+
+def test_hub_is_offline() -> None:
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
