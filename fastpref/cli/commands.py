@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -48,6 +49,8 @@ def cli() -> None:
 
     Exit codes: 0 done, 2 config, 3 data, 4 checkpoint, 5 non-finite loss or gradient, 6 a peer failed, 7 disk full.
     """
+    # Megatron calls functions that PyTorch is about to rename; whoever runs a command can do nothing about it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(megatron|torch)\.")
 
 
 @cli.command()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -118,9 +117,7 @@ def load_checkpoint_weights(path: Path, models: list[GPTModel]) -> None:
     chunks = [unwrap(model) for model in models]
     payload = {f"model{index}": chunk.sharded_state_dict() for index, chunk in enumerate(chunks)}
     try:
-        with torch.no_grad(), warnings.catch_warnings():
-            # Megatron calls functions that this PyTorch is about to rename; nobody who loads can change that.
-            warnings.simplefilter("ignore", FutureWarning)
+        with torch.no_grad():
             loaded = dist_checkpointing.load(payload, str(path))
             for index, chunk in enumerate(chunks):
                 chunk.load_state_dict(loaded[f"model{index}"])
