@@ -42,12 +42,15 @@ def train(
     output_dir: str,
     pairs_per_microbatch: int = 2,
     config: dict | None = None,
+    options: dict | None = None,
 ) -> list[dict]:
     """Three steps of 8 pairs on this rank; returns the log. The global batch is the same for every layout.
 
-    Trains the recorded policy against its reference, or random weights of `config` against themselves.
+    Trains the recorded policy against its reference, or random weights of `config` against themselves; `options` are
+    further `TrainingArguments`.
     """
     args = TrainingArguments(
+        **(options or {}),
         output_dir=output_dir,
         per_device_train_batch_size=pairs_per_microbatch,
         gradient_accumulation_steps=8 // pairs_per_microbatch // dp,
@@ -68,9 +71,9 @@ def train(
     )
     initialize_megatron(args)
     try:
-        options = ModelOptions(sequence_parallel=layout.sp)
-        policy = load_models(POLICY, options) if config is None else build_models(config, options, seed=5)
-        reference = load_models(REFERENCE, options) if config is None and loss.use_ref_model else None
+        build = ModelOptions(sequence_parallel=layout.sp)
+        policy = load_models(POLICY, build) if config is None else build_models(config, build, seed=5)
+        reference = load_models(REFERENCE, build) if config is None and loss.use_ref_model else None
         trainer = DPOTrainer(policy, loss, reference, args, train_dataset=PAIRS, eval_dataset=PAIRS[:7])
         if config is not None:
             save_hf(trainer.model, output_dir + "/start", config)
