@@ -118,7 +118,7 @@ def linear_logps(
     Memory: backend "torch" holds O(R * H) and a few tiles of logits, never R x V.
 
     Determinism: bitwise repeatable; a sequence's log-probabilities do not depend, bit for bit, on what else is in the
-    batch or on packing.
+    batch or on packing (fp64, meant for gradient checks, is excepted: BLAS rounds it by position where H is odd).
 
     Raises:
         TypeError, ValueError: arguments that do not fit, before any work is done.

@@ -135,7 +135,8 @@ def _tile_partials(z_rv: Tensor, labels_r: Tensor, start: int, out_Fr: Tensor) -
     out_Fr[TARGET] = torch.where(is_inside_r1, z_rv.gather(1, column_r1), float("nan")).squeeze(1)
     with_stats = out_Fr.shape[0] > MOMENT
     if with_stats:
-        out_Fr[TOTAL] = z_rv.sum(dim=1)
+        # fp64: a mean near 0 of logits far from it would keep the rounding of the large partial sums.
+        out_Fr[TOTAL] = z_rv.sum(dim=1, dtype=torch.float64)
         out_Fr[SIZE] = z_rv.shape[1]
     max_r = z_rv.amax(dim=1)
     out_Fr[MAX] = max_r

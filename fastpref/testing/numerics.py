@@ -1,7 +1,8 @@
 """The numeric rule: how far a kernel may be from the truth, measured by how far PyTorch itself is.
 
-There is one rule and it has no knobs. The oracle is the specification in fp64 on the same (already rounded) inputs; the
-yardstick is plain PyTorch in the dtype under test. A test that cannot meet the rule has found an error, not a tolerance.
+There is one rule and it has no knobs. The oracle is the specification in fp64 on the same (already rounded) inputs;
+the yardstick is plain PyTorch in the dtype under test. A test that cannot meet the rule has found an error, not a
+tolerance.
 """
 
 from __future__ import annotations

@@ -1,14 +1,29 @@
-"""What the op must return, written once more without any code of the package, and the comparison by the numeric rule."""
+"""What the op must return, written again without any code of the package, and the comparison by the numeric rule."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from fastpref import SequenceLogps, linear_logps
+from fastpref.kernels import torch_tiles
 from fastpref.testing.adversarial import IGNORE, HeadInputs
 from fastpref.testing.numerics import assert_within_rule
 
 STATS = ("token_logps", "entropy", "hits", "mean_logit")
 OUTPUTS = ("logps", "nll", *STATS)
+
+
+@contextmanager
+def tiles(block_rows: int = 8, bwd_rows: int = 16, columns: int = 32) -> Iterator[None]:
+    """Tiles so small that a handful of rows and columns crosses many of them."""
+    usual = torch_tiles.CPU_TILES
+    torch_tiles.CPU_TILES = torch_tiles.TileShape(block_rows, bwd_rows, columns)
+    try:
+        yield
+    finally:
+        torch_tiles.CPU_TILES = usual
 
 
 def oracle(inputs: HeadInputs) -> dict[str, list[float]]:
