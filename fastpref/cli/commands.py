@@ -168,10 +168,11 @@ def _load(config_path: Path, overrides: tuple[str, ...]) -> RunConfig:
     return load_run_config(config_path, overrides)
 
 
-def _print(*parts: RenderableType) -> None:
+def _print(*parts: RenderableType | None) -> None:
     console = Console(highlight=False)
     for part in parts:
-        console.print(part, markup=False)
+        if part is not None:
+            console.print(part, markup=False)
 
 
 def _written(config: RunConfig, step: int, export_dir: Path | None) -> dict[str, str]:

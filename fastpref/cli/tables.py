@@ -28,11 +28,11 @@ _MAIN_METRICS = (
 )
 
 
-def evaluation_changes(history: Sequence[Mapping[str, float]]) -> RenderableType:
-    """First and last evaluation of a run side by side; nothing where there was none."""
+def evaluation_changes(history: Sequence[Mapping[str, float]]) -> Table | None:
+    """First and last evaluation of a run side by side; None where there was none."""
     evaluations = [record for record in history if "eval_loss" in record]
     if not evaluations:
-        return Text("")
+        return None
     first, last = evaluations[0], evaluations[-1]
     columns = [f"step {first['step']:.0f}"]
     if last is not first:
@@ -55,9 +55,7 @@ def metrics(values: Mapping[str, float], title: str) -> Table:
     return table
 
 
-def summary(
-    history: Sequence[Mapping[str, float]], steps: int, seconds: float, written: Mapping[str, str]
-) -> RenderableType:
+def summary(history: Sequence[Mapping[str, float]], steps: int, seconds: float, written: Mapping[str, str]) -> Table:
     """What a run did: steps, time, speed, and what it wrote where."""
     table = _table("Run", ("", ""))
     table.add_row("optimizer steps", str(steps))

@@ -86,7 +86,6 @@ def run_without(module: str, *arguments: str) -> subprocess.CompletedProcess[str
     ("module", "arguments", "code"),
     [
         ("click", ["--version"], 1),
-        ("rich", ["--version"], 1),
         ("megatron", ["check", "run.yaml"], 2),
         ("ruamel", ["check", "run.yaml"], 2),
         ("matplotlib", ["plot", "."], 2),
