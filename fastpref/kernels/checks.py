@@ -227,6 +227,5 @@ def check_layout(
         if tensor.dtype not in dtypes:
             raise TypeError(f"{name} must be {' or '.join(str(d) for d in dtypes)}, got {tensor.dtype}")
         if tensor.dim() != 1 or (name != "rows" and not tensor.numel()):
-            raise ValueError(
-                f"{name} must be 1-D{'' if name == 'rows' else ', at least [0]'}, got {tuple(tensor.shape)}"
-            )
+            shape = "[R]" if name == "rows" else "[S+1], at least [0]"
+            raise ValueError(f"{name} must be {shape}, got shape {tuple(tensor.shape)}")

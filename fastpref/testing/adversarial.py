@@ -50,7 +50,7 @@ def ragged_inputs(
     seed: int = 0,
     logit_std: float = 3.0,
 ) -> HeadInputs:
-    """Draw ordinary fp32 inputs: prompts and padding without labels, one sequence without any, one with a single label.
+    """Draw ordinary fp32 inputs: prompts and padding without labels, sequence 1 without any, 2 with a single one.
 
     Args:
         num_sequences: S, any.
@@ -65,8 +65,8 @@ def ragged_inputs(
     weight_VH = torch.randn(vocab_size, hidden_size, generator=generator) * (logit_std / hidden_size**0.5)
     labels_SL = torch.randint(0, vocab_size, (num_sequences, length), generator=generator)
     for s in range(num_sequences):
-        first = int(torch.randint(0, length + 1, (), generator=generator))
-        last = int(torch.randint(first, length + 1, (), generator=generator))
+        first = int(torch.randint(0, length // 2 + 1, (), generator=generator))
+        last = int(torch.randint((length + 1) // 2, length + 1, (), generator=generator))
         labels_SL[s, :first] = IGNORE
         labels_SL[s, last:] = IGNORE
     if num_sequences > 2 and length:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from head_oracle import OUTPUTS, STATS, assert_matches_reference, oracle, run, tiles
+from head_oracle import OUTPUTS, STATS, assert_matches_reference, flatten, oracle, run, tiles
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -57,6 +57,17 @@ def test_linear_logps_of_16_bit_inputs_keeps_fp32_logits(case: str, dtype: str) 
             assert_within_rule(getattr(actual, name), getattr(widened, name), getattr(wide, name))
 
 
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("vocab_size", [1, 97, 257, 1000])
+@pytest.mark.parametrize("num_tokens", [1, 17, 63])
+@pytest.mark.parametrize("hidden_size", [1, 33, 48])
+def test_linear_logps_on_odd_sizes(num_tokens: int, hidden_size: int, vocab_size: int) -> None:
+    """Fault 10."""
+    inputs = ragged_inputs(1, num_tokens, hidden_size, vocab_size, seed=num_tokens)
+    inputs = inputs._replace(labels_SL=inputs.labels_SL.clamp(min=0))
+    assert_matches_reference(inputs, torch.float32)
+
+
 @given(
     num_sequences=st.integers(1, 5),
     length=st.integers(1, 17),
@@ -69,14 +80,15 @@ def test_linear_logps_of_16_bit_inputs_keeps_fp32_logits(case: str, dtype: str) 
 def test_linear_logps_on_any_size(
     num_sequences: int, length: int, hidden_size: int, vocab_size: int, seed: int, capped: bool
 ) -> None:
-    """Fault 10 and tile boundaries: sizes around whole tiles of 8 rows and 32 columns."""
-    inputs = ragged_inputs(num_sequences, length, hidden_size, vocab_size, seed)
-    # Off zero on average: of a sum that happens to cancel, the rule would compare two roundings of nothing.
-    inputs = inputs._replace(bias_V=torch.linspace(2.0, 4.0, vocab_size))
+    """Sizes around whole tiles of 8 rows and 32 columns, in fp64, where nothing but a wrong index can show."""
+    inputs = ragged_inputs(num_sequences, length, hidden_size, vocab_size, seed).cast(torch.float64)
     if capped:
-        inputs = inputs._replace(logit_scale=1.7, softcap=8.0)
+        bias_V = torch.linspace(-1.0, 1.0, vocab_size, dtype=torch.float64)
+        inputs = inputs._replace(bias_V=bias_V, logit_scale=1.7, softcap=8.0)
     with tiles():
-        assert_matches_reference(inputs, torch.float32)
+        actual = flatten(*run(inputs))
+    for name, values in flatten(*run(inputs, "reference")).items():
+        torch.testing.assert_close(actual[name], values)
 
 
 def losses(inputs: HeadInputs, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple:

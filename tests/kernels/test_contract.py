@@ -1,0 +1,290 @@
+"""What `linear_logps` accepts and refuses, special values, and what a failure may not touch."""
+
+import re
+
+import pytest
+import torch
+from head_oracle import run
+from torch import Tensor
+
+from fastpref import linear_logps
+from fastpref.errors import MissingDependencyError
+from fastpref.testing.adversarial import HeadInputs, ragged_inputs
+
+HIDDEN_SLH, WEIGHT_VH = torch.randn(2, 3, 4), torch.randn(7, 4)
+LABELS_SL = torch.tensor([[1, 2, -100], [-100, 0, 6]])
+FLAT = {"hidden": HIDDEN_SLH.flatten(0, 1), "labels": LABELS_SL.flatten()}
+ROWS = {"rows": torch.tensor([0, 1, 4, 5]), "cu_rows": torch.tensor([0, 2, 4])}
+
+# argument changes, error, what the message must say
+REFUSALS = {
+    "hidden no tensor": ({"hidden": [[1.0]]}, TypeError, "hidden must be a torch.Tensor, got list"),
+    "hidden integers": ({"hidden": HIDDEN_SLH.long()}, TypeError, "hidden must be float32, .* got torch.int64"),
+    "hidden 1-D": ({"hidden": torch.randn(4)}, ValueError, r"hidden must be \[T, H\] or \[S, L, H\], got shape \(4,\)"),
+    "weight dtype": ({"weight": WEIGHT_VH.bfloat16()}, TypeError, "weight and hidden must have one dtype.*cast"),
+    "weight shape": ({"weight": WEIGHT_VH.t()}, ValueError, r"H = 4 .* got shape \(4, 7\); .*not its transpose"),
+    "weight empty": ({"weight": WEIGHT_VH[:0]}, ValueError, "at least one row.*V = 0"),
+    "weight device": (
+        {"weight": WEIGHT_VH.to("meta")},
+        ValueError,
+        "weight must be on the device of hidden, cpu, got meta",
+    ),
+    "bias shape": ({"bias": torch.randn(6)}, ValueError, r"bias must be \[V\] with V = 7"),
+    "bias dtype": ({"bias": torch.randn(7).double()}, TypeError, "bias and hidden must have one dtype"),
+    "labels int32": (
+        {"labels": LABELS_SL.int()},
+        TypeError,
+        r"labels must be int64.*got torch.int32; use labels.long\(\)",
+    ),
+    "labels with grad": (
+        {"labels": LABELS_SL.float().requires_grad_()},
+        TypeError,
+        "labels must be int64 .*without grad",
+    ),
+    "labels shape": ({"labels": LABELS_SL[:, 1:]}, ValueError, r"labels must have one label per token, shape \(2, 3\)"),
+    "labels device": ({"labels": LABELS_SL.to("meta")}, ValueError, "labels must be on the device of hidden"),
+    "nll_labels shape": ({"nll_labels": LABELS_SL[:1]}, ValueError, "nll_labels must have one label per token"),
+    "nll_labels dtype": ({"nll_labels": LABELS_SL.int()}, TypeError, "nll_labels must be int64"),
+    "cu_seqlens with padded": ({"cu_seqlens": torch.tensor([0, 6])}, ValueError, "cu_seqlens is for packed hidden"),
+    "flat without bounds": ({**FLAT}, ValueError, "needs the sequence bounds; pass cu_seqlens"),
+    "rows alone": ({"rows": ROWS["rows"]}, ValueError, "rows without cu_rows; pass both or neither"),
+    "cu_rows alone": ({"cu_rows": ROWS["cu_rows"]}, ValueError, "cu_rows without rows"),
+    "rows and cu_seqlens": ({**FLAT, **ROWS, "cu_seqlens": torch.tensor([0, 6])}, ValueError, "both describe"),
+    "rows int32": ({**ROWS, "rows": ROWS["rows"].int()}, TypeError, "rows must be torch.int64, got torch.int32"),
+    "rows 2-D": ({**ROWS, "rows": ROWS["rows"][None]}, ValueError, r"rows must be \[R\], got shape \(1, 4\)"),
+    "rows too large": (
+        {**ROWS, "rows": torch.tensor([0, 1, 6, 5])},
+        ValueError,
+        r"rows must be in \[0, 6\).*rows\[2\] = 6",
+    ),
+    "rows negative": ({**ROWS, "rows": torch.tensor([0, -1, 4, 5])}, ValueError, r"rows\[1\] = -1"),
+    "cu_rows empty": (
+        {**ROWS, "cu_rows": torch.tensor([], dtype=torch.int64)},
+        ValueError,
+        r"cu_rows must be \[S\+1\]",
+    ),
+    "cu_rows short": ({**ROWS, "cu_rows": torch.tensor([0, 2, 3])}, ValueError, "cu_rows must start at 0.*end at 4"),
+    "cu_rows late": ({**ROWS, "cu_rows": torch.tensor([1, 2, 4])}, ValueError, "cu_rows must start at 0"),
+    "cu_rows back": ({**ROWS, "cu_rows": torch.tensor([0, 3, 2, 4])}, ValueError, "never decrease"),
+    "cu_rows float": (
+        {**ROWS, "cu_rows": torch.tensor([0.0, 4.0])},
+        TypeError,
+        "cu_rows must be torch.int32 or torch.int64",
+    ),
+    "cu_seqlens short": ({**FLAT, "cu_seqlens": torch.tensor([0, 5])}, ValueError, "cu_seqlens must start .* end at 6"),
+    "logit_scale tensor": ({"logit_scale": torch.tensor(1.0)}, TypeError, "logit_scale must be a Python number"),
+    "logit_scale nan": ({"logit_scale": float("nan")}, ValueError, "logit_scale must be finite, got nan"),
+    "softcap zero": ({"softcap": 0.0}, ValueError, "softcap must be > 0"),
+    "softcap inf": ({"softcap": float("inf")}, ValueError, "softcap must be finite"),
+    "ignore_index": ({"ignore_index": None}, TypeError, "ignore_index must be an int"),
+    "stats string": ({"stats": "entropy"}, TypeError, r"stats=\('entropy',\)"),
+    "stats unknown": ({"stats": ("entrpy",)}, ValueError, "did you mean 'entropy'"),
+    "backend unknown": ({"backend": "torhc"}, ValueError, "backend must be one of .* did you mean 'torch'"),
+    "backend triton": (
+        {"backend": "triton"},
+        MissingDependencyError,
+        "backend='triton' needs GPU kernels.*use backend='torch'",
+    ),
+    "backend cuda": ({"backend": "cuda"}, MissingDependencyError, "backend='cuda' needs GPU kernels"),
+    "backward unknown": ({"backward": "exat"}, ValueError, "did you mean 'exact'"),
+    "backward active": ({"backward": "active"}, NotImplementedError, "use backward='exact'"),
+    "backward cached": ({"backward": "cached", "cache_bytes": 9}, NotImplementedError, "use backward='exact'"),
+    "unused active_eps": ({"active_eps": 1e-3}, ValueError, "active_eps is used by backward='active' only, got 0.001"),
+    "unused cache_bytes": ({"cache_bytes": 1}, ValueError, "cache_bytes is used by backward='cached' only, got 1"),
+    "reference recomputing": ({"backend": "reference", "backward": "recompute"}, ValueError, "recomputes nothing"),
+    "vocab_start alone": ({"vocab_start": 0}, ValueError, "vocab_start .* needs tp_group"),
+    "vocab_start type": ({"vocab_start": 1.5}, TypeError, "vocab_start must be an int"),
+    "sequence_parallel alone": (
+        {**FLAT, **ROWS, "sequence_parallel": True},
+        ValueError,
+        "sequence_parallel .* needs tp_group",
+    ),
+    "sequence_parallel padded": ({"sequence_parallel": True}, ValueError, r"slice of the flat token axis, \[T/P, H\]"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_linear_logps_refuses(case: str) -> None:
+    """Fault 14: argument, rule, what was given and the remedy, before any work."""
+    changes, error, message = REFUSALS[case]
+    arguments = {"hidden": HIDDEN_SLH, "weight": WEIGHT_VH, "labels": LABELS_SL, **changes}
+    with pytest.raises(error, match=re.compile(message, re.DOTALL)):
+        linear_logps(**arguments)
+
+
+@pytest.mark.parametrize("backward", ["auto", "exact", "recompute"])
+def test_linear_logps_exact_plans_agree(backward: str) -> None:
+    inputs = ragged_inputs()
+    expected, expected_grads = run(inputs)
+    actual, grads = run(inputs, "auto", backward=backward)
+    assert torch.equal(actual.logps, expected.logps)
+    assert all(torch.equal(grads[name], gradient) for name, gradient in expected_grads.items())
+
+
+def empty(num_sequences: int, length: int) -> HeadInputs:
+    return HeadInputs(
+        torch.randn(num_sequences, length, 4), WEIGHT_VH, torch.zeros(num_sequences, length, dtype=torch.int64)
+    )
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0), (0, 0)])
+def test_linear_logps_without_tokens(shape: tuple[int, int], backend: str) -> None:
+    """Fault 9."""
+    result, gradients = run(empty(*shape), backend)
+    assert result.logps.tolist() == [0.0] * shape[0]
+    assert result.counts.tolist() == [0] * shape[0]
+    assert result.token_logps.shape == (0,)
+    assert not gradients["weight"].any()
+    assert gradients["hidden"].shape == (*shape, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_linear_logps_with_one_token_in_the_vocabulary(dtype: torch.dtype) -> None:
+    """Fault 9: the only outcome has probability 1, exactly."""
+    inputs = HeadInputs(torch.randn(2, 3, 1), torch.randn(1, 1), torch.zeros(2, 3, dtype=torch.int64)).cast(dtype)
+    result, gradients = run(inputs)
+    assert result.logps.tolist() == [0.0, 0.0]
+    assert result.entropy.tolist() == [0.0, 0.0]
+    assert result.hits.tolist() == [3.0, 3.0]
+    assert not any(gradient.any() for gradient in gradients.values())
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
+def test_linear_logps_of_a_broken_row(poison: float) -> None:
+    """Fault 3: that token is NaN; every other token keeps its bits, every other row its gradient."""
+    inputs = ragged_inputs()
+    inputs.labels_SL[0, 2:7] = 5
+    clean, clean_grads = run(inputs)
+    # A column that every weight has with one sign, so that an infinite hidden value makes the logits all +inf or -inf.
+    weight_VH = inputs.weight_VH.clone()
+    weight_VH[:, 0] = 0.5
+    inputs = inputs._replace(weight_VH=weight_VH)
+    clean, clean_grads = run(inputs)
+    broken = inputs._replace(hidden_SLH=inputs.hidden_SLH.clone())
+    broken.hidden_SLH[0, 4, 0] = poison
+    for backend in ("torch", "reference"):
+        result, _ = run(broken, backend)
+        assert torch.equal(result.token_logps.isnan(), result.rows == 4)
+        assert result.logps.isnan().tolist() == [True, False, False, False]
+    result, _ = run(broken)
+    others = result.rows != 4
+    assert torch.equal(result.token_logps[others], clean.token_logps[others])
+    hidden_SLH = broken.hidden_SLH.clone().requires_grad_()
+    result = linear_logps(hidden_SLH, broken.weight_VH, broken.labels_SL, stats=("token_logps",))
+    (gradient,) = torch.autograd.grad(result.token_logps.sum(), hidden_SLH)
+    is_broken_SL = torch.zeros(4, 9, dtype=torch.bool)
+    is_broken_SL[0, 4] = True
+    assert torch.equal(gradient.isfinite().all(dim=2), ~is_broken_SL)
+    assert clean_grads["hidden"].isfinite().all()
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_linear_logps_of_a_broken_row_without_upstream_gradient() -> None:
+    """A NaN that no loss asks for reaches no gradient: rows are dropped, not multiplied by 0."""
+    inputs = ragged_inputs()
+    inputs.labels_SL[0, 2:7] = 5
+    broken = inputs.hidden_SLH.clone()
+    broken[0, 4] = float("nan")
+    weight_VH = inputs.weight_VH.clone().requires_grad_()
+    linear_logps(broken, weight_VH, inputs.labels_SL).logps[2:].sum().backward()
+    expected_VH = inputs.weight_VH.clone().requires_grad_()
+    linear_logps(inputs.hidden_SLH, expected_VH, inputs.labels_SL).logps[2:].sum().backward()
+    assert torch.equal(weight_VH.grad, expected_VH.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("magnitude", [1e4, 1.6e38])
+def test_linear_logps_of_extreme_logits(magnitude: float, dtype: torch.dtype) -> None:
+    """Fault 4: the best label has log-prob 0, the worst the whole span, and no exponential overflows."""
+    weight_VH = torch.tensor([[-1.0], [1.0], [0.0]], dtype=dtype)
+    hidden_TH = torch.full((2, 1), magnitude, dtype=dtype)
+    labels_T = torch.tensor([1, 0])
+    hidden_TH.requires_grad_()
+    result = linear_logps(hidden_TH, weight_VH, labels_T, cu_seqlens=torch.tensor([0, 1, 2], dtype=torch.int32))
+    exact = float(hidden_TH[0, 0])
+    assert result.logps.tolist() == [0.0, -2 * exact]
+    (gradient,) = torch.autograd.grad(result.logps.sum(), hidden_TH)
+    assert gradient.flatten().tolist() == [0.0, -2.0]
+
+
+def test_linear_logps_ignore_index_inside_the_vocabulary() -> None:
+    inputs = ragged_inputs()
+    zero_ignored = torch.where(inputs.labels_SL == -100, 0, inputs.labels_SL.clamp(min=1))
+    expected = linear_logps(
+        inputs.hidden_SLH, inputs.weight_VH, torch.where(zero_ignored == 0, -100, zero_ignored), stats=("token_logps",)
+    )
+    actual = linear_logps(inputs.hidden_SLH, inputs.weight_VH, zero_ignored, ignore_index=0, stats=("token_logps",))
+    assert torch.equal(actual.token_logps, expected.token_logps)
+    assert torch.equal(actual.counts, expected.counts)
+
+
+def test_linear_logps_given_rows_without_a_label() -> None:
+    """Rows that the caller lists but neither mask labels count for nothing."""
+    inputs = ragged_inputs()
+    flat_T = inputs.labels_SL.flatten()
+    rows, cu_rows = torch.arange(36), torch.arange(0, 37, 9)
+    result = linear_logps(
+        inputs.hidden_SLH, inputs.weight_VH, inputs.labels_SL, rows=rows, cu_rows=cu_rows, stats=("token_logps",)
+    )
+    expected = linear_logps(inputs.hidden_SLH, inputs.weight_VH, inputs.labels_SL)
+    assert torch.equal(result.logps, expected.logps)
+    assert torch.equal(result.counts, expected.counts)
+    assert torch.equal(result.token_logps == 0, flat_T == -100)
+
+
+def test_linear_logps_statistics_have_no_gradient() -> None:
+    inputs = ragged_inputs()
+    hidden_SLH = inputs.hidden_SLH.clone().requires_grad_()
+    for backend in ("torch", "reference"):
+        result = linear_logps(
+            hidden_SLH,
+            inputs.weight_VH,
+            inputs.labels_SL,
+            stats=("token_logps", "entropy", "hits", "mean_logit"),
+            backend=backend,
+        )
+        assert result.logps.requires_grad
+        assert result.token_logps.requires_grad
+        assert not any(values.requires_grad for values in (result.entropy, result.hits, result.mean_logit))
+
+
+def test_linear_logps_returns_what_was_asked_for() -> None:
+    inputs = ragged_inputs()
+    result = linear_logps(inputs.hidden_SLH, inputs.weight_VH, inputs.labels_SL, stats=("hits",))
+    assert result.hits is not None
+    absent = (result.token_logps, result.nll, result.nll_counts, result.entropy, result.mean_logit)
+    assert absent == (None,) * 5
+    assert result.logps.dtype == torch.float32
+    assert result.counts.dtype == torch.int64
+    narrow = inputs.cast(torch.bfloat16)
+    assert linear_logps(narrow.hidden_SLH, narrow.weight_VH, narrow.labels_SL).logps.dtype == torch.float32
+
+
+def test_linear_logps_second_derivative() -> None:
+    """Fault 15: refused with a remedy, and the remedy works."""
+    inputs = ragged_inputs().cast(torch.float64)
+
+    def gradient(backend: str) -> tuple[Tensor, Tensor]:
+        hidden_SLH = inputs.hidden_SLH.clone().requires_grad_()
+        logps = linear_logps(hidden_SLH, inputs.weight_VH, inputs.labels_SL, backend=backend, stats=("token_logps",))
+        (first,) = torch.autograd.grad(logps.token_logps.square().sum(), hidden_SLH, create_graph=True)
+        return hidden_SLH, first
+
+    hidden_SLH, first = gradient("torch")
+    with pytest.raises(NotImplementedError, match="backend='reference'"):
+        torch.autograd.grad(first.sum(), hidden_SLH)
+    hidden_SLH, first = gradient("reference")
+    assert torch.autograd.grad(first.sum(), hidden_SLH)[0].any()
+
+
+def test_linear_logps_under_inference_mode_and_no_grad() -> None:
+    inputs = ragged_inputs()
+    weight_VH = inputs.weight_VH.clone().requires_grad_()
+    expected = linear_logps(inputs.hidden_SLH, weight_VH, inputs.labels_SL).logps
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            logps = linear_logps(inputs.hidden_SLH, weight_VH, inputs.labels_SL).logps
+        assert not logps.requires_grad
+        assert torch.equal(logps, expected)
