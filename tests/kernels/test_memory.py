@@ -1,0 +1,101 @@
+"""What the tiled backend allocates, and that it uses nothing it has not written."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from head_oracle import run, tiles
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastpref.kernels import partials
+from fastpref.kernels.torch_tiles import Head, backward_rows, forward_partials
+from fastpref.testing.adversarial import ADVERSARIAL, ragged_inputs
+
+
+class LargestResult(TorchDispatchMode):
+    """Remembers the number of elements of the largest tensor that any operator returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> object:
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(value, Tensor):
+                self.numel = max(self.numel, value.numel())
+        return result
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("capped", [False, True])
+def test_tiled_backend_never_makes_the_logits(capped: bool, dtype: torch.dtype) -> None:
+    """The largest tensor is the weight (or its gradient), here a sixth of the logits."""
+    num_rows, vocab_size, hidden_size = 96, 512, 16
+    x_RH = torch.randn(num_rows, hidden_size).to(dtype)
+    head = Head(torch.randn(vocab_size, hidden_size).to(dtype), None, 1.0, 5.0 if capped else None)
+    labels_R = torch.randint(0, vocab_size, (num_rows,))
+    with LargestResult() as watch:
+        results = partials.finish_rows(forward_partials(x_RH, head, labels_R, True), torch.float32)
+        backward_rows(x_RH, head, labels_R, torch.ones(num_rows), results.row_max, results.row_sum, (True,) * 3)
+    assert watch.numel == vocab_size * hidden_size < num_rows * vocab_size
+    with LargestResult() as watch:
+        x_RH @ head.weight_VH.t()
+    assert watch.numel == num_rows * vocab_size
+
+
+@pytest.fixture
+def poisoned_empty() -> Iterator[None]:
+    """Fill every `empty` tensor with NaN, and refuse operators that are not deterministic."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("case", ["ragged_inputs", "scaled_and_capped", "second_mask"])
+def test_linear_logps_reads_no_uninitialised_memory(case: str) -> None:
+    """Fault 13."""
+    assert torch.empty(4).isnan().all()
+    inputs = ADVERSARIAL[case]()
+    poisoned, poisoned_grads = run(inputs)
+    torch.use_deterministic_algorithms(False)
+    clean, clean_grads = run(inputs)
+    assert torch.equal(poisoned.logps, clean.logps)
+    assert poisoned.logps.isfinite().all()
+    for name, gradient in clean_grads.items():
+        assert torch.equal(poisoned_grads[name], gradient)
+
+
+def test_linear_logps_with_guard_bands() -> None:
+    """Fault 13: inputs lie between NaNs in larger buffers; none gets in, none is overwritten."""
+    inputs = ragged_inputs()
+    expected, expected_grads = run(inputs)
+    guarded, buffers = {}, []
+    for name in ("hidden_SLH", "weight_VH"):
+        tensor = getattr(inputs, name)
+        buffer = torch.full((tensor.numel() + 256,), float("nan"))
+        buffer[128:-128] = tensor.flatten()
+        guarded[name] = buffer[128:-128].view_as(tensor)
+        buffers.append(buffer)
+    actual, actual_grads = run(inputs._replace(**guarded))
+    assert torch.equal(actual.logps, expected.logps)
+    assert all(torch.equal(actual_grads[name], gradient) for name, gradient in expected_grads.items())
+    for buffer in buffers:
+        assert buffer[:128].isnan().all()
+        assert buffer[-128:].isnan().all()
+        assert not buffer[128:-128].isnan().any()
+
+
+def test_frozen_weight_needs_no_memory_for_its_gradient() -> None:
+    inputs = ragged_inputs()
+    x_RH, labels_R = inputs.hidden_SLH.flatten(0, 1), inputs.labels_SL.flatten().clamp(min=0)
+    head = Head(inputs.weight_VH, None, 1.0, None)
+    ones_R = torch.ones(36)
+    with tiles(), LargestResult() as watch:
+        gradients = backward_rows(x_RH, head, labels_R, ones_R, ones_R, ones_R, (True, False, False))
+    assert gradients.weight_VH is None
+    assert gradients.bias_V is None
+    assert watch.numel < inputs.weight_VH.numel()
