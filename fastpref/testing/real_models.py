@@ -136,8 +136,9 @@ def _convert(gguf: Path, out_dir: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     dequantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     config = dequantised.config
-    # A model that remembers its quantisation refuses to be saved, so its numbers move to one that does not.
-    del config.quantization_config
+    # A model that remembers its quantisation refuses to be saved, so its numbers move to one that does not. The name
+    # is the GGUF header's title, which says nothing about the architecture.
+    del config.quantization_config, config._model_name_or_path
     model = AutoModelForCausalLM.from_config(config)
     model.load_state_dict(dequantised.state_dict())
     model.to(torch.bfloat16).save_pretrained(out_dir)
