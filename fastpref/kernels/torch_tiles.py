@@ -51,7 +51,7 @@ class TileShape(NamedTuple):
     columns: int
 
 
-CPU_TILES = TileShape(block_rows=128, bwd_rows=1024, columns=2048)
+CPU_TILES = TileShape(block_rows=128, bwd_rows=512, columns=2048)
 DEVICE_TILES = TileShape(block_rows=1024, bwd_rows=1024, columns=8192)
 
 

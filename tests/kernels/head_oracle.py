@@ -80,15 +80,19 @@ def run(inputs: HeadInputs, backend: str = "torch", **options) -> tuple[Sequence
         stats=STATS,
         **options,
     )
+    gradients = torch.autograd.grad(mixture(result), list(leaves.values()), materialize_grads=True)
+    return result, dict(zip(leaves, gradients, strict=True))
+
+
+def mixture(result: SequenceLogps) -> Tensor:
+    """A fixed random mixture of every differentiable output, of the finite values: a right -inf has no gradient."""
     generator = torch.Generator().manual_seed(99)
     scalar = result.logps.new_zeros(())
     for values in (result.logps, result.nll, result.token_logps):
         if values is not None:
-            # Select finite values only: the case may contain a right -inf, whose sum has no useful gradient.
             weights = torch.randn(values.shape, generator=generator, dtype=torch.float64).to(values.dtype)
             scalar = scalar + torch.where(values.isfinite(), values * weights, 0.0).sum()
-    gradients = torch.autograd.grad(scalar, list(leaves.values()), materialize_grads=True)
-    return result, dict(zip(leaves, gradients, strict=True))
+    return scalar
 
 
 def torch_errors(inputs: HeadInputs, wide: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -123,8 +127,13 @@ def flatten(result: SequenceLogps, gradients: dict[str, Tensor]) -> dict[str, Te
 def assert_matches_reference(inputs: HeadInputs, dtype: torch.dtype) -> None:
     """Every output and every gradient of the tiled backend, by the rule, against the reference in fp64 and `dtype`."""
     inputs = inputs.cast(dtype)
+    assert_results_within_rule(flatten(*run(inputs)), inputs)
+
+
+def assert_results_within_rule(found: dict[str, Tensor], inputs: HeadInputs) -> None:
+    """Results by name, as `flatten` returns them, by the rule."""
     wide = flatten(*run(inputs.cast(torch.float64), "reference"))
     yardstick = torch_errors(inputs, wide)
-    for name, values in flatten(*run(inputs)).items():
+    for name, values in found.items():
         kind = "gradient" if name.startswith("d_") else "output"
         assert_within_rule(values, yardstick[name], wide[name], kind=kind)

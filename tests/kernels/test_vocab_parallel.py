@@ -1,0 +1,306 @@
+"""Vocabulary shards and sequence slices on worker ranks: each equal to one rank by the numeric rule."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from head_oracle import STATS, assert_results_within_rule, flatten, mixture
+from torch import Tensor
+
+from fastpref import linear_logps
+from fastpref.testing.adversarial import ADVERSARIAL, IGNORE, HeadInputs, bad_labels, ragged_inputs
+from fastpref.testing.workers import RankPool
+
+SIZES = {"even": (49, 48), "uneven": (90, 7), "first empty": (0, 97), "last empty": (97, 0)}
+
+
+def rank_slice(inputs: HeadInputs, sequence_parallel: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    """Padded input as one rank gets it: as it is, or its slice of Megatron's sequence-major [L, S, H]."""
+    if not sequence_parallel:
+        return inputs.hidden_SLH, {"labels": inputs.labels_SL, "nll_labels": inputs.nll_labels_SL}
+    num_sequences = inputs.labels_SL.shape[0]
+    is_row_SL = inputs.labels_SL != IGNORE
+    if inputs.nll_labels_SL is not None:
+        is_row_SL |= inputs.nll_labels_SL != IGNORE
+    s, t = is_row_SL.nonzero().unbind(1)
+    layout = {
+        "labels": inputs.labels_SL.t().flatten(),
+        "nll_labels": None if inputs.nll_labels_SL is None else inputs.nll_labels_SL.t().flatten(),
+        "rows": t * num_sequences + s,
+        "cu_rows": torch.searchsorted(s, torch.arange(num_sequences + 1)),
+    }
+    return inputs.hidden_SLH.transpose(0, 1).flatten(0, 1).chunk(dist.get_world_size())[dist.get_rank()], layout
+
+
+def score_on_rank(
+    inputs: HeadInputs, sizes: tuple[int, ...], sequence_parallel: bool, derive_start: bool, needs: tuple[str, ...]
+) -> dict[str, Tensor]:
+    """One rank's outputs, and its gradients by name."""
+    rank = dist.get_rank()
+    start = sum(sizes[:rank])
+    hidden, layout = rank_slice(inputs, sequence_parallel)
+    shard = slice(start, start + sizes[rank])
+    leaves = {"hidden": hidden, "weight": inputs.weight_VH[shard]}
+    if inputs.bias_V is not None:
+        leaves["bias"] = inputs.bias_V[shard]
+    leaves = {name: leaf.clone().requires_grad_(name in needs) for name, leaf in leaves.items()}
+    result = linear_logps(
+        leaves["hidden"],
+        leaves["weight"],
+        bias=leaves.get("bias"),
+        logit_scale=inputs.logit_scale,
+        softcap=inputs.softcap,
+        tp_group=dist.group.WORLD,
+        vocab_start=None if derive_start else start,
+        sequence_parallel=sequence_parallel,
+        stats=STATS,
+        **layout,
+    )
+    wanted = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+    gradients = torch.autograd.grad(mixture(result), list(wanted.values()), materialize_grads=True)
+    found = flatten(result, dict(zip(wanted, gradients, strict=True)))
+    return {name: values.detach() for name, values in found.items()} | {"counts": result.counts}
+
+
+def score(
+    pool: RankPool,
+    inputs: HeadInputs,
+    sizes: tuple[int, ...] = SIZES["even"],
+    sequence_parallel: bool = False,
+    derive_start: bool = False,
+    needs: tuple[str, ...] = ("hidden", "weight", "bias"),
+) -> dict[str, Tensor]:
+    """Outputs and whole gradients; what every rank holds must be the same bits on every rank."""
+    ranks = pool.run(score_on_rank, inputs, sizes, sequence_parallel, derive_start, needs)
+    found = {}
+    for name in ranks[0]:
+        parts = [rank[name] for rank in ranks]
+        if name in ("d_weight", "d_bias"):
+            found[name] = torch.cat(parts)
+        elif name == "d_hidden" and sequence_parallel:
+            num_sequences, length = inputs.labels_SL.shape
+            found[name] = torch.cat(parts).view(length, num_sequences, -1).transpose(0, 1)
+        else:
+            found[name] = parts[0]
+            for part in parts[1:]:
+                torch.testing.assert_close(part, parts[0], rtol=0, atol=0, equal_nan=True)
+    return found
+
+
+def assert_equals_one_rank(found: dict[str, Tensor], inputs: HeadInputs) -> None:
+    counts = found.pop("counts")
+    assert torch.equal(counts, (inputs.labels_SL != IGNORE).sum(1))
+    assert_results_within_rule(found, inputs)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["", "sequence_parallel"])
+@pytest.mark.parametrize("sizes", SIZES)
+def test_shards_of_any_size(rank_pool_2: RankPool, sizes: str, sequence_parallel: bool) -> None:
+    """Fault 7 as well: the labels include the first and last id of every shard."""
+    inputs = ADVERSARIAL["second_mask"]()._replace(bias_V=torch.linspace(-1, 1, 97), softcap=9.0, logit_scale=1.3)
+    edges = torch.tensor([0, 48, 49, 96])
+    inputs.labels_SL[3, :4] = edges
+    inputs.nll_labels_SL[3, :4] = edges
+    found = score(rank_pool_2, inputs, SIZES[sizes], sequence_parallel)
+    assert_equals_one_rank(found, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["", "sequence_parallel"])
+def test_shards_in_other_dtypes(rank_pool_2: RankPool, sequence_parallel: bool, dtype: torch.dtype) -> None:
+    inputs = ragged_inputs(4, 10).cast(dtype)
+    assert_equals_one_rank(score(rank_pool_2, inputs, SIZES["uneven"], sequence_parallel), inputs)
+
+
+def test_four_shards(rank_pool_4: RankPool) -> None:
+    inputs = ragged_inputs(4, 12)
+    for sequence_parallel in (False, True):
+        assert_equals_one_rank(score(rank_pool_4, inputs, (30, 0, 66, 1), sequence_parallel), inputs)
+
+
+def test_derived_start_equals_given_start(rank_pool_2: RankPool) -> None:
+    inputs = ragged_inputs()
+    given = score(rank_pool_2, inputs, SIZES["uneven"])
+    derived = score(rank_pool_2, inputs, SIZES["uneven"], derive_start=True)
+    assert all(torch.equal(given[name], derived[name]) for name in given)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["", "sequence_parallel"])
+def test_shard_of_masked_columns_only(rank_pool_2: RankPool, sequence_parallel: bool) -> None:
+    """Fault 2: a shard that is all padding, masked with -inf, changes nothing and gets gradients of exactly 0."""
+    for first, masked in ((0, 49), (49, 97)):
+        inputs = ragged_inputs(4, 10)
+        inputs = inputs._replace(bias_V=torch.zeros(97))
+        inputs.bias_V[first:masked] = float("-inf")
+        kept = 60 if first == 0 else 10
+        inputs = inputs._replace(labels_SL=torch.where(inputs.labels_SL >= 0, kept, IGNORE))
+        found = score(rank_pool_2, inputs, SIZES["even"], sequence_parallel)
+        assert not found["d_weight"][first:masked].any()
+        assert not found["d_bias"][first:masked].any()
+        assert_equals_one_rank(found, inputs)
+
+
+def test_vocabulary_padded_for_the_shards(rank_pool_2: RankPool) -> None:
+    """Megatron pads the vocabulary to a multiple of the ranks; the padding's rows are cut off before the call."""
+    found = rank_pool_2.run(score_padded_vocabulary, ragged_inputs())
+    expected = linear_logps(*ragged_inputs()[:3])
+    for logps, d_padded_VH in found:
+        torch.testing.assert_close(logps, expected.logps)
+        assert d_padded_VH[:33].any()
+    assert not found[1][1][33:].any()
+
+
+def score_padded_vocabulary(inputs: HeadInputs) -> tuple[Tensor, Tensor]:
+    rank = dist.get_rank()
+    padded_VH = torch.full((128, 33), 50.0)
+    padded_VH[:97] = inputs.weight_VH
+    shard_VH = padded_VH[rank * 64 : (rank + 1) * 64].clone().requires_grad_()
+    real_VH = shard_VH[: 97 - rank * 64]
+    result = linear_logps(
+        inputs.hidden_SLH, real_VH, inputs.labels_SL, tp_group=dist.group.WORLD, vocab_start=rank * 64
+    )
+    result.logps.sum().backward()
+    return result.logps.detach(), shard_VH.grad
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["", "sequence_parallel"])
+def test_label_outside_every_shard(rank_pool_2: RankPool, sequence_parallel: bool) -> None:
+    """Fault 6: NaN on every rank for that token only, and no gradient for it."""
+    clean = ragged_inputs(4, 10)
+    clean.labels_SL[0, 5] = IGNORE
+    expected = score(rank_pool_2, clean, sequence_parallel=sequence_parallel)
+    for label in bad_labels(97):
+        inputs = clean._replace(labels_SL=clean.labels_SL.clone())
+        inputs.labels_SL[0, 5] = label
+        found = score(rank_pool_2, inputs, sequence_parallel=sequence_parallel)
+        assert found["logps"].isnan().tolist() == [True, False, False, False]
+        assert torch.equal(found["logps"][1:], expected["logps"][1:])
+        assert found["token_logps"].isnan().sum() == 1
+        assert all(found[name].isfinite().all() for name in ("d_hidden", "d_weight"))
+        assert not found["d_hidden"][0, 5].any()
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["", "sequence_parallel"])
+def test_no_rows_at_all(rank_pool_2: RankPool, sequence_parallel: bool) -> None:
+    """Every rank joins every collective: a batch without labels must not hang a job."""
+    inputs = ragged_inputs(4, 10)
+    inputs = inputs._replace(labels_SL=torch.full_like(inputs.labels_SL, IGNORE))
+    found = score(rank_pool_2, inputs, sequence_parallel=sequence_parallel)
+    assert found["logps"].tolist() == [0.0] * 4
+    assert not found["d_hidden"].any()
+    assert not found["d_weight"].any()
+
+
+@pytest.mark.parametrize("kept", [slice(0, 3), slice(7, 10)])
+def test_all_rows_in_one_slice(rank_pool_2: RankPool, kept: slice) -> None:
+    """Sequence parallelism where one rank owns every row and the other none."""
+    inputs = ragged_inputs(4, 10)
+    labels_SL = torch.full_like(inputs.labels_SL, IGNORE)
+    labels_SL[:, kept] = torch.arange(12).view(4, 3)
+    inputs = inputs._replace(labels_SL=labels_SL)
+    assert_equals_one_rank(score(rank_pool_2, inputs, SIZES["uneven"], sequence_parallel=True), inputs)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["", "sequence_parallel"])
+@pytest.mark.parametrize("needs", [("hidden",), ("weight",)])
+def test_frozen_inputs(rank_pool_2: RankPool, needs: tuple[str, ...], sequence_parallel: bool) -> None:
+    inputs = ragged_inputs(4, 10)
+    full = score(rank_pool_2, inputs, sequence_parallel=sequence_parallel)
+    found = score(rank_pool_2, inputs, sequence_parallel=sequence_parallel, needs=needs)
+    assert [name for name in found if name.startswith("d_")] == [f"d_{name}" for name in needs]
+    assert all(torch.equal(found[name], full[name]) for name in found)
+
+
+def count_collectives(inputs: HeadInputs, stats: tuple[str, ...]) -> list[tuple[str, int]]:
+    """Names and bytes sent of the collectives of one forward and one backward pass on this rank."""
+    calls = []
+
+    def watched(name: str):
+        original = getattr(dist, name)
+
+        def wrapper(*args, **kwargs):
+            # all_reduce(tensor), all_gather_into_tensor(out, input): the last tensor is what this rank sends.
+            sent = [arg for arg in args if isinstance(arg, Tensor)][-1]
+            calls.append((name, sent.numel() * sent.element_size()))
+            return original(*args, **kwargs)
+
+        return original, wrapper
+
+    names = ("all_gather_into_tensor", "all_reduce", "reduce_scatter_tensor", "all_gather", "broadcast")
+    originals = {}
+    for name in names:
+        originals[name], wrapper = watched(name)
+        setattr(dist, name, wrapper)
+    try:
+        rank = dist.get_rank()
+        hidden_SLH = inputs.hidden_SLH.clone().requires_grad_()
+        weight_VH = inputs.weight_VH[49:] if rank else inputs.weight_VH[:49]
+        result = linear_logps(
+            hidden_SLH, weight_VH, inputs.labels_SL, tp_group=dist.group.WORLD, vocab_start=49 * rank, stats=stats
+        )
+        result.logps.sum().backward()
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)
+    return calls
+
+
+def test_forward_makes_one_collective_and_backward_one(rank_pool_2: RankPool) -> None:
+    """12 bytes per row forward (24 with statistics); backward sums rows, not tokens, in fp32."""
+    inputs = ragged_inputs()
+    num_rows = int((inputs.labels_SL >= 0).sum())
+    backward = ("all_reduce", num_rows * 33 * 4)
+    for calls in rank_pool_2.run(count_collectives, inputs, ()):
+        assert calls == [("all_gather_into_tensor", num_rows * 12), backward]
+    for calls in rank_pool_2.run(count_collectives, inputs, ("entropy", "mean_logit")):
+        assert calls == [("all_gather_into_tensor", num_rows * 24), backward]
+
+
+def refusals_on_rank(inputs: HeadInputs) -> list[str]:
+    """Messages of calls that cannot work; every rank refuses, so nothing hangs."""
+    group, messages = dist.group.WORLD, []
+    flat = {"labels": inputs.labels_SL.flatten(), "cu_seqlens": torch.arange(0, 37, 9)}
+    hidden_TH, weight_VH = inputs.hidden_SLH.flatten(0, 1), inputs.weight_VH
+    for arguments in (
+        {"hidden": hidden_TH, "sequence_parallel": True},  # not a slice
+        {"hidden": hidden_TH, "backend": "reference"},
+        {"hidden": hidden_TH, "vocab_start": -1},
+    ):
+        try:
+            linear_logps(**{**flat, **arguments}, weight=weight_VH, tp_group=group)
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_parallel_refusals(rank_pool_2: RankPool) -> None:
+    for messages in rank_pool_2.run(refusals_on_rank, ragged_inputs()):
+        assert len(messages) == 3
+        assert "shape (72,), got (36,)" in messages[0]
+        assert "use backend='torch'" in messages[1]
+        assert "vocab_start must be >= 0, got -1" in messages[2]
+
+
+def compiled_on_rank(inputs: HeadInputs) -> tuple[Tensor, Tensor]:
+    group = dist.group.WORLD
+    rank = dist.get_rank()
+    weight_VH = (inputs.weight_VH[49:] if rank else inputs.weight_VH[:49]).clone().requires_grad_()
+
+    def loss(hidden_SLH: Tensor, weight_VH: Tensor, labels_SL: Tensor) -> Tensor:
+        logps = linear_logps(hidden_SLH, weight_VH, labels_SL, tp_group=group, vocab_start=49 * rank).logps
+        return torch.nn.functional.logsigmoid(logps)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    values = compiled(inputs.hidden_SLH, weight_VH, inputs.labels_SL)
+    values.sum().backward()
+    return values.detach(), weight_VH.grad
+
+
+def test_linear_logps_compiled_with_a_group(rank_pool_2: RankPool) -> None:
+    inputs = ragged_inputs()
+    weight_VH = inputs.weight_VH.clone().requires_grad_()
+    expected = torch.nn.functional.logsigmoid(linear_logps(inputs.hidden_SLH, weight_VH, inputs.labels_SL).logps)
+    expected.sum().backward()
+    found = rank_pool_2.run(compiled_on_rank, inputs)
+    for values, _ in found:
+        torch.testing.assert_close(values, expected.detach())
+    torch.testing.assert_close(torch.cat([gradient for _, gradient in found]), weight_VH.grad)
