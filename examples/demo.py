@@ -27,7 +27,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--loss", default="default", help="a loss of fastpref.losses; default: that of quickstart.yaml")
     parser.add_argument("--nproc", type=int, default=1, help="number of ranks")
-    parser.add_argument("--layout", choices=("dp", "tp"), default="dp", help="what several ranks share: data or tensors")
+    parser.add_argument(
+        "--layout", choices=("dp", "tp"), default="dp", help="what several ranks share: data or tensors"
+    )
     parser.add_argument("--steps", type=int, help="stop after this many steps instead of whole epochs")
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="where everything is written")
     args = parser.parse_args()
@@ -41,7 +43,7 @@ def main() -> None:
     run([*launcher(args.nproc), "train", str(CONFIG), *overrides, "--export", str(after)])
     run([sys.executable, "-m", "fastpref", "plot", str(args.output), "--output", str(args.output / "curves.png")])
     show_answers(before, after)
-    print(f"\nEverything is in {args.output}: metrics.jsonl, tensorboard/, curves.png, checkpoints/, model/ (Hugging Face form)")
+    print(f"\nIn {args.output}: metrics.jsonl, tensorboard/, curves.png, checkpoints/, model/ (Hugging Face form)")
 
 
 def overrides_of(args: argparse.Namespace) -> list[str]:
@@ -54,7 +56,7 @@ def overrides_of(args: argparse.Namespace) -> list[str]:
     if args.nproc > 1 and args.layout == "tp":
         overrides.append(f"training.tensor_model_parallel_size={args.nproc}")
     elif args.nproc > 1:
-        overrides.append(f"training.per_device_train_batch_size={16 // args.nproc}")
+        overrides.append(f"training.per_device_train_batch_size={32 // args.nproc}")
     return overrides
 
 
@@ -62,7 +64,15 @@ def launcher(nproc: int) -> list[str]:
     """The command in front of `train`: plain Python, or torchrun for several ranks."""
     if nproc == 1:
         return [sys.executable, "-m", "fastpref"]
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}", "-m", "fastpref"]
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={nproc}",
+        "-m",
+        "fastpref",
+    ]
 
 
 def run(command: list[str]) -> None:
@@ -95,7 +105,10 @@ def show_answers(before: Path, after: Path) -> None:
     lines = Path("examples/data/demo_eval.jsonl").read_text(encoding="utf-8").splitlines()
     pairs = [json.loads(line) for line in lines[:2]]
     tokenizer = AutoTokenizer.from_pretrained(after)
-    models = {"before": AutoModelForCausalLM.from_pretrained(before), "after": AutoModelForCausalLM.from_pretrained(after)}
+    models = {
+        "before": AutoModelForCausalLM.from_pretrained(before),
+        "after": AutoModelForCausalLM.from_pretrained(after),
+    }
     print("\nHeld-out questions, answered by the exported model in transformers:")
     for pair in pairs:
         inputs = tokenizer.apply_chat_template(

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fastpref.checkpoint.hf import sync
 from fastpref.errors import CheckpointError
 
 STATE_FILE = "state.json"
@@ -60,10 +61,10 @@ def publish(temporary: Path, final: Path, state: Mapping[str, Any]) -> None:
         raise CheckpointError(f"{final} exists already; a finished checkpoint is never overwritten")
     (temporary / STATE_FILE).write_text(json.dumps(state, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     for path in sorted(temporary.rglob("*")):
-        _fsync(path)
-    _fsync(temporary)
+        sync(path)
+    sync(temporary)
     os.rename(temporary, final)
-    _fsync(final.parent)
+    sync(final.parent)
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -88,11 +89,3 @@ def prune(root: Path, keep: int) -> None:
         shutil.rmtree(step_directory(root, step))
     for path in root.glob("step-*.tmp-*"):
         shutil.rmtree(path)
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -209,9 +209,9 @@ class ModelWriter:
             if self._companions is not None and (source := Path(self._companions) / name).is_file():
                 self._write_bytes(name, source.read_bytes())
         self._write_json(CONFIG_FILE, self._config)
-        _sync_directory(self._temporary)
+        sync(self._temporary)
         os.replace(self._temporary, self.path)
-        _sync_directory(self.path.parent)
+        sync(self.path.parent)
 
     def _shard_name(self, number: int) -> str:
         if len(self._shards) == 1:
@@ -266,7 +266,8 @@ def _plan_shards(specs: Sequence[TensorSpec], max_shard_bytes: int) -> list[list
     return shards
 
 
-def _sync_directory(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Make a file's contents, or a directory's entries, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
