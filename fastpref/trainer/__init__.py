@@ -14,6 +14,7 @@ except ImportError as error:
 
 from fastpref.losses import DPOConfig
 from fastpref.trainer.arguments import TrainingArguments
+from fastpref.trainer.config_file import load_run_config
 from fastpref.trainer.dpo_trainer import DPOTrainer, initialize_megatron
 from fastpref.trainer.loop import TrainResult
 from fastpref.trainer.model import ModelOptions, build_models, load_models, save_hf
@@ -31,5 +32,6 @@ __all__ = [
     "build_models",
     "initialize_megatron",
     "load_models",
+    "load_run_config",
     "save_hf",
 ]

@@ -17,8 +17,11 @@ Rule = tuple[str, Callable[[float], bool]]
 _AT_LEAST_ONE: Rule = ("a whole number >= 1", lambda value: value >= 1)
 _NOT_NEGATIVE: Rule = ("a finite number >= 0", lambda value: value >= 0)
 _FRACTION: Rule = ("in [0, 1)", lambda value: 0 <= value < 1)
+_LEARNING_RATE: Rule = ("in [0, 10]", lambda value: 0 <= value <= 10)
 # Fields whose range is not the usual one of their type (int: >= 1, float: >= 0).
 _RULES: dict[str, Rule] = {
+    "learning_rate": _LEARNING_RATE,
+    "min_lr": _LEARNING_RATE,
     "seed": _NOT_NEGATIVE,
     "warmup_steps": _NOT_NEGATIVE,
     "warmup_ratio": _FRACTION,

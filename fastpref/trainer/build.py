@@ -7,16 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.models.gpt import GPTModel
 
 from fastpref.checkpoint import directory
-from fastpref.errors import CheckpointError, ConfigError, DataError
-from fastpref.trainer import loop
+from fastpref.errors import ConfigError, DataError
+from fastpref.trainer import loop, state
 from fastpref.trainer.config_file import dump_run_config
 from fastpref.trainer.dpo_trainer import DPOTrainer, initialize_megatron
-from fastpref.trainer.head import unwrap
 from fastpref.trainer.model import ModelOptions, build_models, load_models, save_hf
 from fastpref.trainer.optimizer import params_dtype
 from fastpref.trainer.prepare import PreparedRun, hf_config_of, launched_world_size, prepare
@@ -55,9 +52,9 @@ def build_evaluator(config: RunConfig) -> DPOTrainer:
     wanted = config.training.resume_from_checkpoint
     if wanted is not None:
         path = directory.resolve(loop.checkpoint_root(config.training), wanted)
-        load_checkpoint_weights(path, trainer.model)
-        state = directory.read_state(path)
-        trainer.schedule.bco_delta, trainer.schedule.bco_count = state["bco_delta"], state["bco_count"]
+        state.load_weights(path, trainer.model)
+        saved = directory.read_state(path)
+        trainer.schedule.bco_delta, trainer.schedule.bco_count = saved["bco_delta"], saved["bco_count"]
     return trainer
 
 
@@ -87,7 +84,7 @@ def export_checkpoint(config: RunConfig, checkpoint: str, output: str | Path) ->
     path = directory.resolve(loop.checkpoint_root(config.training), checkpoint)
     initialize_megatron(config.training)
     models = _policy(config)
-    load_checkpoint_weights(path, models)
+    state.load_weights(path, models)
     save_hf(models, output, hf_config_of(config), config.model.tokenizer_path)
     return path
 
@@ -106,23 +103,6 @@ def check_export_target(output: str | Path) -> None:
     path = Path(output)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ConfigError(f"the export directory {str(path)!r} exists and is not empty; choose a new one or remove it")
-
-
-def load_checkpoint_weights(path: Path, models: list[GPTModel]) -> None:
-    """Fill chunks with the weights of a training checkpoint, saved in any layout; optimizer state is not read.
-
-    Raises:
-        CheckpointError: the checkpoint cannot be read or holds another model.
-    """
-    chunks = [unwrap(model) for model in models]
-    payload = {f"model{index}": chunk.sharded_state_dict() for index, chunk in enumerate(chunks)}
-    try:
-        with torch.no_grad():
-            loaded = dist_checkpointing.load(payload, str(path))
-            for index, chunk in enumerate(chunks):
-                chunk.load_state_dict(loaded[f"model{index}"])
-    except CheckpointingException as error:
-        raise CheckpointError(f"{path} does not hold this model: {error}") from error
 
 
 def _build(run: PreparedRun) -> DPOTrainer:

@@ -32,6 +32,9 @@ __all__ = [
     "install_cpu_platform",
 ]
 
+# Megatron overlaps communication with computation on GPUs before Blackwell only with one hardware queue.
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
 _owns_process_group = False
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
@@ -86,13 +87,34 @@ def load(
         lines = "; ".join(f"{key}: saved {saved.get(key)!r}, now {fingerprint.get(key)!r}" for key in differing)
         raise CheckpointError(f"{path} belongs to another run: {lines}. Use the saved settings or start a new run")
     payload = {**_sharded_state(models, optimizer, is_loading=True), "scheduler": scheduler.state_dict()}
+    loaded = _read(payload, path)
     with torch.no_grad():
-        loaded = dist_checkpointing.load(payload, str(path))
         for index, model in enumerate(models):
             unwrap(model).load_state_dict(loaded[f"model{index}"])
         optimizer.load_state_dict(loaded["optimizer"])
     scheduler.load_state_dict(loaded["scheduler"])
     return state
+
+
+def load_weights(path: Path, models: Sequence[torch.nn.Module]) -> None:
+    """Fills chunks with the weights of a training checkpoint, saved in any layout; optimizer state is not read.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read or holds another model.
+    """
+    chunks = [unwrap(model) for model in models]
+    loaded = _read({f"model{index}": chunk.sharded_state_dict() for index, chunk in enumerate(chunks)}, path)
+    with torch.no_grad():
+        for index, chunk in enumerate(chunks):
+            chunk.load_state_dict(loaded[f"model{index}"])
+
+
+def _read(payload: dict[str, Any], path: Path) -> dict[str, Any]:
+    try:
+        with torch.no_grad():
+            return dist_checkpointing.load(payload, str(path))
+    except CheckpointingException as error:
+        raise CheckpointError(f"{path} does not hold this model: {error}") from error
 
 
 def _sharded_state(

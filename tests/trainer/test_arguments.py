@@ -11,8 +11,8 @@ from fastpref.trainer import TrainingArguments
     [
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be a whole number >= 1, got 0"),
         ({"gradient_accumulation_steps": 1.5}, "must be a whole number, got 1.5"),
-        ({"learning_rate": -1.0}, "learning_rate must be a finite number >= 0"),
-        ({"learning_rate": float("nan")}, "learning_rate must be a finite number >= 0, got nan"),
+        ({"learning_rate": -1.0}, r"learning_rate must be in \[0, 10\]"),
+        ({"learning_rate": float("nan")}, r"learning_rate must be in \[0, 10\], got nan"),
         ({"learning_rate": "1e-5"}, "learning_rate must be a number, got '1e-5'"),
         ({"max_steps": True}, "max_steps must be a number, got True"),
         ({"adam_beta2": 1.0}, r"adam_beta2 must be in \[0, 1\)"),
