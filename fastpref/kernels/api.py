@@ -89,7 +89,8 @@ def linear_logps(
             `ignore_index`.
         cu_seqlens: int32 or int64 [S+1], token bounds of the sequences in flat `hidden`.
         rows: int64 [R], indices into the flat [T] (or S*L) token axis of the tokens to score, grouped by sequence,
-            tokens in any order; instead of `cu_seqlens`. On the host, like `cu_rows`, they cost no device sync.
+            tokens in any order; instead of `cu_seqlens`. Only these tokens are scored; a token may occur twice. On the
+            host, like `cu_rows`, they cost no device sync.
         cu_rows: int32 or int64 [S+1], bounds of each sequence's group in `rows`.
         nll_labels: like `labels`: a second mask in the same pass, may cover other tokens. Where both label a token the
             labels must agree.
@@ -124,6 +125,7 @@ def linear_logps(
         TypeError, ValueError: arguments that do not fit, before any work is done.
         MissingDependencyError: a backend that is not part of this build.
         NotImplementedError: a backward plan that is not part of this build; a second derivative.
+        RuntimeError: in backward, an input was changed in place since the forward pass.
     """
     backend = checks.resolve_backend(backend, backward, active_eps, cache_bytes)
     checks.check_stats(stats)

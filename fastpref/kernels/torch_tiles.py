@@ -244,6 +244,31 @@ def _logit_gradient_tile(z_rv: Tensor, rows: _LiveRows, tile: slice, start: int,
     return z_rv if cap_slope_rv is None else z_rv.mul_(cap_slope_rv)
 
 
+def _backward_chunk(
+    rows: _LiveRows,
+    chunk_vH: Tensor,
+    start: int,
+    head: Head,
+    tiles: TileShape,
+    z_buffer: Tensor,
+    d_rows_RH: Tensor | None,
+    d_chunk_vH: Tensor | None,
+    d_bias_v: Tensor | None,
+) -> None:
+    """Add one chunk's part to the gradient of the rows; write that of the chunk; add that of its bias."""
+    for top in range(0, rows.x_RH.shape[0], tiles.bwd_rows):
+        tile = slice(top, top + tiles.bwd_rows)
+        z_rv = _logit_tile(rows.x_RH[tile], chunk_vH, start, head, tiles.block_rows, z_buffer)
+        d_z_rv = _logit_gradient_tile(z_rv, rows, tile, start, head)
+        if d_bias_v is not None:
+            d_bias_v += d_z_rv.sum(dim=0)
+        d_z_rv = d_z_rv.to(rows.x_RH.dtype)
+        if d_rows_RH is not None:
+            _product(d_z_rv, chunk_vH, d_rows_RH[tile], accumulate=True)
+        if d_chunk_vH is not None:
+            _product(d_z_rv.t(), rows.x_RH[tile], d_chunk_vH, accumulate=top > 0)
+
+
 def backward_rows(
     x_RH: Tensor,
     head: Head,
@@ -272,32 +297,24 @@ def backward_rows(
     weight_VH = head.weight_VH
     tiles, dtype = _tile_shape(x_RH.device), accumulation_dtype(x_RH.dtype)
     rows = _live_rows(x_RH, labels_R, coefficients_R, row_max_R, row_sum_R, tiles.block_rows)
-    num_rows = rows.x_RH.shape[0]
+    num_rows, num_columns = rows.x_RH.shape[0], min(tiles.columns, weight_VH.shape[0])
     d_rows_RH = rows.x_RH.new_zeros(rows.x_RH.shape, dtype=dtype) if needs[0] else None
-    # The first row tile writes every chunk of the weight's gradient; without a row nothing does.
+    # Every chunk of the weight's gradient is written by its first row tile; without a row nothing writes it.
     new_weight = torch.empty if num_rows else torch.zeros
     d_weight_VH = new_weight(weight_VH.shape, dtype=weight_VH.dtype, device=weight_VH.device) if needs[1] else None
     d_bias_V = weight_VH.new_zeros(weight_VH.shape[0], dtype=dtype) if needs[2] else None
-    num_columns = min(tiles.columns, weight_VH.shape[0])
-    buffer = rows.x_RH.new_empty(min(tiles.bwd_rows, num_rows) * num_columns, dtype=dtype)
+    z_buffer = rows.x_RH.new_empty(min(tiles.bwd_rows, num_rows) * num_columns, dtype=dtype)
     d_buffer_vH = x_RH.new_empty(num_columns, x_RH.shape[1], dtype=dtype) if needs[1] and x_RH.dtype != dtype else None
     for start, chunk_vH in _weight_chunks(weight_VH, tiles.columns) if num_rows else ():
         columns = slice(start, start + chunk_vH.shape[0])
-        d_chunk_vH = None
-        if d_weight_VH is not None:
-            d_chunk_vH = d_weight_VH[columns] if d_buffer_vH is None else d_buffer_vH[: chunk_vH.shape[0]]
-        for top in range(0, num_rows, tiles.bwd_rows):
-            tile = slice(top, top + tiles.bwd_rows)
-            z_rv = _logit_tile(rows.x_RH[tile], chunk_vH, start, head, tiles.block_rows, buffer)
-            d_z_rv = _logit_gradient_tile(z_rv, rows, tile, start, head)
-            if d_bias_V is not None:
-                d_bias_V[columns] += d_z_rv.sum(dim=0)
-            d_z_rv = d_z_rv.to(rows.x_RH.dtype)
-            if d_rows_RH is not None:
-                _product(d_z_rv, chunk_vH, d_rows_RH[tile], accumulate=True)
-            if d_chunk_vH is not None:
-                _product(d_z_rv.t(), rows.x_RH[tile], d_chunk_vH, accumulate=top > 0)
-        if d_weight_VH is not None and d_buffer_vH is not None and d_chunk_vH is not None:
+        d_bias_v = None if d_bias_V is None else d_bias_V[columns]
+        if d_weight_VH is None:
+            _backward_chunk(rows, chunk_vH, start, head, tiles, z_buffer, d_rows_RH, None, d_bias_v)
+        elif d_buffer_vH is None:
+            _backward_chunk(rows, chunk_vH, start, head, tiles, z_buffer, d_rows_RH, d_weight_VH[columns], d_bias_v)
+        else:
+            d_chunk_vH = d_buffer_vH[: chunk_vH.shape[0]]
+            _backward_chunk(rows, chunk_vH, start, head, tiles, z_buffer, d_rows_RH, d_chunk_vH, d_bias_v)
             d_weight_VH[columns] = d_chunk_vH
     return RowGradients(
         x_RH=None if d_rows_RH is None else _spread_rows(d_rows_RH, rows.places, x_RH.shape[0]),

@@ -279,6 +279,17 @@ def test_linear_logps_second_derivative() -> None:
     assert torch.autograd.grad(first.sum(), hidden_SLH)[0].any()
 
 
+@pytest.mark.usefixtures("small_tiles")
+def test_linear_logps_under_autocast() -> None:
+    """Autocast must not reach into the tiles and round fp32 logits."""
+    inputs = ragged_inputs()
+    expected, expected_grads = run(inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual, gradients = run(inputs)
+    assert torch.equal(actual.logps, expected.logps)
+    assert all(torch.equal(gradients[name], gradient) for name, gradient in expected_grads.items())
+
+
 def test_linear_logps_under_inference_mode_and_no_grad() -> None:
     inputs = ragged_inputs()
     weight_VH = inputs.weight_VH.clone().requires_grad_()
