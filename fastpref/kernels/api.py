@@ -153,8 +153,10 @@ def linear_logps(
         outputs = reference_rows(gather_rows(hidden, index_R), weight, bias, targets_R, logit_scale, softcap)
     else:
         group_name = None if group is None else group.group_name
-        if group_name is not None:
-            targets_R = targets_R - (shard_start(weight, group_name) if vocab_start is None else vocab_start)
+        if vocab_start is not None:
+            targets_R = targets_R - vocab_start
+        elif group_name is not None:
+            targets_R = targets_R - shard_start(weight, group_name)
         with_stats = "entropy" in stats or "mean_logit" in stats
         token_logps_R, _, _, hits_R, entropy_R, mean_logit_R = linear_logps_fwd(
             hidden, weight, bias, rows, targets_R, logit_scale, softcap, group_name, sequence_parallel, with_stats

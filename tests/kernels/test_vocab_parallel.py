@@ -304,3 +304,21 @@ def test_linear_logps_compiled_with_a_group(rank_pool_2: RankPool) -> None:
     for values, _ in found:
         torch.testing.assert_close(values, expected.detach())
     torch.testing.assert_close(torch.cat([gradient for _, gradient in found]), weight_VH.grad)
+
+
+def score_in_group_of_one(inputs: HeadInputs) -> tuple[Tensor, Tensor]:
+    groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
+    group = groups[dist.get_rank()]
+    shifted_SL = torch.where(inputs.labels_SL >= 0, inputs.labels_SL + 5, IGNORE)
+    whole = linear_logps(inputs.hidden_SLH, inputs.weight_VH, inputs.labels_SL, tp_group=group).logps
+    shifted = linear_logps(inputs.hidden_SLH, inputs.weight_VH, shifted_SL, tp_group=group, vocab_start=5).logps
+    return whole, shifted
+
+
+def test_group_of_one_rank(rank_pool_2: RankPool) -> None:
+    """No collective is left, but the shard still starts where the caller says."""
+    inputs = ragged_inputs()
+    expected = linear_logps(inputs.hidden_SLH, inputs.weight_VH, inputs.labels_SL).logps
+    for whole, shifted in rank_pool_2.run(score_in_group_of_one, inputs):
+        assert torch.equal(whole, expected)
+        assert torch.equal(shifted, expected)
