@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 from datetime import timedelta
 
@@ -29,7 +30,7 @@ _KINDS: tuple[tuple[type[Exception], str, int], ...] = (
     (FastprefError, "run", 1),
     (torch.distributed.DistError, "peer", 6),
 )
-_STORE_KEY = "fastpref/error"
+_STORE_KEY = "fastpref/error/"
 _STORE_WAIT = timedelta(seconds=3)
 
 
@@ -77,10 +78,12 @@ def _is_said_by_rank_0(message: str) -> bool:
         return _rank() != 0 and os.environ.get("LOCAL_RANK", "0") != "0"
     store = torch.distributed.distributed_c10d._get_default_store()
     try:
+        # One key per message: what an earlier command of the same ranks said must not be read as an answer.
+        key = _STORE_KEY + hashlib.sha256(message.encode()).hexdigest()
         if _rank() == 0:
-            store.set(_STORE_KEY, message)
+            store.set(key, "said")
             return False
-        store.wait([_STORE_KEY], _STORE_WAIT)
-        return bool(store.get(_STORE_KEY).decode() == message)
-    except RuntimeError:  # rank 0 said nothing in time, or is gone
+        store.wait([key], _STORE_WAIT)
+        return True
+    except RuntimeError:  # rank 0 said something else or nothing in time, or is gone
         return False

@@ -68,6 +68,8 @@ def _replace_device_queries() -> None:
     # Asked for, from Megatron-Core 0.19 on, to wait for CUDA graphs; there are none to wait for.
     torch.cuda.current_stream = lambda device=None: None  # type: ignore[assignment,return-value]
     torch.Tensor.cuda = _stay  # type: ignore[method-assign,assignment]
+    # `with torch.device(...)` knows factories by identity and lists them once: the originals, which the wrappers call.
+    torch.utils._device._device_constructors()
     for name in FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     torch_type = torch.Tensor.type

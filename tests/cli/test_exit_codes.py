@@ -42,7 +42,7 @@ def test_command_fails(project: Path, run_cli, arguments: list[str], code: int, 
 
 
 def test_train_fails_on_a_loss_that_is_not_finite(project: Path, run_cli) -> None:
-    result = run_cli("train", "run.yaml", "training.learning_rate=1e20", "training.max_steps=3")
+    result = run_cli("train", "run.yaml", "loss.beta=1e38", "training.max_steps=3")
     assert result.exit_code == 5
     assert "fastpref: non-finite error:" in result.stderr
     assert "Traceback" not in result.stderr

@@ -280,3 +280,14 @@ def test_transformer_config_keeps_the_default_stack(one_rank) -> None:
     # a plain Megatron config still works on the platform: nothing of the shims leaks into its fields
     config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=2)
     assert config.params_dtype == torch.float32
+
+
+def test_cpu_platform_keeps_device_contexts() -> None:
+    """transformers builds models under `torch.device("meta")`: with wrapped factories the context was ignored, and a
+    model loaded after the shims came in held uninitialised buffers."""
+    probe = (
+        "import torch; from fastpref.trainer.platform import install_cpu_platform; install_cpu_platform()\n"
+        "with torch.device('meta'): print({getattr(torch, f)(2).device.type for f in ('zeros', 'empty', 'arange')})"
+    )
+    result = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "{'meta'}"
