@@ -76,7 +76,7 @@ def ragged_inputs(
     return HeadInputs(hidden_SLH, weight_VH, labels_SL)
 
 
-def _biased(fill: Callable[[Tensor], None]) -> HeadInputs:
+def _biased(fill: Callable[[Tensor], object]) -> HeadInputs:
     """Ordinary inputs with a bias that `fill` writes."""
     inputs = ragged_inputs()
     bias_V = torch.zeros(inputs.weight_VH.shape[0])
