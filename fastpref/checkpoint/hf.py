@@ -4,7 +4,7 @@ Reading trusts nothing: file names from an index stay inside the directory, head
 tensor is touched, and code that a directory brings along is refused. Writing needs memory for one tensor:
 the directory fills under a temporary name and appears under its own when it is complete.
 
-Format: https://huggingface.co/docs/safetensors
+Format: the published specification of safetensors
 """
 
 from __future__ import annotations
