@@ -63,13 +63,13 @@ def test_run_of_a_dead_rank_names_its_exit_code() -> None:
     ("function", "evidence"), [(sleep_on_rank_0, "in sleep_on_rank_0"), (stop_rank_0, "did not react to a signal")]
 )
 def test_run_of_a_hung_rank_shows_where_it_hangs(function, evidence: str) -> None:
-    with RankPool(2, timeout_s=3.0) as pool:
+    with RankPool(2, timeout_s=8.0) as pool:
         pool.run(dist.get_rank)
         start = time.monotonic()
         with pytest.raises(WorkerError, match=evidence) as caught:
             pool.run(function)
     assert set(caught.value.failures) == {0}
-    assert 3.0 <= time.monotonic() - start < 8.0
+    assert 8.0 <= time.monotonic() - start < 20.0
 
 
 @pytest.mark.parametrize("arguments", [(0, 1.0), (2, 0.0)])
