@@ -61,7 +61,7 @@ Written by `make parity-trl` (`examples/parity_trl.py`); every number is in `ben
 
 SmolLM2-135M-Instruct, trained by TRL {trl} and by fastpref, each through its own trainer class from the same files:
 fp32, one process on a CPU, {steps} steps of {pairs} real preference pairs, AdamW at a constant learning rate of {lr:g},
-weight decay {decay:g}, gradients clipped at {clip:g}, at most {length} tokens a side. fastpref accumulates
+epsilon {epsilon:g}, weight decay {decay:g}, gradients clipped at {clip:g}, at most {length} tokens a side. fastpref accumulates
 {accumulation} microbatches of {batch} pairs.
 
 **Rule.** Every metric at every step must have |TRL - fastpref| / max(|TRL|, |fastpref|) <= {limit:g}. Rewards, margins
@@ -83,6 +83,9 @@ How the runs above were set so that both sides compute one thing:
   pairs as one microbatch, fastpref accumulated.
 - **NLL of ORPO.** TRL's covers prompt and response: `orpo_nll="prompt_and_response"`. The default here is `response`.
 - **`logps/*` under ORPO.** Per token in TRL, sums here as under DPO; compared per token.
+- **Embedding of the padding token.** transformers gives `config.pad_token_id` no gradient from the input embedding.
+  SmolLM2 pads with its end-of-turn token, which also stands in every prompt, so that token loses a real part of its
+  gradient; here it is kept. TRL's model got `padding_idx = None`.
 - **Ties in `rewards/accuracies`.** 0 in TRL, `tie_value` here, by default 0.5; set to 0.
 - **End of a chat completion.** TRL's DPO and fastpref take what the template writes; TRL's ORPO adds another
   end-of-sequence token where the template ends in something else (a newline, for this model). ORPO read the same pairs
@@ -188,6 +191,7 @@ def markdown(document: dict[str, Any]) -> str:
         pairs=settings["batch_pairs"] * settings["accumulation"],
         lr=settings["learning_rate"],
         decay=settings["weight_decay"],
+        epsilon=settings["adam_epsilon"],
         clip=settings["max_grad_norm"],
         length=settings["max_length"],
         accumulation=settings["accumulation"],

@@ -66,6 +66,8 @@ class ParityRun:
     """Constant."""
     weight_decay: float = 0.01
     """AdamW's decay; norms and biases are exempt on both sides."""
+    adam_epsilon: float = 1e-6
+    """AdamW's epsilon, above the rounding of the gradients: at 1e-8 Adam turns rounding into full-sized updates."""
     max_grad_norm: float = 1.0
     """Global norm to clip to."""
     token_stats: bool = False
@@ -209,6 +211,7 @@ def run_fastpref(run: ParityRun) -> TrainerRecord:
             min_lr=run.learning_rate,
             lr_scheduler_type="constant",
             weight_decay=run.weight_decay,
+            adam_epsilon=run.adam_epsilon,
             max_grad_norm=run.max_grad_norm,
             logging_steps=1,
             log_token_stats=run.token_stats,
@@ -248,6 +251,9 @@ def run_trl(run: ParityRun) -> TrainerRecord:
     from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 
     model = AutoModelForCausalLM.from_pretrained(run.model_dir, dtype=torch.float32)
+    # transformers keeps the gradient of the input embedding from the padding token's row. Where that token also ends
+    # every chat turn, a real token is left untrained; without this, each side would train another model.
+    model.get_input_embeddings().padding_idx = None
     tokenizer = AutoTokenizer.from_pretrained(run.model_dir)
     records = [json.loads(line) for line in run.data_file.read_text(encoding="utf-8").splitlines()]
     trainer = (_orpo_trainer if run.is_orpo else _dpo_trainer)(run, model, tokenizer, Dataset.from_list(records))
@@ -276,6 +282,7 @@ def _trl_settings(run: ParityRun) -> dict[str, Any]:
         "learning_rate": run.learning_rate,
         "lr_scheduler_type": "constant",
         "weight_decay": run.weight_decay,
+        "adam_epsilon": run.adam_epsilon,
         "max_grad_norm": run.max_grad_norm,
         "optim": "adamw_torch",
         "max_length": run.max_length,
