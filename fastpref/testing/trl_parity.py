@@ -66,8 +66,8 @@ class ParityRun:
     """Constant."""
     weight_decay: float = 0.01
     """AdamW's decay; norms and biases are exempt on both sides."""
-    adam_epsilon: float = 1e-6
-    """AdamW's epsilon, above the rounding of the gradients: at 1e-8 Adam turns rounding into full-sized updates."""
+    adam_epsilon: float = 1e-8
+    """AdamW's epsilon."""
     max_grad_norm: float = 1.0
     """Global norm to clip to."""
     token_stats: bool = False
