@@ -203,7 +203,7 @@ def test_linear_logps_of_extreme_logits(magnitude: float, dtype: torch.dtype) ->
     labels_T = torch.tensor([1, 0])
     hidden_TH.requires_grad_()
     result = linear_logps(hidden_TH, weight_VH, labels_T, cu_seqlens=torch.tensor([0, 1, 2], dtype=torch.int32))
-    exact = float(hidden_TH[0, 0])
+    exact = float(hidden_TH.detach()[0, 0])
     assert result.logps.tolist() == [0.0, -2 * exact]
     (gradient,) = torch.autograd.grad(result.logps.sum(), hidden_TH)
     assert gradient.flatten().tolist() == [0.0, -2.0]
