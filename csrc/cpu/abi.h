@@ -1,0 +1,51 @@
+// The C interface of the CPU engine, mirrored field by field in fastpref/kernels/native.py.
+//
+// Dims: R rows, H hidden, V vocabulary, F fields of a row's partials. All sizes and strides count elements.
+#pragma once
+
+#include <stdint.h>
+
+// Raise it with every change of this file: the loader refuses a library of another version.
+#define FASTPREF_ABI_VERSION 1
+
+enum DType : int64_t { FP32 = 0, BF16 = 1, FP16 = 2 };
+
+// Order of the fields of a row's partials, as in fastpref/kernels/partials.py.
+enum Field : int64_t { FIELD_MAX, FIELD_SUM, FIELD_TARGET, FIELD_MOMENT, FIELD_TOTAL, FIELD_SIZE };
+constexpr int64_t NUM_FIELDS = 3, NUM_FIELDS_WITH_STATS = 6;
+
+// x [R, H] and weight [V, H] of one dtype with contiguous rows; z = scale * (x @ weight.T + bias), then the softcap.
+struct Product {
+  const void* x;
+  const void* weight;
+  const void* bias;       // [V] in `dtype`, or null
+  const int64_t* labels;  // [R], a column; any value outside [0, V) means "not here"
+  int64_t num_rows, num_columns, hidden_size;
+  int64_t x_stride, weight_stride;
+  int64_t dtype;
+  float logit_scale;
+  float softcap;  // 0 = none
+};
+
+struct ForwardArgs {
+  Product product;
+  const float* bound;  // [R] lower bounds of the log-sum-exp, or null
+  double* partials;    // out [F, R]
+  float* mass;         // out [V], or null exactly where `bound` is
+  int64_t with_stats;
+  int64_t num_threads;
+};
+
+struct GradientArgs {
+  Product product;  // FP32
+  const float* coefficients;
+  const float* row_max;
+  const float* row_sum;
+  float* out;      // [R, V] contiguous
+  float* covered;  // [R], the rows' softmax mass in these columns is added; or null
+  int64_t num_threads;
+};
+
+// Each returns 0, or 1 when memory for its buffers could not be had; nothing is written then.
+using ForwardRows = int (*)(const ForwardArgs&);
+using LogitGradient = int (*)(const GradientArgs&);

@@ -1,0 +1,58 @@
+// The exported functions; built for the baseline, so that it runs where the kernels do not.
+#include <string.h>
+
+#include "abi.h"
+
+namespace avx512 {
+int forward_rows(const ForwardArgs& args);
+int logit_gradient(const GradientArgs& args);
+}  // namespace avx512
+
+namespace avx2 {
+int forward_rows(const ForwardArgs& args);
+int logit_gradient(const GradientArgs& args);
+}  // namespace avx2
+
+namespace {
+
+// Best first. The flags of each build are in setup.py.
+struct Isa {
+  const char* name;
+  ForwardRows forward_rows;
+  LogitGradient logit_gradient;
+};
+const Isa ISAS[] = {
+    {"avx512", avx512::forward_rows, avx512::logit_gradient},
+    {"avx2", avx2::forward_rows, avx2::logit_gradient},
+};
+constexpr int NUM_ISAS = sizeof(ISAS) / sizeof(ISAS[0]);
+
+bool runs_here(int isa) {
+  __builtin_cpu_init();
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  return has_avx2 && (isa != 0 || __builtin_cpu_supports("avx512f"));
+}
+
+}  // namespace
+
+extern "C" {
+
+__attribute__((visibility("default"))) int fastpref_abi_version() { return FASTPREF_ABI_VERSION; }
+
+// The number of the build of that name, or for a null name of the best one; -1 where this processor cannot run it.
+__attribute__((visibility("default"))) int fastpref_find_isa(const char* name) {
+  for (int isa = 0; isa < NUM_ISAS; isa++) {
+    if ((name == nullptr || strcmp(name, ISAS[isa].name) == 0) && runs_here(isa)) return isa;
+  }
+  return -1;
+}
+
+__attribute__((visibility("default"))) int fastpref_forward_rows(int isa, const ForwardArgs* args) {
+  return ISAS[isa].forward_rows(*args);
+}
+
+__attribute__((visibility("default"))) int fastpref_logit_gradient(int isa, const GradientArgs* args) {
+  return ISAS[isa].logit_gradient(*args);
+}
+
+}  // extern "C"

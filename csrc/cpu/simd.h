@@ -1,0 +1,159 @@
+// The vector operations that differ between instruction sets; arithmetic operators are the compiler's own.
+//
+// Contraction is off in the build and every fused multiply-add is written as one, so that the same expression has the
+// same bits wherever it is inlined. Include nothing with inline functions here or in what includes this: the linker
+// keeps one copy of each, perhaps that of a processor this one is not.
+#pragma once
+
+#include <immintrin.h>
+#include <stdint.h>
+
+#if defined(__AVX512F__)
+#define FASTPREF_ISA avx512
+#else
+#define FASTPREF_ISA avx2
+#endif
+
+namespace FASTPREF_ISA {
+
+#if defined(__AVX512F__)
+
+typedef __m512 Vec;
+typedef __m256i HalfVec;  // 16-bit lanes
+constexpr int LANES = 16;
+constexpr int TILE_ROWS = 14, TILE_VECS = 2;  // 28 of 32 registers accumulate
+
+static inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
+static inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a); }
+static inline Vec broadcast(float a) { return _mm512_set1_ps(a); }
+static inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+static inline Vec max_or_second_if_nan(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+static inline bool any_not_le(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLE_UQ) != 0; }
+static inline Vec zero_where_less(Vec a, Vec bound, Vec value) {
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, bound, _CMP_NLT_UQ), value);
+}
+static inline Vec copy_sign(Vec magnitude, Vec sign) {
+  // 0xe4: bits of `sign` where the mask is set, of `magnitude` elsewhere.
+  const __m512i mask = _mm512_set1_epi32(INT32_MIN);
+  return _mm512_castsi512_ps(
+      _mm512_ternarylogic_epi32(_mm512_castps_si512(sign), _mm512_castps_si512(magnitude), mask, 0xe4));
+}
+static inline Vec shift_into_exponent(Vec a) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a), 23));
+}
+static inline HalfVec load_half(const uint16_t* p) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+}
+static inline Vec widen_bf16(HalfVec a) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(a), 16));
+}
+static inline Vec widen_fp16(HalfVec a) { return _mm512_cvtph_ps(a); }
+// The first, and the second, half of a0 b0 a1 b1 ...
+static inline Vec interleave_low(Vec a, Vec b) {
+  const __m512i from = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  return _mm512_permutex2var_ps(a, from, b);
+}
+static inline Vec interleave_high(Vec a, Vec b) {
+  const __m512i from = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  return _mm512_permutex2var_ps(a, from, b);
+}
+
+#else
+
+typedef __m256 Vec;
+typedef __m128i HalfVec;
+constexpr int LANES = 8;
+constexpr int TILE_ROWS = 6, TILE_VECS = 2;  // 12 of 16 registers accumulate
+
+static inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
+static inline void store(float* p, Vec a) { _mm256_storeu_ps(p, a); }
+static inline Vec broadcast(float a) { return _mm256_set1_ps(a); }
+static inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+static inline Vec max_or_second_if_nan(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+static inline bool any_not_le(Vec a, Vec b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_NLE_UQ)) != 0; }
+static inline Vec zero_where_less(Vec a, Vec bound, Vec value) {
+  return _mm256_and_ps(_mm256_cmp_ps(a, bound, _CMP_NLT_UQ), value);
+}
+static inline Vec copy_sign(Vec magnitude, Vec sign) {
+  const Vec mask = _mm256_set1_ps(-0.0f);
+  return _mm256_or_ps(_mm256_andnot_ps(mask, magnitude), _mm256_and_ps(mask, sign));
+}
+static inline Vec shift_into_exponent(Vec a) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a), 23));
+}
+static inline HalfVec load_half(const uint16_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+static inline Vec widen_bf16(HalfVec a) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(a), 16));
+}
+static inline Vec widen_fp16(HalfVec a) { return _mm256_cvtph_ps(a); }
+static inline Vec interleave_low(Vec a, Vec b) {
+  return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x20);
+}
+static inline Vec interleave_high(Vec a, Vec b) {
+  return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x31);
+}
+
+#endif
+
+constexpr int TILE_COLUMNS = TILE_VECS * LANES;
+
+constexpr float LOG2E = 1.44269504088896341f;
+// ln 2 in two parts: a multiple of HIGH up to 2^9 is exact.
+constexpr float LN2_HIGH = 0.693359375f, LN2_LOW = -2.12194440e-4f;
+// Added to a small number it rounds it to an integer, kept in the low bits together with the exponent's bias.
+constexpr float ROUND_AND_BIAS = 12582912.0f + 127.0f;
+// exp is still a normal number here; below it counts as 0.
+constexpr float LOWEST_EXPONENT = -87.0f;
+
+struct Reduced {
+  Vec remainder;  // x - n ln 2
+  Vec power;      // 2^n
+};
+
+static inline Reduced reduce(Vec x) {
+  const Vec shifted = fma(x, broadcast(LOG2E), broadcast(ROUND_AND_BIAS));
+  const Vec n = shifted - broadcast(ROUND_AND_BIAS);
+  Vec r = fma(n, broadcast(-LN2_HIGH), x);
+  r = fma(n, broadcast(-LN2_LOW), r);
+  return {r, shift_into_exponent(shifted)};
+}
+
+// (e^r - 1 - r) / r^2 for |r| <= ln 2 / 2: Taylor to r^7 in all, truncation below 2^-26 of e^r.
+static inline Vec exp_tail(Vec r) {
+  Vec p = broadcast(1.0f / 5040);
+  p = fma(p, r, broadcast(1.0f / 720));
+  p = fma(p, r, broadcast(1.0f / 120));
+  p = fma(p, r, broadcast(1.0f / 24));
+  p = fma(p, r, broadcast(1.0f / 6));
+  return fma(p, r, broadcast(0.5f));
+}
+
+// e^x for x <= 88, to 1.0 units in the last place; 0 below LOWEST_EXPONENT; NaN for NaN and +inf.
+static inline Vec exp(Vec x) {
+  const Reduced a = reduce(x);
+  const Vec one = broadcast(1.0f);
+  const Vec p = fma(fma(exp_tail(a.remainder), a.remainder, one), a.remainder, one);
+  return zero_where_less(x, broadcast(LOWEST_EXPONENT), p * a.power);
+}
+
+// tanh through e^(-2|x|) - 1, which keeps the relative precision of small x.
+static inline Vec tanh(Vec x) {
+  const Vec zero = broadcast(0.0f), magnitude = copy_sign(x, zero);
+  // tanh is 1 in fp32 long before; the bound keeps the power a normal number. NaN passes as the second operand.
+  const Vec doubled = max_or_second_if_nan(broadcast(-40.0f), magnitude * broadcast(-2.0f));
+  const Reduced a = reduce(doubled);
+  const Vec r = a.remainder, expm1_r = fma(exp_tail(r), r * r, r);
+  const Vec expm1 = fma(expm1_r, a.power, a.power - broadcast(1.0f));
+  return copy_sign(zero - expm1 / (expm1 + broadcast(2.0f)), x);
+}
+
+// In lane order, in fp64.
+static inline double sum_lanes(Vec a) {
+  float lanes[LANES];
+  store(lanes, a);
+  double sum = 0.0;
+  for (int i = 0; i < LANES; i++) sum += lanes[i];
+  return sum;
+}
+
+}  // namespace FASTPREF_ISA

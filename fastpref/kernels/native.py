@@ -1,0 +1,237 @@
+"""The CPU engine in C++ (csrc/cpu): product, softmax partials and gradient of a tile while it is in the cache.
+
+- The library is optional. Without it, or on a CPU that lacks AVX2, `supports` is False for every dtype,
+  `unavailable_reason` says why, and callers use `torch_tiles`.
+- It is loaded with ctypes, which releases the GIL, and shares the OpenMP runtime of PyTorch: a second one would be a
+  second pool of threads on the same cores.
+- Operands are multiplied in fp32 whatever their dtype. fp64, other devices and `with_cache` are not its business.
+
+`FASTPREF_NATIVE` in the environment chooses the build: unset or 1 the best for this CPU, 0 none, or its name.
+
+Dims: `R` rows, `H` hidden, `V` vocabulary, `F` fields of a part; lower case `r`, `v`: a block.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastpref.errors import ConfigError
+from fastpref.kernels.engine import ForwardRows, Head, RowScalars
+from fastpref.kernels.partials import NUM_FIELDS, NUM_FIELDS_WITH_STATS
+
+LIBRARY = Path(__file__).with_name("libfastpref_cpu.so")
+REBUILD = "`pip install -e .` in a checkout, or `python setup.py build_ext --inplace`, with a C++17 compiler"
+
+# The counterparts of csrc/cpu/abi.h.
+ABI_VERSION = 1
+BUILDS = ("avx512", "avx2")
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class _Product(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "labels")),
+        *((name, ctypes.c_int64) for name in ("num_rows", "num_columns", "hidden_size")),
+        *((name, ctypes.c_int64) for name in ("x_stride", "weight_stride", "dtype")),
+        *((name, ctypes.c_float) for name in ("logit_scale", "softcap")),
+    ]
+
+
+class _ForwardArgs(ctypes.Structure):
+    _fields_ = [
+        ("product", _Product),
+        *((name, ctypes.c_void_p) for name in ("bound", "partials", "mass")),
+        *((name, ctypes.c_int64) for name in ("with_stats", "num_threads")),
+    ]
+
+
+class _GradientArgs(ctypes.Structure):
+    _fields_ = [
+        ("product", _Product),
+        *((name, ctypes.c_void_p) for name in ("coefficients", "row_max", "row_sum", "out", "covered")),
+        ("num_threads", ctypes.c_int64),
+    ]
+
+
+class _SymbolInfo(ctypes.Structure):
+    """`Dl_info` of the C library."""
+
+    _fields_ = [
+        ("file_name", ctypes.c_char_p),
+        ("file_base", ctypes.c_void_p),
+        ("symbol_name", ctypes.c_char_p),
+        ("symbol_address", ctypes.c_void_p),
+    ]
+
+
+class _Unavailable(Exception):
+    """The library cannot be used; the message is the reason and the remedy."""
+
+
+def is_available() -> bool:
+    """Return whether the library is built and can run here."""
+    return unavailable_reason() is None
+
+
+def unavailable_reason() -> str | None:
+    """Return why the engine cannot be used and what to do about it, or None if it can.
+
+    Raises:
+        ConfigError: FASTPREF_NATIVE has a value that is neither 0 nor 1 nor the name of a build.
+    """
+    return _load()[1]
+
+
+def supports(dtype: torch.dtype) -> bool:
+    """Return whether the engine can be used here, and on rows and weight of this dtype."""
+    return dtype in DTYPES and is_available()
+
+
+def forward_rows(
+    x_RH: Tensor, head: Head, labels_R: Tensor, *, with_stats: bool, bound_R: Tensor | None, with_cache: bool
+) -> ForwardRows:
+    """Reduce the logits of `x_RH` over the vocabulary of `head`; see `engine.Engine`.
+
+    The weight may have any distance between its rows. Columns of mass are NaN or inf where a bound is not finite or so
+    far below the logits that fp32 cannot tell: to be taken for large.
+
+    Memory: the rows in fp32, 3 KiB per row (6 with statistics) for partials, at most 512 KiB per thread (or 32 columns
+    of the weight, if larger) and 200 bytes per row and thread.
+    Determinism: the same bits whatever the number of threads.
+    """
+    assert not with_cache, "the native engine keeps no exponentials"
+    num_rows, num_columns = x_RH.shape[0], head.weight_VH.shape[0]
+    fields = NUM_FIELDS_WITH_STATS if with_stats else NUM_FIELDS
+    partials_FR = torch.empty(fields, num_rows, dtype=torch.float64)
+    mass_V = None if bound_R is None else torch.empty(num_columns)
+    product, keep = _product(x_RH, head, labels_R)
+    args = _ForwardArgs(
+        product=product,
+        bound=None if bound_R is None else _fp32_pointer(bound_R, (num_rows,)),
+        partials=partials_FR.data_ptr(),
+        mass=None if mass_V is None else mass_V.data_ptr(),
+        with_stats=with_stats,
+        num_threads=torch.get_num_threads(),
+    )
+    _call("fastpref_forward_rows", args)
+    del keep
+    return ForwardRows(partials_FR, mass_V, None)
+
+
+def logit_gradient(
+    x_rH: Tensor, head: Head, labels_r: Tensor, rows: RowScalars, out_rv: Tensor, covered_r: Tensor | None
+) -> None:
+    """Write the gradient of `x @ weight.T + bias` for one block of rows and columns; see `engine.Engine`.
+
+    Rows with coefficient 0 get zeros, whatever they hold, and add nothing to `covered_r`.
+    """
+    assert x_rH.dtype == torch.float32, "the native engine takes blocks of fp32 operands"
+    num_rows, num_columns = x_rH.shape[0], head.weight_VH.shape[0]
+    product, keep = _product(x_rH, head, labels_r)
+    args = _GradientArgs(
+        product=product,
+        coefficients=_fp32_pointer(rows.coefficients, (num_rows,)),
+        row_max=_fp32_pointer(rows.row_max, (num_rows,)),
+        row_sum=_fp32_pointer(rows.row_sum, (num_rows,)),
+        out=_fp32_pointer(out_rv, (num_rows, num_columns)),
+        covered=None if covered_r is None else _fp32_pointer(covered_r, (num_rows,)),
+        num_threads=torch.get_num_threads(),
+    )
+    _call("fastpref_logit_gradient", args)
+    del keep
+
+
+def _product(x_RH: Tensor, head: Head, labels_R: Tensor) -> tuple[_Product, Tensor | None]:
+    """Describe the operands; the tensor that comes along must outlive the call."""
+    weight_VH = head.weight_VH
+    (num_rows, hidden_size), num_columns = x_RH.shape, weight_VH.shape[0]
+    assert x_RH.dtype == weight_VH.dtype and x_RH.dtype in DTYPES and hidden_size > 0
+    assert x_RH.device.type == weight_VH.device.type == labels_R.device.type == "cpu"
+    assert weight_VH.shape[1] == hidden_size and x_RH.stride(1) == 1 and weight_VH.stride(1) == 1
+    assert labels_R.dtype == torch.int64 and labels_R.shape == (num_rows,) and labels_R.is_contiguous()
+    assert head.softcap is None or head.softcap > 0
+    bias_V = None if head.bias_V is None else head.bias_V.to(weight_VH.dtype).contiguous()
+    assert bias_V is None or bias_V.shape == (num_columns,)
+    product = _Product(
+        x=x_RH.data_ptr(),
+        weight=weight_VH.data_ptr(),
+        bias=None if bias_V is None else bias_V.data_ptr(),
+        labels=labels_R.data_ptr(),
+        num_rows=num_rows,
+        num_columns=num_columns,
+        hidden_size=hidden_size,
+        x_stride=x_RH.stride(0),
+        weight_stride=weight_VH.stride(0),
+        dtype=DTYPES[x_RH.dtype],
+        logit_scale=head.logit_scale,
+        softcap=head.softcap or 0.0,
+    )
+    return product, bias_V
+
+
+def _fp32_pointer(tensor: Tensor, shape: tuple[int, ...]) -> int:
+    assert tensor.dtype == torch.float32 and tensor.shape == shape and tensor.is_contiguous()
+    assert tensor.device.type == "cpu"
+    return tensor.data_ptr()
+
+
+def _call(name: str, args: ctypes.Structure) -> None:
+    loaded, reason = _load()
+    assert loaded is not None, reason
+    library, isa = loaded
+    if getattr(library, name)(isa, ctypes.byref(args)) != 0:
+        raise MemoryError(f"{name} could not allocate its buffers; give the op fewer rows at once")
+
+
+@functools.cache
+def _load() -> tuple[tuple[ctypes.CDLL, int] | None, str | None]:
+    """Load the library once: (it and the number of the build to use, None), or (None, the reason why not)."""
+    try:
+        return _open_library(os.environ.get("FASTPREF_NATIVE", "1")), None
+    except _Unavailable as unavailable:
+        return None, str(unavailable)
+
+
+def _open_library(wanted: str) -> tuple[ctypes.CDLL, int]:
+    if wanted == "0":
+        raise _Unavailable("switched off by FASTPREF_NATIVE=0; unset it")
+    if wanted not in ("1", *BUILDS):
+        raise ConfigError(f"FASTPREF_NATIVE must be 0, 1 or one of {', '.join(BUILDS)}, got {wanted!r}; unset it")
+    if not LIBRARY.exists():
+        raise _Unavailable(f"{LIBRARY.name} is not built, it needs x86-64 Linux; build it by {REBUILD}")
+    _share_openmp_runtime()
+    try:
+        library = ctypes.CDLL(str(LIBRARY))
+    except OSError as error:
+        raise _Unavailable(f"{LIBRARY.name} does not load ({error}); rebuild it by {REBUILD}") from error
+    if library.fastpref_abi_version() != ABI_VERSION:
+        raise _Unavailable(f"{LIBRARY.name} is of another version of fastpref; rebuild it by {REBUILD}")
+    name = None if wanted == "1" else wanted.encode()
+    isa = library.fastpref_find_isa(name)
+    if isa < 0:
+        needed = "AVX2, FMA and F16C" if name is None else f"what the build {wanted} named by FASTPREF_NATIVE needs"
+        raise _Unavailable(f"this CPU lacks {needed}; the PyTorch engine takes its place")
+    return library, isa
+
+
+def _share_openmp_runtime() -> None:
+    """Put the OpenMP runtime that PyTorch uses where the library, which names none itself, finds its symbols."""
+    torch_library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        entry = ctypes.CDLL(str(torch_library)).GOMP_parallel
+        info = _SymbolInfo()
+        ctypes.CDLL(None).dladdr(ctypes.cast(entry, ctypes.c_void_p), ctypes.byref(info))
+        path = info.file_name.decode()
+    except (OSError, AttributeError):
+        # A PyTorch without OpenMP: no second pool of threads to fear.
+        path = "libgomp.so.1"
+    try:
+        ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+    except OSError as error:
+        raise _Unavailable(f"no OpenMP runtime ({error}); install libgomp, the one of GCC") from error
