@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from fastpref.kernels import checks
+from fastpref.kernels.engines import resolve_backend
 from fastpref.kernels.ops import linear_logps_fwd
 from fastpref.kernels.reference import RowOutputs, reference_rows
 from fastpref.kernels.rows import check_rows, derive_rows, gather_rows, segment_sum
@@ -40,6 +41,9 @@ class SequenceLogps:
         entropy: [S] sums over labelled tokens of the entropy of the distribution, in nats. Not differentiable.
         hits: [S] numbers of labelled tokens whose label has the largest logit (a tie counts). Not differentiable.
         mean_logit: [S] sums over labelled tokens of the logits' mean over V. Not differentiable.
+        active_fraction: fp64 [], share of this rank's vocabulary that backward="active" computes gradients for.
+        cold_mass: fp64 [], upper estimate of the probability per row on the rest of it, at most `active_eps`. Both are
+            None where no gradient can be asked for.
     """
 
     logps: Tensor
@@ -52,6 +56,8 @@ class SequenceLogps:
     entropy: Tensor | None = None
     hits: Tensor | None = None
     mean_logit: Tensor | None = None
+    active_fraction: Tensor | None = None
+    cold_mass: Tensor | None = None
 
 
 def linear_logps(
@@ -70,9 +76,10 @@ def linear_logps(
     tp_group: ProcessGroup | None = None,
     vocab_start: int | None = None,
     sequence_parallel: bool = False,
+    main_grad: Tensor | None = None,
     backend: str = "auto",
     backward: str = "auto",
-    active_eps: float = checks.DEFAULT_ACTIVE_EPS,
+    active_eps: float | None = None,
     cache_bytes: int | None = None,
     stats: Sequence[str] = (),
 ) -> SequenceLogps:
@@ -103,35 +110,55 @@ def linear_logps(
             (tiny) collective.
         sequence_parallel: `hidden` is this rank's contiguous slice [T/P, H] of the flat token axis; everything else
             describes all T tokens.
-        backend: "torch" (tiled, any device), "reference" (holds the logits), "auto" (= "torch"); "triton" and "cuda"
-            are not part of this build.
-        backward: "exact" = "recompute" = "auto": the logits are recomputed tile by tile; "active" and "cached" are not
-            part of this build.
-        active_eps: for backward="active" only.
-        cache_bytes: for backward="cached" only.
-        stats: any of "token_logps", "entropy", "hits", "mean_logit".
+        main_grad: [V_local, H] in fp32 (fp64 for fp64 inputs): the backward pass adds the weight's gradient to it in
+            place, unrounded, and `weight` gets None (Megatron's gradient accumulation fusion).
+        backend: "triton" (GPU), "torch" (tiled, any device; on a CPU with native passes where they are built),
+            "reference" (holds the logits); "auto" = "triton" on a GPU that has it, else "torch".
+        backward: which logits the backward pass looks at, and where it has them from:
+            "active" - only columns that matter: those that hold all but `active_eps` of the probability of a row, on
+            average over the batch, and all labels. The rest enters the gradient of `hidden` by its mean, that of
+            `weight` not at all. Relative L2 errors stay near 1.5 `active_eps` for `hidden` and 0.1 for `weight`
+            (docs/numerics.md); a flat distribution has no columns that can be left out, and gets exact gradients.
+            "recompute" - all of them, multiplied out again block by block.
+            "cached" - all of them, kept from the forward pass as bf16 exponentials, 2 bytes per row and column.
+            "exact" - "cached" for 16-bit inputs that fit `cache_bytes`, else "recompute".
+            "auto" - "active" for 16-bit inputs, "exact" for others.
+        active_eps: for "active", in (0, 1); None = 2**-8.
+        cache_bytes: budget of "exact" and "cached" in bytes; None = 512 MiB on a GPU and 0 on a CPU for "exact", no
+            limit for "cached".
+        stats: any of "token_logps", "entropy", "hits", "mean_logit"; with "active", "active_fraction", "cold_mass".
 
     Returns:
         SequenceLogps. A label outside [0, V) other than `ignore_index`, or a token whose two labels disagree, gives NaN
         for that token and its sequence, no gradient for that token, and leaves every other sequence untouched.
         Sequences without labels give logp 0.0, count 0 and zero gradients.
 
-    Memory: backend "torch" holds O(R * H) and a few tiles of logits, never R x V.
+    Autocast: where it is on and the inputs' dtypes differ, all are cast to its dtype, as for `nn.Linear`. Equal dtypes
+    are left alone: what is in fp32 stays in fp32.
+
+    Memory: O(R * H) and a few tiles of logits, never R x V; "cached" holds its budget.
 
     Determinism: bitwise repeatable; a sequence's log-probabilities do not depend, bit for bit, on what else is in the
     batch or on packing (fp64, meant for gradient checks, is excepted: BLAS rounds it by position where H is odd).
 
     Raises:
         TypeError, ValueError: arguments that do not fit, before any work is done.
-        MissingDependencyError: a backend that is not part of this build.
-        NotImplementedError: a backward plan that is not part of this build; a second derivative.
+        MissingDependencyError: a backend whose dependency is not installed.
+        NotImplementedError: a second derivative.
         RuntimeError: in backward, an input was changed in place since the forward pass.
     """
-    backend = checks.resolve_backend(backend, backward, active_eps, cache_bytes)
     checks.check_stats(stats)
     checks.check_scalars(logit_scale, softcap, ignore_index)
-    checks.check_model_tensors(hidden, weight, bias)
+    hidden, weight, bias = _autocast(hidden, weight, bias)
+    checks.check_model_tensors(hidden, weight, bias, main_grad)
     checks.check_layout(hidden, cu_seqlens, rows, cu_rows, sequence_parallel)
+    checks.check_choice("backend", backend, checks.BACKENDS)
+    backend = resolve_backend(backend, hidden)
+    if backend == "reference" and main_grad is not None:
+        raise ValueError(
+            "main_grad is filled by the fused backward pass, which backend='reference' has not; leave it out"
+        )
+    plan = checks.resolve_plan(backward, backend, hidden, softcap, active_eps, cache_bytes, stats)
     group = checks.check_parallel(hidden, weight, tp_group, vocab_start, sequence_parallel, backend)
     for name, ids in (("labels", labels), ("nll_labels", nll_labels)):
         if ids is not None or name == "labels":
@@ -149,6 +176,7 @@ def linear_logps(
     labels_R = labels_T[index_R]
     nll_labels_R = None if nll_labels_T is None else nll_labels_T[index_R]
     targets_R = _row_targets(labels_R, nll_labels_R, ignore_index)
+    summary = None
     if backend == "reference":
         outputs = reference_rows(gather_rows(hidden, index_R), weight, bias, targets_R, logit_scale, softcap)
     else:
@@ -157,12 +185,40 @@ def linear_logps(
             targets_R = targets_R - vocab_start
         elif group_name is not None:
             targets_R = targets_R - shard_start(weight, group_name)
+        inputs = [tensor for tensor in (hidden, weight, bias) if tensor is not None]
+        needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
         with_stats = "entropy" in stats or "mean_logit" in stats
-        token_logps_R, _, _, hits_R, entropy_R, mean_logit_R = linear_logps_fwd(
-            hidden, weight, bias, rows, targets_R, logit_scale, softcap, group_name, sequence_parallel, with_stats
+        token_logps_R, _, _, hits_R, entropy_R, mean_logit_R, _, _, _, _, summary = linear_logps_fwd(
+            hidden,
+            weight,
+            bias,
+            rows,
+            targets_R,
+            main_grad,
+            logit_scale,
+            softcap,
+            group_name,
+            sequence_parallel,
+            with_stats,
+            backend,
+            plan.name if needs_gradient else "none",
+            plan.active_eps,
+            plan.cache_bytes,
         )
         outputs = RowOutputs(token_logps_R, hits_R, entropy_R, mean_logit_R)
-    return _sum_to_sequences(outputs, labels_R, nll_labels_R, ignore_index, rows, cu_rows, stats)
+        if not needs_gradient:
+            summary = None
+    return _sum_to_sequences(outputs, labels_R, nll_labels_R, ignore_index, rows, cu_rows, stats, summary)
+
+
+def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Bring inputs of different dtypes to the dtype of autocast where it is on."""
+    given = [tensor for tensor in (hidden, weight, bias) if isinstance(tensor, Tensor)]
+    device = given[0].device.type if given else "cpu"
+    if not torch.is_autocast_enabled(device) or len({tensor.dtype for tensor in given}) <= 1:
+        return hidden, weight, bias
+    dtype = torch.get_autocast_dtype(device)
+    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
 def _row_targets(labels_R: Tensor, nll_labels_R: Tensor | None, ignore_index: int) -> Tensor:
@@ -182,6 +238,7 @@ def _sum_to_sequences(
     rows: Tensor,
     cu_rows: Tensor,
     stats: Sequence[str],
+    summary_2: Tensor | None,
 ) -> SequenceLogps:
     """Mask rows and sum them; selection, never multiplication, so that a masked NaN stays out."""
     bounds = cu_rows.to(labels_R.device, non_blocking=True)
@@ -209,4 +266,6 @@ def _sum_to_sequences(
         entropy=statistic("entropy", outputs.entropy),
         hits=statistic("hits", outputs.hits),
         mean_logit=statistic("mean_logit", outputs.mean_logit),
+        active_fraction=summary_2[0] if summary_2 is not None and "active_fraction" in stats else None,
+        cold_mass=summary_2[1] if summary_2 is not None and "cold_mass" in stats else None,
     )

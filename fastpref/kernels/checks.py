@@ -5,58 +5,118 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from fastpref.errors import MissingDependencyError
-
-STATS = ("token_logps", "entropy", "hits", "mean_logit")
+ACTIVITY_STATS = ("active_fraction", "cold_mass")
+STATS = ("token_logps", "entropy", "hits", "mean_logit", *ACTIVITY_STATS)
 BACKENDS = ("auto", "reference", "torch", "triton", "cuda")
 BACKWARD_PLANS = ("auto", "exact", "recompute", "active", "cached")
-DEFAULT_ACTIVE_EPS = 2.0**-14
+DEFAULT_ACTIVE_EPS = 2.0**-8
+DEFAULT_DEVICE_CACHE_BYTES = 512 * 2**20
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def _require_choice(name: str, value: object, choices: Sequence[str]) -> None:
+class BackwardPlan(NamedTuple):
+    """What the backward pass will do, as `ops` takes it.
+
+    Attributes:
+        name: "none", "recompute", "exact", "cached" or "active".
+        active_eps: probability per row that the columns left out may hold.
+        cache_bytes: budget for exponentials.
+    """
+
+    name: str
+    active_eps: float
+    cache_bytes: int
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Check a name among names.
+
+    Raises:
+        ValueError: another one; the nearest is suggested.
+    """
     if value not in choices:
         near = difflib.get_close_matches(str(value), choices, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}{hint}")
 
 
-def resolve_backend(backend: str, backward: str, active_eps: float, cache_bytes: int | None) -> str:
-    """Return the backend that will run, or say why the combination cannot.
+def resolve_plan(
+    backward: str,
+    backend: str,
+    hidden: Tensor,
+    softcap: float | None,
+    active_eps: float | None,
+    cache_bytes: int | None,
+    stats: Sequence[str],
+) -> BackwardPlan:
+    """Return the plan that `backward` stands for, or say why the combination of options cannot be.
 
     Raises:
-        ValueError: unknown name, or an option that the chosen plan does not use.
-        MissingDependencyError: a backend whose kernels are not part of this build.
-        NotImplementedError: a backward plan that is not part of this build.
+        TypeError: `active_eps` or `cache_bytes` is no number.
+        ValueError: unknown name, a number out of range, or an option that the plan does not use.
     """
-    _require_choice("backend", backend, BACKENDS)
-    _require_choice("backward", backward, BACKWARD_PLANS)
-    if backend in ("triton", "cuda"):
-        raise MissingDependencyError(
-            f"backend={backend!r} needs GPU kernels that this build of fastpref does not contain; "
-            "use backend='torch' (tiled, any device) or 'auto'"
+    check_choice("backward", backward, BACKWARD_PLANS)
+    is_16_bit = hidden.dtype in (torch.bfloat16, torch.float16)
+    name = {"auto": "active" if is_16_bit else "exact"}.get(backward, backward)
+    if backend == "reference":
+        if backward not in ("auto", "exact"):
+            raise ValueError(
+                f"backend='reference' keeps the logits and differentiates them, got backward={backward!r}; use "
+                "backward='auto' or 'exact'"
+            )
+        name = "exact"
+    if name == "cached" and (softcap is not None or hidden.dtype == torch.float64):
+        raise ValueError(
+            f"backward='cached' keeps bf16 exponentials, which serve neither a softcap nor fp64, got softcap={softcap} "
+            f"and {hidden.dtype}; use backward='exact'"
         )
-    if backward in ("active", "cached"):
-        raise NotImplementedError(
-            f"backward={backward!r} is not part of this build; use backward='exact' (the same gradients or better, by "
-            "recomputing the logits tile by tile) or 'auto'"
-        )
-    if active_eps != DEFAULT_ACTIVE_EPS:
+    _check_active_eps(active_eps, name, backward)
+    _check_cache_bytes(cache_bytes, name, backward, backend)
+    for stat in stats:
+        if stat in ACTIVITY_STATS and name != "active":
+            raise ValueError(
+                f"stats {stat!r} describes backward='active', got backward={backward!r} with {hidden.dtype}, which is "
+                f"{name!r}; leave it out, or pass backward='active'"
+            )
+    if cache_bytes is None:
+        cache_bytes = 2**62 if name == "cached" else DEFAULT_DEVICE_CACHE_BYTES if hidden.is_cuda else 0
+    return BackwardPlan(name, DEFAULT_ACTIVE_EPS if active_eps is None else float(active_eps), cache_bytes)
+
+
+def _check_active_eps(active_eps: float | None, name: str, backward: str) -> None:
+    if active_eps is None:
+        return
+    if isinstance(active_eps, bool) or not isinstance(active_eps, (int, float)):
+        raise TypeError(f"active_eps must be a Python number, got {type(active_eps).__name__}")
+    if name != "active":
         raise ValueError(
             f"active_eps is used by backward='active' only, got {active_eps} with backward={backward!r}; leave it out"
         )
-    if cache_bytes is not None:
+    if not 0 < active_eps < 1:
         raise ValueError(
-            f"cache_bytes is used by backward='cached' only, got {cache_bytes} with backward={backward!r}; leave it out"
+            f"active_eps must be in (0, 1), the probability per row that may be left out, got {active_eps}; "
+            "backward='exact' leaves out nothing"
         )
-    if backend == "reference" and backward == "recompute":
-        raise ValueError("backend='reference' keeps the logits and recomputes nothing; use backward='auto' or 'exact'")
-    return "torch" if backend == "auto" else backend
+
+
+def _check_cache_bytes(cache_bytes: int | None, name: str, backward: str, backend: str) -> None:
+    if cache_bytes is None:
+        return
+    if isinstance(cache_bytes, bool) or not isinstance(cache_bytes, int):
+        raise TypeError(f"cache_bytes must be an int, got {cache_bytes!r}")
+    if name not in ("exact", "cached") or backend == "reference":
+        raise ValueError(
+            f"cache_bytes is used by backward='cached' and 'exact' only, got {cache_bytes} with backward={backward!r} "
+            f"and backend={backend!r}; leave it out"
+        )
+    if cache_bytes < 0:
+        raise ValueError(f"cache_bytes must be >= 0, got {cache_bytes}; 0 keeps nothing")
 
 
 def check_stats(stats: Sequence[str]) -> None:
@@ -69,7 +129,7 @@ def check_stats(stats: Sequence[str]) -> None:
     if isinstance(stats, str):
         raise TypeError(f"stats must be a sequence of names, got the string {stats!r}; write stats=({stats!r},)")
     for name in stats:
-        _require_choice("stats", name, STATS)
+        check_choice("stats", name, STATS)
 
 
 def check_scalars(logit_scale: float, softcap: float | None, ignore_index: int) -> None:
@@ -114,7 +174,7 @@ def _require_device(name: str, tensor: Tensor, hidden: Tensor) -> None:
         raise ValueError(f"{name} must be on the device of hidden, {hidden.device}, got {tensor.device}; move it there")
 
 
-def check_model_tensors(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def check_model_tensors(hidden: Tensor, weight: Tensor, bias: Tensor | None, main_grad: Tensor | None) -> None:
     """Check types, shapes and devices of the differentiable inputs.
 
     Raises:
@@ -138,6 +198,17 @@ def check_model_tensors(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> 
         _require_like("bias", bias, hidden)
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"bias must be [V] with V = {weight.shape[0]} as in weight, got shape {tuple(bias.shape)}")
+    if main_grad is None:
+        return
+    _require_tensor("main_grad", main_grad)
+    if main_grad.dtype != torch.promote_types(hidden.dtype, torch.float32) or main_grad.shape != weight.shape:
+        raise ValueError(
+            f"main_grad must have the shape of weight, {tuple(weight.shape)}, in fp32 (fp64 for fp64 inputs), got "
+            f"{tuple(main_grad.shape)} in {main_grad.dtype}"
+        )
+    _require_device("main_grad", main_grad, hidden)
+    if not weight.requires_grad:
+        raise ValueError("main_grad takes the gradient of weight, which has requires_grad=False; leave it out")
 
 
 def check_labels(name: str, labels: Tensor | None, hidden: Tensor, num_slices: int) -> None:

@@ -1,8 +1,8 @@
 """What the op asks of an engine: one pass over the logits forward, one tile of their gradient backward.
 
 An engine is a module with these functions, for one kind of device: `torch_tiles` (PyTorch operators, any device),
-`native` (C++, CPU), `triton_engine` (GPU). What to compute, in which order and what to keep is decided above them, in
-`plans`; engines know neither sequences nor process groups nor plans.
+`native` (C++, CPU; keeps no cache), `triton_engine` (GPU). What to compute, in which order and what to keep is decided
+above them, in `ops` and `plans`; engines know neither sequences nor process groups nor plans.
 
 Dims: `R` rows, `H` hidden, `V` vocabulary, `F` fields of a part, `N` groups of columns; lower case `r`, `v`: a block.
 """
@@ -73,6 +73,9 @@ class RowScalars(NamedTuple):
 class Engine(Protocol):
     """The two passes. Rows are independent: a row's bits depend on nothing but the row and the head."""
 
+    def cache_columns(self, device: torch.device) -> int:
+        """Return the number of columns that share an exponent in a cache."""
+
     def forward_rows(
         self, x_RH: Tensor, head: Head, labels_R: Tensor, *, with_stats: bool, bound_R: Tensor | None, with_cache: bool
     ) -> ForwardRows:
@@ -108,6 +111,28 @@ class Engine(Protocol):
             rows: their scalars.
             out_rv: [r, v] contiguous, operands' dtype; overwritten.
             covered_r: accumulation dtype [r], the block's softmax mass is added to it; None = not wanted.
+        """
+
+    def cached_logit_gradient(
+        self,
+        cache: ExponentCache,
+        places_r: Tensor | slice,
+        columns: slice,
+        logit_scale: float,
+        labels_r: Tensor,
+        rows: RowScalars,
+        out_rv: Tensor,
+    ) -> None:
+        """Write what `logit_gradient` writes, from the exponentials that the forward pass kept.
+
+        Args:
+            cache: of all rows of the forward pass.
+            places_r: which of its rows the block holds.
+            columns: which of its columns; one group.
+            logit_scale: as in the head.
+            labels_r: int64 [r], column of the label in this block; outside of it means "not here".
+            rows: scalars of the block's rows.
+            out_rv: [r, v] contiguous, operands' dtype; overwritten.
         """
 
 

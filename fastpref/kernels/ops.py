@@ -1,22 +1,31 @@
 """The differentiable operator under `linear_logps`: one log-probability per row, registered with `torch.library`.
 
 - An operator, not an `autograd.Function`: `torch.compile` treats it as one node and `torch.library.opcheck` covers it.
-- Everything that depends on values (rows per rank, live rows) happens inside, so compiled callers stay one graph.
+- Everything that depends on values (rows per rank, live rows, active columns) happens inside, so compiled callers stay
+  one graph.
 - `hidden` itself is saved, not its rows: it is alive anyway, and an in-place change before backward is then an error.
 
-Dims: `R` rows, `H` hidden, `V` vocabulary, `F` fields of a part.
+Dims: `R` rows, `H` hidden, `V` vocabulary, `F` fields of a part, `C` chunks of rows, `N` groups of columns.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastpref.kernels.partials import finish_rows
-from fastpref.kernels.torch_tiles import Head, accumulation_dtype, backward_rows, forward_partials
+from fastpref.kernels.active import forward_with_activity
+from fastpref.kernels.engine import ExponentCache, Head, RowScalars, accumulation_dtype
+from fastpref.kernels.engines import engine_for
+from fastpref.kernels.partials import MAX, SUM, finish_rows
+from fastpref.kernels.plans import Kept, backward_rows, caches
+from fastpref.kernels.schedule import live_rows
 from fastpref.kernels.vocab_parallel import group_by_name, merge_shards, row_access
+
+Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 @torch.library.custom_op("fastpref::linear_logps_fwd", mutates_args=())
@@ -26,13 +35,18 @@ def linear_logps_fwd(
     bias: Tensor | None,
     rows: Tensor,
     labels_R: Tensor,
+    main_grad: Tensor | None,
     logit_scale: float,
     softcap: float | None,
     group_name: str | None,
     sequence_parallel: bool,
     with_stats: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Compute `RowResults` for the rows `rows` of `hidden`.
+    backend: str,
+    plan: str,
+    active_eps: float,
+    cache_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Compute `RowResults` for the rows `rows` of `hidden`, and what the plan of the backward pass needs.
 
     Args:
         hidden: [T, H] or [S, L, H]; this rank's slice with `sequence_parallel`.
@@ -40,23 +54,50 @@ def linear_logps_fwd(
         bias: [V_local] or None.
         rows: int64 [R] indices into the flat token axis, on the host or the device.
         labels_R: int64 [R] ids relative to the first row of `weight`; outside of it on every rank = NaN.
+        main_grad: for the backward pass alone, which adds the weight's gradient to it.
         logit_scale: factor on the logits.
         softcap: bound of the logits or None.
         group_name: tensor-parallel group, or None.
         sequence_parallel: rows are exchanged over the group.
         with_stats: compute entropy and mean logit.
+        backend: "torch" or "triton".
+        plan: "none" (no gradient will be asked for), "recompute", "exact", "cached" or "active".
+        active_eps: mass per row, over all ranks, that the cold columns of "active" may hold.
+        cache_bytes: budget of "exact" for exponentials that are kept; 0 keeps none. "cached" must fit into it.
 
     Returns:
-        The fields of `RowResults`, in order.
+        The fields of `RowResults`; then, each [0] where the plan has none, the active columns bool [C, V_local], the
+        shard's share of each row's softmax [R], the cache's values [R, V_local] and exponents [R, N], and
+        `Activity.summary` [2].
     """
     group = group_by_name(group_name)
     x_RH = row_access(rows, hidden, group, sequence_parallel).gather(hidden)
-    partials_FR = forward_partials(x_RH, Head(weight, bias, logit_scale, softcap), labels_R, with_stats)
-    dtype = accumulation_dtype(hidden.dtype)
+    # A transposed weight costs a copy; engines read whole rows.
+    weight_VH = weight if weight.stride(1) == 1 else weight.contiguous()
+    head, dtype = Head(weight_VH, bias, logit_scale, softcap), accumulation_dtype(hidden.dtype)
+    keeps = caches(plan, x_RH.shape[0], head, cache_bytes)
+    engine = engine_for(backend, weight, with_cache=keeps)
+    nothing = hidden.new_empty(0, dtype=dtype)
+    kept = [hidden.new_empty(0, dtype=torch.bool), nothing, hidden.new_empty(0, 0, dtype=torch.bfloat16)]
+    kept += [hidden.new_empty(0, 0, dtype=torch.int32), nothing.double()]
+    if plan == "active":
+        partials_FR, activity = forward_with_activity(
+            engine, x_RH, head, labels_R, with_stats=with_stats, cold_mass=active_eps / (group.size() if group else 1)
+        )
+        kept[0], kept[4] = activity
+    else:
+        done = engine.forward_rows(x_RH, head, labels_R, with_stats=with_stats, bound_R=None, with_cache=keeps)
+        partials_FR = done.partials_FR
+        if done.cache is not None:
+            kept[2:4] = done.cache[:2]
+    local_FR = partials_FR
     if group is not None:
-        partials_FR = merge_shards(partials_FR, dtype, group)
+        partials_FR = merge_shards(local_FR, dtype, group)
     results = finish_rows(partials_FR, dtype)
-    return results.token_logps, results.row_max, results.row_sum, results.hits, results.entropy, results.mean_logit
+    if group is not None and plan == "active":
+        kept[1] = ((local_FR[MAX] - results.row_max).exp() * local_FR[SUM] / results.row_sum).to(dtype)
+    # A result that is stored once for many is refused by the operator's schema.
+    return (*results, *(tensor.clone() if tensor is nothing else tensor for tensor in kept))  # type: ignore[return-value]
 
 
 @linear_logps_fwd.register_fake
@@ -66,23 +107,49 @@ def _(
     bias: Tensor | None,
     rows: Tensor,
     labels_R: Tensor,
+    main_grad: Tensor | None,
     logit_scale: float,
     softcap: float | None,
     group_name: str | None,
     sequence_parallel: bool,
     with_stats: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    row = hidden.new_empty(rows.shape[0], dtype=accumulation_dtype(hidden.dtype))
+    backend: str,
+    plan: str,
+    active_eps: float,
+    cache_bytes: int,
+) -> Results:
+    num_rows, num_columns = rows.shape[0], weight.shape[0]
+    row = hidden.new_empty(num_rows, dtype=accumulation_dtype(hidden.dtype))
     stat = row if with_stats else row.new_empty(0)
-    return row, row.clone(), row.clone(), row.clone(), stat.clone(), stat.clone()
+    is_active = plan == "active"
+    mask_shape = (torch.library.get_ctx().new_dynamic_size(), num_columns) if is_active else (0,)
+    cached: list[Any] = [0, 0, 0]
+    if plan in ("cached", "exact") and cache_bytes:
+        cached = [torch.library.get_ctx().new_dynamic_size() for _ in range(3)]
+    return (
+        row,
+        row.clone(),
+        row.clone(),
+        row.clone(),
+        stat.clone(),
+        stat.clone(),
+        hidden.new_empty(mask_shape, dtype=torch.bool),
+        row.clone() if is_active and group_name is not None else row.new_empty(0),
+        hidden.new_empty(cached[0], cached[1], dtype=torch.bfloat16),
+        hidden.new_empty(cached[0], cached[2], dtype=torch.int32),
+        hidden.new_empty(2 if is_active else 0, dtype=torch.float64),
+    )
 
 
-@torch.library.custom_op("fastpref::linear_logps_bwd", mutates_args=())
-def linear_logps_bwd(
+def _differentiate(
     d_token_logps_R: Tensor,
     token_logps_R: Tensor,
     row_max_R: Tensor,
     row_sum_R: Tensor,
+    is_active_CV: Tensor,
+    shard_share_R: Tensor,
+    cache_RV: Tensor,
+    cache_exponents_RN: Tensor,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -92,7 +159,9 @@ def linear_logps_bwd(
     softcap: float | None,
     group_name: str | None,
     sequence_parallel: bool,
+    backend: str,
     needs: list[bool],
+    main_grad: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Differentiate `linear_logps_fwd` in `hidden`, `weight` and `bias`.
 
@@ -101,6 +170,10 @@ def linear_logps_bwd(
         token_logps_R: first result of the forward pass.
         row_max_R: second result.
         row_sum_R: third result.
+        is_active_CV: seventh result, like the three that follow what the plan kept.
+        shard_share_R: eighth result.
+        cache_RV: ninth result.
+        cache_exponents_RN: tenth result.
         hidden: as in the forward pass, like all that follow.
         weight: as above.
         bias: as above.
@@ -110,65 +183,91 @@ def linear_logps_bwd(
         softcap: as above.
         group_name: as above.
         sequence_parallel: as above.
+        backend: as above.
         needs: which of the three gradients to compute.
+        main_grad: [V_local, H] in the accumulation dtype, to add the weight's gradient to; None = return it.
 
     Returns:
-        Gradients of hidden, weight and bias in their shapes and dtypes; [0] where not needed.
+        Gradients of hidden, weight and bias in their shapes and dtypes; [0] where there is none to return.
     """
     access = row_access(rows, hidden, group_by_name(group_name), sequence_parallel)
     x_RH = access.gather(hidden)
     # In a sane row only a label that no rank owns can be NaN: that token has no gradient. Other NaNs keep theirs.
     is_unowned_R = token_logps_R.isnan() & row_max_R.isfinite() & (row_sum_R > 0)
     coefficients_R = torch.where(is_unowned_R, 0.0, d_token_logps_R)
+    live = live_rows(x_RH, labels_R, RowScalars(coefficients_R, row_max_R, row_sum_R))
+    engine = engine_for(backend, weight, with_cache=cache_RV.numel() > 0)
+    kept = Kept(
+        is_active_CV if is_active_CV.dim() == 2 else None,
+        shard_share_R if shard_share_R.numel() else None,
+        ExponentCache(cache_RV, cache_exponents_RN, engine.cache_columns(x_RH.device)) if cache_RV.numel() else None,
+    )
+    pending: list[Callable[[], Tensor]] = []
     gradients = backward_rows(
-        x_RH, Head(weight, bias, logit_scale, softcap), labels_R, coefficients_R, row_max_R, row_sum_R, needs
+        engine,
+        live,
+        Head(weight, bias, logit_scale, softcap),
+        kept,
+        needs,
+        main_grad,
+        lambda d_rows_RH: pending.append(access.start_scatter(live.spread(d_rows_RH, x_RH.shape[0]), hidden)),
     )
     nothing = hidden.new_empty(0)
     return (
-        nothing if gradients.x_RH is None else access.scatter(gradients.x_RH, hidden),
-        nothing.clone() if gradients.weight_VH is None else gradients.weight_VH,
+        pending[0]() if needs[0] else nothing,
+        nothing.clone() if gradients.weight_VH is None or main_grad is not None else gradients.weight_VH,
         nothing.clone() if gradients.bias_V is None else gradients.bias_V,
     )
 
 
-@linear_logps_bwd.register_fake
-def _(
-    d_token_logps_R: Tensor,
-    token_logps_R: Tensor,
-    row_max_R: Tensor,
-    row_sum_R: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    rows: Tensor,
-    labels_R: Tensor,
-    logit_scale: float,
-    softcap: float | None,
-    group_name: str | None,
-    sequence_parallel: bool,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    inputs = (hidden, weight, hidden if bias is None else bias)
+def _fake_gradients(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, weight, bias = inputs[8:11]
+    needs, main_grad = inputs[18], inputs[19] if len(inputs) > 19 else None
+    is_returned = (needs[0], needs[1] and main_grad is None, needs[2])
     d_hidden, d_weight, d_bias = (
-        tensor.new_empty(tensor.shape if needed else 0) for tensor, needed in zip(inputs, needs, strict=True)
+        tensor.new_empty(tensor.shape if given else 0)
+        for tensor, given in zip((hidden, weight, hidden if bias is None else bias), is_returned, strict=True)
     )
     return d_hidden, d_weight, d_bias
 
 
+def _differentiate_purely(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _differentiate(*(*inputs, None))
+
+
+# Two operators over one function: one that only computes, which alone can have a derivative to refuse, and one that
+# changes `main_grad`.
+_SCHEMA = torch.library.infer_schema(_differentiate, mutates_args=("main_grad",))
+_MAIN_GRAD = re.compile(r", Tensor\(a\d+!\)\? main_grad")
+linear_logps_bwd = torch.library.custom_op(
+    "fastpref::linear_logps_bwd", _differentiate_purely, mutates_args=(), schema=_MAIN_GRAD.sub("", _SCHEMA)
+)
+linear_logps_bwd_into = torch.library.custom_op(
+    "fastpref::linear_logps_bwd_into", _differentiate, mutates_args=("main_grad",)
+)
+linear_logps_bwd.register_fake(_fake_gradients)
+linear_logps_bwd_into.register_fake(_fake_gradients)
+
+
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, rows, labels_R, *ctx.options = inputs
-    token_logps_R, row_max_R, row_sum_R, *_ = output
-    ctx.save_for_backward(token_logps_R, row_max_R, row_sum_R, hidden, weight, bias, rows, labels_R)
+    hidden, weight, bias, rows, labels_R, ctx.main_grad, *options = inputs
+    logit_scale, softcap, group_name, sequence_parallel, _, backend, *_ = options
+    ctx.options = (logit_scale, softcap, group_name, sequence_parallel, backend)
+    # `main_grad` stays out: other microbatches may add to it in between.
+    ctx.save_for_backward(*output[:3], *output[6:10], hidden, weight, bias, rows, labels_R)
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, d_token_logps_R: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    logit_scale, softcap, group_name, sequence_parallel, _ = ctx.options
+def _backward(ctx: Any, d_token_logps_R: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    num_inputs = 15
+    if d_token_logps_R is None:
+        return (None,) * num_inputs
     needs = list(ctx.needs_input_grad[:3])
-    gradients = linear_logps_bwd(
-        d_token_logps_R, *ctx.saved_tensors, logit_scale, softcap, group_name, sequence_parallel, needs
-    )
-    differentiable = (gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True))
-    return (*differentiable, *(None for _ in range(7)))
+    inputs = (d_token_logps_R, *ctx.saved_tensors, *ctx.options, needs)
+    gradients = linear_logps_bwd(*inputs) if ctx.main_grad is None else linear_logps_bwd_into(*inputs, ctx.main_grad)
+    is_returned = (needs[0], needs[1] and ctx.main_grad is None, needs[2])
+    differentiable = (gradient if given else None for gradient, given in zip(gradients, is_returned, strict=True))
+    return (*differentiable, *(None for _ in range(num_inputs - 3)))
 
 
 def _refuse_second_derivative(ctx: Any, *_: Tensor | None) -> None:

@@ -7,6 +7,7 @@ Dims: `T` tokens, `R` rows, `H` hidden, `F` fields of a part, `P` ranks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -58,11 +59,20 @@ class LocalRows(NamedTuple):
         """Return the rows of `hidden`, [R, H]."""
         return gather_rows(hidden, self.rows)
 
-    def scatter(self, d_x_RH: Tensor, hidden: Tensor) -> Tensor:
-        """Return the gradient of `hidden` from this rank's part of the rows' gradient; `d_x_RH` is overwritten."""
-        if self.group is not None:
-            dist.all_reduce(d_x_RH, group=self.group)
-        return scatter_rows(d_x_RH, self.rows, hidden)
+    def start_scatter(self, d_x_RH: Tensor, hidden: Tensor) -> Callable[[], Tensor]:
+        """Start to sum the ranks' parts of the rows' gradient; `d_x_RH` is overwritten.
+
+        Returns:
+            A function that waits for the sum and returns the gradient of `hidden`.
+        """
+        work = None if self.group is None else dist.all_reduce(d_x_RH, group=self.group, async_op=True)
+
+        def finish() -> Tensor:
+            if work is not None:
+                work.wait()
+            return scatter_rows(d_x_RH, self.rows, hidden)
+
+        return finish
 
 
 class ExchangedRows(NamedTuple):
@@ -105,13 +115,22 @@ class ExchangedRows(NamedTuple):
         dist.all_gather_into_tensor(blocks_RH, block_RH, group=self.group)
         return blocks_RH.index_select(0, self.slots_R)
 
-    def scatter(self, d_x_RH: Tensor, hidden_TH: Tensor) -> Tensor:
-        """Return the gradient of this rank's slice: the ranks' parts summed by one reduce-scatter."""
+    def start_scatter(self, d_x_RH: Tensor, hidden_TH: Tensor) -> Callable[[], Tensor]:
+        """Start to sum the ranks' parts by one reduce-scatter.
+
+        Returns:
+            A function that waits for the sum and returns the gradient of this rank's slice.
+        """
         blocks_RH = d_x_RH.new_zeros(self.group.size() * self.width, d_x_RH.shape[1])
         blocks_RH.index_copy_(0, self.slots_R, d_x_RH)
         block_RH = d_x_RH.new_empty(self.width, d_x_RH.shape[1])
-        dist.reduce_scatter_tensor(block_RH, blocks_RH, group=self.group)
-        return scatter_rows(block_RH[: self.local_rows.shape[0]], self.local_rows, hidden_TH)
+        work = dist.reduce_scatter_tensor(block_RH, blocks_RH, group=self.group, async_op=True)
+
+        def finish() -> Tensor:
+            work.wait()
+            return scatter_rows(block_RH[: self.local_rows.shape[0]], self.local_rows, hidden_TH)
+
+        return finish
 
 
 def row_access(

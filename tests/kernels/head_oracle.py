@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from fastpref import SequenceLogps, linear_logps
-from fastpref.kernels import torch_tiles
+from fastpref.kernels import native, torch_tiles
 from fastpref.testing.adversarial import IGNORE, HeadInputs
 from fastpref.testing.numerics import assert_within_rule, max_error
 
@@ -17,13 +18,12 @@ OUTPUTS = ("logps", "nll", *STATS)
 
 @contextmanager
 def tiles(block_rows: int = 8, bwd_rows: int = 16, columns: int = 32) -> Iterator[None]:
-    """Tiles so small that a handful of rows and columns crosses many of them."""
-    usual = torch_tiles.CPU_TILES
-    torch_tiles.CPU_TILES = torch_tiles.TileShape(block_rows, bwd_rows, columns)
-    try:
+    """PyTorch's engine with tiles so small that a handful of rows and columns crosses many of them."""
+    with (
+        mock.patch.object(torch_tiles, "CPU_TILES", torch_tiles.TileShape(block_rows, bwd_rows, columns)),
+        mock.patch.object(native, "supports", lambda dtype: False),
+    ):
         yield
-    finally:
-        torch_tiles.CPU_TILES = usual
 
 
 def oracle(inputs: HeadInputs) -> dict[str, list[float]]:
@@ -61,7 +61,9 @@ def oracle(inputs: HeadInputs) -> dict[str, list[float]]:
     return values
 
 
-def run(inputs: HeadInputs, backend: str = "torch", **options) -> tuple[SequenceLogps, dict[str, Tensor]]:
+def run(
+    inputs: HeadInputs, backend: str = "torch", backward: str = "exact", **options
+) -> tuple[SequenceLogps, dict[str, Tensor]]:
     """Outputs, and gradients of a fixed random mixture of every differentiable one of them."""
     leaves = {
         name: tensor.detach().requires_grad_()
@@ -77,6 +79,7 @@ def run(inputs: HeadInputs, backend: str = "torch", **options) -> tuple[Sequence
         logit_scale=inputs.logit_scale,
         softcap=inputs.softcap,
         backend=backend,
+        backward=backward,
         stats=STATS,
         **options,
     )

@@ -6,7 +6,7 @@ from head_oracle import tiles
 from torch import Tensor
 
 from fastpref import SequenceLogps, linear_logps
-from fastpref.kernels.ops import linear_logps_bwd, linear_logps_fwd
+from fastpref.kernels.ops import linear_logps_bwd, linear_logps_bwd_into, linear_logps_fwd
 from fastpref.kernels.rows import check_rows, derive_rows
 from fastpref.testing.adversarial import ADVERSARIAL, HeadInputs, ragged_inputs
 
@@ -108,7 +108,10 @@ def test_linear_logps_compiled_by_inductor() -> None:
         torch.testing.assert_close(gradient, expected_gradient)
 
 
-def operator_arguments(with_bias: bool) -> tuple:
+PLANS = ("none", "recompute", "active", "cached")
+
+
+def operator_arguments(plan: str, with_bias: bool) -> tuple:
     inputs = ragged_inputs()
     rows = (inputs.labels_SL.flatten() >= 0).nonzero().squeeze(1)
     return (
@@ -117,27 +120,37 @@ def operator_arguments(with_bias: bool) -> tuple:
         torch.randn(97, requires_grad=True) if with_bias else None,
         rows,
         inputs.labels_SL.flatten()[rows],
+        None,
         0.5,
-        4.0 if with_bias else None,
+        4.0 if with_bias and plan != "cached" else None,
         None,
         False,
         with_bias,
+        "torch",
+        plan,
+        2**-8,
+        2**20,
     )
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_forward_operator_is_registered_correctly(with_bias: bool) -> None:
+@pytest.mark.parametrize("plan", PLANS)
+def test_forward_operator_is_registered_correctly(plan: str, with_bias: bool) -> None:
     """Schema, fake tensors, autograd registration, and gradients under AOT dispatch with dynamic shapes."""
-    torch.library.opcheck(linear_logps_fwd, operator_arguments(with_bias))
+    torch.library.opcheck(linear_logps_fwd, operator_arguments(plan, with_bias))
 
 
-def test_backward_operator_is_registered_correctly() -> None:
-    hidden, weight, bias, rows, labels_R, *options, _ = operator_arguments(True)
-    token_logps_R, row_max_R, row_sum_R, *_ = linear_logps_fwd(*operator_arguments(True))
-    saved = [values.detach() for values in (torch.ones_like(token_logps_R), token_logps_R, row_max_R, row_sum_R)]
+@pytest.mark.parametrize("plan", PLANS[1:])
+def test_backward_operators_are_registered_correctly(plan: str) -> None:
+    arguments = operator_arguments(plan, True)
+    hidden, weight, bias, rows, labels_R, _, *options = arguments
+    results = [values.detach() for values in linear_logps_fwd(*arguments)]
+    saved = [torch.ones_like(results[0]), *results[:3], *results[6:10]]
     leaves = [hidden.detach(), weight.detach(), bias.detach()]
     for needs in ([True, True, True], [False, True, False]):
-        torch.library.opcheck(linear_logps_bwd, (*saved, *leaves, rows, labels_R, *options, needs))
+        inputs = (*saved, *leaves, rows, labels_R, *options[:4], "torch", needs)
+        torch.library.opcheck(linear_logps_bwd, inputs)
+        torch.library.opcheck(linear_logps_bwd_into, (*inputs, torch.zeros_like(leaves[1])))
 
 
 def test_row_operators_are_registered_correctly() -> None:

@@ -52,6 +52,7 @@ def score_on_rank(
         tp_group=dist.group.WORLD,
         vocab_start=None if derive_start else start,
         sequence_parallel=sequence_parallel,
+        backward="exact",
         stats=STATS,
         **layout,
     )

@@ -1,0 +1,122 @@
+"""The active columns of a batch: those that hold all but a sliver of the softmax of its rows.
+
+On real text most columns of a large vocabulary have next to no probability at any row of a batch, and next to no
+gradient. The forward pass sees every logit once; on the way it adds up each column's mass, `sum over rows of p`. It
+does not know the normaliser yet, so it uses a lower bound of it and overestimates the mass. The columns with the
+smallest masses whose sum stays below a limit are cold; the rest, and every label, are active. A flat distribution
+(an untrained model) has no cold columns: all are active, and the backward pass is the exact one.
+
+Dims: `R` rows, `H` hidden, `V` vocabulary, `C` chunks of rows, `L` pilot columns.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastpref.kernels.engine import Engine, Head, accumulation_dtype, operand_dtype
+from fastpref.kernels.rows import gather_rows
+
+# Rows that share one set. A taller chunk spares passes over the weight; at equal cold mass the error of the weight's
+# gradient grows with its height (relative 2.4e-4 at 512 rows, 4.5e-4 at 3300: Gemma-3-270m, docs/numerics.md).
+CHUNK_ROWS = 4096
+# With more active columns than this share, gathering them costs more than leaving the cold ones out saves.
+FLAT_SHARE = 0.75
+# Columns beside the labels in the pilot of the lower bound. Tokenizers give low ids to frequent tokens.
+PILOT_SHARE, MAX_PILOT = 1 / 64, 4096
+
+
+def lower_bounds(x_RH: Tensor, head: Head, labels_R: Tensor) -> Tensor:
+    """Bound each row's log-sum-exp from below by that of the batch's labels and the first ids of the vocabulary.
+
+    Args:
+        x_RH: rows [R, H].
+        head: the projection.
+        labels_R: int64 [R], columns; others than [0, V) are left out.
+
+    Returns:
+        [R] in the accumulation dtype; -inf where there is no column at all. One device sync, for the distinct labels.
+    """
+    num_columns = head.weight_VH.shape[0]
+    pilot_L = torch.arange(min(int(num_columns * PILOT_SHARE) + 1, MAX_PILOT, num_columns), device=x_RH.device)
+    labels_R = labels_R[(labels_R >= 0) & (labels_R < num_columns)]
+    pilot_L = torch.cat([pilot_L, labels_R]).unique()
+    dtype = operand_dtype(x_RH)
+    weight_LH = gather_rows(head.weight_VH, pilot_L).to(dtype)
+    bias_L = None if head.bias_V is None else head.bias_V[pilot_L].to(dtype)
+    bounds = []
+    for x_rH in x_RH.to(dtype).split(1024):
+        z_rL = torch.nn.functional.linear(x_rH, weight_LH, bias_L).to(accumulation_dtype(dtype)) * head.logit_scale
+        if head.softcap is not None:
+            z_rL = head.softcap * torch.tanh(z_rL / head.softcap)
+        bounds.append(z_rL.logsumexp(dim=1))
+    return torch.cat(bounds) if bounds else x_RH.new_empty(0, dtype=accumulation_dtype(x_RH.dtype))
+
+
+def select_active(mass_V: Tensor, labels_R: Tensor, cold_mass: float) -> tuple[Tensor, Tensor]:
+    """Split the columns of one chunk of rows.
+
+    Args:
+        mass_V: fp32 [V] from the forward pass; NaN and inf mean "do not leave this column out".
+        labels_R: int64 [R] columns of the labels; others than [0, V) are ignored.
+        cold_mass: largest mass per row that the cold columns may hold together.
+
+    Returns:
+        (bool [V], True = active; fp64 [], the mass per row that the cold columns hold, overestimated as `mass_V` is).
+        No device sync.
+    """
+    num_rows, num_columns = max(labels_R.shape[0], 1), mass_V.shape[0]
+    share_V = mass_V.double().nan_to_num(nan=float("inf")) / num_rows
+    sorted_V, order_V = share_V.sort(stable=True)
+    is_active_V = torch.ones(num_columns + 1, dtype=torch.bool, device=mass_V.device)
+    is_active_V[order_V] = sorted_V.cumsum(0) > cold_mass
+    # A place behind the last column takes the labels that are not here.
+    is_here_R = (labels_R >= 0) & (labels_R < num_columns)
+    is_active_V[torch.where(is_here_R, labels_R, num_columns)] = True
+    is_active_V = is_active_V[:num_columns]
+    return is_active_V, torch.where(is_active_V, 0.0, share_V).sum()
+
+
+class Activity(NamedTuple):
+    """What a forward pass found out about the columns.
+
+    Attributes:
+        is_active_CV: bool [C, V], of each chunk of rows.
+        summary: fp64 [2]: share of active columns, and mass per row on the others (overestimated).
+    """
+
+    is_active_CV: Tensor
+    summary: Tensor
+
+
+def forward_with_activity(
+    engine: Engine, x_RH: Tensor, head: Head, labels_R: Tensor, *, with_stats: bool, cold_mass: float
+) -> tuple[Tensor, Activity]:
+    """Run the forward pass chunk of rows by chunk of rows, and choose each chunk's active columns.
+
+    Args:
+        engine: does the pass.
+        x_RH: rows [R, H].
+        head: the projection.
+        labels_R: int64 [R] columns of the labels.
+        with_stats: as in the engine.
+        cold_mass: limit of `select_active`.
+
+    Returns:
+        (partials fp64 [F, R], Activity).
+    """
+    partials, actives, colds = [], [], []
+    for x_rH, labels_r in zip(x_RH.split(CHUNK_ROWS), labels_R.split(CHUNK_ROWS), strict=True):
+        bound_r = lower_bounds(x_rH, head, labels_r)
+        done = engine.forward_rows(x_rH, head, labels_r, with_stats=with_stats, bound_R=bound_r, with_cache=False)
+        assert done.mass_V is not None
+        is_active_V, cold = select_active(done.mass_V, labels_r, cold_mass)
+        partials.append(done.partials_FR)
+        actives.append(is_active_V)
+        colds.append(cold * (x_rH.shape[0] / max(x_RH.shape[0], 1)))
+    is_active_CV = torch.stack(actives)
+    # A shard without columns has no share of them that is active.
+    share = is_active_CV.double().mean() if is_active_CV.numel() else is_active_CV.new_zeros((), dtype=torch.float64)
+    return torch.cat(partials, dim=1), Activity(is_active_CV, torch.stack([share, torch.stack(colds).sum()]))
