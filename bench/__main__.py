@@ -1,0 +1,110 @@
+"""Command line of the benchmarks."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from bench.implementations import IMPLEMENTATIONS
+from bench.measure import Row, check, in_child, in_process, probe, surroundings, time_in_turns
+from bench.oracle import verdict
+
+RESULTS = Path(__file__).parent / "results"
+WORKERS = {function.__name__: function for function in (check, time_in_turns)}
+VOCABS = [2**power for power in range(14, 21)]
+PERCENTS = [10, 25, 50, 75, 100]
+
+
+@click.group()
+def main() -> None:
+    """Measure fastpref beside its peers."""
+
+
+@main.command()
+@click.option("--workload", default="gemma3-270m", show_default=True, help="See bench/workloads.py for the names.")
+@click.option("--only", default="", help="Comma-separated implementations; all by default.")
+@click.option("--repeats", default=5, show_default=True, help="Timed passes after the one that warms up.")
+@click.option("--threads", default=2, show_default=True, help="OMP_NUM_THREADS of the measuring processes.")
+@click.option("--out", type=click.Path(path_type=Path), help="Directory of the rows.  [default: bench/results]")
+@click.option("--dry", is_flag=True, help="A tiny shape in this process, to see that everything runs.")
+def head(workload: str, only: str, repeats: int, threads: int, out: Path | None, dry: bool) -> None:
+    """Hidden states and vocabulary weight to DPO loss to gradients."""
+    names = only.split(",") if only else list(IMPLEMENTATIONS)
+    unknown = sorted(set(names) - set(IMPLEMENTATIONS))
+    if unknown:
+        raise click.UsageError(f"--only takes {', '.join(IMPLEMENTATIONS)}; got {', '.join(unknown)}")
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    measure_head("dry" if dry else workload, names, repeats, out or RESULTS, in_process if dry else in_child)
+
+
+@main.command()
+@click.argument("axis", type=click.Choice(["vocab", "fraction"]))
+@click.option("--only", default="", help="Comma-separated implementations; all by default.")
+@click.option("--repeats", default=3, show_default=True, help="Timed passes after the one that warms up.")
+@click.option("--threads", default=2, show_default=True, help="OMP_NUM_THREADS of the measuring processes.")
+@click.pass_context
+def sweep(context: click.Context, axis: str, only: str, repeats: int, threads: int) -> None:
+    """Synthetic heads: vocabularies of 16k to 1M, or 10 to 100 % of 1024 positions in the response."""
+    vocab = [f"synthetic-v{vocab}-r512-f50" for vocab in VOCABS]
+    fraction = [f"synthetic-v131072-r{1024 * percent // 100 // 8 * 8}-f{percent}" for percent in PERCENTS]
+    for workload in vocab if axis == "vocab" else fraction:
+        context.invoke(head, workload=workload, only=only, repeats=repeats, threads=threads, out=None, dry=False)
+
+
+@main.command(hidden=True)
+@click.argument("function", type=click.Choice(list(WORKERS)))
+@click.argument("arguments")
+def worker(function: str, arguments: str) -> None:
+    """One measurement in this process; its row is the last line printed."""
+    print(json.dumps(WORKERS[function](*json.loads(arguments))))
+
+
+def measure_head(workload: str, names: list[str], repeats: int, out: Path, run: Callable[..., Row]) -> None:
+    """Measure what has no row yet, and store each row as it is done."""
+    file = out / f"head-{workload}.json"
+    rows: dict[str, Row] = json.loads(file.read_text()) if file.exists() else {}
+    reasons = {name: probe(name) for name in IMPLEMENTATIONS}
+    ours = next(name for name, found in IMPLEMENTATIONS.items() if found.is_ours and reasons[name] is None)
+    # The yardstick of exact rows, then what the others are compared with, come first.
+    for name in sorted(names, key=lambda name: (name != "naive-rows", name != ours)):
+        if rows.get(name, {}).get("status") == "ok":
+            click.echo(f"{workload} {name}: there already")
+            continue
+        row = {"status": "missing", "reason": reasons[name]}
+        if reasons[name] is None:
+            row = _measure_one(workload, name, ours, repeats, rows.get("naive-rows", {}).get("errors"), run)
+        rows[name] = row | surroundings() | {"command": shlex.join(["python", "-m", "bench", *sys.argv[1:]])}
+        out.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(rows, indent=1) + "\n")
+        click.echo(f"{workload} {name}: {row['status']} {row.get('reason') or _brief(row['times'])}")
+
+
+def _measure_one(workload: str, name: str, ours: str, repeats: int, naive_errors: Any, run: Callable[..., Row]) -> Row:
+    """The gate, then the times beside `ours`; a wrong result is not timed."""
+    implementation = IMPLEMENTATIONS[name]
+    try:
+        row = run(check, workload, name)
+        reason = verdict(row["errors"], naive_errors, is_exact=implementation.is_exact)
+        if reason is not None:
+            return row | {"status": "wrong", "reason": reason}
+        together = list(dict.fromkeys([ours, name, *implementation.beside]))
+        return row | {"status": "ok", "ours": ours} | run(time_in_turns, workload, together, repeats)
+    except RuntimeError as error:
+        return {"status": "failed", "reason": str(error)}
+
+
+def _brief(times: dict[str, dict[str, list[float]]]) -> str:
+    return ", ".join(
+        f"{name} {sorted(taken['wall_s'])[len(taken['wall_s']) // 2]:.2f} s" for name, taken in times.items()
+    )
+
+
+if __name__ == "__main__":
+    main()

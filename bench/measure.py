@@ -1,0 +1,149 @@
+"""Correctness, peak memory and time of one implementation; each in a process of its own.
+
+Dims: see `workloads`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.implementations import BARE, IMPLEMENTATIONS, Implementation, bare_product, call
+from bench.oracle import errors, truth
+from bench.workloads import ROOT, build
+from fastpref.errors import MissingDependencyError
+
+PACKAGES = ("fastpref", "torch", "liger_kernel", "cut_cross_entropy", "trl", "transformers", "triton")
+Row = dict[str, Any]
+
+
+def check(workload: str, name: str) -> Row:
+    """Run one pass: errors against the oracle, and the highest resident memory above what was there before."""
+    implementation, case = IMPLEMENTATIONS[name], build(workload)
+    warm_up = case if implementation.is_compiled else case.tiny()
+    call(implementation, warm_up, warm_up.hidden_SLH, warm_up.weight_VH)
+    _return_memory()
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    before_mib = _status_mib("VmRSS")
+    result = call(implementation, case, case.hidden_SLH, case.weight_VH)
+    peak_mib = _status_mib("VmHWM") - before_mib
+    expected = truth(case)
+    properties = case.shape | {"active_fraction": round(float(expected["active_fraction"]), 4)}
+    return {"shape": properties, "errors": errors(result, expected), "extra_peak_mib": round(peak_mib, 1)}
+
+
+def time_in_turns(workload: str, names: list[str], repeats: int) -> Row:
+    """Time implementations and the bare product by turns, after one pass of each, on inputs that are new every time."""
+    case = build(workload)
+    passes: dict[str, Callable[..., object]] = {name: _pass(IMPLEMENTATIONS[name]) for name in names}
+    passes[BARE] = bare_product
+    generator, scale = torch.Generator().manual_seed(4), 1e-3 * float(case.hidden_SLH.std())
+    times: dict[str, dict[str, list[float]]] = {name: {"wall_s": [], "cpu_s": []} for name in passes}
+    load_before = os.getloadavg()[0]
+    for turn in range(repeats + 1):
+        noise_SLH = torch.randn(case.hidden_SLH.shape, generator=generator) * scale
+        hidden_SLH = torch.where((case.hidden_SLH != 0).any(-1, keepdim=True), case.hidden_SLH + noise_SLH, 0.0)
+        for name, run in passes.items():
+            with torch.no_grad():
+                case.weight_VH.mul_(1.0 + (-1) ** turn * 2.0**-16)  # another tensor version, other bits
+            _return_memory()
+            wall, cpu = time.perf_counter(), time.process_time()
+            run(case, hidden_SLH, case.weight_VH)
+            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+            if turn:
+                times[name]["wall_s"].append(round(wall, 4))
+                times[name]["cpu_s"].append(round(cpu, 4))
+    loads = [round(load, 1) for load in (load_before, os.getloadavg()[0])]
+    return {"times": times, "load_average": loads, "threads": torch.get_num_threads()}
+
+
+def probe(name: str) -> str | None:
+    """Say why an implementation cannot run here, or None."""
+    implementation = IMPLEMENTATIONS[name]
+    if not implementation.is_installed:
+        return f"not installed: {implementation.install}"
+    if implementation.is_ours:
+        case = build("dry").tiny()
+        try:
+            call(implementation, case, case.hidden_SLH, case.weight_VH)
+        except (NotImplementedError, MissingDependencyError) as error:
+            return f"not part of this build: {error}"
+    return None
+
+
+def in_process(function: Callable[..., Row], *arguments: Any) -> Row:
+    """Call a function of this module here; for shapes so small that memory does not matter."""
+    return function(*arguments)
+
+
+def in_child(function: Callable[..., Row], *arguments: Any) -> Row:
+    """Call a function of this module in a new Python process.
+
+    Raises:
+        RuntimeError: the process failed; with the last line it wrote.
+    """
+    command = [sys.executable, "-m", "bench", "worker", function.__name__, json.dumps(arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"killed by signal {-done.returncode}"])[-1]
+        raise RuntimeError(last)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def surroundings() -> Row:
+    """Machine, versions and commit: what a reader needs to judge a number."""
+    cpu = [
+        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
+    installed = {}
+    for package in PACKAGES:
+        try:
+            installed[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return {
+        "machine": {
+            "cpu": cpu[0] if cpu else platform.machine(),
+            "cores": os.cpu_count(),
+            "memory_gib": round(memory_gib, 1),
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        },
+        "versions": {"python": platform.python_version(), **installed},
+        "commit": _git("rev-parse", "--short=10", "HEAD") + ("+" if _git("status", "--porcelain", "fastpref") else ""),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
+    }
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def _pass(implementation: Implementation) -> Callable[..., object]:
+    return lambda case, hidden_SLH, weight_VH: call(implementation, case, hidden_SLH, weight_VH)
+
+
+def _return_memory() -> None:
+    """Free what earlier passes left, so that every pass pays for its own pages."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+
+
+def _status_mib(field: str) -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) / 1024
+    raise RuntimeError(f"/proc/self/status has no {field}; this benchmark needs Linux")

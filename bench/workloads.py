@@ -1,0 +1,244 @@
+"""Inputs of the head: hidden states, vocabulary weight, labels and reference log-probs of preference pairs.
+
+Real workloads: final hidden states of a real model on real pairs, its own head. `random-init` has the shape of
+`gemma3-270m` with the flat softmax of an untrained model. Synthetic ones, for sweeps, imitate the real softmax: a logit
+is `-SLOPE * ln(1 + id)` plus noise of standard deviation `SPREAD`, plus 0 to 2 `PEAK` at one id of each row, itself
+log-uniform. Labels are drawn from that softmax. As in real models the *number* of active columns then hardly depends on
+V: measured on 525 rows, V=262144, with probability above 2^-14, 7 % of the columns; Gemma-3-270m 6.5 %.
+All padding is at the end; sequences are all chosen ones first, then their rejected ones.
+
+Dims: `B` pairs, `S` = 2B sequences, `L` padded length, `R` response rows, `H` hidden, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+CACHE = ROOT / "runs" / "bench"
+MODELS = {"gemma3-270m": "gemma3", "smollm2-135m": "smollm2"}
+PAIR_FILES = (ROOT.parent / "shared" / "data" / "dpo_en_demo.json", ROOT / "examples" / "data_real" / "pairs.jsonl")
+NAMES = (*MODELS, "random-init", "dry")
+IGNORE = -100
+BETA = 0.1
+NUM_PAIRS = 8
+MIN_TOKENS, MAX_TOKENS = 280, 380
+"""Longest side of a chosen pair: 8 pairs are then about 6k padded positions and few of them padding."""
+TARGET_ROWS = 1650
+SLOPE, SPREAD, PEAK = 1.45, 2.5, 11.0
+BLOCK_ROWS = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """What every implementation gets, on the CPU in fp32; derived index tensors are what a collator hands over."""
+
+    name: str
+    hidden_SLH: Tensor
+    weight_VH: Tensor
+    labels_SL: Tensor
+    """Already shifted; -100 on prompt and padding."""
+    ref_logps_S: Tensor
+    """Log-probs of the reference model: constants."""
+
+    @property
+    def num_pairs(self) -> int:
+        """B."""
+        return self.labels_SL.shape[0] // 2
+
+    @cached_property
+    def rows_R(self) -> Tensor:
+        """Flat positions that carry a label, sequence by sequence."""
+        return (self.labels_SL.flatten() != IGNORE).nonzero().squeeze(1)
+
+    @cached_property
+    def row_labels_R(self) -> Tensor:
+        """Their labels."""
+        return self.labels_SL.flatten()[self.rows_R]
+
+    @cached_property
+    def row_sequences_R(self) -> Tensor:
+        """The sequence each belongs to."""
+        return self.rows_R // self.labels_SL.shape[1]
+
+    @cached_property
+    def cu_rows(self) -> Tensor:
+        """[S+1], bounds of each sequence's rows."""
+        counts_S = (self.labels_SL != IGNORE).sum(1)
+        return torch.cat([counts_S.new_zeros(1), counts_S.cumsum(0)])
+
+    @cached_property
+    def pair_lengths(self) -> list[int]:
+        """Positions up to the last label of each pair's longer side."""
+        last_SL = torch.arange(1, self.labels_SL.shape[1] + 1) * (self.labels_SL != IGNORE)
+        return last_SL.amax(1).view(2, -1).amax(0).tolist()
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """Sizes for a result row."""
+        (sequences, length), (vocab, hidden) = self.labels_SL.shape, self.weight_VH.shape
+        sizes = {"sequences": sequences, "positions": sequences * length, "rows": self.rows_R.numel()}
+        return sizes | {"vocab": vocab, "hidden": hidden}
+
+    def tiny(self) -> Case:
+        """The first labels of the same case on 64 vocabulary rows: enough to wake threads and BLAS."""
+        labels_SL = torch.where(self.labels_SL == IGNORE, IGNORE, self.labels_SL % 64)
+        return replace(self, weight_VH=self.weight_VH[:64].clone(), labels_SL=labels_SL)
+
+
+def build(name: str) -> Case:
+    """Make a workload, from the cache where its costly part is.
+
+    Args:
+        name: one of `NAMES`, or `synthetic-v<V>-r<R>-f<R/T in percent>`.
+
+    Raises:
+        ValueError: an unknown name.
+        FileNotFoundError: the model of a real workload is not there; the message says how to get it.
+    """
+    synthetic = re.fullmatch(r"synthetic-v(\d+)-r(\d+)-f(\d+)", name)
+    if name not in NAMES and not synthetic:
+        raise ValueError(f"workload must be one of {', '.join(NAMES)} or synthetic-v<V>-r<R>-f<percent>; got {name!r}")
+    if synthetic:
+        vocab, rows, percent = map(int, synthetic.groups())
+        return _finish(name, *_synthetic(vocab, 512, rows, rows * 100 // percent, num_pairs=4))
+    if name == "dry":
+        return _finish(name, *_synthetic(512, 16, 24, 48, num_pairs=2))
+    if name == "random-init":
+        return _finish(name, *_random_init(build("gemma3-270m")))
+    model_dir = ROOT / "runs" / "models" / MODELS[name]
+    if not model_dir.exists():
+        command = f"python -m fastpref.testing.real_models {MODELS[name]} {model_dir.relative_to(ROOT)}"
+        raise FileNotFoundError(f"workload {name} needs {model_dir}; make it with: {command}")
+    weight_VH = _head_weight(model_dir)
+    cached = CACHE / name / "hidden.pt"
+    if not cached.exists():
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(_hidden_states(model_dir), cached)
+    return _finish(name, weight_VH, *torch.load(cached))
+
+
+def softmax_blocks(hidden_RH: Tensor, weight_VH: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Softmax [rows, V] of a few rows at a time, in the dtype given."""
+    for start in range(0, hidden_RH.shape[0], BLOCK_ROWS):
+        block = slice(start, min(start + BLOCK_ROWS, hidden_RH.shape[0]))
+        yield block, torch.softmax(hidden_RH[block] @ weight_VH.t(), dim=1)
+
+
+def _finish(name: str, weight_VH: Tensor, hidden_SLH: Tensor, labels_SL: Tensor) -> Case:
+    """Add reference log-probs near the policy's own: a model some steps away from its reference."""
+    case = Case(name, hidden_SLH, weight_VH, labels_SL, torch.zeros(labels_SL.shape[0]))
+    cached = CACHE / name / "reference.pt"
+    if name != "dry" and cached.exists():
+        return replace(case, ref_logps_S=torch.load(cached))
+    logps_R = torch.empty(case.rows_R.numel())
+    for block, softmax_RV in softmax_blocks(hidden_SLH.flatten(0, 1)[case.rows_R], weight_VH):
+        logps_R[block] = softmax_RV.gather(1, case.row_labels_R[block, None]).squeeze(1).log()
+    logps_S = torch.stack([part.sum() for part in logps_R.tensor_split(case.cu_rows[1:-1])])
+    noise_S = torch.randn(logps_S.shape, generator=torch.Generator().manual_seed(1)) * 5.0
+    ref_logps_S = (logps_S + noise_S).round()
+    if name != "dry":
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(ref_logps_S, cached)
+    return replace(case, ref_logps_S=ref_logps_S)
+
+
+def _head_weight(model_dir: Path) -> Tensor:
+    """The head [V, H] in fp32; both models tie it to the embedding and have no softcap."""
+    from safetensors import safe_open
+
+    with safe_open(model_dir / "model.safetensors", "pt") as file:
+        return file.get_tensor("model.embed_tokens.weight").float()
+
+
+def _hidden_states(model_dir: Path) -> tuple[Tensor, Tensor]:
+    """Run the model on `NUM_PAIRS` real pairs: hidden [S, L, H] after the final norm, labels [S, L]."""
+    from transformers import AutoModel, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    model = AutoModel.from_pretrained(model_dir, dtype=torch.float32)
+    pairs = _choose_pairs([_tokenize(tokenizer, *texts) for texts in _texts()])
+    sequences = [pair[side] for side in (0, 1) for pair in pairs]
+    length = max(len(tokens) for tokens, _ in sequences) - 1
+    hidden_SLH = torch.zeros(len(sequences), length, model.config.hidden_size)
+    labels_SL = torch.full((len(sequences), length), IGNORE)
+    with torch.no_grad():
+        for index, (tokens, prompt_length) in enumerate(sequences):
+            ids = torch.tensor([tokens])
+            hidden_SLH[index, : len(tokens) - 1] = model(ids).last_hidden_state[0, :-1]
+            labels_SL[index, prompt_length - 1 : len(tokens) - 1] = ids[0, prompt_length:]
+    return hidden_SLH, labels_SL
+
+
+def _texts() -> Iterator[tuple[str, str, str]]:
+    """Prompt, chosen and rejected text of every pair in the first data file that is there."""
+    file = next(path for path in PAIR_FILES if path.exists())
+    text = file.read_text(encoding="utf-8")
+    records = json.loads(text) if file.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
+    for record in records:
+        turns = record.get("conversations") or record["prompt"]
+        prompt = "\n\n".join(turn.get("value") or turn["content"] for turn in turns)
+        chosen, rejected = (record[side] for side in ("chosen", "rejected"))
+        if isinstance(chosen, list):
+            chosen, rejected = chosen[0], rejected[0]
+        yield prompt, *(side.get("value") or side["content"] for side in (chosen, rejected))
+
+
+def _tokenize(tokenizer: Any, prompt: str, chosen: str, rejected: str) -> tuple[tuple[list[int], int], ...]:
+    """(tokens, number of prompt tokens) of both sides: plain text, an empty line between prompt and response."""
+    prompt_ids = tokenizer(prompt + "\n\n")["input_ids"]
+    sides = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (chosen, rejected))
+    return tuple((prompt_ids + ids + [tokenizer.eos_token_id], len(prompt_ids)) for ids in sides)
+
+
+def _choose_pairs(pairs: list[Any]) -> list[Any]:
+    """Pairs of alike length; of those in the order of their response tokens, a window with nearest to `TARGET_ROWS`."""
+
+    def rows(pair: Any) -> int:
+        return sum(len(tokens) - prompt_length for tokens, prompt_length in pair)
+
+    alike = [pair for pair in pairs if MIN_TOKENS <= max(len(tokens) for tokens, _ in pair) <= MAX_TOKENS]
+    if len(alike) < NUM_PAIRS:
+        raise ValueError(f"{len(alike)} pairs have {MIN_TOKENS} to {MAX_TOKENS} tokens, {NUM_PAIRS} are needed")
+    alike.sort(key=rows)
+    windows = [alike[start : start + NUM_PAIRS] for start in range(len(alike) - NUM_PAIRS + 1)]
+    return min(windows, key=lambda window: abs(sum(map(rows, window)) - TARGET_ROWS))
+
+
+def _random_init(like: Case) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights with standard deviation 0.02, as models start, and normalised hidden states: a flat softmax."""
+    generator = torch.Generator().manual_seed(2)
+    weight_VH = torch.randn(like.weight_VH.shape, generator=generator) * 0.02
+    hidden_SLH = torch.randn(like.hidden_SLH.shape, generator=generator)
+    labels_SL = torch.randint(weight_VH.shape[0], like.labels_SL.shape, generator=generator)
+    return weight_VH, hidden_SLH, torch.where(like.labels_SL == IGNORE, IGNORE, labels_SL)
+
+
+def _synthetic(vocab: int, hidden: int, rows: int, positions: int, num_pairs: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw logits of a known law; the last `rows / S` positions of every sequence are its response."""
+    generator = torch.Generator().manual_seed(3)
+    sequences = 2 * num_pairs
+    length, response = math.ceil(positions / sequences), rows // sequences
+    weight_VH = torch.randn(vocab, hidden, generator=generator) * (SPREAD / hidden**0.5)
+    hidden_SLH = torch.randn(sequences, length, hidden, generator=generator)
+    likely_SL = (torch.rand(sequences, length, generator=generator) * math.log(vocab)).exp().long().clamp(max=vocab - 1)
+    peak_SL = 2 * PEAK * torch.rand(sequences, length, generator=generator)
+    hidden_SLH += weight_VH[likely_SL] * (peak_SL / SPREAD**2)[..., None]
+    hidden_SLH[..., 0] = 1.0
+    weight_VH[:, 0] = -SLOPE * torch.arange(1, vocab + 1).log()
+    labels_SL = torch.full((sequences, length), IGNORE)
+    for sequence in range(sequences):
+        for block, softmax_RV in softmax_blocks(hidden_SLH[sequence, length - response :], weight_VH):
+            drawn = torch.multinomial(softmax_RV, 1, generator=generator).squeeze(1)
+            labels_SL[sequence, length - response + block.start : length - response + block.stop] = drawn
+    return weight_VH, hidden_SLH, labels_SL
