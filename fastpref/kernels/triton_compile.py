@@ -1,0 +1,318 @@
+"""Compile the Triton kernels without a GPU and say what the machine code uses: registers, spills, tensor cores, TMA.
+
+`python -m fastpref.kernels.triton_compile` prints every variant; the test suite compares a cover of them with recorded
+limits. What is compiled is what the launchers describe, on tensors without storage.
+
+Dims: `R` rows, `H` hidden, `V` vocabulary, `N` vocabulary tiles.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fastpref.kernels.engine import ExponentCache, Head, RowScalars
+from fastpref.kernels.tiles import CANDIDATES, TABLE, Tile, select_tile
+from fastpref.kernels.triton_backward import cached_gradient_call, logit_gradient_call
+from fastpref.kernels.triton_common import KernelCall
+from fastpref.kernels.triton_forward import forward_call, merge_call, sum_call
+
+ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+FLAGS = {
+    "forward": ("pointers", "bias", "scale", "softcap", "stats", "mass", "cache"),
+    "gradient": ("pointers", "bias", "scale", "softcap", "covered"),
+    "cached": ("scale",),
+    "merge": ("stats",),
+    "sum": (),
+}
+# Sizes of the tensors that are described; only their divisibility by 16 enters the code.
+NUM_ROWS, HIDDEN_SIZE, VOCAB_SIZE = 8192, 4096, 131072
+TYPE_NAMES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel as one caller would get it."""
+
+    kernel: str
+    """A key of FLAGS."""
+    architecture: str
+    dtype: str
+    """Of the operands: a key of DTYPES."""
+    flags: tuple[str, ...]
+    """Some of FLAGS[kernel], in that order."""
+    tile: Tile
+
+    @property
+    def name(self) -> str:
+        """Return a key that says everything about the variant."""
+        tile = self.tile
+        shape = f"{tile.rows}x{tile.columns}x{tile.hidden}/{tile.slices}w{tile.warps}s{tile.stages}"
+        return f"{self.kernel} {self.architecture} {self.dtype} {shape} {'+'.join(self.flags) or '-'}"
+
+
+@dataclass(frozen=True)
+class CompiledKernel:
+    """What the machine code of a variant uses."""
+
+    variant: Variant
+    registers: int
+    """Per thread."""
+    local_accesses: int
+    """Instructions that read or write local memory, that is spilled registers."""
+    shared_bytes: int
+    """Shared memory per program."""
+    matrix_unit: str
+    """wgmma, tcgen05, mma, or fma where there is no tensor core instruction."""
+    tma_loads: int
+    """Instructions that start a tensor copy."""
+    narrow_products: int
+    """32-bit index products of two run-time numbers, which could overflow; there should be none."""
+
+
+def variants(kernel: str, architecture: str, dtype: str) -> Iterator[Variant]:
+    """Yield every combination of flags that a caller can reach, on the table's tile."""
+    tile = select_tile(architecture, DTYPES[dtype], HIDDEN_SIZE)
+    names = FLAGS[kernel]
+    for chosen in itertools.product((False, True), repeat=len(names)):
+        flags = tuple(itertools.compress(names, chosen))
+        if not {"softcap", "cache"} <= set(flags):
+            yield Variant(kernel, architecture, dtype, flags, tile)
+
+
+def pairwise(candidates: Iterable[Variant]) -> list[Variant]:
+    """Return a small part of the variants in which every pair of flags occurs in all its combinations."""
+    candidates = list(candidates)
+    wanted = set().union(*(_settings(variant) for variant in candidates)) if candidates else set()
+    cover = candidates[:1]
+    wanted -= set().union(*(_settings(variant) for variant in cover))
+    while wanted:
+        best = max(candidates, key=lambda variant: len(_settings(variant) & wanted))
+        cover.append(best)
+        wanted -= _settings(best)
+    return cover
+
+
+def _settings(variant: Variant) -> set[tuple[str, bool, str, bool]]:
+    """Return how each pair of flags is set; alone flags count as a pair with themselves."""
+    names = FLAGS[variant.kernel]
+    pairs = itertools.combinations_with_replacement(names, 2)
+    return {(first, first in variant.flags, second, second in variant.flags) for first, second in pairs}
+
+
+def representative_variants(architecture: str = "sm_90") -> list[Variant]:
+    """Return a cover: every kernel and dtype, every pair of flags in bf16, every tile of the table with default flags.
+
+    Other architectures than the one named are covered by each kernel's plainest and fullest form.
+    """
+    cover: list[Variant] = []
+    for kernel in FLAGS:
+        everything = {dtype: list(variants(kernel, architecture, dtype)) for dtype in DTYPES}
+        cover += pairwise(everything["bf16"])
+        for other in ("fp16", "fp32"):
+            cover += [everything[other][0], everything[other][-1]]
+    for tile in dict.fromkeys(itertools.chain(CANDIDATES["sm_90/16"], TABLE["sm_90/16"])):
+        cover += [Variant("forward", "sm_90", "bf16", flags, tile) for flags in ((), ("mass",))]
+        cover.append(Variant("gradient", "sm_90", "bf16", ("covered",), tile))
+    for other in ARCHITECTURES:
+        if other != architecture:
+            for kernel in ("forward", "gradient"):
+                everything_bf16 = list(variants(kernel, other, "bf16"))
+                cover += [everything_bf16[0], everything_bf16[-1]]
+    return list(dict.fromkeys(cover))
+
+
+def all_variants() -> list[Variant]:
+    """Return every kernel, architecture, dtype and combination of flags on the table's tiles, and every candidate."""
+    everything = [
+        variant
+        for kernel, architecture, dtype in itertools.product(FLAGS, ARCHITECTURES, DTYPES)
+        for variant in variants(kernel, architecture, dtype)
+    ]
+    for key, tiles in CANDIDATES.items():
+        architecture, bits = key.split("/")
+        for dtype, tile in itertools.product(DTYPES, tiles):
+            if DTYPES[dtype].itemsize * 8 == int(bits):
+                everything.append(Variant("forward", architecture, dtype, ("mass",), tile))
+                everything.append(Variant("gradient", architecture, dtype, ("covered",), tile))
+    return list(dict.fromkeys(everything))
+
+
+def describe(variant: Variant) -> KernelCall:
+    """Return the launch that a caller of this variant would make, on tensors without storage."""
+    tile, flags, dtype = variant.tile, set(variant.flags), DTYPES[variant.dtype]
+    num_tiles, num_row_tiles = VOCAB_SIZE // tile.columns, NUM_ROWS // tile.rows
+
+    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    parts = new(num_tiles, 4 if "stats" in flags else 2, NUM_ROWS)
+    labels, scale = new(NUM_ROWS, dtype=torch.int64), 0.5 if "scale" in flags else 1.0
+    exponents = new(NUM_ROWS, num_tiles, dtype=torch.int32)
+    cache = ExponentCache(new(NUM_ROWS, VOCAB_SIZE, dtype=torch.bfloat16), exponents, tile.columns)
+    scalars = RowScalars(new(NUM_ROWS), new(NUM_ROWS), new(NUM_ROWS))
+    out, row = new(NUM_ROWS, VOCAB_SIZE, dtype=dtype), new(NUM_ROWS)
+    if variant.kernel == "merge":
+        return merge_call(parts, row, new(6, NUM_ROWS, dtype=torch.float64), VOCAB_SIZE, tile)
+    if variant.kernel == "sum":
+        return sum_call(new(num_row_tiles, VOCAB_SIZE), new(VOCAB_SIZE))
+    if variant.kernel == "cached":
+        return cached_gradient_call(*cache, 0, labels, row, scalars, scale, out)
+    bias = new(VOCAB_SIZE, dtype=dtype) if "bias" in flags else None
+    weight, x = new(VOCAB_SIZE, HIDDEN_SIZE, dtype=dtype), new(NUM_ROWS, HIDDEN_SIZE, dtype=dtype)
+    head = Head(weight, bias, scale, 30.0 if "softcap" in flags else None)
+    # Older devices have no copy engine; there the launcher passes pointers.
+    use_tma = "pointers" not in flags and variant.architecture in ("sm_90", "sm_100")
+    if variant.kernel == "gradient":
+        covered = new(num_tiles, NUM_ROWS) if "covered" in flags else None
+        return logit_gradient_call(x, head, labels, scalars, out, covered, tile=tile, use_tma=use_tma, num_sms=132)
+    return forward_call(
+        x,
+        head,
+        labels,
+        parts,
+        row,
+        bound_R=row if "mass" in flags else None,
+        mass_MV=new(num_row_tiles, VOCAB_SIZE) if "mass" in flags else None,
+        cache=cache if "cache" in flags else None,
+        tile=tile,
+        use_tma=use_tma,
+        num_sms=132,
+    )
+
+
+def compile_variant(variant: Variant) -> CompiledKernel:
+    """Compile one variant to machine code and read it."""
+    call = describe(variant)
+    capability = int(variant.architecture.removeprefix("sm_"))
+    options = {"num_warps": call.num_warps, "num_stages": call.num_stages, "enable_fp_fusion": False}
+    compiled = triton.compile(_source(call), target=GPUTarget("cuda", capability, 32), options=options)
+    sass = compiled.asm["sass"]
+    return CompiledKernel(
+        variant=variant,
+        registers=_register_count(compiled.asm["cubin"]),
+        local_accesses=len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        shared_bytes=compiled.metadata.shared,
+        matrix_unit=_matrix_unit(sass),
+        tma_loads=len(re.findall(r"\bUTMALDG\b", sass)),
+        narrow_products=_narrow_products(str(compiled.asm["ttir"])),
+    )
+
+
+def compile_all(wanted: Iterable[Variant], processes: int) -> list[CompiledKernel]:
+    """Compile variants in `processes` fresh processes; in the order given."""
+    wanted = list(wanted)
+    if processes == 1:
+        return [compile_variant(variant) for variant in wanted]
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        return list(pool.map(compile_variant, wanted))
+
+
+def _source(call: KernelCall) -> ASTSource:
+    signature, constants, attributes = {}, {}, {}
+    constexprs = {parameter.name for parameter in call.kernel.params if parameter.is_constexpr}
+    for place, name in enumerate(call.kernel.arg_names):
+        value = call.arguments[name]
+        if name in constexprs or value is None or (isinstance(value, int) and value == 1):
+            signature[name], constants[name] = "constexpr", value
+        else:
+            signature[name] = _type_of(value)
+            if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
+                attributes[(place,)] = [["tt.divisibility", 16]]
+    return ASTSource(call.kernel, signature, constants, attributes)
+
+
+def _type_of(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return "*" + TYPE_NAMES[value.dtype]
+    if isinstance(value, TensorDescriptor):
+        block = ", ".join(map(str, value.block_shape))
+        return f"tensordesc<{TYPE_NAMES[value.base.dtype]}[{block}]>"
+    if isinstance(value, float):
+        return "fp32"
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+def _register_count(cubin: bytes) -> int:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        report = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return max(int(number) for number in re.findall(r"REG:(\d+)", report))
+
+
+def _matrix_unit(sass: str) -> str:
+    for unit, mnemonic in (("wgmma", "HGMMA"), ("tcgen05", "UTCHMMA"), ("mma", "HMMA")):
+        if re.search(rf"\b{mnemonic}\b", sass):
+            return unit
+    return "fma"
+
+
+def _narrow_products(ttir: str) -> int:
+    """Count 32-bit products of two run-time numbers in an offset; the number of tiles is one that cannot overflow."""
+    constants = set(re.findall(r"(%\S+) = arith.constant", ttir))
+    products = re.findall(r"(%\S+) = arith\.muli (%\S+), (%\S+) .*: (tensor<[0-9x]*x)?i32", ttir)
+    return sum(
+        not {left, right} & constants and not (name.startswith("%num_tiles") and not tensor)
+        for name, left, right, tensor in products
+    )
+
+
+def format_table(rows: Iterable[CompiledKernel]) -> str:
+    """Return the rows as an aligned text table."""
+    header = ("variant", "registers", "local accesses", "shared bytes", "matrix unit", "TMA loads", "narrow products")
+    lines: list[tuple[str, ...]] = [header]
+    for row in rows:
+        numbers = (row.registers, row.local_accesses, row.shared_bytes, row.matrix_unit, row.tma_loads)
+        lines.append((row.variant.name, *map(str, numbers), str(row.narrow_products)))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+
+
+def exceeded(rows: Iterable[CompiledKernel], limits: Mapping[str, int]) -> list[str]:
+    """Return a message per variant with more local accesses than `limits` records for its name; none recorded is 0."""
+    return [
+        f"{row.variant.name}: {row.local_accesses} local accesses, at most {limits.get(row.variant.name, 0)} recorded"
+        for row in rows
+        if row.local_accesses > limits.get(row.variant.name, 0)
+    ]
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description="Compile every Triton kernel without a GPU and print what it uses.")
+    parser.add_argument("--representative", action="store_true", help="only the cover that the tests compile")
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--match", default="", help="only variants whose name contains this text")
+    options = parser.parse_args()
+    wanted = representative_variants() if options.representative else all_variants()
+    wanted = [variant for variant in wanted if options.match in variant.name]
+    print(format_table(compile_all(wanted, options.processes)))
+
+
+if __name__ == "__main__":
+    main()

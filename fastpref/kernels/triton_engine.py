@@ -1,0 +1,245 @@
+"""The engine for NVIDIA GPUs: the `engine.Engine` functions on Triton kernels. Importing it does not import Triton.
+
+Nothing here waits for the device, reads a value back or allocates on the host in a way that a CUDA graph cannot
+capture. Under `TRITON_INTERPRET=1`, set before Triton is imported, the same kernels run on CPU tensors.
+
+Dims: `R` rows, `H` hidden, `V` vocabulary, `F` fields of a part, `N` vocabulary tiles, `M` row tiles; lower case `r`,
+`v`: a block.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastpref.errors import MissingDependencyError
+from fastpref.kernels.engine import ExponentCache, ForwardRows, Head, RowScalars
+from fastpref.kernels.partials import NUM_FIELDS, NUM_FIELDS_WITH_STATS, empty_partials
+from fastpref.kernels.tiles import INTERPRETER, Tile, architecture_of, select_tile
+
+# Rows of the cache start at a multiple of this many elements, so that stores and loads of them are 16 bytes wide.
+CACHE_ALIGNMENT = 16
+
+
+def unavailable_reason() -> str | None:
+    """Return why this engine cannot run here, with the remedy; None = it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; pip install 'fastpref[triton]'"
+    if _is_interpreted():
+        return None
+    if not torch.cuda.is_available():
+        return "PyTorch sees no CUDA device; use backend='torch', or TRITON_INTERPRET=1 to debug kernels on the CPU"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return f"it needs compute capability 8.0 or newer, this GPU has {torch.cuda.get_device_capability()}"
+    return None
+
+
+def is_available() -> bool:
+    """Tell whether this engine can run here."""
+    return unavailable_reason() is None
+
+
+def forward_rows(
+    x_RH: Tensor, head: Head, labels_R: Tensor, *, with_stats: bool, bound_R: Tensor | None, with_cache: bool
+) -> ForwardRows:
+    """Reduce the logits of `x_RH` over the vocabulary of `head`; see `engine.Engine.forward_rows`.
+
+    Memory: 8 bytes per row and vocabulary tile (16 with statistics); with a bound 4 bytes per row tile and column; with
+    a cache 2 bytes per row and column.
+    Determinism: bitwise; a row's bits depend on the row and the head only.
+
+    Raises:
+        MissingDependencyError: see `unavailable_reason`.
+        TypeError: fp64.
+        ValueError: a cache together with a softcap; tensors on the CPU without the interpreter.
+    """
+    if with_cache and head.softcap is not None:
+        raise ValueError("with_cache=True cannot serve a softcap: its slope needs the logits; use backward='recompute'")
+    launch = _Launch.of(x_RH, head)
+    from fastpref.kernels import triton_forward as kernels
+
+    x_RH, head = launch.operands(x_RH, head)
+    num_rows, num_columns = x_RH.shape[0], head.weight_VH.shape[0]
+    mass_V = None if bound_R is None else x_RH.new_zeros(num_columns, dtype=torch.float32)
+    cache = _new_cache(x_RH, num_columns, launch.tile.columns) if with_cache else None
+    if not num_rows or not num_columns:
+        return ForwardRows(empty_partials(num_rows, with_stats, x_RH.device), mass_V, cache)
+    num_tiles = -(-num_columns // launch.tile.columns)
+    parts_NFR = x_RH.new_empty(num_tiles, 4 if with_stats else 2, num_rows, dtype=torch.float32)
+    targets_R = x_RH.new_full((num_rows,), float("nan"), dtype=torch.float32)
+    merged_FR = x_RH.new_empty(NUM_FIELDS_WITH_STATS if with_stats else NUM_FIELDS, num_rows, dtype=torch.float64)
+    num_row_tiles = -(-num_rows // launch.tile.rows)
+    mass_MV = None if mass_V is None else x_RH.new_empty(num_row_tiles, num_columns, dtype=torch.float32)
+    with launch.on_device():
+        kernels.forward_call(
+            x_RH,
+            head,
+            labels_R.contiguous(),
+            parts_NFR,
+            targets_R,
+            bound_R=None if bound_R is None else bound_R.contiguous(),
+            mass_MV=mass_MV,
+            cache=cache,
+            tile=launch.tile,
+            use_tma=launch.can_use_tma(x_RH, head),
+            num_sms=launch.num_sms,
+        ).launch()
+        kernels.merge_call(parts_NFR, targets_R, merged_FR, num_columns, launch.tile).launch()
+        if mass_V is not None and mass_MV is not None:
+            kernels.sum_call(mass_MV, mass_V).launch()
+    return ForwardRows(merged_FR, mass_V, cache)
+
+
+def logit_gradient(
+    x_rH: Tensor, head: Head, labels_r: Tensor, rows: RowScalars, out_rv: Tensor, covered_r: Tensor | None
+) -> None:
+    """Write the gradient of one block of logits; see `engine.Engine.logit_gradient`.
+
+    Memory: with `covered_r`, 4 bytes per row and vocabulary tile of the block.
+    Determinism: bitwise. Rows with coefficient 0 give 0, whatever they contain.
+
+    Raises:
+        MissingDependencyError: see `unavailable_reason`.
+        TypeError: fp64.
+        ValueError: tensors on the CPU without the interpreter.
+    """
+    launch = _Launch.of(x_rH, head)
+    from fastpref.kernels import triton_backward, triton_forward
+
+    if not out_rv.numel():
+        return
+    x_rH, head = launch.operands(x_rH, head)
+    num_tiles = -(-out_rv.shape[1] // launch.tile.columns)
+    covered_Nr = None if covered_r is None else covered_r.new_empty(num_tiles, covered_r.shape[0])
+    with launch.on_device():
+        triton_backward.logit_gradient_call(
+            x_rH,
+            head,
+            labels_r.contiguous(),
+            RowScalars(*(values.contiguous() for values in rows)),
+            out_rv,
+            covered_Nr,
+            tile=launch.tile,
+            use_tma=launch.can_use_tma(x_rH, head),
+            num_sms=launch.num_sms,
+        ).launch()
+        if covered_Nr is not None and covered_r is not None:
+            triton_forward.sum_call(covered_Nr, covered_r).launch()
+
+
+def cached_logit_gradient(
+    cache: ExponentCache,
+    block: tuple[slice, slice],
+    labels_r: Tensor,
+    label_logps_r: Tensor,
+    rows: RowScalars,
+    logit_scale: float,
+    out_rv: Tensor,
+) -> None:
+    """Write what `logit_gradient` writes, from the exponentials of the forward pass instead of the product.
+
+    Args:
+        cache: of the whole forward pass.
+        block: its rows and columns; columns start at a multiple of `cache.columns_per_group`.
+        labels_r: int64 [r], column of the label in this block; outside [0, v) means "not here".
+        label_logps_r: fp32 [r], the label's log-probability: there the gradient keeps fp32 accuracy.
+        rows: as in `logit_gradient`.
+        logit_scale: that of the head.
+        out_rv: [r, v] contiguous; overwritten.
+
+    Determinism: bitwise.
+
+    Raises:
+        ValueError: columns that start within a group.
+    """
+    row_slice, column_slice = block
+    first_column, group = column_slice.start or 0, cache.columns_per_group
+    if first_column % group:
+        raise ValueError(f"columns must start at a multiple of columns_per_group = {group}, got {first_column}")
+    from fastpref.kernels.triton_backward import cached_gradient_call
+
+    if not out_rv.numel():
+        return
+    with _device_guard(out_rv.device):
+        cached_gradient_call(
+            cache.values_RV[row_slice],
+            cache.exponents_RN[row_slice],
+            group,
+            first_column,
+            labels_r.contiguous(),
+            label_logps_r.contiguous(),
+            RowScalars(*(values.contiguous() for values in rows)),
+            logit_scale,
+            out_rv,
+        ).launch()
+
+
+class _Launch(NamedTuple):
+    """What the device and the operands decide."""
+
+    tile: Tile
+    num_sms: int
+    has_tma: bool
+    device: torch.device
+
+    @classmethod
+    def of(cls, x_RH: Tensor, head: Head) -> _Launch:
+        """Check that the kernels can run on these operands, and choose their tile."""
+        if importlib.util.find_spec("triton") is None:
+            raise MissingDependencyError(f"backend='triton' cannot run: {unavailable_reason()}")
+        if x_RH.dtype == torch.float64:
+            raise TypeError("the Triton kernels take float32, bfloat16 and float16, got float64; use backend='torch'")
+        if _is_interpreted():
+            return cls(select_tile(INTERPRETER, x_RH.dtype, x_RH.shape[1]), 2, True, x_RH.device)
+        if x_RH.device.type != "cuda":
+            raise ValueError(
+                f"backend='triton' needs tensors on a CUDA device, got {x_RH.device}; move them, use backend='torch', "
+                "or set TRITON_INTERPRET=1 before Python starts"
+            )
+        architecture, num_sms, has_tma = _device_traits(x_RH.device.index or 0)
+        return cls(select_tile(architecture, x_RH.dtype, x_RH.shape[1]), num_sms, has_tma, x_RH.device)
+
+    def operands(self, x_RH: Tensor, head: Head) -> tuple[Tensor, Head]:
+        """Return the operands with unit stride in H: as they are, unless a caller passed a transpose."""
+        weight_VH = head.weight_VH if head.weight_VH.stride(1) == 1 else head.weight_VH.contiguous()
+        bias_V = None if head.bias_V is None else head.bias_V.contiguous()
+        return x_RH.contiguous(), head._replace(weight_VH=weight_VH, bias_V=bias_V)
+
+    def can_use_tma(self, x_RH: Tensor, head: Head) -> bool:
+        """Tell whether both operands can be loaded by the copy engine."""
+        from fastpref.kernels.triton_common import is_tma_ready
+
+        return self.has_tma and is_tma_ready(x_RH) and is_tma_ready(head.weight_VH)
+
+    def on_device(self) -> contextlib.AbstractContextManager[object]:
+        """Make the operands' device the current one: Triton launches on that."""
+        return _device_guard(self.device)
+
+
+@functools.cache
+def _device_traits(index: int) -> tuple[str, int, bool]:
+    properties = torch.cuda.get_device_properties(index)
+    capability = (properties.major, properties.minor)
+    return architecture_of(capability), properties.multi_processor_count, capability >= (9, 0)
+
+
+def _device_guard(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _is_interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _new_cache(x_RH: Tensor, num_columns: int, columns_per_group: int) -> ExponentCache:
+    pitch = -(-num_columns // CACHE_ALIGNMENT) * CACHE_ALIGNMENT
+    values = x_RH.new_empty(x_RH.shape[0], pitch, dtype=torch.bfloat16)[:, :num_columns]
+    num_groups = -(-num_columns // columns_per_group)
+    exponents = x_RH.new_empty(x_RH.shape[0], num_groups, dtype=torch.int32)
+    return ExponentCache(values, exponents, columns_per_group)

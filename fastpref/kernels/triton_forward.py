@@ -1,0 +1,297 @@
+"""The forward pass in Triton: a product whose tiles are reduced to a few numbers per row before they leave the chip.
+
+- One program per multiprocessor walks over tiles of [rows, vocabulary columns]. A tile leaves its maximum, its sum of
+  exponentials and, where it owns the label, its logit; a second kernel merges the tiles of a row, first to last.
+- The cut of the vocabulary depends on dtype and H alone and no sum crosses rows, so a row's bits do not depend on what
+  else is in the batch. No atomics: every word has one writer.
+- After the product a tile is taken in slices of columns: epilogues over whole tiles spill registers.
+- Kernels compile without contraction of `a * b + c`, so that the backward kernel meets the very logits of this one.
+
+Dims: `R` rows, `H` hidden, `V` vocabulary, `N` vocabulary tiles, `M` row tiles, `F` fields of a part.
+"""
+# mypy: disable-error-code=no-untyped-def
+# Parameters of device functions are tensors of Triton's own language and have no Python types.
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastpref.kernels.engine import ExponentCache, Head
+from fastpref.kernels.tiles import Tile
+from fastpref.kernels.triton_common import (
+    LOG2E,
+    KernelCall,
+    count_programs,
+    finish_logits,
+    label_columns,
+    multiply_tile,
+    product_arguments,
+    round_to,
+    split_columns,
+    tile_position,
+)
+
+# The largest power of two that a column mass is scaled by; more would overflow to inf and make 0 * inf.
+HIGHEST_POWER = tl.constexpr(126.0)
+# Exponents of the cache are int32; a logit beyond this has none and makes its cached row NaN, never plausible.
+HIGHEST_EXPONENT = tl.constexpr(2.0**30)
+# exp(gap) is 0 in fp32 below this; it keeps 0 * -inf out of the entropy.
+LOWEST_GAP = tl.constexpr(-700.0)
+
+
+@triton.jit
+def _linear_logps_fwd_kernel(
+    x_ref,
+    w_ref,
+    bias_ptr,
+    labels_ptr,
+    bound_ptr,
+    parts_ptr,
+    targets_ptr,
+    mass_ptr,
+    values_ptr,
+    exponents_ptr,
+    num_rows,
+    num_columns,
+    hidden_size,
+    stride_xr,
+    stride_wv,
+    stride_values,
+    logit_scale,
+    softcap,
+    BLOCK_R: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    GROUP_R: tl.constexpr,
+    SLICES: tl.constexpr,
+    WITH_STATS: tl.constexpr,
+    USE_TMA: tl.constexpr,
+):
+    """Reduce tiles of logits; see `forward_call` for the arguments. A None pointer leaves its part out."""
+    num_row_tiles = tl.cdiv(num_rows, BLOCK_R)
+    num_column_tiles = tl.cdiv(num_columns, BLOCK_V)
+    SLICE_V: tl.constexpr = BLOCK_V // SLICES
+    NUM_PARTS: tl.constexpr = 4 if WITH_STATS else 2
+    num_tiles = num_row_tiles * num_column_tiles
+    for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=True):
+        row_tile, column_tile = tile_position(tile, num_row_tiles, num_column_tiles, GROUP_R)
+        row0 = row_tile * BLOCK_R
+        col0 = column_tile * BLOCK_V
+        acc = multiply_tile(
+            x_ref,
+            w_ref,
+            row0,
+            col0,
+            num_rows,
+            num_columns,
+            hidden_size,
+            stride_xr,
+            stride_wv,
+            BLOCK_R,
+            BLOCK_V,
+            BLOCK_H,
+            USE_TMA,
+        )
+        offs_r = row0 + tl.arange(0, BLOCK_R)
+        mask_r = offs_r < num_rows
+        rows = offs_r.to(tl.int64)
+        offs_v = col0 + tl.arange(0, BLOCK_V)
+        z = finish_logits(acc, offs_v, num_columns, bias_ptr, logit_scale, softcap)
+        z = tl.where((offs_v < num_columns)[None, :], z, float("-inf"))
+        column_of_label = label_columns(labels_ptr, offs_r, num_rows, col0, num_columns, BLOCK_V)
+        slices = split_columns(z, SLICES)
+
+        tile_max = tl.full((BLOCK_R,), float("-inf"), dtype=tl.float32)
+        for i in tl.static_range(SLICES):
+            tile_max = tl.maximum(tile_max, tl.max(slices[i], axis=1))
+        # Most tiles hold no row's label.
+        if tl.max(column_of_label, axis=0) >= 0:
+            target = tl.zeros((BLOCK_R,), dtype=tl.float32)
+            for i in tl.static_range(SLICES):
+                is_label = column_of_label[:, None] == (i * SLICE_V + tl.arange(0, SLICE_V))[None, :]
+                target += tl.sum(tl.where(is_label, slices[i], 0.0), axis=1)
+            tl.store(targets_ptr + rows, target, mask=column_of_label >= 0)
+
+        shift = tl.where(tile_max == float("-inf"), 0.0, tile_max)
+        if bound_ptr is not None:
+            bound = tl.load(bound_ptr + offs_r, mask=mask_r, other=float("inf"))
+            to_bound = tl.exp2(tl.minimum((shift - bound) * LOG2E, HIGHEST_POWER))
+        if exponents_ptr is not None:
+            power = shift.to(tl.float64) * LOG2E
+            exponent = tl.ceil(power)
+            to_exponent = tl.exp2((power - exponent).to(tl.float32))
+            to_exponent = tl.where(tl.abs(exponent) < HIGHEST_EXPONENT, to_exponent, float("nan"))
+            exponent = tl.where(tl.abs(exponent) < HIGHEST_EXPONENT, exponent, 0.0)
+            tl.store(exponents_ptr + rows * num_column_tiles + column_tile, exponent.to(tl.int32), mask=mask_r)
+        total_exp = tl.zeros((BLOCK_R,), dtype=tl.float32)
+        moment = tl.zeros((BLOCK_R,), dtype=tl.float32)
+        total = tl.zeros((BLOCK_R,), dtype=tl.float32)
+        for i in tl.static_range(SLICES):
+            slice_v = col0 + i * SLICE_V + tl.arange(0, SLICE_V)
+            mask_v = slice_v < num_columns
+            gap = slices[i] - shift[:, None]
+            p = tl.exp2(gap * LOG2E)
+            total_exp += tl.sum(p, axis=1)
+            if WITH_STATS:
+                moment += tl.sum(p * tl.maximum(gap, LOWEST_GAP), axis=1)
+                # Divided by a power of two: exact, and a sum of the largest floats does not overflow.
+                total += tl.sum(tl.where(mask_v[None, :], slices[i], 0.0) * (1.0 / BLOCK_V), axis=1)
+            if bound_ptr is not None:
+                mass_ptrs = mass_ptr + row_tile.to(tl.int64) * num_columns + slice_v
+                tl.store(mass_ptrs, tl.sum(p * to_bound[:, None], axis=0), mask=mask_v)
+            if exponents_ptr is not None:
+                value_ptrs = values_ptr + rows[:, None] * stride_values + slice_v[None, :]
+                values = round_to(p * to_exponent[:, None], tl.bfloat16)
+                tl.store(value_ptrs, values, mask=mask_r[:, None] & mask_v[None, :])
+        part_ptrs = parts_ptr + column_tile.to(tl.int64) * NUM_PARTS * num_rows + rows
+        tl.store(part_ptrs, tile_max, mask=mask_r)
+        tl.store(part_ptrs + num_rows, total_exp, mask=mask_r)
+        if WITH_STATS:
+            tl.store(part_ptrs + 2 * num_rows, moment, mask=mask_r)
+            tl.store(part_ptrs + 3 * num_rows, total, mask=mask_r)
+
+
+@triton.jit
+def _merge_tiles_kernel(
+    parts_ptr,
+    targets_ptr,
+    merged_ptr,
+    num_rows,
+    num_parts,
+    num_columns,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    WITH_STATS: tl.constexpr,
+):
+    """Merge the vocabulary tiles of BLOCK_R rows into fp64 partials; the order of additions depends on N alone."""
+    NUM_PARTS: tl.constexpr = 4 if WITH_STATS else 2
+    offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    mask_r = offs_r < num_rows
+    rows = offs_r.to(tl.int64)
+    row_max = tl.full((BLOCK_R,), float("-inf"), dtype=tl.float32)
+    for step in range(0, tl.cdiv(num_parts, BLOCK_N)):
+        offs_n = step * BLOCK_N + tl.arange(0, BLOCK_N)
+        mask = (offs_n < num_parts)[:, None] & mask_r[None, :]
+        ptrs = parts_ptr + offs_n.to(tl.int64)[:, None] * NUM_PARTS * num_rows + rows[None, :]
+        row_max = tl.maximum(row_max, tl.max(tl.load(ptrs, mask=mask, other=float("-inf")), axis=0))
+    shift = tl.where(row_max == float("-inf"), 0.0, row_max)
+    row_sum = tl.zeros((BLOCK_R,), dtype=tl.float64)
+    moment = tl.zeros((BLOCK_R,), dtype=tl.float64)
+    total = tl.zeros((BLOCK_R,), dtype=tl.float64)
+    for step in range(0, tl.cdiv(num_parts, BLOCK_N)):
+        offs_n = step * BLOCK_N + tl.arange(0, BLOCK_N)
+        mask = (offs_n < num_parts)[:, None] & mask_r[None, :]
+        ptrs = parts_ptr + offs_n.to(tl.int64)[:, None] * NUM_PARTS * num_rows + rows[None, :]
+        gap = tl.load(ptrs, mask=mask, other=float("-inf")) - shift[None, :]
+        factor = tl.exp2(gap * LOG2E).to(tl.float64)
+        sums = tl.load(ptrs + num_rows, mask=mask, other=0.0).to(tl.float64)
+        row_sum += tl.sum(factor * sums, axis=0)
+        if WITH_STATS:
+            moments = tl.load(ptrs + 2 * num_rows, mask=mask, other=0.0).to(tl.float64)
+            moment += tl.sum(factor * (moments + tl.maximum(gap, LOWEST_GAP).to(tl.float64) * sums), axis=0)
+            total += tl.sum(tl.load(ptrs + 3 * num_rows, mask=mask, other=0.0).to(tl.float64), axis=0)
+    # tl.max skips NaN, the sum does not.
+    row_max = tl.where((row_sum != row_sum) & (row_max != float("inf")), float("nan"), row_max)
+    merged_ptrs = merged_ptr + rows
+    tl.store(merged_ptrs, row_max.to(tl.float64), mask=mask_r)
+    tl.store(merged_ptrs + num_rows, row_sum, mask=mask_r)
+    targets = tl.load(targets_ptr + rows, mask=mask_r, other=0.0)
+    tl.store(merged_ptrs + 2 * num_rows, targets.to(tl.float64), mask=mask_r)
+    if WITH_STATS:
+        tl.store(merged_ptrs + 3 * num_rows, moment, mask=mask_r)
+        tl.store(merged_ptrs + 4 * num_rows, total * BLOCK_V, mask=mask_r)
+        tl.store(merged_ptrs + 5 * num_rows, tl.zeros((BLOCK_R,), tl.float64) + num_columns, mask=mask_r)
+
+
+@triton.jit
+def _sum_parts_kernel(parts_ptr, sums_ptr, num_parts, num_sums, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Add `parts.sum(dim=0)` of [N, C] to `sums` [C], in an order that depends on N alone."""
+    offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < num_sums
+    total = tl.zeros((BLOCK_C,), dtype=tl.float32)
+    for step in range(0, tl.cdiv(num_parts, BLOCK_N)):
+        offs_n = step * BLOCK_N + tl.arange(0, BLOCK_N)
+        ptrs = parts_ptr + offs_n.to(tl.int64)[:, None] * num_sums + offs_c[None, :]
+        parts = tl.load(ptrs, mask=(offs_n < num_parts)[:, None] & mask_c[None, :], other=0.0)
+        total += tl.sum(parts, axis=0)
+    tl.store(sums_ptr + offs_c, tl.load(sums_ptr + offs_c, mask=mask_c, other=0.0) + total, mask=mask_c)
+
+
+def forward_call(
+    x_RH: Tensor,
+    head: Head,
+    labels_R: Tensor,
+    parts_NFR: Tensor,
+    targets_R: Tensor,
+    *,
+    bound_R: Tensor | None,
+    mass_MV: Tensor | None,
+    cache: ExponentCache | None,
+    tile: Tile,
+    use_tma: bool,
+    num_sms: int,
+) -> KernelCall:
+    """Describe the launch that reduces the logits of every tile.
+
+    Args:
+        x_RH: [R, H], unit stride in H.
+        head: projection, unit stride in H.
+        labels_R: int64 [R], any values.
+        parts_NFR: fp32 [N, 2, R] for maximum and sum; [N, 4, R] with statistics, moment and total / BLOCK_V.
+        targets_R: fp32 [R], written where the label is a column.
+        bound_R: fp32 [R] or None.
+        mass_MV: fp32 [M, V] with `bound_R`, each row tile's share of the column masses.
+        cache: to fill, or None.
+        tile: its shape.
+        use_tma: load through the copy engine; both operands must satisfy `is_tma_ready`.
+        num_sms: multiprocessors to fill.
+    """
+    arguments = product_arguments(x_RH, head, tile, use_tma)
+    arguments |= {
+        "labels_ptr": labels_R,
+        "bound_ptr": bound_R,
+        "parts_ptr": parts_NFR,
+        "targets_ptr": targets_R,
+        "mass_ptr": mass_MV,
+        "values_ptr": None if cache is None else cache.values_RV,
+        "exponents_ptr": None if cache is None else cache.exponents_RN,
+        "stride_values": None if cache is None else cache.values_RV.stride(0),
+        "WITH_STATS": parts_NFR.shape[1] == 4,
+    }
+    num_programs = count_programs(x_RH.shape[0], head.weight_VH.shape[0], tile, num_sms)
+    return KernelCall(_linear_logps_fwd_kernel, num_programs, arguments, tile.warps, tile.stages)
+
+
+def merge_call(parts_NFR: Tensor, targets_R: Tensor, merged_FR: Tensor, num_columns: int, tile: Tile) -> KernelCall:
+    """Describe the launch that merges `parts_NFR` and `targets_R` of `forward_call` into fp64 [F, R]."""
+    num_parts, num_fields, num_rows = parts_NFR.shape
+    arguments = {
+        "parts_ptr": parts_NFR,
+        "targets_ptr": targets_R,
+        "merged_ptr": merged_FR,
+        "num_rows": num_rows,
+        "num_parts": num_parts,
+        "num_columns": num_columns,
+        "BLOCK_N": 64,
+        "BLOCK_R": 32,
+        "BLOCK_V": tile.columns,
+        "WITH_STATS": num_fields == 4,
+    }
+    return KernelCall(_merge_tiles_kernel, triton.cdiv(num_rows, 32), arguments, 4, 2)
+
+
+def sum_call(parts_NC: Tensor, sums_C: Tensor) -> KernelCall:
+    """Describe the launch that adds the parts, fp32 [N, C], to `sums_C`, fp32 [C]."""
+    num_parts, num_sums = parts_NC.shape
+    arguments = {
+        "parts_ptr": parts_NC,
+        "sums_ptr": sums_C,
+        "num_parts": num_parts,
+        "num_sums": num_sums,
+        "BLOCK_N": 16,
+        "BLOCK_C": 128,
+    }
+    return KernelCall(_sum_parts_kernel, triton.cdiv(num_sums, 128), arguments, 4, 2)
