@@ -29,9 +29,9 @@ struct Product {
 
 struct ForwardArgs {
   Product product;
-  const float* bound;  // [R] lower bounds of the log-sum-exp, or null
+  const float* bound;  // [R] lower bounds of the log-sum-exp, read for masses only
   double* partials;    // out [F, R]
-  float* mass;         // out [V], or null exactly where `bound` is
+  float* mass;         // out [V], or null
   int64_t with_stats;
   int64_t num_threads;
 };

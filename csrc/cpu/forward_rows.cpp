@@ -10,8 +10,6 @@ namespace FASTPREF_ISA {
 constexpr int64_t MAX_CHUNKS = 128, MIN_CHUNK_COLUMNS = 256;
 // Packed columns stay in a second-level cache of 1 MiB, with room for a panel of rows.
 constexpr int64_t PACKED_FLOATS = 128 * 1024;
-// The shift follows the maximum at this distance: e^8 harms no fp32 sum, and most rows never move it again.
-constexpr float SHIFT_MARGIN = 8.0f;
 // As in the PyTorch engine: keeps 0 * -inf out of the moment.
 constexpr float LOWEST_GAP = -700.0f;
 
@@ -34,44 +32,37 @@ struct StatsLanes<true> {
 // A row's running result over the columns of a chunk.
 template <bool WITH_STATS>
 struct RowState : StatsLanes<WITH_STATS> {
-  Vec max;           // NaN in every lane once a logit was NaN
   Vec sum;           // of exp(z - shift)
-  float shift;       // 0 until a logit above -inf came
-  float threshold;   // largest logit that needs no other shift
+  float max;         // -inf before the first logit; NaN once a logit was NaN
+  float shift;       // the maximum, or 0 while that is -inf
   float mass_scale;  // exp(shift - bound)
   float target;      // NaN until the label's column came
 };
 
 template <bool WITH_STATS>
 static void reset(RowState<WITH_STATS>& row, float bound) {
-  const float inf = __builtin_inff();
-  row.max = broadcast(-inf);
   row.sum = broadcast(0.0f);
+  row.max = -__builtin_inff();
   row.shift = 0.0f;
-  row.threshold = -inf;
   // Logits of -inf have no mass above a finite bound; above any other bound nothing is known.
   row.mass_scale = __builtin_isfinite(bound) ? 0.0f : __builtin_nanf("");
   row.target = __builtin_nanf("");
   if constexpr (WITH_STATS) row.moment = row.total = broadcast(0.0f);
 }
 
-// Take the largest of these logits as the shift, if it is beyond the threshold; remember a NaN.
+// Take the maximum of one row of a tile as the row's new one; a NaN counts as the largest.
 template <bool WITH_STATS>
-__attribute__((noinline)) static void raise_shift(RowState<WITH_STATS>& row, const float* z, float bound) {
-  float top = -__builtin_inff();
-  for (int c = 0; c < TILE_COLUMNS; c++) {
-    if (z[c] != z[c]) row.max = broadcast(__builtin_nanf(""));
-    if (z[c] > top) top = z[c];
-  }
-  if (!(top > row.threshold)) return;
-  const bool is_first = row.threshold == -__builtin_inff();
-  const double gap = is_first ? 0.0 : static_cast<double>(row.shift) - top;
+__attribute__((noinline)) static void raise_max(RowState<WITH_STATS>& row, const float* z, float bound) {
+  const bool is_first = row.max == -__builtin_inff();
+  float max = row.max;
+  for (int c = 0; c < TILE_COLUMNS; c++) max = z[c] > max || z[c] != z[c] ? z[c] : max;
+  // The sums of no logit yet are 0; times exp(0 - max), which may overflow, they would not stay it.
+  const double gap = is_first ? 0.0 : static_cast<double>(row.shift) - max;
   const Vec factor = broadcast(static_cast<float>(__builtin_exp(gap)));
   if constexpr (WITH_STATS) row.moment = factor * (row.moment + broadcast(static_cast<float>(gap)) * row.sum);
   row.sum = factor * row.sum;
-  row.shift = top;
-  row.threshold = top + SHIFT_MARGIN;
-  row.mass_scale = static_cast<float>(__builtin_exp(static_cast<double>(top) - bound));
+  row.max = row.shift = max;
+  row.mass_scale = static_cast<float>(__builtin_exp(static_cast<double>(max) - bound));
 }
 
 // Add one row of a tile. `is_column` holds 1 for columns of the vocabulary, 0 behind the last.
@@ -79,35 +70,30 @@ template <bool WITH_STATS, bool WITH_MASS>
 static inline void add_logits(RowState<WITH_STATS>& row, const float* z, const float* is_column, float bound,
                               float* mass) {
   bool is_beyond = false;
-  for (int v = 0; v < TILE_VECS; v++) is_beyond |= any_not_le(load(z + v * LANES), broadcast(row.threshold));
-  if (__builtin_expect(is_beyond, 0)) raise_shift(row, z, bound);
+  for (int v = 0; v < TILE_VECS; v++) is_beyond |= any_not_le(load(z + v * LANES), broadcast(row.max));
+  if (__builtin_expect(is_beyond, 0)) raise_max(row, z, bound);
   for (int v = 0; v < TILE_VECS; v++) {
     const Vec logits = load(z + v * LANES), gap = logits - broadcast(row.shift), numerators = exp(gap);
-    row.max = max_or_second_if_nan(logits, row.max);
     row.sum = row.sum + numerators;
     if constexpr (WITH_MASS) {
       store(mass + v * LANES, fma(numerators, broadcast(row.mass_scale), load(mass + v * LANES)));
     }
     if constexpr (WITH_STATS) {
+      const Vec zero = broadcast(0.0f);
       row.moment = fma(numerators, max_or_second_if_nan(broadcast(LOWEST_GAP), gap), row.moment);
-      row.total = row.total + zero_where_less(load(is_column + v * LANES), broadcast(0.5f), logits);
+      row.total = row.total + (load(is_column + v * LANES) != zero ? logits : zero);
     }
   }
 }
 
-// Write a row's partials over one chunk, field by field `stride` apart, relative to its exact maximum.
+// Write a row's partials over one chunk, field by field `stride` apart.
 template <bool WITH_STATS>
 static void finish_row(const RowState<WITH_STATS>& row, int64_t num_columns, int64_t stride, double* out) {
-  float lanes[LANES], max = -__builtin_inff();
-  store(lanes, row.max);
-  for (int i = 0; i < LANES; i++) max = lanes[i] > max || lanes[i] != lanes[i] ? lanes[i] : max;
-  const double shift = max == -__builtin_inff() ? 0.0 : max;
-  const double gap = row.shift - shift, factor = __builtin_exp(gap), sum = sum_lanes(row.sum);
-  out[FIELD_MAX * stride] = max;
-  out[FIELD_SUM * stride] = factor * sum;
+  out[FIELD_MAX * stride] = row.max;
+  out[FIELD_SUM * stride] = sum_lanes(row.sum);
   out[FIELD_TARGET * stride] = row.target;
   if constexpr (WITH_STATS) {
-    out[FIELD_MOMENT * stride] = factor * (sum_lanes(row.moment) + gap * sum);
+    out[FIELD_MOMENT * stride] = sum_lanes(row.moment);
     out[FIELD_TOTAL * stride] = sum_lanes(row.total);
     out[FIELD_SIZE * stride] = static_cast<double>(num_columns);
   }
@@ -245,7 +231,7 @@ static int run_pass(const ForwardArgs& args) {
 }
 
 int forward_rows(const ForwardArgs& args) {
-  if (args.bound == nullptr) return args.with_stats ? run_pass<true, false>(args) : run_pass<false, false>(args);
+  if (args.mass == nullptr) return args.with_stats ? run_pass<true, false>(args) : run_pass<false, false>(args);
   return args.with_stats ? run_pass<true, true>(args) : run_pass<false, true>(args);
 }
 

@@ -29,9 +29,6 @@ static inline Vec broadcast(float a) { return _mm512_set1_ps(a); }
 static inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 static inline Vec max_or_second_if_nan(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 static inline bool any_not_le(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLE_UQ) != 0; }
-static inline Vec zero_where_less(Vec a, Vec bound, Vec value) {
-  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, bound, _CMP_NLT_UQ), value);
-}
 static inline Vec copy_sign(Vec magnitude, Vec sign) {
   // 0xe4: bits of `sign` where the mask is set, of `magnitude` elsewhere.
   const __m512i mask = _mm512_set1_epi32(INT32_MIN);
@@ -71,9 +68,6 @@ static inline Vec broadcast(float a) { return _mm256_set1_ps(a); }
 static inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 static inline Vec max_or_second_if_nan(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 static inline bool any_not_le(Vec a, Vec b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_NLE_UQ)) != 0; }
-static inline Vec zero_where_less(Vec a, Vec bound, Vec value) {
-  return _mm256_and_ps(_mm256_cmp_ps(a, bound, _CMP_NLT_UQ), value);
-}
 static inline Vec copy_sign(Vec magnitude, Vec sign) {
   const Vec mask = _mm256_set1_ps(-0.0f);
   return _mm256_or_ps(_mm256_andnot_ps(mask, magnitude), _mm256_and_ps(mask, sign));
@@ -105,46 +99,34 @@ constexpr float ROUND_AND_BIAS = 12582912.0f + 127.0f;
 // exp is still a normal number here; below it counts as 0.
 constexpr float LOWEST_EXPONENT = -87.0f;
 
-struct Reduced {
-  Vec remainder;  // x - n ln 2
-  Vec power;      // 2^n
-};
-
-static inline Reduced reduce(Vec x) {
-  const Vec shifted = fma(x, broadcast(LOG2E), broadcast(ROUND_AND_BIAS));
-  const Vec n = shifted - broadcast(ROUND_AND_BIAS);
-  Vec r = fma(n, broadcast(-LN2_HIGH), x);
-  r = fma(n, broadcast(-LN2_LOW), r);
-  return {r, shift_into_exponent(shifted)};
-}
-
-// (e^r - 1 - r) / r^2 for |r| <= ln 2 / 2: Taylor to r^7 in all, truncation below 2^-26 of e^r.
-static inline Vec exp_tail(Vec r) {
+// e^x for x <= 88, to 1.0 units in the last place and exactly 1 at 0; 0 below LOWEST_EXPONENT; NaN for NaN and +inf.
+static inline Vec exp(Vec x) {
+  const Vec shifted = fma(x, broadcast(LOG2E), broadcast(ROUND_AND_BIAS)), n = shifted - broadcast(ROUND_AND_BIAS);
+  const Vec r = fma(n, broadcast(-LN2_LOW), fma(n, broadcast(-LN2_HIGH), x)), one = broadcast(1.0f);
+  // Taylor to r^7, |r| <= ln 2 / 2: truncated at 2^-27.
   Vec p = broadcast(1.0f / 5040);
   p = fma(p, r, broadcast(1.0f / 720));
   p = fma(p, r, broadcast(1.0f / 120));
   p = fma(p, r, broadcast(1.0f / 24));
   p = fma(p, r, broadcast(1.0f / 6));
-  return fma(p, r, broadcast(0.5f));
+  p = fma(p, r, broadcast(0.5f));
+  p = fma(fma(p, r, one), r, one);
+  return x < broadcast(LOWEST_EXPONENT) ? broadcast(0.0f) : p * shift_into_exponent(shifted);
 }
 
-// e^x for x <= 88, to 1.0 units in the last place; 0 below LOWEST_EXPONENT; NaN for NaN and +inf.
-static inline Vec exp(Vec x) {
-  const Reduced a = reduce(x);
-  const Vec one = broadcast(1.0f);
-  const Vec p = fma(fma(exp_tail(a.remainder), a.remainder, one), a.remainder, one);
-  return zero_where_less(x, broadcast(LOWEST_EXPONENT), p * a.power);
-}
-
-// tanh through e^(-2|x|) - 1, which keeps the relative precision of small x.
 static inline Vec tanh(Vec x) {
-  const Vec zero = broadcast(0.0f), magnitude = copy_sign(x, zero);
-  // tanh is 1 in fp32 long before; the bound keeps the power a normal number. NaN passes as the second operand.
-  const Vec doubled = max_or_second_if_nan(broadcast(-40.0f), magnitude * broadcast(-2.0f));
-  const Reduced a = reduce(doubled);
-  const Vec r = a.remainder, expm1_r = fma(exp_tail(r), r * r, r);
-  const Vec expm1 = fma(expm1_r, a.power, a.power - broadcast(1.0f));
-  return copy_sign(zero - expm1 / (expm1 + broadcast(2.0f)), x);
+  const Vec one = broadcast(1.0f), two = broadcast(2.0f), magnitude = copy_sign(x, one);
+  // Where it is nearly linear, x + x^3 p(x^2): p has the smallest relative error of its degree up to 0.6, 2^-28.
+  const Vec square = x * x;
+  Vec p = broadcast(-0.005895155481994152f);
+  p = fma(p, square, broadcast(0.020795969292521477f));
+  p = fma(p, square, broadcast(-0.053783830255270004f));
+  p = fma(p, square, broadcast(0.13331924378871918f));
+  p = fma(p, square, broadcast(-0.33333298563957214f));
+  const Vec small = fma(p * square, x, x);
+  // Elsewhere 1 - 2 e / (1 + e) with e = e^(-2|x|): the errors of e count half at most.
+  const Vec e = exp(magnitude * broadcast(-2.0f)), large = copy_sign(one - two * e / (one + e), x);
+  return magnitude < broadcast(0.6f) ? small : large;
 }
 
 // In lane order, in fp64.
