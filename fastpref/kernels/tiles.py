@@ -20,11 +20,13 @@ import torch
 
 from fastpref.errors import ConfigError
 
+# Columns of the vocabulary that share an exponent in a cache; every tile is a multiple of it wide.
+CACHE_COLUMNS = 64
 OVERRIDE_VARIABLE = "FASTPREF_TILES"
 INTERPRETER = "interpreter"
 FIELD_CHOICES = {
     "rows": (16, 32, 64, 128, 256),
-    "columns": (16, 32, 64, 128, 256),
+    "columns": (64, 128, 256),
     "hidden": (16, 32, 64, 128),
     "group_rows": tuple(range(1, 65)),
     "slices": (1, 2, 4),
@@ -75,7 +77,7 @@ TABLE: dict[str, tuple[Tile, ...]] = {
     "sm_86/32": (_ANY_32,),
     # So small that a few rows and columns cross many tiles.
     f"{INTERPRETER}/16": (Tile(rows=16, columns=64, hidden=16, group_rows=2, slices=4, warps=4, stages=1),),
-    f"{INTERPRETER}/32": (Tile(rows=16, columns=32, hidden=16, group_rows=2, slices=2, warps=4, stages=1),),
+    f"{INTERPRETER}/32": (Tile(rows=16, columns=64, hidden=16, group_rows=2, slices=2, warps=4, stages=1),),
 }
 
 CANDIDATES: dict[str, tuple[Tile, ...]] = {

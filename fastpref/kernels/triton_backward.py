@@ -4,7 +4,7 @@ Both write `coefficient * (onehot(label) - softmax)` in the operands' dtype, rea
 
 Dims: `R` rows, `H` hidden, `V` vocabulary, `N` vocabulary tiles; lower case `r`, `v`: the block.
 """
-# mypy: disable-error-code=no-untyped-def
+# mypy: disable-error-code="no-untyped-def"
 # Parameters of device functions are tensors of Triton's own language and have no Python types.
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastpref.kernels.engine import Head, RowScalars
-from fastpref.kernels.tiles import Tile
+from fastpref.kernels.engine import ExponentCache, Head, RowScalars
+from fastpref.kernels.tiles import CACHE_COLUMNS, Tile
 from fastpref.kernels.triton_common import (
     LOG2E,
     KernelCall,
@@ -28,7 +28,7 @@ from fastpref.kernels.triton_common import (
     tile_position,
 )
 
-CACHE_BLOCK_ROWS = 16
+CACHE_BLOCK_ROWS = 64
 
 
 @triton.jit
@@ -45,7 +45,6 @@ def _logit_gradient_kernel(
     num_rows,
     num_columns,
     hidden_size,
-    stride_xr,
     stride_wv,
     logit_scale,
     softcap,
@@ -73,7 +72,6 @@ def _logit_gradient_kernel(
             num_rows,
             num_columns,
             hidden_size,
-            stride_xr,
             stride_wv,
             BLOCK_R,
             BLOCK_V,
@@ -118,26 +116,24 @@ def _logit_gradient_kernel(
 def _cached_gradient_kernel(
     values_ptr,
     exponents_ptr,
+    places_ptr,
     labels_ptr,
-    label_logps_ptr,
     coefficients_ptr,
     row_max_ptr,
     row_sum_ptr,
     out_ptr,
     num_rows,
     num_columns,
-    num_groups,
-    stride_values,
     first_column,
+    num_cached_columns,
     logit_scale,
     BLOCK_R: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Write one tile of the gradient; see `cached_gradient_call`. A tile lies within one group of columns."""
+    """Write one tile of the gradient; see `cached_gradient_call`. A tile is within one group of the cache's columns."""
     num_row_tiles = tl.cdiv(num_rows, BLOCK_R)
-    row_tile = tl.program_id(0) % num_row_tiles
     column_tile = tl.program_id(0) // num_row_tiles
-    offs_r = row_tile * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_r = tl.program_id(0) % num_row_tiles * BLOCK_R + tl.arange(0, BLOCK_R)
     offs_v = column_tile * BLOCK_V + tl.arange(0, BLOCK_V)
     rows = offs_r.to(tl.int64)
     mask_r = offs_r < num_rows
@@ -145,21 +141,21 @@ def _cached_gradient_kernel(
     coefficient = tl.load(coefficients_ptr + rows, mask=mask_r, other=0.0)
     row_max = tl.load(row_max_ptr + rows, mask=mask_r, other=0.0)
     row_sum = tl.load(row_sum_ptr + rows, mask=mask_r, other=1.0)
-    label_p = tl.exp2(tl.load(label_logps_ptr + rows, mask=mask_r, other=0.0) * LOG2E)
-    group = first_column // BLOCK_V + column_tile
-    exponent = tl.load(exponents_ptr + rows * num_groups + group, mask=mask_r, other=0)
-    # fp64: both terms are large where the logits are, their difference is not.
-    gap = (exponent.to(tl.float64) - row_max.to(tl.float64) * LOG2E).to(tl.float32)
     is_live = coefficient != 0.0
     if logit_scale is not None:
         coefficient *= logit_scale
-    value_ptrs = values_ptr + rows[:, None] * stride_values + (first_column + offs_v)[None, :]
+    places = rows if places_ptr is None else tl.load(places_ptr + rows, mask=mask_r, other=0)
+    group = first_column // BLOCK_V + column_tile
+    exponent_ptrs = exponents_ptr + places * tl.cdiv(num_cached_columns, BLOCK_V) + group
+    exponent = tl.load(exponent_ptrs, mask=mask_r, other=0)
+    # fp64: both terms are large where the logits are, their difference is not.
+    gap = (exponent.to(tl.float64) - row_max.to(tl.float64) * LOG2E).to(tl.float32)
+    value_ptrs = values_ptr + places[:, None] * num_cached_columns + (first_column + offs_v)[None, :]
     values = tl.load(value_ptrs, mask=mask, other=0.0).to(tl.float32)
     gradient = values * (-coefficient * tl.exp2(gap) / row_sum)[:, None]
     column_of_label = label_columns(labels_ptr, offs_r, num_rows, column_tile * BLOCK_V, num_columns, BLOCK_V)
     is_label = column_of_label[:, None] == tl.arange(0, BLOCK_V)[None, :]
-    # The label's probability is known better than 8 bits: 1 - p may be all that is left of a certain token.
-    gradient = tl.where(is_label, (coefficient * (1.0 - label_p))[:, None], gradient)
+    gradient += tl.where(is_label, coefficient[:, None], 0.0)
     gradient = tl.where(is_live[:, None], gradient, 0.0)
     out_ptrs = out_ptr + rows[:, None] * num_columns + offs_v[None, :]
     tl.store(out_ptrs, round_to(gradient, out_ptr.dtype.element_ty), mask=mask)
@@ -192,35 +188,42 @@ def logit_gradient_call(
 
 
 def cached_gradient_call(
-    values_rV: Tensor,
-    exponents_rN: Tensor,
-    columns_per_group: int,
+    cache: ExponentCache,
+    places_r: Tensor | None,
     first_column: int,
     labels_r: Tensor,
-    label_logps_r: Tensor,
     rows: RowScalars,
     logit_scale: float,
     out_rv: Tensor,
 ) -> KernelCall:
-    """Describe the launch that reads the cache's columns from `first_column` on, a multiple of the group's width."""
+    """Describe the launch that reads `out_rv.shape[1]` columns of the cache from `first_column` on.
+
+    Args:
+        cache: contiguous, groups of CACHE_COLUMNS.
+        places_r: int64 [r], the block's rows in the cache; None = the first ones.
+        first_column: a multiple of CACHE_COLUMNS.
+        labels_r: int64 [r] columns of the block, any values.
+        rows: scalars of the block's rows.
+        logit_scale: that of the head.
+        out_rv: [r, v] contiguous.
+    """
     num_rows, num_columns = out_rv.shape
     arguments = {
-        "values_ptr": values_rV,
-        "exponents_ptr": exponents_rN,
+        "values_ptr": cache.values_RV,
+        "exponents_ptr": cache.exponents_RN,
+        "places_ptr": places_r,
         "labels_ptr": labels_r,
-        "label_logps_ptr": label_logps_r,
         "coefficients_ptr": rows.coefficients,
         "row_max_ptr": rows.row_max,
         "row_sum_ptr": rows.row_sum,
         "out_ptr": out_rv,
         "num_rows": num_rows,
         "num_columns": num_columns,
-        "num_groups": exponents_rN.shape[1],
-        "stride_values": values_rV.stride(0),
         "first_column": first_column,
+        "num_cached_columns": cache.values_RV.shape[1],
         "logit_scale": None if logit_scale == 1.0 else logit_scale,
         "BLOCK_R": CACHE_BLOCK_ROWS,
-        "BLOCK_V": columns_per_group,
+        "BLOCK_V": CACHE_COLUMNS,
     }
-    num_programs = triton.cdiv(num_rows, CACHE_BLOCK_ROWS) * triton.cdiv(num_columns, columns_per_group)
-    return KernelCall(_cached_gradient_kernel, num_programs, arguments, 4, 1)
+    num_programs = triton.cdiv(num_rows, CACHE_BLOCK_ROWS) * triton.cdiv(num_columns, CACHE_COLUMNS)
+    return KernelCall(_cached_gradient_kernel, num_programs, arguments, num_warps=4, num_stages=1)

@@ -2,7 +2,7 @@
 
 Dims: `R` rows, `H` hidden, `V` vocabulary.
 """
-# mypy: disable-error-code=no-untyped-def, assignment
+# mypy: disable-error-code="no-untyped-def, assignment"
 # Parameters of device functions are tensors of Triton's own language and have no Python types.
 
 from __future__ import annotations
@@ -43,7 +43,6 @@ def multiply_tile(
     num_rows,
     num_columns,
     hidden_size,
-    stride_xr,
     stride_wv,
     BLOCK_R: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -62,7 +61,7 @@ def multiply_tile(
         else:
             offs_h = h0 + tl.arange(0, BLOCK_H)
             mask_h = (offs_h < hidden_size)[None, :]
-            x_ptrs = x_ref + offs_r.to(tl.int64)[:, None] * stride_xr + offs_h[None, :]
+            x_ptrs = x_ref + offs_r.to(tl.int64)[:, None] * hidden_size + offs_h[None, :]
             w_ptrs = w_ref + offs_v.to(tl.int64)[:, None] * stride_wv + offs_h[None, :]
             x = tl.load(x_ptrs, mask=(offs_r < num_rows)[:, None] & mask_h, other=0.0)
             w = tl.load(w_ptrs, mask=(offs_v < num_columns)[:, None] & mask_h, other=0.0)
@@ -166,7 +165,6 @@ def product_arguments(x_RH: Tensor, head: Head, tile: Tile, use_tma: bool) -> di
         "num_rows": x_RH.shape[0],
         "num_columns": weight_VH.shape[0],
         "hidden_size": x_RH.shape[1],
-        "stride_xr": x_RH.stride(0),
         "stride_wv": weight_VH.stride(0),
         "logit_scale": None if head.logit_scale == 1.0 else head.logit_scale,
         "softcap": head.softcap,

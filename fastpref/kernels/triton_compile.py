@@ -27,7 +27,7 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastpref.kernels.engine import ExponentCache, Head, RowScalars
-from fastpref.kernels.tiles import CANDIDATES, TABLE, Tile, select_tile
+from fastpref.kernels.tiles import CACHE_COLUMNS, CANDIDATES, TABLE, Tile, select_tile
 from fastpref.kernels.triton_backward import cached_gradient_call, logit_gradient_call
 from fastpref.kernels.triton_common import KernelCall
 from fastpref.kernels.triton_forward import forward_call, merge_call, sum_call
@@ -37,7 +37,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FLAGS = {
     "forward": ("pointers", "bias", "scale", "softcap", "stats", "mass", "cache"),
     "gradient": ("pointers", "bias", "scale", "softcap", "covered"),
-    "cached": ("scale",),
+    "cached": ("scale", "places"),
     "merge": ("stats",),
     "sum": (),
 }
@@ -171,8 +171,8 @@ def describe(variant: Variant) -> KernelCall:
 
     parts = new(num_tiles, 4 if "stats" in flags else 2, NUM_ROWS)
     labels, scale = new(NUM_ROWS, dtype=torch.int64), 0.5 if "scale" in flags else 1.0
-    exponents = new(NUM_ROWS, num_tiles, dtype=torch.int32)
-    cache = ExponentCache(new(NUM_ROWS, VOCAB_SIZE, dtype=torch.bfloat16), exponents, tile.columns)
+    exponents = new(NUM_ROWS, VOCAB_SIZE // CACHE_COLUMNS, dtype=torch.int32)
+    cache = ExponentCache(new(NUM_ROWS, VOCAB_SIZE, dtype=torch.bfloat16), exponents, CACHE_COLUMNS)
     scalars = RowScalars(new(NUM_ROWS), new(NUM_ROWS), new(NUM_ROWS))
     out, row = new(NUM_ROWS, VOCAB_SIZE, dtype=dtype), new(NUM_ROWS)
     if variant.kernel == "merge":
@@ -180,7 +180,8 @@ def describe(variant: Variant) -> KernelCall:
     if variant.kernel == "sum":
         return sum_call(new(num_row_tiles, VOCAB_SIZE), new(VOCAB_SIZE))
     if variant.kernel == "cached":
-        return cached_gradient_call(*cache, 0, labels, row, scalars, scale, out)
+        places = labels if "places" in flags else None
+        return cached_gradient_call(cache, places, 0, labels, scalars, scale, out)
     bias = new(VOCAB_SIZE, dtype=dtype) if "bias" in flags else None
     weight, x = new(VOCAB_SIZE, HIDDEN_SIZE, dtype=dtype), new(NUM_ROWS, HIDDEN_SIZE, dtype=dtype)
     head = Head(weight, bias, scale, 30.0 if "softcap" in flags else None)

@@ -21,10 +21,7 @@ from torch import Tensor
 from fastpref.errors import MissingDependencyError
 from fastpref.kernels.engine import ExponentCache, ForwardRows, Head, RowScalars
 from fastpref.kernels.partials import NUM_FIELDS, NUM_FIELDS_WITH_STATS, empty_partials
-from fastpref.kernels.tiles import INTERPRETER, Tile, architecture_of, select_tile
-
-# Rows of the cache start at a multiple of this many elements, so that stores and loads of them are 16 bytes wide.
-CACHE_ALIGNMENT = 16
+from fastpref.kernels.tiles import CACHE_COLUMNS, INTERPRETER, Tile, architecture_of, select_tile
 
 
 def unavailable_reason() -> str | None:
@@ -43,6 +40,11 @@ def unavailable_reason() -> str | None:
 def is_available() -> bool:
     """Tell whether this engine can run here."""
     return unavailable_reason() is None
+
+
+def cache_columns(device: torch.device) -> int:
+    """Return the number of columns that share an exponent in a cache, the same on every device."""
+    return CACHE_COLUMNS
 
 
 def forward_rows(
@@ -67,7 +69,7 @@ def forward_rows(
     x_RH, head = launch.operands(x_RH, head)
     num_rows, num_columns = x_RH.shape[0], head.weight_VH.shape[0]
     mass_V = None if bound_R is None else x_RH.new_zeros(num_columns, dtype=torch.float32)
-    cache = _new_cache(x_RH, num_columns, launch.tile.columns) if with_cache else None
+    cache = _new_cache(x_RH, num_columns) if with_cache else None
     if not num_rows or not num_columns:
         return ForwardRows(empty_partials(num_rows, with_stats, x_RH.device), mass_V, cache)
     num_tiles = -(-num_columns // launch.tile.columns)
@@ -135,45 +137,32 @@ def logit_gradient(
 
 def cached_logit_gradient(
     cache: ExponentCache,
-    block: tuple[slice, slice],
-    labels_r: Tensor,
-    label_logps_r: Tensor,
-    rows: RowScalars,
+    places_r: Tensor | slice,
+    columns: slice,
     logit_scale: float,
+    labels_r: Tensor,
+    rows: RowScalars,
     out_rv: Tensor,
 ) -> None:
-    """Write what `logit_gradient` writes, from the exponentials of the forward pass instead of the product.
+    """Write one block of the gradient from a cache; see `engine.Engine.cached_logit_gradient`.
 
-    Args:
-        cache: of the whole forward pass.
-        block: its rows and columns; columns start at a multiple of `cache.columns_per_group`.
-        labels_r: int64 [r], column of the label in this block; outside [0, v) means "not here".
-        label_logps_r: fp32 [r], the label's log-probability: there the gradient keeps fp32 accuracy.
-        rows: as in `logit_gradient`.
-        logit_scale: that of the head.
-        out_rv: [r, v] contiguous; overwritten.
+    Any range of columns will do that starts at a multiple of `cache.columns_per_group`.
 
-    Determinism: bitwise.
-
-    Raises:
-        ValueError: columns that start within a group.
+    Determinism: bitwise. Rows with coefficient 0 give 0, whatever they contain.
     """
-    row_slice, column_slice = block
-    first_column, group = column_slice.start or 0, cache.columns_per_group
-    if first_column % group:
-        raise ValueError(f"columns must start at a multiple of columns_per_group = {group}, got {first_column}")
+    assert columns.start % cache.columns_per_group == 0, f"columns start at {columns.start}, inside a group"
     from fastpref.kernels.triton_backward import cached_gradient_call
 
     if not out_rv.numel():
         return
+    if isinstance(places_r, slice):
+        cache = cache._replace(values_RV=cache.values_RV[places_r], exponents_RN=cache.exponents_RN[places_r])
     with _device_guard(out_rv.device):
         cached_gradient_call(
-            cache.values_RV[row_slice],
-            cache.exponents_RN[row_slice],
-            group,
-            first_column,
+            cache,
+            None if isinstance(places_r, slice) else places_r.contiguous(),
+            columns.start,
             labels_r.contiguous(),
-            label_logps_r.contiguous(),
             RowScalars(*(values.contiguous() for values in rows)),
             logit_scale,
             out_rv,
@@ -237,9 +226,7 @@ def _is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def _new_cache(x_RH: Tensor, num_columns: int, columns_per_group: int) -> ExponentCache:
-    pitch = -(-num_columns // CACHE_ALIGNMENT) * CACHE_ALIGNMENT
-    values = x_RH.new_empty(x_RH.shape[0], pitch, dtype=torch.bfloat16)[:, :num_columns]
-    num_groups = -(-num_columns // columns_per_group)
-    exponents = x_RH.new_empty(x_RH.shape[0], num_groups, dtype=torch.int32)
-    return ExponentCache(values, exponents, columns_per_group)
+def _new_cache(x_RH: Tensor, num_columns: int) -> ExponentCache:
+    values = x_RH.new_empty(x_RH.shape[0], num_columns, dtype=torch.bfloat16)
+    num_groups = -(-num_columns // CACHE_COLUMNS)
+    return ExponentCache(values, x_RH.new_empty(x_RH.shape[0], num_groups, dtype=torch.int32), CACHE_COLUMNS)

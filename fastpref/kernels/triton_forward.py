@@ -9,7 +9,7 @@
 
 Dims: `R` rows, `H` hidden, `V` vocabulary, `N` vocabulary tiles, `M` row tiles, `F` fields of a part.
 """
-# mypy: disable-error-code=no-untyped-def
+# mypy: disable-error-code="no-untyped-def"
 # Parameters of device functions are tensors of Triton's own language and have no Python types.
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastpref.kernels.engine import ExponentCache, Head
-from fastpref.kernels.tiles import Tile
+from fastpref.kernels.tiles import CACHE_COLUMNS, Tile
 from fastpref.kernels.triton_common import (
     LOG2E,
     KernelCall,
@@ -37,6 +37,8 @@ from fastpref.kernels.triton_common import (
 HIGHEST_POWER = tl.constexpr(126.0)
 # Exponents of the cache are int32; a logit beyond this has none and makes its cached row NaN, never plausible.
 HIGHEST_EXPONENT = tl.constexpr(2.0**30)
+# Exponents are stored by narrower groups than tiles, so that a cache does not depend on the tile that wrote it.
+CACHE_V = tl.constexpr(CACHE_COLUMNS)
 # exp(gap) is 0 in fp32 below this; it keeps 0 * -inf out of the entropy.
 LOWEST_GAP = tl.constexpr(-700.0)
 
@@ -56,9 +58,7 @@ def _linear_logps_fwd_kernel(
     num_rows,
     num_columns,
     hidden_size,
-    stride_xr,
     stride_wv,
-    stride_values,
     logit_scale,
     softcap,
     BLOCK_R: tl.constexpr,
@@ -87,7 +87,6 @@ def _linear_logps_fwd_kernel(
             num_rows,
             num_columns,
             hidden_size,
-            stride_xr,
             stride_wv,
             BLOCK_R,
             BLOCK_V,
@@ -123,8 +122,12 @@ def _linear_logps_fwd_kernel(
             exponent = tl.ceil(power)
             to_exponent = tl.exp2((power - exponent).to(tl.float32))
             to_exponent = tl.where(tl.abs(exponent) < HIGHEST_EXPONENT, to_exponent, float("nan"))
-            exponent = tl.where(tl.abs(exponent) < HIGHEST_EXPONENT, exponent, 0.0)
-            tl.store(exponents_ptr + rows * num_column_tiles + column_tile, exponent.to(tl.int32), mask=mask_r)
+            exponent = tl.where(tl.abs(exponent) < HIGHEST_EXPONENT, exponent, 0.0).to(tl.int32)
+            num_groups = tl.cdiv(num_columns, CACHE_V)
+            offs_g = column_tile * (BLOCK_V // CACHE_V) + tl.arange(0, BLOCK_V // CACHE_V)
+            exponent_ptrs = exponents_ptr + rows[:, None] * num_groups + offs_g[None, :]
+            exponents = exponent[:, None] + tl.zeros((1, BLOCK_V // CACHE_V), dtype=tl.int32)
+            tl.store(exponent_ptrs, exponents, mask=mask_r[:, None] & (offs_g < num_groups)[None, :])
         total_exp = tl.zeros((BLOCK_R,), dtype=tl.float32)
         moment = tl.zeros((BLOCK_R,), dtype=tl.float32)
         total = tl.zeros((BLOCK_R,), dtype=tl.float32)
@@ -142,7 +145,7 @@ def _linear_logps_fwd_kernel(
                 mass_ptrs = mass_ptr + row_tile.to(tl.int64) * num_columns + slice_v
                 tl.store(mass_ptrs, tl.sum(p * to_bound[:, None], axis=0), mask=mask_v)
             if exponents_ptr is not None:
-                value_ptrs = values_ptr + rows[:, None] * stride_values + slice_v[None, :]
+                value_ptrs = values_ptr + rows[:, None] * num_columns + slice_v[None, :]
                 values = round_to(p * to_exponent[:, None], tl.bfloat16)
                 tl.store(value_ptrs, values, mask=mask_r[:, None] & mask_v[None, :])
         part_ptrs = parts_ptr + column_tile.to(tl.int64) * NUM_PARTS * num_rows + rows
@@ -237,14 +240,14 @@ def forward_call(
     """Describe the launch that reduces the logits of every tile.
 
     Args:
-        x_RH: [R, H], unit stride in H.
+        x_RH: [R, H] contiguous.
         head: projection, unit stride in H.
         labels_R: int64 [R], any values.
         parts_NFR: fp32 [N, 2, R] for maximum and sum; [N, 4, R] with statistics, moment and total / BLOCK_V.
         targets_R: fp32 [R], written where the label is a column.
         bound_R: fp32 [R] or None.
         mass_MV: fp32 [M, V] with `bound_R`, each row tile's share of the column masses.
-        cache: to fill, or None.
+        cache: to fill, contiguous, or None.
         tile: its shape.
         use_tma: load through the copy engine; both operands must satisfy `is_tma_ready`.
         num_sms: multiprocessors to fill.
@@ -258,7 +261,6 @@ def forward_call(
         "mass_ptr": mass_MV,
         "values_ptr": None if cache is None else cache.values_RV,
         "exponents_ptr": None if cache is None else cache.exponents_RN,
-        "stride_values": None if cache is None else cache.values_RV.stride(0),
         "WITH_STATS": parts_NFR.shape[1] == 4,
     }
     num_programs = count_programs(x_RH.shape[0], head.weight_VH.shape[0], tile, num_sms)
