@@ -4,7 +4,7 @@ On real text most columns of a large vocabulary have next to no probability at a
 gradient. The forward pass sees every logit once; on the way it adds up each column's mass, `sum over rows of p`. It
 does not know the normaliser yet, so it uses a lower bound of it and overestimates the mass. The columns with the
 smallest masses whose sum stays below a limit are cold; the rest, and every label, are active. A flat distribution
-(an untrained model) has no cold columns: all are active, and the backward pass is the exact one.
+(an untrained model) has hardly any cold columns, and the backward pass is then the exact one.
 
 Dims: `R` rows, `H` hidden, `V` vocabulary, `C` chunks of rows, `L` pilot columns.
 """
@@ -15,9 +15,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from fastpref.kernels.engine import Engine, Head, accumulation_dtype, operand_dtype
 from fastpref.kernels.rows import gather_rows
+from fastpref.kernels.vocab_parallel import merge_bounds
 
 # Rows that share one set. A taller chunk spares passes over the weight; at equal cold mass the error of the weight's
 # gradient grows with its height (relative 2.4e-4 at 512 rows, 4.5e-4 at 3300: Gemma-3-270m, docs/numerics.md).
@@ -55,28 +57,33 @@ def lower_bounds(x_RH: Tensor, head: Head, labels_R: Tensor) -> Tensor:
     return torch.cat(bounds) if bounds else x_RH.new_empty(0, dtype=accumulation_dtype(x_RH.dtype))
 
 
-def select_active(mass_V: Tensor, labels_R: Tensor, cold_mass: float) -> tuple[Tensor, Tensor]:
+def select_active(mass_V: Tensor, labels_R: Tensor, active_eps: float, num_shards: int = 1) -> tuple[Tensor, Tensor]:
     """Split the columns of one chunk of rows.
+
+    Cold are the columns with the smallest masses, as many as hold `active_eps / num_shards` per row together; but no
+    label, and none that alone may hold more than `active_eps` of any one row.
 
     Args:
         mass_V: fp32 [V] from the forward pass; NaN and inf mean "do not leave this column out".
         labels_R: int64 [R] columns of the labels; others than [0, V) are ignored.
-        cold_mass: largest mass per row that the cold columns may hold together.
+        active_eps: tolerance.
+        num_shards: ranks that share it.
 
     Returns:
         (bool [V], True = active; fp64 [], the mass per row that the cold columns hold, overestimated as `mass_V` is).
         No device sync.
     """
-    num_rows, num_columns = max(labels_R.shape[0], 1), mass_V.shape[0]
-    share_V = mass_V.double().nan_to_num(nan=float("inf")) / num_rows
-    sorted_V, order_V = share_V.sort(stable=True)
+    num_columns = mass_V.shape[0]
+    mass_V = mass_V.double().nan_to_num(nan=float("inf"))
+    sorted_V, order_V = mass_V.sort(stable=True)
+    num_rows = max(labels_R.shape[0], 1)
     is_active_V = torch.ones(num_columns + 1, dtype=torch.bool, device=mass_V.device)
-    is_active_V[order_V] = sorted_V.cumsum(0) > cold_mass
+    is_active_V[order_V] = (sorted_V.cumsum(0) > active_eps / num_shards * num_rows) | (sorted_V > active_eps)
     # A place behind the last column takes the labels that are not here.
     is_here_R = (labels_R >= 0) & (labels_R < num_columns)
     is_active_V[torch.where(is_here_R, labels_R, num_columns)] = True
     is_active_V = is_active_V[:num_columns]
-    return is_active_V, torch.where(is_active_V, 0.0, share_V).sum()
+    return is_active_V, torch.where(is_active_V, 0.0, mass_V).sum() / num_rows
 
 
 class Activity(NamedTuple):
@@ -92,7 +99,14 @@ class Activity(NamedTuple):
 
 
 def forward_with_activity(
-    engine: Engine, x_RH: Tensor, head: Head, labels_R: Tensor, *, with_stats: bool, cold_mass: float
+    engine: Engine,
+    x_RH: Tensor,
+    head: Head,
+    labels_R: Tensor,
+    *,
+    with_stats: bool,
+    active_eps: float,
+    group: ProcessGroup | None,
 ) -> tuple[Tensor, Activity]:
     """Run the forward pass chunk of rows by chunk of rows, and choose each chunk's active columns.
 
@@ -102,17 +116,23 @@ def forward_with_activity(
         head: the projection.
         labels_R: int64 [R] columns of the labels.
         with_stats: as in the engine.
-        cold_mass: limit of `select_active`.
+        active_eps: mass per row that the cold columns of all shards may hold.
+        group: ranks that hold the other shards.
 
     Returns:
-        (partials fp64 [F, R], Activity).
+        (partials fp64 [F, R] of this shard, Activity).
     """
+    chunks = list(zip(x_RH.split(CHUNK_ROWS), labels_R.split(CHUNK_ROWS), strict=True))
+    bound_R = torch.cat([lower_bounds(x_rH, head, labels_r) for x_rH, labels_r in chunks])
+    if group is not None:
+        # Most rows have their mass on another shard, which this one would overestimate without bound.
+        bound_R = merge_bounds(bound_R, group)
+    num_shards = 1 if group is None else group.size()
     partials, actives, colds = [], [], []
-    for x_rH, labels_r in zip(x_RH.split(CHUNK_ROWS), labels_R.split(CHUNK_ROWS), strict=True):
-        bound_r = lower_bounds(x_rH, head, labels_r)
+    for (x_rH, labels_r), bound_r in zip(chunks, bound_R.split(CHUNK_ROWS), strict=True):
         done = engine.forward_rows(x_rH, head, labels_r, with_stats=with_stats, bound_R=bound_r, with_cache=False)
         assert done.mass_V is not None
-        is_active_V, cold = select_active(done.mass_V, labels_r, cold_mass)
+        is_active_V, cold = select_active(done.mass_V, labels_r, active_eps, num_shards)
         partials.append(done.partials_FR)
         actives.append(is_active_V)
         colds.append(cold * (x_rH.shape[0] / max(x_RH.shape[0], 1)))

@@ -82,7 +82,7 @@ def linear_logps_fwd(
     kept += [hidden.new_empty(0, 0, dtype=torch.int32), nothing.double()]
     if plan == "active":
         partials_FR, activity = forward_with_activity(
-            engine, x_RH, head, labels_R, with_stats=with_stats, cold_mass=active_eps / (group.size() if group else 1)
+            engine, x_RH, head, labels_R, with_stats=with_stats, active_eps=active_eps, group=group
         )
         kept[0], kept[4] = activity
     else:

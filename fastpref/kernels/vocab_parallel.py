@@ -35,6 +35,13 @@ def merge_shards(local_FR: Tensor, dtype: torch.dtype, group: ProcessGroup) -> T
     return merge_partials(parts.view(group.size(), *local_FR.shape))
 
 
+def merge_bounds(bound_R: Tensor, group: ProcessGroup) -> Tensor:
+    """Combine each shard's lower bound [R] of a row's log-sum-exp into one for all shards, by one all-gather."""
+    bounds_PR = bound_R.new_empty(group.size(), bound_R.shape[0])
+    dist.all_gather_into_tensor(bounds_PR.view(-1), bound_R.contiguous(), group=group)
+    return bounds_PR.logsumexp(dim=0)
+
+
 @torch.library.custom_op("fastpref::shard_start", mutates_args=())
 def shard_start(weight_VH: Tensor, group_name: str) -> Tensor:
     """Return the id of this shard's first row, int64 [], from all ranks' shard sizes in rank order."""

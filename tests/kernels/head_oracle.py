@@ -26,6 +26,19 @@ def tiles(block_rows: int = 8, bwd_rows: int = 16, columns: int = 32) -> Iterato
         yield
 
 
+def peaked_inputs(
+    num_rows: int = 40, vocab_size: int = 600, hidden_size: int = 32, num_sequences: int = 2
+) -> HeadInputs:
+    """Rows that point at their labels, as those of a trained model do; every fifth row is nearly flat."""
+    generator = torch.Generator().manual_seed(0)
+    weight_VH = torch.randn(vocab_size, hidden_size, generator=generator) * 0.5 + 0.2
+    labels_SL = torch.randint(0, vocab_size, (num_sequences, num_rows // num_sequences), generator=generator)
+    noise_SLH = torch.randn(*labels_SL.shape, hidden_size, generator=generator)
+    hidden_SLH = 6.6 * weight_VH[labels_SL] + 2.2 * noise_SLH
+    hidden_SLH[:, ::5] *= 0.3
+    return HeadInputs(hidden_SLH, weight_VH, labels_SL)
+
+
 def oracle(inputs: HeadInputs) -> dict[str, list[float]]:
     """Per-sequence values of padded input, token by token, in fp64; `labels` inside the vocabulary only."""
     inputs = inputs.cast(torch.float64)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-from head_oracle import STATS, assert_results_within_rule, flatten, mixture
+from head_oracle import STATS, assert_results_within_rule, flatten, mixture, peaked_inputs
 from torch import Tensor
 
 from fastpref import linear_logps
@@ -211,7 +211,7 @@ def test_frozen_inputs(rank_pool_2: RankPool, needs: tuple[str, ...], sequence_p
     assert all(torch.equal(found[name], full[name]) for name in found)
 
 
-def count_collectives(inputs: HeadInputs, stats: tuple[str, ...]) -> list[tuple[str, int]]:
+def count_collectives(inputs: HeadInputs, stats: tuple[str, ...], backward: str = "exact") -> list[tuple[str, int]]:
     """Names and bytes sent of the collectives of one forward and one backward pass on this rank."""
     calls = []
 
@@ -236,7 +236,13 @@ def count_collectives(inputs: HeadInputs, stats: tuple[str, ...]) -> list[tuple[
         hidden_SLH = inputs.hidden_SLH.clone().requires_grad_()
         weight_VH = inputs.weight_VH[49:] if rank else inputs.weight_VH[:49]
         result = linear_logps(
-            hidden_SLH, weight_VH, inputs.labels_SL, tp_group=dist.group.WORLD, vocab_start=49 * rank, stats=stats
+            hidden_SLH,
+            weight_VH,
+            inputs.labels_SL,
+            tp_group=dist.group.WORLD,
+            vocab_start=49 * rank,
+            backward=backward,
+            stats=stats,
         )
         result.logps.sum().backward()
     finally:
@@ -254,6 +260,18 @@ def test_forward_makes_one_collective_and_backward_one(rank_pool_2: RankPool) ->
         assert calls == [("all_gather_into_tensor", num_rows * 12), backward]
     for calls in rank_pool_2.run(count_collectives, inputs, ("entropy", "mean_logit")):
         assert calls == [("all_gather_into_tensor", num_rows * 24), backward]
+
+
+def test_active_forward_makes_one_more_collective(rank_pool_2: RankPool) -> None:
+    """4 bytes per row: a shard cannot bound the softmax of all shards alone."""
+    inputs = ragged_inputs()
+    num_rows = int((inputs.labels_SL >= 0).sum())
+    for calls in rank_pool_2.run(count_collectives, inputs, (), "active"):
+        assert calls == [
+            ("all_gather_into_tensor", num_rows * 4),
+            ("all_gather_into_tensor", num_rows * 12),
+            ("all_reduce", num_rows * 33 * 4),
+        ]
 
 
 def refusals_on_rank(inputs: HeadInputs) -> list[str]:
@@ -279,6 +297,51 @@ def test_parallel_refusals(rank_pool_2: RankPool) -> None:
         assert "shape (72,), got (36,)" in messages[0]
         assert "use backend='torch'" in messages[1]
         assert "vocab_start must be >= 0, got -1" in messages[2]
+
+
+def active_on_rank(inputs: HeadInputs, sizes: tuple[int, ...], sequence_parallel: bool) -> dict[str, Tensor]:
+    """One rank's gradients with the active plan, and the columns that it reports."""
+    rank = dist.get_rank()
+    start = sum(sizes[:rank])
+    hidden, layout = rank_slice(inputs, sequence_parallel)
+    hidden = hidden.clone().requires_grad_()
+    weight_VH = inputs.weight_VH[start : start + sizes[rank]].clone().requires_grad_()
+    result = linear_logps(
+        hidden,
+        weight_VH,
+        tp_group=dist.group.WORLD,
+        vocab_start=start,
+        sequence_parallel=sequence_parallel,
+        backward="active",
+        active_eps=2**-6,
+        stats=("active_fraction", "cold_mass"),
+        **layout,
+    )
+    (result.logps * torch.linspace(-1, 1.5, 4)).sum().backward()
+    summary = torch.stack([result.active_fraction, result.cold_mass])
+    return {"d_hidden": hidden.grad, "d_weight": weight_VH.grad, "summary": summary}
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["", "sequence_parallel"])
+@pytest.mark.parametrize("sizes", [(300, 300), (590, 10), (0, 600)])
+def test_active_columns_of_each_shard(rank_pool_2: RankPool, sizes: tuple[int, int], sequence_parallel: bool) -> None:
+    """Shards share one tolerance; the mass that a shard leaves out is measured against its own part of the softmax."""
+    inputs = peaked_inputs(num_sequences=4)
+    exact, alone = [], []
+    for options, gradients in (({}, exact), ({"backward": "active", "active_eps": 2**-6}, alone)):
+        leaves = [inputs.hidden_SLH.clone().requires_grad_(), inputs.weight_VH.clone().requires_grad_()]
+        result = linear_logps(*leaves, inputs.labels_SL, **options)
+        (result.logps * torch.linspace(-1, 1.5, 4)).sum().backward()
+        gradients += [leaf.grad for leaf in leaves]
+    ranks = rank_pool_2.run(active_on_rank, inputs, sizes, sequence_parallel)
+    d_hidden = ranks[0]["d_hidden"]
+    if sequence_parallel:
+        d_hidden = torch.cat([rank["d_hidden"] for rank in ranks]).view(10, 4, 32).transpose(0, 1)
+    d_weight = torch.cat([rank["d_weight"] for rank in ranks])
+    for found, truth, one_rank in zip((d_hidden, d_weight), exact, alone, strict=True):
+        assert 0 < (found - truth).norm() < 2 * (one_rank - truth).norm()
+    assert sum(float(rank["summary"][1]) for rank in ranks) <= 2**-6
+    assert 0 < max(float(rank["summary"][0]) for rank in ranks) < 0.75
 
 
 def compiled_on_rank(inputs: HeadInputs) -> tuple[Tensor, Tensor]:
