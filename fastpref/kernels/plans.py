@@ -131,7 +131,8 @@ class _Backward:
         shape = tile_shape(weight_VH.device)
         self.height, self.width = shape.bwd_rows, shape.columns
         if kept.cache is not None:
-            self.width = kept.cache.columns_per_group
+            group = kept.cache.columns_per_group
+            self.width = max(self.width // group, 1) * group
         self.work = schedule(weight_VH.shape[0], self.width, rows, self.is_active_CV)
         self.unit = _operand_unit(coefficients_R, rows.x_RH.dtype)
         self.scalars = rows.scalars

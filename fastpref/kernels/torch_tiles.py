@@ -248,9 +248,9 @@ def cached_logit_gradient(
     out_rv: Tensor,
 ) -> None:
     """See `engine.Engine`."""
-    group = columns.start // cache.columns_per_group
     dtype = accumulation_dtype(out_rv.dtype)
-    exponents_r = cache.exponents_RN[places_r, group].to(dtype) - rows.row_max * LOG2E
-    numerators_rv = cache.values_RV[places_r, columns].to(dtype).mul_(exponents_r.exp2_().unsqueeze(1))
+    group_v = torch.arange(columns.start, columns.stop, device=out_rv.device) // cache.columns_per_group
+    scales_rN = (cache.exponents_RN[places_r].to(dtype) - (rows.row_max * LOG2E).unsqueeze(1)).exp2_()
+    numerators_rv = cache.values_RV[places_r, columns].to(dtype).mul_(scales_rN[:, group_v])
     _weigh_softmax(numerators_rv, logit_scale, labels_r, rows, None)
     out_rv.copy_(numerators_rv)
