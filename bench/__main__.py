@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import json
+import operator
 import os
 import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import click
 
+from bench import report
 from bench.implementations import IMPLEMENTATIONS
-from bench.measure import Row, check, in_child, in_process, probe, surroundings, time_in_turns
+from bench.measure import Row, check, in_child, probe, surroundings, time_in_turns
 from bench.oracle import verdict
+from bench.plots import draw
+from bench.workloads import NAMES, ROOT
 
 RESULTS = Path(__file__).parent / "results"
 WORKERS = {function.__name__: function for function in (check, time_in_turns)}
-VOCABS = [2**power for power in range(14, 21)]
-PERCENTS = [10, 25, 50, 75, 100]
+SWEEPS = {
+    "vocab": [f"synthetic-v{2**power}-r512-f50" for power in range(14, 21)],
+    "fraction": [
+        f"synthetic-v131072-r{1024 * percent // 100 // 8 * 8}-f{percent}" for percent in (10, 25, 50, 75, 100)
+    ],
+}
+"""512 response rows of 1024 positions; 96 ... 1024 response rows of about 1024 positions."""
 
 
 @click.group()
@@ -41,21 +51,48 @@ def head(workload: str, only: str, repeats: int, threads: int, out: Path | None,
     if unknown:
         raise click.UsageError(f"--only takes {', '.join(IMPLEMENTATIONS)}; got {', '.join(unknown)}")
     os.environ["OMP_NUM_THREADS"] = str(threads)
-    measure_head("dry" if dry else workload, names, repeats, out or RESULTS, in_process if dry else in_child)
+    measure_head("dry" if dry else workload, names, repeats, out or RESULTS, operator.call if dry else in_child)
 
 
 @main.command()
-@click.argument("axis", type=click.Choice(["vocab", "fraction"]))
+@click.argument("axis", type=click.Choice(list(SWEEPS)))
 @click.option("--only", default="", help="Comma-separated implementations; all by default.")
 @click.option("--repeats", default=3, show_default=True, help="Timed passes after the one that warms up.")
 @click.option("--threads", default=2, show_default=True, help="OMP_NUM_THREADS of the measuring processes.")
+@click.option("--out", type=click.Path(path_type=Path), help="Directory of the rows.  [default: bench/results]")
 @click.pass_context
-def sweep(context: click.Context, axis: str, only: str, repeats: int, threads: int) -> None:
+def sweep(context: click.Context, axis: str, only: str, repeats: int, threads: int, out: Path | None) -> None:
     """Synthetic heads: vocabularies of 16k to 1M, or 10 to 100 % of 1024 positions in the response."""
-    vocab = [f"synthetic-v{vocab}-r512-f50" for vocab in VOCABS]
-    fraction = [f"synthetic-v131072-r{1024 * percent // 100 // 8 * 8}-f{percent}" for percent in PERCENTS]
-    for workload in vocab if axis == "vocab" else fraction:
-        context.invoke(head, workload=workload, only=only, repeats=repeats, threads=threads, out=None, dry=False)
+    for workload in SWEEPS[axis]:
+        context.invoke(head, workload=workload, only=only, repeats=repeats, threads=threads, out=out, dry=False)
+
+
+@main.command()
+@click.option("--into", type=click.Path(path_type=Path), help="Put the tables into this document instead of printing.")
+@click.option("--out", type=click.Path(path_type=Path), help="Directory of the rows.  [default: bench/results]")
+def table(into: Path | None, out: Path | None) -> None:
+    """Markdown tables of the workloads measured so far, sweeps excepted."""
+    files = [(name, (out or RESULTS) / f"head-{name}.json") for name in NAMES]
+    tables = "\n".join(report.table(name, report.read_rows(file)) for name, file in files if file.exists())
+    if into is None:
+        click.echo(tables)
+    else:
+        into.write_text(report.replace_tables(into.read_text(encoding="utf-8"), tables), encoding="utf-8")
+
+
+@main.command()
+@click.option("--images", type=click.Path(path_type=Path), default=ROOT / "docs" / "images", help="Where figures go.")
+@click.option("--out", type=click.Path(path_type=Path), help="Directory of the rows.  [default: bench/results]")
+def plot(images: Path, out: Path | None) -> None:
+    """Figures of the sweeps measured so far."""
+    for axis, workloads in SWEEPS.items():
+        files = [(out or RESULTS) / f"head-{workload}.json" for workload in workloads]
+        rows = [report.read_rows(file) for file in files if file.exists()]
+        if not rows:
+            click.echo(f"no rows; measure with: python -m bench sweep {axis}")
+            continue
+        draw(rows, axis, images / f"bench-head-{axis}.png")
+        click.echo(images / f"bench-head-{axis}.png")
 
 
 @main.command(hidden=True)
@@ -101,9 +138,7 @@ def _measure_one(workload: str, name: str, ours: str, repeats: int, naive_errors
 
 
 def _brief(times: dict[str, dict[str, list[float]]]) -> str:
-    return ", ".join(
-        f"{name} {sorted(taken['wall_s'])[len(taken['wall_s']) // 2]:.2f} s" for name, taken in times.items()
-    )
+    return ", ".join(f"{name} {median(taken['wall_s']):.2f} s" for name, taken in times.items())
 
 
 if __name__ == "__main__":

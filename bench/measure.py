@@ -84,11 +84,6 @@ def probe(name: str) -> str | None:
     return None
 
 
-def in_process(function: Callable[..., Row], *arguments: Any) -> Row:
-    """Call a function of this module here; for shapes so small that memory does not matter."""
-    return function(*arguments)
-
-
 def in_child(function: Callable[..., Row], *arguments: Any) -> Row:
     """Call a function of this module in a new Python process.
 

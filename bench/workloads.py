@@ -113,7 +113,7 @@ def build(name: str) -> Case:
         vocab, rows, percent = map(int, synthetic.groups())
         return _finish(name, *_synthetic(vocab, 512, rows, rows * 100 // percent, num_pairs=4))
     if name == "dry":
-        return _finish(name, *_synthetic(512, 16, 24, 48, num_pairs=2))
+        return _finish(name, *_synthetic(512, 64, 96, 192, num_pairs=2))
     if name == "random-init":
         return _finish(name, *_random_init(build("gemma3-270m")))
     model_dir = ROOT / "runs" / "models" / MODELS[name]

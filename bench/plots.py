@@ -1,0 +1,77 @@
+"""Figures of the sweeps: time and peak memory against the vocabulary, and against the share of response rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from bench.measure import Row
+from bench.report import seconds
+
+STYLES = {
+    "ours-active": ("fastpref, active", "#c1121f", "o"),
+    "ours-exact": ("fastpref, exact", "#f08a5d", "s"),
+    "cce": ("Apple CCE", "#2a9d8f", "^"),
+    "naive-rows": ("naive, response rows", "#1d3557", "v"),
+    "trl": ("TRL chunked", "#8d6a9f", "D"),
+    "naive-pairs": ("naive, all positions", "#6c757d", "P"),
+    "liger": ("Liger DPO", "#b08900", "X"),
+}
+"""(label, colour, marker) of what is drawn."""
+
+
+def draw(rows: list[dict[str, Row]], axis: str, file: Path) -> None:
+    """Draw one sweep.
+
+    Args:
+        rows: one dict of rows by implementation for each workload of the sweep.
+        axis: "vocab" or "fraction".
+        file: the PNG to write.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    for name, (label, colour, marker) in STYLES.items():
+        found = [workload[name] for workload in rows if workload.get(name, {}).get("status") == "ok"]
+        found.sort(key=lambda row: _position(row, axis))
+        x = [_position(row, axis) for row in found]
+        style = {"label": label, "color": colour, "marker": marker, "markersize": 5, "linewidth": 1.6}
+        if name.startswith("ours"):
+            style |= {"linewidth": 2.6, "zorder": 3}
+        left.plot(x, [seconds(row, name) for row in found], **style)
+        right.plot(x, [row["extra_peak_mib"] / 1024 for row in found], **style)
+    shape = next(row["shape"] for workload in rows for row in workload.values() if row["status"] == "ok")
+    held = f"R = {shape['rows']} response rows of {shape['positions']} positions"
+    if axis == "fraction":
+        held = f"T = {shape['positions']} positions, V = {shape['vocab']:,}"
+    for panel, title in ((left, "Time, forward + backward (s)"), (right, "Extra peak memory (GiB)")):
+        _dress(panel, title, axis)
+    figure.suptitle(f"DPO head on a CPU: {held}, H = {shape['hidden']}, fp32", fontsize=11)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=130)
+    plt.close(figure)
+
+
+def _position(row: Row, axis: str) -> float:
+    shape = row["shape"]
+    return shape["vocab"] if axis == "vocab" else shape["rows"] / shape["positions"]
+
+
+def _dress(panel: Any, title: str, axis: str) -> None:
+    panel.set_title(title, fontsize=10, loc="left")
+    panel.set_yscale("log")
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.grid(axis="y", which="major", linewidth=0.5, alpha=0.4)
+    if axis == "vocab":
+        panel.set_xscale("log", base=2)
+        ticks = [2**power for power in range(14, 21)]
+        panel.set_xticks(ticks, ["1M" if tick == 2**20 else f"{tick // 1024}k" for tick in ticks])
+        panel.set_xlabel("vocabulary", fontsize=9)
+    else:
+        panel.set_xlabel("response rows / positions", fontsize=9)
+    panel.yaxis.set_major_formatter("{x:g}")
+    panel.tick_params(labelsize=8)

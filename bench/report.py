@@ -1,0 +1,137 @@
+"""Markdown tables from stored rows; no number in them is typed by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import median
+
+from bench.implementations import BARE, IMPLEMENTATIONS
+from bench.measure import Row
+
+BUSY_LOAD = 2.5
+"""Load average above which a row says that others used the machine: the measuring process alone makes 2 at most."""
+BARE_TARGET, FALLBACK_TARGET = 1.7, 1.1
+OPEN, CLOSE = "<!-- tables: python -m bench table --into docs/benchmarks.md -->", "<!-- end of tables -->"
+HEADER = (
+    "| implementation | time, s | x bare product | GFLOP/s | time / ours | extra peak, MiB | peak / ours "
+    "| error dX | error dW | load |\n|---|---|---|---|---|---|---|---|---|---|"
+)
+
+
+def read_rows(file: Path) -> dict[str, Row]:
+    """Rows by implementation, in the order of the registry."""
+    rows = json.loads(file.read_text(encoding="utf-8"))
+    return {name: rows[name] for name in IMPLEMENTATIONS if name in rows}
+
+
+def seconds(row: Row, name: str) -> float:
+    """Median wall time of one of those timed in the turns of a row."""
+    return median(row["times"][name]["wall_s"])
+
+
+def replace_tables(document: str, tables: str) -> str:
+    """Put tables between the two marks of a document.
+
+    Raises:
+        ValueError: the document has not exactly one pair of marks.
+    """
+    if document.count(OPEN) != 1 or document.count(CLOSE) != 1:
+        raise ValueError(f"the document must have one line {OPEN!r} and one {CLOSE!r}")
+    before, rest = document.split(OPEN)
+    return f"{before}{OPEN}\n\n{tables}\n{CLOSE}{rest.split(CLOSE)[1]}"
+
+
+def table(workload: str, rows: dict[str, Row]) -> str:
+    """One workload as a section: what was measured on what, one line per implementation, and the other targets."""
+    done = {name: row for name, row in rows.items() if row["status"] == "ok"}
+    lines = [f"### {workload}", ""]
+    if done:
+        first = next(iter(done.values()))
+        lines += [_describe(first), "", HEADER]
+        lines += [_line(name, row, done) for name, row in done.items()]
+        bare_s = seconds(first, BARE)
+        lines += [f"| bare product X W^T | {bare_s:.2f} | 1 | {_gflops(first, 2, bare_s)} | | | | | | {_load(first)} |"]
+        lines += ["", *_other_targets(done)]
+    lines += [
+        f"- {IMPLEMENTATIONS[name].title}: {row['status']}, {row['reason']}"
+        for name, row in rows.items()
+        if name not in done
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _describe(row: Row) -> str:
+    shape, machine = row["shape"], row["machine"]
+    versions = ", ".join(f"{package} {version}" for package, version in row["versions"].items())
+    return (
+        f"R = {shape['rows']} response rows of T = {shape['positions']} padded positions in {shape['sequences']} "
+        f"sequences, V = {shape['vocab']}, H = {shape['hidden']}, fp32; {100 * shape['active_fraction']:.1f} % of the "
+        f"columns active at 2^-14. {machine['cpu']} ({machine['cpu_capability']}), {machine['cores']} cores, "
+        f"{machine['memory_gib']} GiB, {row['threads']} threads; {versions}; commit {row['commit']}, {row['date']}; "
+        f"`{row['command']}`."
+    )
+
+
+def _line(name: str, row: Row, done: dict[str, Row]) -> str:
+    implementation, anchor = IMPLEMENTATIONS[name], row["ours"]
+    wall_s, taken = seconds(row, name), row["times"][name]["wall_s"]
+    bare_ratio = wall_s / seconds(row, BARE)
+    cells = [
+        f"{implementation.title}{' (ours)' if name == anchor else ''}",
+        f"{wall_s:.2f} ({min(taken):.2f} to {max(taken):.2f})",
+        _at_most(bare_ratio, BARE_TARGET if name == anchor else None),
+        _gflops(row, 6, wall_s),
+        "1" if name == anchor else _at_least(wall_s / seconds(row, anchor), implementation.time_target),
+        f"{row['extra_peak_mib']:.0f}",
+    ]
+    if name == anchor or anchor not in done:
+        cells.append("1" if name == anchor else "")
+    else:
+        ratio = row["extra_peak_mib"] / done[anchor]["extra_peak_mib"]
+        cells.append(_at_least(ratio, implementation.memory_target))
+    cells += [f"{row['errors'][tensor]['relative_l2']:.1e}" for tensor in ("d_hidden", "d_weight")]
+    return f"| {' | '.join(cells)} | {_load(row)} |"
+
+
+def _other_targets(done: dict[str, Row]) -> list[str]:
+    """Targets between two implementations other than "theirs over ours"."""
+    lines = []
+    exact, naive = done.get("ours-exact"), done.get("naive-rows")
+    if exact and naive:
+        time_ratio = seconds(exact, "ours-exact") / seconds(exact, "naive-rows")
+        peak_ratio = exact["extra_peak_mib"] / naive["extra_peak_mib"]
+        lines.append(
+            f"- Exact over naive on response rows: time {_at_most(time_ratio, 1.0)}, peak {_at_most(peak_ratio, 0.2)}."
+        )
+    if exact and "ours-active" in exact["times"]:
+        ratio = seconds(exact, "ours-active") / seconds(exact, "ours-exact")
+        target = FALLBACK_TARGET if exact["shape"]["active_fraction"] > 0.9 else None
+        lines.append(f"- Active over exact: time {_at_most(ratio, target)}.")
+    return lines
+
+
+def _at_least(ratio: float, target: float | None) -> str:
+    return _against(ratio, target, ">=", "<", target is not None and ratio >= target)
+
+
+def _at_most(ratio: float, target: float | None) -> str:
+    return _against(ratio, target, "<=", ">", target is not None and ratio <= target)
+
+
+def _against(ratio: float, target: float | None, met: str, missed: str, is_met: bool) -> str:
+    """The ratio, bold where it meets its target."""
+    if target is None:
+        return f"{ratio:.2f}"
+    return f"**{ratio:.2f}** {met} {target:g}" if is_met else f"{ratio:.2f} {missed} {target:g}"
+
+
+def _gflops(row: Row, products: int, wall_s: float) -> str:
+    """Useful rate: `products` x R x V x H, whatever the implementation really computes."""
+    shape = row["shape"]
+    return f"{products * shape['rows'] * shape['vocab'] * shape['hidden'] / wall_s / 1e9:.0f}"
+
+
+def _load(row: Row) -> str:
+    load = max(row["load_average"])
+    return f"{load:.1f}, busy" if load > BUSY_LOAD else f"{load:.1f}"

@@ -1,0 +1,80 @@
+"""Tables and figures say what the rows say."""
+
+from pathlib import Path
+
+import pytest
+
+from bench import plots, report
+from bench.__main__ import RESULTS
+from bench.workloads import NAMES
+
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "benchmarks.md"
+
+
+def row(name: str, wall_s: float, peak_mib: float, vocab: int = 1000) -> dict:
+    """A stored row: ours takes 2 s and the bare product 1 s in every session."""
+    wall = {"ours-active": 2.0, name: wall_s, "bare-product": 1.0}
+    return {
+        "status": "ok",
+        "ours": "ours-active",
+        "shape": {
+            **{"sequences": 4, "positions": 100, "rows": 50, "vocab": vocab, "hidden": 10},
+            "active_fraction": 0.125,
+        },
+        "errors": {tensor: {"max": 0.0, "relative_l2": 1e-7, "scale": 1.0} for tensor in ("d_hidden", "d_weight")},
+        "extra_peak_mib": peak_mib,
+        "times": {key: {"wall_s": [value, 9 * value, value], "cpu_s": [value]} for key, value in wall.items()},
+        "load_average": [0.5, 2.6 if name == "trl" else 2.0],
+        "threads": 2,
+        "machine": {"cpu": "CPU", "cores": 2, "memory_gib": 24.0, "cpu_capability": "AVX512"},
+        "versions": {"torch": "2"},
+        "commit": "abc",
+        "date": "2025-01-01 00:00",
+        "command": "python -m bench head",
+    }
+
+
+def cells(table: str, title: str) -> list[str]:
+    (line,) = (line for line in table.splitlines() if line.startswith(f"| {title}"))
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_table_shows_ratios_beside_their_targets() -> None:
+    rows = {
+        "ours-active": row("ours-active", 2.0, 100.0),
+        "naive-rows": row("naive-rows", 9.0, 500.0),
+        "trl": row("trl", 15.0, 150.0),
+        "cce": {"status": "wrong", "reason": "d_weight: relative error 1.00e-02 exceeds 5e-04"},
+    }
+    table = report.table("gemma3-270m", rows)
+    assert cells(table, "fastpref, active")[1:7] == ["2.00 (2.00 to 18.00)", "2.00 > 1.7", "0", "1", "100", "1"]
+    assert cells(table, "naive torch, response rows")[4:7] == ["**4.50** >= 4.5", "500", "**5.00** >= 5"]
+    assert cells(table, "TRL")[4:10] == ["7.50 < 8", "150", "1.50 < 1.6", "1.0e-07", "1.0e-07", "2.6, busy"]
+    assert "- Apple CCE, torch_compile: wrong, d_weight" in table
+    assert "12.5 % of the columns active" in table
+
+
+def test_replace_tables_keeps_the_text_around() -> None:
+    document = f"before\n{report.OPEN}\nold\n{report.CLOSE}\nafter\n"
+    replaced = report.replace_tables(document, "new\n")
+    assert replaced == f"before\n{report.OPEN}\n\nnew\n\n{report.CLOSE}\nafter\n"
+    assert report.replace_tables(replaced, "new\n") == replaced
+
+
+def test_replace_tables_without_marks_raises() -> None:
+    with pytest.raises(ValueError, match="must have one line"):
+        report.replace_tables("text", "new")
+
+
+def test_document_holds_the_tables_of_the_stored_rows() -> None:
+    files = [(name, RESULTS / f"head-{name}.json") for name in NAMES]
+    tables = "\n".join(report.table(name, report.read_rows(file)) for name, file in files if file.exists())
+    document = DOCUMENT.read_text(encoding="utf-8")
+    assert report.replace_tables(document, tables) == document
+
+
+@pytest.mark.parametrize("axis", ["vocab", "fraction"])
+def test_draw_writes_a_picture(tmp_path: Path, axis: str) -> None:
+    sweep = [{name: row(name, vocab / 500, vocab / 50, vocab)} for name in ("cce",) for vocab in (2**14, 2**20)]
+    plots.draw(sweep, axis, tmp_path / "sweep.png")
+    assert (tmp_path / "sweep.png").read_bytes()[:4] == b"\x89PNG"
