@@ -1,5 +1,6 @@
 """The fused op: log-probabilities of sequences from hidden states and the vocabulary projection."""
 
 from fastpref.kernels.api import SequenceLogps, linear_logps
+from fastpref.kernels.checks import plan_name
 
-__all__ = ["SequenceLogps", "linear_logps"]
+__all__ = ["SequenceLogps", "linear_logps", "plan_name"]

@@ -46,6 +46,13 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}{hint}")
 
 
+def plan_name(backward: str, dtype: torch.dtype) -> str:
+    """Return what `backward` stands for with inputs of `dtype`: "auto" is "active" in 16 bits, else "exact"."""
+    if backward != "auto":
+        return backward
+    return "active" if dtype in (torch.bfloat16, torch.float16) else "exact"
+
+
 def resolve_plan(
     backward: str,
     backend: str,
@@ -62,8 +69,7 @@ def resolve_plan(
         ValueError: unknown name, a number out of range, or an option that the plan does not use.
     """
     check_choice("backward", backward, BACKWARD_PLANS)
-    is_16_bit = hidden.dtype in (torch.bfloat16, torch.float16)
-    name = {"auto": "active" if is_16_bit else "exact"}.get(backward, backward)
+    name = plan_name(backward, hidden.dtype)
     if backend == "reference":
         if backward not in ("auto", "exact"):
             raise ValueError(

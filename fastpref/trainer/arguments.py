@@ -28,9 +28,11 @@ _RULES: dict[str, Rule] = {
     "adam_beta1": _FRACTION,
     "adam_beta2": _FRACTION,
     "adam_epsilon": ("a finite number > 0", lambda value: value > 0),
+    "active_eps": ("in (0, 1)", lambda value: 0 < value < 1),
     "save_total_limit": (">= 2, so that one good checkpoint survives a bad one", lambda value: value >= 2),
 }
 LR_SCHEDULES = ("constant", "linear", "cosine", "inverse-square-root")
+HEAD_BACKWARDS = ("auto", "active", "exact", "recompute", "cached")
 REPORT_TARGETS = ("tensorboard", "wandb")
 
 
@@ -88,6 +90,10 @@ class PrecisionArguments:
     """Parameters and activations in float16 with fp32 master weights and dynamic loss scaling."""
     recompute_granularity: Literal["full", "selective"] | None = None
     """Recompute activations in the backward pass: whole layers, or the attention core only."""
+    head_backward: Literal["auto", "active", "exact", "recompute", "cached"] = "auto"
+    """How the head's backward pass goes about the vocabulary (`linear_logps`): auto = active in 16 bits, else exact."""
+    active_eps: float | None = None
+    """Probability per row that an active backward pass may leave out; None = 2**-8."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,6 +187,14 @@ class TrainingArguments(OptimizationArguments, PrecisionArguments, ParallelArgum
         if self.recompute_granularity not in (None, "full", "selective"):
             problems.append(
                 f"recompute_granularity must be full, selective or None; got {self.recompute_granularity!r}"
+            )
+        if self.head_backward not in HEAD_BACKWARDS:
+            problems.append(f"head_backward must be one of {', '.join(HEAD_BACKWARDS)}; got {self.head_backward!r}")
+        is_active = self.head_backward == "active" or (self.head_backward == "auto" and (self.bf16 or self.fp16))
+        if self.active_eps is not None and not is_active:
+            problems.append(
+                f"active_eps ({self.active_eps}) is used by an active backward pass only, got head_backward "
+                f"{self.head_backward!r}; set head_backward to active, or leave active_eps out"
             )
         if self.min_lr > self.learning_rate:
             problems.append(f"min_lr ({self.min_lr}) must not exceed learning_rate ({self.learning_rate})")

@@ -20,7 +20,7 @@ from fastpref.trainer import guard, loop, state
 from fastpref.trainer.arguments import TrainingArguments
 from fastpref.trainer.batch import Microbatch
 from fastpref.trainer.feed import PairFeed
-from fastpref.trainer.head import TOKEN_STATS, install_heads, unwrap
+from fastpref.trainer.head import TOKEN_STATS, HeadOptions, install_heads, unwrap
 from fastpref.trainer.metrics import metric_names
 from fastpref.trainer.optimizer import build_optimizer, build_scheduler, check_model, wrap_for_training
 from fastpref.trainer.platform import initialize_distributed, initialize_model_parallel
@@ -90,7 +90,13 @@ class DPOTrainer:
         self.reference = build_reference(self.model, ref_model, self.train_config, self.args)
         self.starts_at_reference = ref_model is None and self.reference is not None
         token_stats = TOKEN_STATS if self.args.log_token_stats else ()
-        install_heads(self.model, token_stats)
+        options = HeadOptions(
+            token_stats=token_stats,
+            backward=self.args.head_backward,
+            active_eps=self.args.active_eps,
+            overlaps_grad_reduce=self.args.overlap_grad_reduce,
+        )
+        install_heads(self.model, options)
         self.models_wrapped = wrap_for_training(model, self.args)
         self.schedule = PreferenceSchedule(self.train_config)
         self.metrics_keys = list(metric_names(self.train_config, bool(token_stats)))

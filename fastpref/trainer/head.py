@@ -5,6 +5,8 @@ Design decisions:
   distributed optimizer, tied weights and state-dict names keep working.
 - Scoring is asked for by one attribute, `request`, set right before the model runs; without it the layer is the stock
   vocabulary projection.
+- Where Megatron's DDP keeps an fp32 gradient of the weight, the op adds to it in place: no gradient of the size of the
+  vocabulary is ever made, and none is rounded to 16 bits.
 
 Dims: S sequences, L positions, H hidden, T = L*S tokens.
 """
@@ -12,6 +14,8 @@ Dims: S sequences, L positions, H hidden, T = L*S tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -19,20 +23,54 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 from torch import Tensor
 
 from fastpref.errors import ConfigError
-from fastpref.kernels import linear_logps
+from fastpref.kernels import linear_logps, plan_name
 from fastpref.trainer.batch import HeadRequest
+from fastpref.trainer.platform import current_device
 from fastpref.trainer.timing import DeviceTimer
 
 TOKEN_STATS = ("entropy", "hits", "mean_logit")
+ACTIVITY_STATS = ("active_fraction", "cold_mass")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadOptions:
+    """How the heads of a model score."""
+
+    token_stats: tuple[str, ...] = ()
+    """Statistics that become columns of the scores."""
+    backward: str = "auto"
+    """Backward plan of `linear_logps`."""
+    active_eps: float | None = None
+    """Its tolerance; None takes the default."""
+    overlaps_grad_reduce: bool = False
+    """DDP waits for a gradient of every parameter during the backward pass."""
+
+
+class ActivityMeter:
+    """Adds up what the active plan reports, on the device, until somebody reads it."""
+
+    def __init__(self) -> None:
+        self._sum_3: Tensor | None = None
+
+    def add(self, active_fraction: Tensor, cold_mass: Tensor) -> None:
+        """Adds one forward pass."""
+        seen_3 = torch.stack([active_fraction, cold_mass, torch.ones_like(cold_mass)])
+        self._sum_3 = seen_3 if self._sum_3 is None else self._sum_3 + seen_3
+
+    def read(self) -> tuple[float, float, float]:
+        """Returns the sums of active fractions and cold masses and the number of passes, and starts again at 0."""
+        total_3, self._sum_3 = self._sum_3, None
+        return (0.0, 0.0, 0.0) if total_3 is None else tuple(total_3.tolist())
 
 
 class LogpsHead(ColumnParallelLinear):
     """A vocabulary projection that answers a `HeadRequest` with per-sequence sums instead of logits."""
 
     request: HeadRequest | None
-    token_stats: tuple[str, ...]
+    options: HeadOptions
     vocab_size: int
     timer: DeviceTimer
+    activity: ActivityMeter
 
     def forward(
         self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
@@ -48,11 +86,15 @@ class LogpsHead(ColumnParallelLinear):
             (scores [S, K] fp32, None) with the columns logps, then nll where asked, then `token_stats`; or the stock
             layer's (logits, bias) when `request` is None.
         """
-        request = self.request
+        request, options = self.request, self.options
         if request is None:
             return super().forward(input_, weight, runtime_gather_output)
         self.timer.start()
         weight_VH = self.weight if weight is None else weight
+        main_grad_VH = _main_grad(weight_VH)
+        if main_grad_VH is not None and options.overlaps_grad_reduce:
+            weight_VH = _AddedToMainGrad.apply(weight_VH)
+        plan = plan_name(options.backward, weight_VH.dtype)
         vocab_start = self.tp_group.rank() * self.output_size_per_partition
         # Rows that only pad the vocabulary to a multiple of the tensor-parallel size must not enter the softmax.
         num_real = min(max(self.vocab_size - vocab_start, 0), self.output_size_per_partition)
@@ -70,15 +112,45 @@ class LogpsHead(ColumnParallelLinear):
             tp_group=self.tp_group if self.tp_group.size() > 1 else None,
             vocab_start=min(vocab_start, self.vocab_size) if self.tp_group.size() > 1 else None,
             sequence_parallel=self.sequence_parallel,
-            stats=self.token_stats,
+            main_grad=None if main_grad_VH is None else main_grad_VH[:num_real],
+            backward=options.backward,
+            active_eps=options.active_eps,
+            stats=options.token_stats + (ACTIVITY_STATS if plan == "active" else ()),
         )
+        if scores.active_fraction is not None and scores.cold_mass is not None:
+            self.activity.add(scores.active_fraction, scores.cold_mass)
         columns = [scores.logps] if scores.nll is None else [scores.logps, scores.nll]
-        columns += [getattr(scores, name).float() for name in self.token_stats]
+        columns += [getattr(scores, name).float() for name in options.token_stats]
         self.timer.stop()
         if scores.logps.requires_grad and input_.requires_grad:
             scores.logps.register_hook(lambda _: self.timer.start())
             input_.register_hook(lambda _: self.timer.stop())
         return torch.stack(columns, dim=1), None
+
+
+def _main_grad(weight_VH: Tensor) -> Tensor | None:
+    """Returns DDP's fp32 gradient buffer of a parameter that is about to get a gradient; None where there is none."""
+    if not (torch.is_grad_enabled() and weight_VH.requires_grad):
+        return None
+    main_grad_VH = getattr(weight_VH, "main_grad", None)
+    return main_grad_VH if main_grad_VH is not None and main_grad_VH.dtype == torch.float32 else None
+
+
+class _AddedToMainGrad(torch.autograd.Function):
+    """Hands DDP the empty gradient that it waits for, and tells it that the real one is in `main_grad`."""
+
+    @staticmethod
+    def forward(ctx: Any, weight_VH: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.weight_VH = weight_VH
+        return weight_VH.view_as(weight_VH)
+
+    @staticmethod
+    def backward(ctx: Any, d_weight_VH: Tensor | None) -> Tensor:
+        assert d_weight_VH is None, "the gradient must have gone to main_grad"
+        # An embedding that shares the weight brings a gradient of its own, which DDP then still has to add.
+        ctx.weight_VH.grad_added_to_main_grad = not getattr(ctx.weight_VH, "zero_out_wgrad", False)
+        return torch.zeros_like(ctx.weight_VH)
 
 
 def unwrap(model: torch.nn.Module) -> GPTModel:
@@ -97,7 +169,29 @@ def head_of(model: torch.nn.Module) -> LogpsHead | None:
     return chunk.output_layer if chunk.post_process else None
 
 
-def install_heads(models: Sequence[torch.nn.Module], token_stats: tuple[str, ...] = ()) -> None:
+def read_activity(head: LogpsHead) -> dict[str, float]:
+    """Reads a head's `ActivityMeter` on every tensor-parallel rank; the same result on each.
+
+    Returns:
+        `active_fraction` of the whole vocabulary, `active_imbalance` (largest share of a rank over the mean: hot tokens
+        have low ids, so the first rank is the busiest) and `cold_mass` per row; all 0.0 without an active pass.
+    """
+    size = head.tp_group.size()
+    mine_3 = torch.tensor(head.activity.read(), dtype=torch.float64, device=current_device())
+    ranks_P3 = mine_3.new_empty(size, 3)
+    torch.distributed.all_gather_into_tensor(ranks_P3.view(-1), mine_3, group=head.tp_group)
+    fractions_P, colds_P, passes_P = ranks_P3.unbind(1)
+    if not passes_P[0]:
+        return dict.fromkeys(("active_fraction", "active_imbalance", "cold_mass"), 0.0)
+    passes = float(passes_P[0])
+    return {
+        "active_fraction": float(fractions_P.mean()) / passes,
+        "active_imbalance": float(fractions_P.max() / fractions_P.mean()),
+        "cold_mass": float(colds_P.sum()) / passes,
+    }
+
+
+def install_heads(models: Sequence[torch.nn.Module], options: HeadOptions) -> None:
     """Turns the output layers of `models` into scoring heads, in place.
 
     A chunk may carry `real_vocab_size`, the vocabulary without the rows that pad it; otherwise `vocab_size` counts.
@@ -120,6 +214,7 @@ def install_heads(models: Sequence[torch.nn.Module], token_stats: tuple[str, ...
             raise ConfigError(f"output_layer must be Megatron's ColumnParallelLinear, got {type(head).__name__}")
         head.__class__ = LogpsHead
         head.request = None
-        head.token_stats = token_stats
+        head.options = options
         head.vocab_size = getattr(chunk, "real_vocab_size", chunk.vocab_size)
         head.timer = DeviceTimer()
+        head.activity = ActivityMeter()

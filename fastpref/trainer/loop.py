@@ -21,7 +21,7 @@ from fastpref.errors import CheckpointError, ConfigError
 from fastpref.losses import DPOConfig
 from fastpref.trainer import state
 from fastpref.trainer.arguments import TrainingArguments
-from fastpref.trainer.head import head_of
+from fastpref.trainer.head import head_of, read_activity
 from fastpref.trainer.metrics import MetricWindow
 from fastpref.trainer.reporting import RunReporter
 from fastpref.trainer.step import step_totals
@@ -227,10 +227,13 @@ class _Window:
         """Metrics of the window; then starts the next one."""
         trainer, steps, seconds = self._trainer, self._steps, max(self._active, 1e-9)
         heads = [head for head in map(head_of, trainer.model) if head is not None]
-        self._metrics.add_seconds(
-            ref_seconds=0.0 if trainer.reference is None else trainer.reference.timer.read(),
-            head_seconds=sum(head.timer.read() for head in heads),
-        )
+        seen = {
+            "ref_seconds": 0.0 if trainer.reference is None else trainer.reference.timer.read(),
+            "head_seconds": sum(head.timer.read() for head in heads),
+        }
+        for head in heads:
+            seen |= read_activity(head)
+        self._metrics.add_means(seen)
         metrics, totals = self._metrics.reduce()
         norms = [step.grad_norm for step in steps if step.grad_norm is not None]
         if norms:
@@ -251,6 +254,7 @@ class _Window:
             "perf/step_seconds": seconds / len(steps),
             "perf/ref_seconds": totals["ref_seconds"] / len(steps),
             "perf/head_seconds": totals["head_seconds"] / len(steps),
+            **_activity(totals),
             "memory/peak_gib": _peak_gib(),
         }
         self._steps, self._start, self._active = [], time.perf_counter(), 0.0
@@ -267,6 +271,17 @@ class _Window:
             return {}
         self._last_ratio = ratio
         return {"alarm/likelihood_displacement": float(ratio < 0.0 and last is not None and ratio < last)}
+
+
+def _activity(totals: dict[str, float]) -> dict[str, float]:
+    """What the active backward pass looked at; nothing where another plan runs."""
+    if not totals["active_imbalance"]:
+        return {}
+    return {
+        "perf/active_vocab_fraction": totals["active_fraction"],
+        "perf/active_vocab_imbalance": totals["active_imbalance"],
+        "perf/cold_mass": totals["cold_mass"],
+    }
 
 
 def _peak_gib() -> float:

@@ -13,7 +13,9 @@ from fastpref.trainer.batch import Microbatch
 from fastpref.trainer.platform import current_device
 from fastpref.trainer.step import Metrics, MicrobatchResult
 
-TOTALS = ("pairs", "real_tokens", "response_tokens", "padded_tokens", "ref_seconds", "head_seconds", "ranks")
+COUNTS = ("pairs", "real_tokens", "response_tokens", "padded_tokens")
+MEANS = ("ref_seconds", "head_seconds", "active_fraction", "active_imbalance", "cold_mass")
+TOTALS = (*COUNTS, *MEANS, "ranks")
 
 
 def metric_names(config: DPOConfig, token_stats: bool) -> tuple[str, ...]:
@@ -60,16 +62,16 @@ class MetricWindow:
             self._totals["response_tokens"] += float(batch.counts_S[is_real_S].sum())
             self._totals["padded_tokens"] += batch.input_ids_SL.numel()
 
-    def add_seconds(self, ref_seconds: float, head_seconds: float) -> None:
-        """Adds this rank's time in the reference pass and in the head."""
-        self._totals["ref_seconds"] += ref_seconds
-        self._totals["head_seconds"] += head_seconds
+    def add_means(self, values: dict[str, float]) -> None:
+        """Adds this rank's values of `MEANS`."""
+        for name, value in values.items():
+            self._totals[name] += value
 
     def reduce(self) -> tuple[dict[str, float], dict[str, float]]:
         """Means of the metrics and `TOTALS` over all ranks; then starts a new window.
 
         Returns:
-            (metrics, totals): seconds are the mean of the ranks that own results, the other totals their sum.
+            (metrics, totals): `MEANS` are means over the ranks that own results, the other totals their sum.
         """
         packed = torch.cat([self._sums.flatten(), self._sums.new_tensor(list(self._totals.values()))])
         if not owns_results():
@@ -77,7 +79,7 @@ class MetricWindow:
         torch.distributed.all_reduce(packed)
         table, values = packed[: self._sums.numel()].view(-1, 2).tolist(), packed[self._sums.numel() :].tolist()
         totals = dict(zip(TOTALS, values, strict=True))
-        for name in ("ref_seconds", "head_seconds"):
+        for name in MEANS:
             totals[name] /= totals["ranks"]
         self._reset()
         return {name: total / weight for name, (total, weight) in zip(self.names, table, strict=True) if weight}, totals

@@ -12,7 +12,7 @@ from fastpref.errors import ConfigError
 from fastpref.losses import DPOConfig
 from fastpref.trainer.arguments import TrainingArguments
 from fastpref.trainer.batch import Microbatch
-from fastpref.trainer.head import install_heads, unwrap
+from fastpref.trainer.head import HeadOptions, install_heads, unwrap
 from fastpref.trainer.optimizer import check_model, to_precision
 from fastpref.trainer.step import PreferenceSchedule, with_reference
 from fastpref.trainer.timing import DeviceTimer
@@ -28,7 +28,7 @@ class ReferenceModel:
     """
 
     def __init__(self, models: Sequence[torch.nn.Module], config: DPOConfig, args: TrainingArguments) -> None:
-        install_heads(models)
+        install_heads(models, HeadOptions())
         self.models = to_precision(models, args)
         for model in self.models:
             model.eval().requires_grad_(False)
