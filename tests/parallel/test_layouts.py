@@ -162,6 +162,34 @@ def test_tied_head_and_padded_vocabulary_train_like_one(rank_pool_2: RankPool, t
     assert_same_run(logs[0], expected, tmp_path / "two", tmp_path / "one", tmp_path / "one" / "start")
 
 
+@pytest.mark.parametrize("layout", [Layout(), Layout(pp=2)], ids=["dp2", "pp2"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_overlapped_gradient_reduction_trains_like_one(
+    rank_pool_2: RankPool, tmp_path: Path, tied: bool, layout: Layout
+) -> None:
+    """DDP waits for a gradient of every parameter; the head's is in `main_grad` already, an embedding's is not."""
+    config = json.loads((POLICY / "config.json").read_text()) | {"tie_word_embeddings": tied, "initializer_range": 0.2}
+    expected = train(Layout(), 1, LOSSES["dpo"], str(tmp_path / "one"), 2, config)
+    options = {"overlap_grad_reduce": True}
+    dp = 2 // layout.pp
+    logs = rank_pool_2.run(train, layout, dp, LOSSES["dpo"], str(tmp_path / "two"), 2, config, options)
+    assert_same_run(logs[0], expected, tmp_path / "two", tmp_path / "one", tmp_path / "one" / "start")
+
+
+def test_active_head_trains_like_an_exact_one_and_reports_its_columns(rank_pool_2: RankPool, tmp_path: Path) -> None:
+    """The golden policy is nearly untrained: all but a few columns are active, on each of two shards."""
+    expected = train(Layout(), 1, LOSSES["dpo"], str(tmp_path / "exact"))
+    options = {"head_backward": "active", "active_eps": 2**-10}
+    logs = rank_pool_2.run(train, Layout(tp=2), 1, LOSSES["dpo"], str(tmp_path / "active"), 2, None, options)
+    for ours, exact in zip(logs[0][:STEPS], expected, strict=False):
+        assert 0.5 < ours["perf/active_vocab_fraction"] <= 1.0
+        assert 1.0 <= ours["perf/active_vocab_imbalance"] < 1.5
+        assert 0.0 <= ours["perf/cold_mass"] <= 2**-10
+        assert "perf/cold_mass" not in exact
+        assert ours["grad_norm"] == pytest.approx(exact["grad_norm"], rel=2**-10)
+        assert ours["perf/cold_mass"] == logs[1][ours["step"] - 1]["perf/cold_mass"]
+
+
 def test_microbatch_size_does_not_change_the_run(tmp_path: Path) -> None:
     config = LOSSES["ipo+sft"]
     expected = train(Layout(), 1, config, str(tmp_path / "two"))

@@ -24,6 +24,9 @@ from fastpref.trainer import TrainingArguments
         ({"sequence_parallel": True}, "tensor_model_parallel_size >= 2"),
         ({"save_total_limit": 1}, "save_total_limit must be >= 2"),
         ({"report_to": ("tensorbord",)}, "report_to must name only"),
+        ({"head_backward": "actve"}, "head_backward must be one of auto, active, exact"),
+        ({"active_eps": 1e-3}, "active_eps .* active backward pass only, got head_backward 'auto'; set head_backward"),
+        ({"active_eps": 1.0, "bf16": True}, r"active_eps must be in \(0, 1\), got 1.0"),
         ({"recompute_granularity": "half"}, "recompute_granularity must be full, selective or None"),
     ],
 )

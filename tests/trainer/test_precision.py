@@ -28,6 +28,7 @@ def test_bf16_starts_at_ln_2_and_follows_fp32(quiet_args) -> None:
     for ours, theirs in zip(half, full, strict=True):
         assert ours["logps/chosen"] == pytest.approx(theirs["logps/chosen"], abs=0.3)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=0.1)
+        assert ours["perf/cold_mass"] <= 2**-8 and "perf/cold_mass" not in theirs
     assert half[-1]["loss"] < 0.66 and full[-1]["loss"] < 0.66
 
 
