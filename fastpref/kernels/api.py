@@ -267,6 +267,6 @@ def _sum_to_sequences(
         entropy=statistic("entropy", outputs.entropy),
         hits=statistic("hits", outputs.hits),
         mean_logit=statistic("mean_logit", outputs.mean_logit),
-        active_fraction=summary_2[0] if summary_2 is not None and "active_fraction" in stats else None,
-        cold_mass=summary_2[1] if summary_2 is not None and "cold_mass" in stats else None,
+        active_fraction=summary_2[0].detach() if summary_2 is not None and "active_fraction" in stats else None,
+        cold_mass=summary_2[1].detach() if summary_2 is not None and "cold_mass" in stats else None,
     )

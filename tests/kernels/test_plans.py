@@ -226,6 +226,7 @@ def test_activity_is_reported_where_a_gradient_can_follow() -> None:
         if needs_grad:
             _, summary = active_columns(inputs, 2**-8)
             assert [result.active_fraction, result.cold_mass] == summary.tolist()
+            assert not result.active_fraction.requires_grad and not result.cold_mass.requires_grad
         else:
             assert result.active_fraction is None and result.cold_mass is None
 
