@@ -40,7 +40,12 @@ def main() -> None:
 @main.command()
 @click.option("--workload", default="gemma3-270m", show_default=True, help="See bench/workloads.py for the names.")
 @click.option("--only", default="", help="Comma-separated implementations; all by default.")
-@click.option("--repeats", default=5, show_default=True, help="Timed passes after the one that warms up.")
+@click.option(
+    "--repeats",
+    default=5,
+    show_default=True,
+    help="Timed passes after the one that warms up; 0: errors and memory only.",
+)
 @click.option("--threads", default=2, show_default=True, help="OMP_NUM_THREADS of the measuring processes.")
 @click.option("--out", type=click.Path(path_type=Path), help="Directory of the rows.  [default: bench/results]")
 @click.option("--dry", is_flag=True, help="A tiny shape in this process, to see that everything runs.")
@@ -120,7 +125,7 @@ def measure_head(workload: str, names: list[str], repeats: int, out: Path, run: 
         rows[name] = row | surroundings() | {"command": shlex.join(["python", "-m", "bench", *sys.argv[1:]])}
         out.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(rows, indent=1) + "\n")
-        click.echo(f"{workload} {name}: {row['status']} {row.get('reason') or _brief(row['times'])}")
+        click.echo(f"{workload} {name}: {row['status']} {row.get('reason') or _brief(row)}")
 
 
 def _measure_one(workload: str, name: str, ours: str, repeats: int, naive_errors: Any, run: Callable[..., Row]) -> Row:
@@ -131,14 +136,17 @@ def _measure_one(workload: str, name: str, ours: str, repeats: int, naive_errors
         reason = verdict(row["errors"], naive_errors, is_exact=implementation.is_exact)
         if reason is not None:
             return row | {"status": "wrong", "reason": reason}
+        if not repeats:
+            return row | {"status": "untimed", "ours": ours}
         together = list(dict.fromkeys([ours, name, *implementation.beside]))
         return row | {"status": "ok", "ours": ours} | run(time_in_turns, workload, together, repeats)
     except RuntimeError as error:
         return {"status": "failed", "reason": str(error)}
 
 
-def _brief(times: dict[str, dict[str, list[float]]]) -> str:
-    return ", ".join(f"{name} {median(taken['wall_s']):.2f} s" for name, taken in times.items())
+def _brief(row: Row) -> str:
+    taken = [f"{name} {median(times['wall_s']):.2f} s" for name, times in row.get("times", {}).items()]
+    return ", ".join([*taken, f"peak +{row['extra_peak_mib']:.0f} MiB"])
 
 
 if __name__ == "__main__":

@@ -42,7 +42,8 @@ def check(workload: str, name: str) -> Row:
     peak_mib = _status_mib("VmHWM") - before_mib
     expected = truth(case)
     properties = case.shape | {"active_fraction": round(float(expected["active_fraction"]), 4)}
-    return {"shape": properties, "errors": errors(result, expected), "extra_peak_mib": round(peak_mib, 1)}
+    peak = {"extra_peak_mib": round(peak_mib, 1), "threads": torch.get_num_threads()}
+    return {"shape": properties, "errors": errors(result, expected), **peak}
 
 
 def time_in_turns(workload: str, names: list[str], repeats: int) -> Row:
@@ -67,7 +68,7 @@ def time_in_turns(workload: str, names: list[str], repeats: int) -> Row:
                 times[name]["wall_s"].append(round(wall, 4))
                 times[name]["cpu_s"].append(round(cpu, 4))
     loads = [round(load, 1) for load in (load_before, os.getloadavg()[0])]
-    return {"times": times, "load_average": loads, "threads": torch.get_num_threads()}
+    return {"times": times, "load_average": loads}
 
 
 def probe(name: str) -> str | None:

@@ -63,6 +63,13 @@ def test_head_keeps_rows_that_are_there(rows, tmp_path: Path) -> None:
     assert "there already" in output and json.loads((tmp_path / "head-dry.json").read_text()) == first
 
 
+def test_head_without_repeats_is_checked_and_timed_later(rows, tmp_path: Path) -> None:
+    run("head", "--dry", "--repeats", 0, "--only", "naive-rows", "--out", tmp_path)
+    untimed = json.loads((tmp_path / "head-dry.json").read_text())["naive-rows"]
+    assert untimed["status"] == "untimed" and untimed["extra_peak_mib"] >= 0 and "times" not in untimed
+    assert rows("naive-rows")["naive-rows"]["status"] == "ok"
+
+
 @pytest.mark.parametrize("factor", [1.01, float("nan")])
 def test_head_does_not_time_a_wrong_gradient(rows, monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
     naive = IMPLEMENTATIONS["naive-rows"]

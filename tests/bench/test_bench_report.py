@@ -54,6 +54,22 @@ def test_table_shows_ratios_beside_their_targets() -> None:
     assert "12.5 % of the columns active" in table
 
 
+def test_table_of_an_untimed_row_has_errors_and_peak_only() -> None:
+    untimed = row("cce", 1.0, 250.0) | {"status": "untimed"}
+    del untimed["times"], untimed["load_average"]
+    table = report.table("smollm2-135m", {"ours-active": row("ours-active", 2.0, 100.0), "cce": untimed})
+    assert cells(table, "Apple CCE")[1:] == ["not timed", "", "", "", "250", "**2.50** >= 2", "1.0e-07", "1.0e-07", ""]
+
+
+@pytest.mark.parametrize(("workload", "expected"), [("random-init", "1.25 > 1.1"), ("gemma3-270m", "1.25")])
+def test_table_compares_exact_with_naive_and_with_the_fallback(workload: str, expected: str) -> None:
+    exact = row("ours-exact", 1.6, 100.0)
+    exact["times"]["naive-rows"] = {"wall_s": [2.0]}
+    table = report.table(workload, {"ours-exact": exact, "naive-rows": row("naive-rows", 2.0, 400.0)})
+    assert "- Exact over naive on response rows: time **0.80** <= 1, peak 0.25 > 0.2." in table
+    assert f"- Active over exact: time {expected}." in table
+
+
 def test_replace_tables_keeps_the_text_around() -> None:
     document = f"before\n{report.OPEN}\nold\n{report.CLOSE}\nafter\n"
     replaced = report.replace_tables(document, "new\n")
