@@ -13,6 +13,7 @@ from setuptools.command.build_ext import build_ext
 SOURCES = "csrc/cpu"
 # Kernels are compiled once per instruction set, into a namespace of its own; the name chooses nothing but the object.
 BUILDS = {
+    "avx512_bf16": ["-mavx512f", "-mavx512bf16", "-mavx512bw", "-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-mavx512f", "-mavx2", "-mfma", "-mf16c"],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
 }

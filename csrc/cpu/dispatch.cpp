@@ -3,6 +3,11 @@
 
 #include "abi.h"
 
+namespace avx512_bf16 {
+int forward_rows(const ForwardArgs& args);
+int logit_gradient(const GradientArgs& args);
+}  // namespace avx512_bf16
+
 namespace avx512 {
 int forward_rows(const ForwardArgs& args);
 int logit_gradient(const GradientArgs& args);
@@ -15,23 +20,25 @@ int logit_gradient(const GradientArgs& args);
 
 namespace {
 
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+bool has_avx512() { return has_avx2() && __builtin_cpu_supports("avx512f"); }
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+
 // Best first. The flags of each build are in setup.py.
 struct Isa {
   const char* name;
+  bool (*runs_here)();
   ForwardRows forward_rows;
   LogitGradient logit_gradient;
 };
 const Isa ISAS[] = {
-    {"avx512", avx512::forward_rows, avx512::logit_gradient},
-    {"avx2", avx2::forward_rows, avx2::logit_gradient},
+    {"avx512_bf16", has_avx512_bf16, avx512_bf16::forward_rows, avx512_bf16::logit_gradient},
+    {"avx512", has_avx512, avx512::forward_rows, avx512::logit_gradient},
+    {"avx2", has_avx2, avx2::forward_rows, avx2::logit_gradient},
 };
 constexpr int NUM_ISAS = sizeof(ISAS) / sizeof(ISAS[0]);
-
-bool runs_here(int isa) {
-  __builtin_cpu_init();
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  return has_avx2 && (isa != 0 || __builtin_cpu_supports("avx512f"));
-}
 
 }  // namespace
 
@@ -41,8 +48,9 @@ __attribute__((visibility("default"))) int fastpref_abi_version() { return FASTP
 
 // The number of the build of that name, or for a null name of the best one; -1 where this processor cannot run it.
 __attribute__((visibility("default"))) int fastpref_find_isa(const char* name) {
+  __builtin_cpu_init();
   for (int isa = 0; isa < NUM_ISAS; isa++) {
-    if ((name == nullptr || strcmp(name, ISAS[isa].name) == 0) && runs_here(isa)) return isa;
+    if ((name == nullptr || strcmp(name, ISAS[isa].name) == 0) && ISAS[isa].runs_here()) return isa;
   }
   return -1;
 }

@@ -103,8 +103,8 @@ static void finish_row(const RowState<WITH_STATS>& row, int64_t num_columns, int
 struct Pass {
   const ForwardArgs& args;
   int64_t num_fields, chunk_columns, num_chunks, packed_columns;
-  float* x_panels;  // [R, H] in panels
-  double* parts;    // [chunks, F, R]
+  Panel* x_panels;
+  double* parts;  // [chunks, F, R]
 
   explicit Pass(const ForwardArgs& forward)
       : args(forward),
@@ -118,9 +118,10 @@ struct Pass {
 
 // A thread's own memory for the columns at hand.
 struct Packing {
-  float* weight;  // [panels, H, TILE_COLUMNS]
+  float* weight;  // what `panels` point to
   float* bias;    // [panels, TILE_COLUMNS]
   float* mass;    // [panels, TILE_COLUMNS]
+  Panel* panels;
 };
 
 // Run all rows over the packed columns [first, stop).
@@ -128,14 +129,14 @@ template <bool WITH_STATS, bool WITH_MASS>
 static void run_rows(const Pass& pass, const Packing& packing, int64_t first, int64_t stop,
                      RowState<WITH_STATS>* states) {
   const Product& product = pass.args.product;
-  const int64_t R = product.num_rows, H = product.hidden_size;
+  const int64_t R = product.num_rows;
   alignas(64) float tile[TILE_ROWS * TILE_COLUMNS];
   for (int64_t top = 0; top < R; top += TILE_ROWS) {
     const int num_rows = static_cast<int>(min_of(TILE_ROWS, R - top));
     for (int64_t column = first; column < stop; column += TILE_COLUMNS) {
       const int64_t place = column - first, num_columns = min_of(TILE_COLUMNS, stop - column);
-      logit_tile(product, pass.x_panels + top * H, num_rows, packing.weight + place * H, packing.bias + place,
-                 num_columns, tile);
+      logit_tile(product, pass.x_panels[top / TILE_ROWS], num_rows, packing.panels[place / TILE_COLUMNS],
+                 packing.bias + place, num_columns, tile);
       float is_column[TILE_COLUMNS];
       for (int c = 0; c < TILE_COLUMNS; c++) is_column[c] = c < num_columns ? 1.0f : 0.0f;
       for (int i = 0; i < num_rows; i++) {
@@ -160,8 +161,9 @@ static void run_chunk(const Pass& pass, const Packing& packing, int64_t chunk, R
   for (int64_t first = start; first < stop; first += pass.packed_columns) {
     const int64_t end = min_of(first + pass.packed_columns, stop);
     for (int64_t column = first; column < end; column += TILE_COLUMNS) {
-      pack_weight_panel(product, column, packing.weight + (column - first) * H);
-      pack_bias_panel(product, column, packing.bias + (column - first));
+      const int64_t place = column - first;
+      packing.panels[place / TILE_COLUMNS] = pack_weight_panel(product, column, packing.weight + panel_floats(H, place));
+      pack_bias_panel(product, column, packing.bias + place);
     }
     if constexpr (WITH_MASS) __builtin_memset(packing.mass, 0, sizeof(float) * static_cast<size_t>(pass.packed_columns));
     run_rows<WITH_STATS, WITH_MASS>(pass, packing, first, end, states);
@@ -205,21 +207,26 @@ static int run_pass(const ForwardArgs& args) {
   Pass pass(args);
   const int64_t R = args.product.num_rows, H = args.product.hidden_size;
   const int64_t num_threads = max_of(1, min_of(args.num_threads, pass.num_chunks));
-  // Whole cache lines each: packed columns with bias and mass, then the rows' running results.
-  const int64_t packing_floats = ceil_div(pass.packed_columns * (H + 2), 16) * 16;
+  // Whole cache lines each: packed columns with bias, mass and panels, then the rows' running results.
+  const int64_t weight_floats = panel_floats(H, pass.packed_columns), panel_size = sizeof(Panel) / sizeof(float);
+  const int64_t num_panels = pass.packed_columns / TILE_COLUMNS;
+  const int64_t packing_floats = ceil_div(weight_floats + 2 * pass.packed_columns + num_panels * panel_size, 16) * 16;
   const int64_t state_floats = R * static_cast<int64_t>(sizeof(RowState<WITH_STATS>) / sizeof(float));
-  Buffer x_panels(R * H), parts(2 * pass.num_chunks * pass.num_fields * R);
-  Buffer scratch(num_threads * (packing_floats + state_floats));
-  if (x_panels.data == nullptr || parts.data == nullptr || scratch.data == nullptr) return 1;
-  pass.x_panels = x_panels.data;
+  Buffer x_memory(panel_floats(H, R)), x_panels(ceil_div(R, TILE_ROWS) * panel_size);
+  Buffer parts(2 * pass.num_chunks * pass.num_fields * R), scratch(num_threads * (packing_floats + state_floats));
+  if (!x_memory.data || !x_panels.data || !parts.data || !scratch.data) return 1;
+  pass.x_panels = reinterpret_cast<Panel*>(x_panels.data);
   pass.parts = reinterpret_cast<double*>(parts.data);
 #pragma omp parallel num_threads(static_cast<int>(num_threads))
   {
     float* own = scratch.data + omp_get_thread_num() * (packing_floats + state_floats);
-    const Packing packing = {own, own + pass.packed_columns * H, own + pass.packed_columns * (H + 1)};
+    float *bias = own + weight_floats, *mass = bias + pass.packed_columns;
+    const Packing packing = {own, bias, mass, reinterpret_cast<Panel*>(mass + pass.packed_columns)};
     RowState<WITH_STATS>* states = reinterpret_cast<RowState<WITH_STATS>*>(own + packing_floats);
 #pragma omp for schedule(dynamic)
-    for (int64_t top = 0; top < R; top += TILE_ROWS) pack_x_panel(args.product, top, x_panels.data + top * H);
+    for (int64_t top = 0; top < R; top += TILE_ROWS) {
+      pass.x_panels[top / TILE_ROWS] = pack_x_panel(args.product, top, x_memory.data + panel_floats(H, top));
+    }
 #pragma omp for schedule(dynamic)
     for (int64_t chunk = 0; chunk < pass.num_chunks; chunk++) {
       run_chunk<WITH_STATS, WITH_MASS>(pass, packing, chunk, states);

@@ -31,14 +31,16 @@ static float differentiate(const Row& row, float softcap, float* z) {
 }
 
 // Write the columns [first, stop) of all rows; `sums_R` gets the rows' numerators.
-static void run_columns(const GradientArgs& args, const float* x_panels, int64_t first, int64_t stop, float* packing,
+static void run_columns(const GradientArgs& args, const Panel* x_panels, int64_t first, int64_t stop, float* packing,
                         float* sums_R) {
   const Product& product = args.product;
   const int64_t R = product.num_rows, V = product.num_columns, H = product.hidden_size;
   float bias[CHUNK_COLUMNS];
+  Panel panels[CHUNK_COLUMNS / TILE_COLUMNS];
   for (int64_t column = first; column < stop; column += TILE_COLUMNS) {
-    pack_weight_panel(product, column, packing + (column - first) * H);
-    pack_bias_panel(product, column, bias + (column - first));
+    const int64_t place = column - first;
+    panels[place / TILE_COLUMNS] = pack_weight_panel(product, column, packing + panel_floats(H, place));
+    pack_bias_panel(product, column, bias + place);
   }
   alignas(64) float tile[TILE_ROWS * TILE_COLUMNS];
   for (int64_t r = 0; r < R; r++) sums_R[r] = 0.0f;
@@ -47,7 +49,8 @@ static void run_columns(const GradientArgs& args, const float* x_panels, int64_t
     for (int64_t column = first; column < stop; column += TILE_COLUMNS) {
       const int64_t place = column - first, num_columns = min_of(TILE_COLUMNS, stop - column);
       const size_t bytes = sizeof(float) * static_cast<size_t>(num_columns);
-      logit_tile(product, x_panels + top * H, num_rows, packing + place * H, bias + place, num_columns, tile);
+      logit_tile(product, x_panels[top / TILE_ROWS], num_rows, panels[place / TILE_COLUMNS], bias + place, num_columns,
+                 tile);
       for (int i = 0; i < num_rows; i++) {
         const int64_t r = top + i;
         float *z = tile + i * TILE_COLUMNS, *out = args.out + r * V + column;
@@ -72,17 +75,21 @@ int logit_gradient(const GradientArgs& args) {
   const int64_t R = product.num_rows, V = product.num_columns, H = product.hidden_size;
   const int64_t num_chunks = ceil_div(V, CHUNK_COLUMNS);
   const int64_t num_threads = max_of(1, min_of(args.num_threads, num_chunks));
-  const int64_t packing_floats = CHUNK_COLUMNS * H;
-  Buffer x_panels(R * H), packings(num_threads * packing_floats), sums(num_chunks * R);
-  if (x_panels.data == nullptr || packings.data == nullptr || sums.data == nullptr) return 1;
+  const int64_t packing_floats = panel_floats(H, CHUNK_COLUMNS), panel_size = sizeof(Panel) / sizeof(float);
+  Buffer x_memory(panel_floats(H, R)), x_buffer(ceil_div(R, TILE_ROWS) * panel_size);
+  Buffer packings(num_threads * packing_floats), sums(num_chunks * R);
+  if (!x_memory.data || !x_buffer.data || !packings.data || !sums.data) return 1;
+  Panel* x_panels = reinterpret_cast<Panel*>(x_buffer.data);
 #pragma omp parallel num_threads(static_cast<int>(num_threads))
   {
 #pragma omp for schedule(dynamic)
-    for (int64_t top = 0; top < R; top += TILE_ROWS) pack_x_panel(product, top, x_panels.data + top * H);
+    for (int64_t top = 0; top < R; top += TILE_ROWS) {
+      x_panels[top / TILE_ROWS] = pack_x_panel(product, top, x_memory.data + panel_floats(H, top));
+    }
 #pragma omp for schedule(dynamic)
     for (int64_t chunk = 0; chunk < num_chunks; chunk++) {
       const int64_t first = chunk * CHUNK_COLUMNS;
-      run_columns(args, x_panels.data, first, min_of(first + CHUNK_COLUMNS, V),
+      run_columns(args, x_panels, first, min_of(first + CHUNK_COLUMNS, V),
                   packings.data + omp_get_thread_num() * packing_floats, sums.data + chunk * R);
     }
     if (args.covered != nullptr) {

@@ -8,7 +8,9 @@
 #include <immintrin.h>
 #include <stdint.h>
 
-#if defined(__AVX512F__)
+#if defined(__AVX512BF16__)
+#define FASTPREF_ISA avx512_bf16
+#elif defined(__AVX512F__)
 #define FASTPREF_ISA avx512
 #else
 #define FASTPREF_ISA avx2
@@ -87,6 +89,21 @@ static inline Vec interleave_high(Vec a, Vec b) {
   return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x31);
 }
 
+#endif
+
+#if defined(__AVX512BF16__)
+constexpr bool HAS_PAIRS = true;
+// c + a0 b0 + a1 b1 in fp32, each lane of a and b two bf16 numbers.
+static inline Vec dot_pairs(Vec a, Vec b, Vec c) {
+  return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+}
+static inline Vec bitwise_or(Vec a, Vec b) {
+  return _mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(a), _mm512_castps_si512(b)));
+}
+#else
+constexpr bool HAS_PAIRS = false;
+static inline Vec dot_pairs(Vec, Vec, Vec c) { return c; }
+static inline Vec bitwise_or(Vec a, Vec) { return a; }
 #endif
 
 constexpr int TILE_COLUMNS = TILE_VECS * LANES;

@@ -4,6 +4,10 @@
 // pass and for either instruction set. Sums of BLOCK_H products are added up, which also halves the error of a
 // plain sum at H = 1024.
 //
+// Where the processor can, bf16 numbers are multiplied in pairs at twice the rate, into fp32 sums as ever. Forward sees
+// them as bf16 tensors and backward widened, so the numbers decide and not the dtype: a logit is multiplied in pairs if
+// all numbers of its row and of its column are narrow, that is bf16 numbers. That depends on no neighbour either.
+//
 // Dims: R rows, H hidden, V vocabulary. Rows are packed in panels of TILE_ROWS (the last one narrower), columns in
 // panels of TILE_COLUMNS (the last one filled up with zeros); a panel holds its rows or columns innermost, [H, width].
 #pragma once
@@ -23,7 +27,7 @@ static inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Memory for floats on a cache line of its own; null where there is none.
+// Memory for floats, on a cache line of its own; null where there is none.
 struct Buffer {
   float* data;
   explicit Buffer(int64_t num_floats) : data(nullptr) {
@@ -66,11 +70,40 @@ static inline void transpose(Vec* rows) {
   }
 }
 
-// Pack columns [first, first + TILE_COLUMNS) of the logits, that is rows of the weight, into panel [H, TILE_COLUMNS].
-static void pack_weight_panel(const Product& product, int64_t first, float* panel) {
+struct Panel {
+  float* wide;      // [H, width]
+  float* pairs;     // [ceil(H / 2), width], two bf16 numbers in each; filled in where `narrow` is not 0
+  uint32_t narrow;  // bit i: row or column i holds bf16 numbers only
+};
+
+static inline int64_t pairs_of(int64_t H) { return HAS_PAIRS ? ceil_div(H, 2) : 0; }
+static inline int64_t panel_floats(int64_t H, int64_t width) { return (H + pairs_of(H)) * width; }
+
+static inline uint32_t bits_of(float a) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &a, sizeof(bits));
+  return bits;
+}
+
+// Fill in `pairs`: the upper halves of two numbers that follow each other in H, the first one low.
+static void pack_pairs(const Panel& panel, int64_t H, int64_t width) {
+  uint32_t* pairs = reinterpret_cast<uint32_t*>(panel.pairs);
+  for (int64_t k = 0; k < H; k += 2) {
+    const bool has_second = k + 1 < H;
+    const float *first = panel.wide + k * width, *second = has_second ? first + width : first;
+    for (int64_t i = 0; i < width; i++) {
+      pairs[k / 2 * width + i] = (has_second ? bits_of(second[i]) & 0xffff0000u : 0u) | bits_of(first[i]) >> 16;
+    }
+  }
+}
+
+// Pack columns [first, first + TILE_COLUMNS) of the logits, that is rows of the weight.
+static Panel pack_weight_panel(const Product& product, int64_t first, float* memory) {
   const int64_t H = product.hidden_size;
+  Panel panel = {memory, memory + H * TILE_COLUMNS, 0};
   for (int64_t group = 0; group < TILE_COLUMNS; group += LANES) {
     const int64_t num_columns = min_of(LANES, product.num_columns - first - group);
+    Vec seen = broadcast(0.0f);
     for (int64_t k = 0; k < H; k += LANES) {
       const int64_t count = min_of(LANES, H - k);
       Vec rows[LANES];
@@ -79,9 +112,19 @@ static void pack_weight_panel(const Product& product, int64_t first, float* pane
         rows[i] = i < num_columns ? load_widened_part(product.weight, offset, count, product.dtype) : broadcast(0.0f);
       }
       transpose(rows);
-      for (int64_t i = 0; i < count; i++) store(panel + (k + i) * TILE_COLUMNS + group, rows[i]);
+      for (int64_t i = 0; i < count; i++) {
+        store(panel.wide + (k + i) * TILE_COLUMNS + group, rows[i]);
+        seen = bitwise_or(seen, rows[i]);
+      }
+    }
+    float lanes[LANES];
+    store(lanes, seen);
+    for (int i = 0; HAS_PAIRS && i < LANES; i++) {
+      panel.narrow |= static_cast<uint32_t>((bits_of(lanes[i]) & 0xffffu) == 0) << (group + i);
     }
   }
+  if (panel.narrow != 0) pack_pairs(panel, H, TILE_COLUMNS);
+  return panel;
 }
 
 // The bias of columns [first, first + TILE_COLUMNS) in fp32, zeros behind the last column.
@@ -93,24 +136,32 @@ static void pack_bias_panel(const Product& product, int64_t first, float* panel)
   }
 }
 
-// Pack the rows from `first` on, at most TILE_ROWS, into panel [H, rows].
-static void pack_x_panel(const Product& product, int64_t first, float* panel) {
+// Pack the rows from `first` on, at most TILE_ROWS.
+static Panel pack_x_panel(const Product& product, int64_t first, float* memory) {
   const int64_t H = product.hidden_size, num_rows = min_of(TILE_ROWS, product.num_rows - first);
+  Panel panel = {memory, memory + H * num_rows, 0};
   for (int64_t i = 0; i < num_rows; i++) {
+    uint32_t seen = 0;
     for (int64_t k = 0; k < H; k += LANES) {
       const int64_t count = min_of(LANES, H - k);
       float values[LANES];
       store(values, load_widened_part(product.x, (first + i) * product.x_stride + k, count, product.dtype));
-      for (int64_t j = 0; j < count; j++) panel[(k + j) * num_rows + i] = values[j];
+      for (int64_t j = 0; j < count; j++) {
+        panel.wide[(k + j) * num_rows + i] = values[j];
+        seen |= bits_of(values[j]);
+      }
     }
+    panel.narrow |= static_cast<uint32_t>(HAS_PAIRS && (seen & 0xffffu) == 0) << i;
   }
+  if (panel.narrow != 0) pack_pairs(panel, H, num_rows);
+  return panel;
 }
 
-// tile [ROWS, TILE_COLUMNS] = panel products, accumulated in registers.
-template <int ROWS>
-static void multiply_panels(const float* x, const float* weight, int64_t H, float* tile) {
-  for (int64_t start = 0; start < H; start += BLOCK_H) {
-    const int64_t stop = min_of(start + BLOCK_H, H);
+// tile [ROWS, TILE_COLUMNS] = products over so many numbers, or pairs of numbers, accumulated in registers.
+template <bool IN_PAIRS, int ROWS>
+static void multiply_panels(const float* x, const float* weight, int64_t steps, float* tile) {
+  for (int64_t start = 0; start < steps; start += BLOCK_H) {
+    const int64_t stop = min_of(start + BLOCK_H, steps);
     Vec sums[ROWS][TILE_VECS];
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; i++)
@@ -124,7 +175,9 @@ static void multiply_panels(const float* x, const float* weight, int64_t H, floa
       for (int i = 0; i < ROWS; i++) {
         const Vec row = broadcast(x[k * ROWS + i]);
 #pragma GCC unroll 4
-        for (int v = 0; v < TILE_VECS; v++) sums[i][v] = fma(row, columns[v], sums[i][v]);
+        for (int v = 0; v < TILE_VECS; v++) {
+          sums[i][v] = IN_PAIRS ? dot_pairs(row, columns[v], sums[i][v]) : fma(row, columns[v], sums[i][v]);
+        }
       }
     }
 #pragma GCC unroll 16
@@ -138,10 +191,26 @@ static void multiply_panels(const float* x, const float* weight, int64_t H, floa
   }
 }
 
-template <int ROWS = TILE_ROWS>
-static void multiply_panels_of(int num_rows, const float* x, const float* weight, int64_t H, float* tile) {
-  if (num_rows == ROWS) return multiply_panels<ROWS>(x, weight, H, tile);
-  if constexpr (ROWS > 1) multiply_panels_of<ROWS - 1>(num_rows, x, weight, H, tile);
+template <bool IN_PAIRS, int ROWS = TILE_ROWS>
+static void multiply_rows(int num_rows, const float* x, const float* weight, int64_t steps, float* tile) {
+  if (num_rows == ROWS) return multiply_panels<IN_PAIRS, ROWS>(x, weight, steps, tile);
+  if constexpr (ROWS > 1) multiply_rows<IN_PAIRS, ROWS - 1>(num_rows, x, weight, steps, tile);
+}
+
+// The product of two panels: in pairs where row and column are narrow, else in fp32.
+static void multiply(const Panel& x, int num_rows, const Panel& weight, int64_t H, float* tile) {
+  if (x.narrow == 0 || weight.narrow == 0) return multiply_rows<false>(num_rows, x.wide, weight.wide, H, tile);
+  if constexpr (HAS_PAIRS) {
+    const uint32_t all_rows = ~0u >> (32 - num_rows), all_columns = ~0u >> (32 - TILE_COLUMNS);
+    multiply_rows<true>(num_rows, x.pairs, weight.pairs, pairs_of(H), tile);
+    if (x.narrow == all_rows && weight.narrow == all_columns) return;
+    alignas(64) float wide_tile[TILE_ROWS * TILE_COLUMNS];
+    multiply_rows<false>(num_rows, x.wide, weight.wide, H, wide_tile);
+    for (int place = 0; place < num_rows * TILE_COLUMNS; place++) {
+      const uint32_t row = x.narrow >> place / TILE_COLUMNS, column = weight.narrow >> place % TILE_COLUMNS;
+      if ((row & column & 1) == 0) tile[place] = wide_tile[place];
+    }
+  }
 }
 
 static void bias_scale_and_cap(const Product& product, const float* bias_panel, int num_rows, float* tile) {
@@ -158,9 +227,9 @@ static void bias_scale_and_cap(const Product& product, const float* bias_panel, 
 }
 
 // The logits of one pair of panels, [num_rows, TILE_COLUMNS]; -inf in the columns from `num_columns` on.
-static void logit_tile(const Product& product, const float* x_panel, int num_rows, const float* weight_panel,
+static void logit_tile(const Product& product, const Panel& x_panel, int num_rows, const Panel& weight_panel,
                        const float* bias_panel, int64_t num_columns, float* tile) {
-  multiply_panels_of(num_rows, x_panel, weight_panel, product.hidden_size, tile);
+  multiply(x_panel, num_rows, weight_panel, product.hidden_size, tile);
   bias_scale_and_cap(product, bias_panel, num_rows, tile);
   for (int i = 0; i < num_rows; i++)
     for (int64_t c = num_columns; c < TILE_COLUMNS; c++) tile[i * TILE_COLUMNS + c] = -__builtin_inff();

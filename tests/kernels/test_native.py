@@ -351,35 +351,69 @@ def test_logit_gradient_of_certain_token_is_zero(case: str, dtype: str, build: s
     assert (results.d_logits_RV == 0).all() and (results.covered_R == 1).all()
 
 
+def targets(given: Problem, columns: Tensor) -> Tensor:
+    """The logits of all rows in these columns, as the forward pass sees them, fp32 [V, R]."""
+    num_rows = given.x_RH.shape[0]
+    options = {"with_stats": False, "bound_R": None, "with_cache": False}
+    logits = [
+        native.forward_rows(given.x_RH, given.head, column.expand(num_rows).contiguous(), **options)
+        for column in columns
+    ]
+    return torch.stack([result.partials_FR[TARGET].float() for result in logits])
+
+
 @needs_library
-def test_logits_have_one_value_in_both_passes_and_all_builds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """exp(z - z) = 1 for the very logit of the forward pass: the gradient is exactly -1, whatever the block."""
-    given = problem(31, 300, 200, torch.bfloat16, **CASES["softcap"])
-    every = torch.arange(31)
-    seen = []
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_logit_gradient_sees_the_logits_of_forward_rows(dtype: str, build: str) -> None:
+    """exp(z - z) = 1 for the very logit of the forward pass: the gradient is exactly the slope, whatever the block."""
+    given = problem(31, 301, 200, DTYPES[dtype], **CASES["softcap"])
+    columns = torch.tensor([0, 37, 199])
+    for column, target_R in zip(columns.tolist(), targets(given, columns), strict=True):
+        block = slice(max(column - 3, 0), column + 1)
+        head = Head(given.head.weight_VH[block].float(), given.head.bias_V[block], 1.7, 8.0)
+        scalars = RowScalars(torch.ones(31), target_R, torch.ones(31))
+        out_RV = torch.empty(31, block.stop - block.start)
+        native.logit_gradient(given.x_RH.float(), head, torch.full((31,), -1), scalars, out_RV, None)
+        capped_R = target_R / 8.0
+        assert torch.equal(out_RV[:, -1], -1.7 * (1 - capped_R * capped_R))
+
+
+@needs_library
+def test_forward_rows_has_the_same_logits_in_all_builds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of fp32 inputs: the order of a sum is not the width of a vector."""
+    given, columns = problem(31, 300, 70, **CASES["softcap"]), torch.arange(0, 70, 3)
+    expected = None
     for name in native.BUILDS:
         use_build(monkeypatch, name)
-        if not native.is_available():
-            continue
-        targets_VR = torch.stack(
-            [
-                native.forward_rows(
-                    given.x_RH, given.head, torch.full((31,), v), with_stats=False, bound_R=None, with_cache=False
-                ).partials_FR[TARGET]
-                for v in range(200)
-            ]
-        )
-        seen.append(targets_VR)
-        for v in (0, 37, 199):
-            block = slice(max(v - 3, 0), v + 1)
-            head = Head(given.head.weight_VH[block].float(), given.head.bias_V[block], 1.7, 8.0)
-            scalars = RowScalars(torch.ones(31), targets_VR[v].float(), torch.ones(31))
-            out_RV = torch.empty(31, block.stop - block.start)
-            native.logit_gradient(given.x_RH.float(), head, torch.full((31,), -1), scalars, out_RV, None)
-            capped_R = targets_VR[v].float() / 8.0
-            assert torch.equal(out_RV[every, -1], -1.7 * (1 - capped_R * capped_R))
+        if native.is_available():
+            actual = targets(given, columns)
+            assert expected is None or torch.equal(actual, expected)
+            expected = actual
     native._load.cache_clear()
-    assert all(torch.equal(targets_VR, seen[0]) for targets_VR in seen)
+
+
+@needs_library
+def test_forward_rows_of_bf16_numbers_has_the_same_bits_in_fp32_tensors(build: str) -> None:
+    """Backward gets the numbers widened."""
+    given = problem(31, 77, 300, torch.bfloat16)
+    wide = given._replace(x_RH=given.x_RH.float(), head=given.head._replace(weight_VH=given.head.weight_VH.float()))
+    assert_same_bits(bits(wide), bits(given))
+
+
+@needs_library
+def test_forward_rows_of_bf16_numbers_beside_others(build: str) -> None:
+    """A logit does not depend on whether a neighbouring row or column holds bf16 numbers only."""
+    wide, columns = problem(31, 77, 100, seed=1), torch.arange(100)
+    narrow = problem(31, 77, 100, torch.bfloat16, seed=2)
+    rows = torch.arange(31) % 3 == 0
+    narrow_columns = columns % 4 == 1
+    x_RH = torch.where(rows.unsqueeze(1), narrow.x_RH.float(), wide.x_RH)
+    weight_VH = torch.where(narrow_columns.unsqueeze(1), narrow.head.weight_VH.float(), wide.head.weight_VH)
+    mixed_VR = targets(Problem(x_RH, wide.head._replace(weight_VH=weight_VH), wide.labels_R), columns)
+    narrow_VR, wide_VR = targets(narrow, columns), targets(wide, columns)
+    assert torch.equal(mixed_VR[narrow_columns][:, rows], narrow_VR[narrow_columns][:, rows])
+    assert torch.equal(mixed_VR[~narrow_columns][:, ~rows], wide_VR[~narrow_columns][:, ~rows])
+    assert max_error(mixed_VR, (weight_VH.double() @ x_RH.double().t())) < 1e-5
 
 
 def bits(given: Problem) -> list[Tensor]:
@@ -523,7 +557,9 @@ def test_native_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("reloaded")
 def test_native_with_unknown_switch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTPREF_NATIVE", "sse2")
-    with pytest.raises(ConfigError, match="FASTPREF_NATIVE must be 0, 1 or one of avx512, avx2, got 'sse2'"):
+    with pytest.raises(
+        ConfigError, match="FASTPREF_NATIVE must be 0, 1 or one of avx512_bf16, avx512, avx2, got 'sse2'"
+    ):
         native.is_available()
 
 
