@@ -67,7 +67,7 @@ _ANY_32 = Tile(rows=64, columns=128, hidden=16, group_rows=16, slices=2, warps=8
 TABLE: dict[str, tuple[Tile, ...]] = {
     "sm_90/16": (_HOPPER_16,),
     "sm_90/32": (_ANY_32,),
-    "sm_100/16": (_HOPPER_16,),
+    "sm_100/16": (dataclasses.replace(_HOPPER_16, columns=128),),
     "sm_100/32": (_ANY_32,),
     # 163 KiB of shared memory on an A100 ...
     "sm_80/16": (dataclasses.replace(_SMALL_16, hidden=64, stages=4),),
@@ -168,8 +168,8 @@ def _check_entry(path: str, key: str, tiles: tuple[Tile, ...]) -> None:
         raise ConfigError(f"{path}: min_hidden of {key} must start at 0 and rise, got {bounds}")
     for tile in tiles:
         for field, choices in FIELD_CHOICES.items():
-            if getattr(tile, field) not in choices:
+            value = getattr(tile, field)
+            if type(value) is not int or value not in choices:
                 raise ConfigError(
-                    f"{path}: {field} of {key} must be one of {', '.join(map(str, choices))}, "
-                    f"got {getattr(tile, field)!r}"
+                    f"{path}: {field} of {key} must be one of {', '.join(map(str, choices))}, got {value!r}"
                 )

@@ -114,10 +114,10 @@ def split_columns(tile, SLICES: tl.constexpr):
 @triton.jit
 def round_to(values, dtype: tl.constexpr):
     """Convert fp32 values to `dtype`, to the nearest."""
-    # The interpreter cuts bf16 off instead; adding half a unit first makes that a rounding to nearest even.
+    # The interpreter cuts bf16 off instead; so there it gets numbers that are already rounded, to nearest even.
     if INTERPRET and dtype == tl.bfloat16:
         bits = values.to(tl.int32, bitcast=True)
-        bits += 0x7FFF + ((bits >> 16) & 1)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
         values = tl.where(values == values, bits.to(tl.float32, bitcast=True), values)
     return values.to(dtype)
 

@@ -32,7 +32,9 @@ from fastpref.kernels.triton_backward import cached_gradient_call, logit_gradien
 from fastpref.kernels.triton_common import KernelCall
 from fastpref.kernels.triton_forward import forward_call, merge_call, sum_call
 
-ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100")
+# Architectures of the table, and the shared memory that a program can have there.
+SHARED_BYTES = {"sm_80": 166_912, "sm_86": 101_376, "sm_90": 232_448, "sm_100": 232_448}
+ARCHITECTURES = tuple(SHARED_BYTES)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FLAGS = {
     "forward": ("pointers", "bias", "scale", "softcap", "stats", "mass", "cache"),
@@ -81,14 +83,14 @@ class CompiledKernel:
     variant: Variant
     registers: int
     """Per thread."""
-    local_accesses: int
-    """Instructions that read or write local memory, that is spilled registers."""
+    spilled_bytes: int
+    """Local memory per thread: registers that did not fit."""
     shared_bytes: int
     """Shared memory per program."""
     matrix_unit: str
-    """wgmma, tcgen05, mma, or fma where there is no tensor core instruction."""
+    """wgmma, tcgen05 or mma, or fma where no tensor core is used."""
     tma_loads: int
-    """Instructions that start a tensor copy."""
+    """Instructions that start a tensor copy to shared memory."""
     narrow_products: int
     """32-bit index products of two run-time numbers, which could overflow; there should be none."""
 
@@ -123,25 +125,23 @@ def _settings(variant: Variant) -> set[tuple[str, bool, str, bool]]:
     return {(first, first in variant.flags, second, second in variant.flags) for first, second in pairs}
 
 
-def representative_variants(architecture: str = "sm_90") -> list[Variant]:
-    """Return a cover: every kernel and dtype, every pair of flags in bf16, every tile of the table with default flags.
+def representative_variants() -> list[Variant]:
+    """Return a cover: every kernel and dtype, every pair of flags, every shape among the tiles, every architecture.
 
-    Other architectures than the one named are covered by each kernel's plainest and fullest form.
+    Flags and dtypes on Hopper; the other architectures by their fullest bf16 variants.
     """
     cover: list[Variant] = []
     for kernel in FLAGS:
-        everything = {dtype: list(variants(kernel, architecture, dtype)) for dtype in DTYPES}
-        cover += pairwise(everything["bf16"])
-        for other in ("fp16", "fp32"):
-            cover += [everything[other][0], everything[other][-1]]
-    for tile in dict.fromkeys(itertools.chain(CANDIDATES["sm_90/16"], TABLE["sm_90/16"])):
-        cover += [Variant("forward", "sm_90", "bf16", flags, tile) for flags in ((), ("mass",))]
-        cover.append(Variant("gradient", "sm_90", "bf16", ("covered",), tile))
-    for other in ARCHITECTURES:
-        if other != architecture:
-            for kernel in ("forward", "gradient"):
-                everything_bf16 = list(variants(kernel, other, "bf16"))
-                cover += [everything_bf16[0], everything_bf16[-1]]
+        by_dtype = {dtype: list(variants(kernel, "sm_90", dtype)) for dtype in DTYPES}
+        cover += pairwise(by_dtype["bf16"])
+        if kernel not in ("merge", "sum"):  # those read fp32 whatever the operands are
+            cover += [by_dtype["fp16"][0], by_dtype["fp32"][0], by_dtype["fp32"][-1]]
+    for tile in CANDIDATES["sm_90/16"]:
+        if tile.group_rows == TABLE["sm_90/16"][0].group_rows:
+            cover.append(Variant("forward", "sm_90", "bf16", ("mass",), tile))
+            cover.append(Variant("gradient", "sm_90", "bf16", ("covered",), tile))
+    for architecture in ("sm_80", "sm_86", "sm_100"):
+        cover += [list(variants(kernel, architecture, "bf16"))[-1] for kernel in ("forward", "gradient")]
     return list(dict.fromkeys(cover))
 
 
@@ -211,14 +211,14 @@ def compile_variant(variant: Variant) -> CompiledKernel:
     capability = int(variant.architecture.removeprefix("sm_"))
     options = {"num_warps": call.num_warps, "num_stages": call.num_stages, "enable_fp_fusion": False}
     compiled = triton.compile(_source(call), target=GPUTarget("cuda", capability, 32), options=options)
-    sass = compiled.asm["sass"]
+    registers, spilled_bytes = _resource_usage(compiled.asm["cubin"])
     return CompiledKernel(
         variant=variant,
-        registers=_register_count(compiled.asm["cubin"]),
-        local_accesses=len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        registers=registers,
+        spilled_bytes=spilled_bytes,
         shared_bytes=compiled.metadata.shared,
-        matrix_unit=_matrix_unit(sass),
-        tma_loads=len(re.findall(r"\bUTMALDG\b", sass)),
+        matrix_unit=_matrix_unit(compiled.asm["ptx"]),
+        tma_loads=len(re.findall(r"cp\.async\.bulk\.tensor\.2d\.shared", compiled.asm["ptx"])),
         narrow_products=_narrow_products(str(compiled.asm["ttir"])),
     )
 
@@ -257,18 +257,21 @@ def _type_of(value: Any) -> str:
     return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
-def _register_count(cubin: bytes) -> int:
+def _resource_usage(cubin: bytes) -> tuple[int, int]:
+    """Return (registers, bytes of local memory) per thread."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         tool = triton.knobs.nvidia.cuobjdump.path
         report = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    return max(int(number) for number in re.findall(r"REG:(\d+)", report))
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", report)
+    assert usage, report
+    return int(usage[1]), int(usage[2])
 
 
-def _matrix_unit(sass: str) -> str:
-    for unit, mnemonic in (("wgmma", "HGMMA"), ("tcgen05", "UTCHMMA"), ("mma", "HMMA")):
-        if re.search(rf"\b{mnemonic}\b", sass):
+def _matrix_unit(ptx: str) -> str:
+    for unit, instruction in (("wgmma", "wgmma.mma_async"), ("tcgen05", "tcgen05.mma"), ("mma", "mma.sync")):
+        if instruction in ptx:
             return unit
     return "fma"
 
@@ -285,22 +288,48 @@ def _narrow_products(ttir: str) -> int:
 
 def format_table(rows: Iterable[CompiledKernel]) -> str:
     """Return the rows as an aligned text table."""
-    header = ("variant", "registers", "local accesses", "shared bytes", "matrix unit", "TMA loads", "narrow products")
+    header = ("variant", "registers", "spilled bytes", "shared bytes", "matrix unit", "TMA loads", "narrow products")
     lines: list[tuple[str, ...]] = [header]
     for row in rows:
-        numbers = (row.registers, row.local_accesses, row.shared_bytes, row.matrix_unit, row.tma_loads)
+        numbers = (row.registers, row.spilled_bytes, row.shared_bytes, row.matrix_unit, row.tma_loads)
         lines.append((row.variant.name, *map(str, numbers), str(row.narrow_products)))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
 
 
-def exceeded(rows: Iterable[CompiledKernel], limits: Mapping[str, int]) -> list[str]:
-    """Return a message per variant with more local accesses than `limits` records for its name; none recorded is 0."""
-    return [
-        f"{row.variant.name}: {row.local_accesses} local accesses, at most {limits.get(row.variant.name, 0)} recorded"
-        for row in rows
-        if row.local_accesses > limits.get(row.variant.name, 0)
-    ]
+def faults(rows: Iterable[CompiledKernel], spill_limits: Mapping[str, int]) -> list[str]:
+    """Return what is wrong with compiled kernels, a message each.
+
+    Args:
+        rows: of `compile_all`.
+        spill_limits: bytes that variants may spill, by name; none where there is no entry.
+    """
+    messages = []
+    for row in rows:
+        name, limit = row.variant.name, spill_limits.get(row.variant.name, 0)
+        available = SHARED_BYTES[row.variant.architecture]
+        if row.spilled_bytes > limit:
+            messages.append(f"{name}: spills {row.spilled_bytes} bytes, at most {limit} recorded")
+        if row.shared_bytes > available:
+            messages.append(f"{name}: needs {row.shared_bytes} bytes of shared memory, a program can have {available}")
+        if row.narrow_products:
+            messages.append(f"{name}: {row.narrow_products} offsets are multiplied in 32 bits")
+        if row.variant.kernel in ("forward", "gradient"):
+            unit, uses_tma = _expected_hardware(row.variant)
+            if row.matrix_unit != unit:
+                messages.append(f"{name}: multiplies by {row.matrix_unit}, expected {unit}")
+            if bool(row.tma_loads) != uses_tma:
+                messages.append(f"{name}: {row.tma_loads} tensor copies, expected {'some' if uses_tma else 'none'}")
+    return messages
+
+
+def _expected_hardware(variant: Variant) -> tuple[str, bool]:
+    """Return the matrix unit, and whether tiles are loaded by the copy engine."""
+    if variant.dtype == "fp32":
+        unit = "fma"
+    else:
+        unit = {"sm_90": "wgmma", "sm_100": "tcgen05"}.get(variant.architecture, "mma")
+    return unit, variant.architecture in ("sm_90", "sm_100") and "pointers" not in variant.flags
 
 
 def main() -> None:

@@ -35,6 +35,8 @@ from fastpref.kernels.triton_common import (
 
 # The largest power of two that a column mass is scaled by; more would overflow to inf and make 0 * inf.
 HIGHEST_POWER = tl.constexpr(126.0)
+# 2 to the power of it is 0 in fp32, that of -inf would be NaN as it is computed.
+LOWEST_POWER = tl.constexpr(-300.0)
 # Exponents of the cache are int32; a logit beyond this has none and makes its cached row NaN, never plausible.
 HIGHEST_EXPONENT = tl.constexpr(2.0**30)
 # Exponents are stored by narrower groups than tiles, so that a cache does not depend on the tile that wrote it.
@@ -116,7 +118,11 @@ def _linear_logps_fwd_kernel(
         shift = tl.where(tile_max == float("-inf"), 0.0, tile_max)
         if bound_ptr is not None:
             bound = tl.load(bound_ptr + offs_r, mask=mask_r, other=float("inf"))
-            to_bound = tl.exp2(tl.minimum((shift - bound) * LOG2E, HIGHEST_POWER))
+            # fp64, per row: the power may be large, and its rounding would be the error of every column.
+            power = tl.minimum((shift - bound).to(tl.float64) * LOG2E, HIGHEST_POWER)
+            power = tl.maximum(power, LOWEST_POWER)
+            whole = tl.floor(power)
+            to_bound = tl.exp2((power - whole).to(tl.float32)) * tl.exp2(whole.to(tl.float32))
         if exponents_ptr is not None:
             power = shift.to(tl.float64) * LOG2E
             exponent = tl.ceil(power)
