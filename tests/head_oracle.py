@@ -140,10 +140,10 @@ def flatten(result: SequenceLogps, gradients: dict[str, Tensor]) -> dict[str, Te
     return outputs | {f"d_{name}": gradient for name, gradient in gradients.items()}
 
 
-def assert_matches_reference(inputs: HeadInputs, dtype: torch.dtype) -> None:
-    """Every output and every gradient of the tiled backend, by the rule, against the reference in fp64 and `dtype`."""
+def assert_matches_reference(inputs: HeadInputs, dtype: torch.dtype, backend: str = "torch") -> None:
+    """Every output and every exact gradient, by the rule, against the reference in fp64 and `dtype`."""
     inputs = inputs.cast(dtype)
-    assert_results_within_rule(flatten(*run(inputs)), inputs)
+    assert_results_within_rule(flatten(*run(inputs, backend)), inputs)
 
 
 def assert_results_within_rule(found: dict[str, Tensor], inputs: HeadInputs) -> None:
