@@ -40,10 +40,11 @@ def draw(rows: list[dict[str, Row]], axis: str, file: Path) -> None:
         x = [_position(row, axis) for row in found]
         style = {"label": label, "color": colour, "marker": marker, "markersize": 5, "linewidth": 1.6}
         if name.startswith("ours"):
-            style |= {"linewidth": 2.6, "zorder": 3}
+            style |= {"linewidth": 2.6, "zorder": 4 if name == "ours-active" else 3}
         left.plot(x, [seconds(row, name) for row in found], **style)
         right.plot(x, [row["extra_peak_mib"] / 1024 for row in found], **style)
-    shape = next(row["shape"] for workload in rows for row in workload.values() if row["status"] == "ok")
+    shapes = [row["shape"] for workload in rows for row in workload.values() if row["status"] == "ok"]
+    shape = max(shapes, key=lambda shape: (shape["vocab"], shape["positions"]))
     held = f"R = {shape['rows']} response rows of {shape['positions']} positions"
     if axis == "fraction":
         held = f"T = {shape['positions']} positions, V = {shape['vocab']:,}"
@@ -62,6 +63,8 @@ def _position(row: Row, axis: str) -> float:
 
 
 def _dress(panel: Any, title: str, axis: str) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator
+
     panel.set_title(title, fontsize=10, loc="left")
     panel.set_yscale("log")
     panel.spines[["top", "right"]].set_visible(False)
@@ -73,5 +76,7 @@ def _dress(panel: Any, title: str, axis: str) -> None:
         panel.set_xlabel("vocabulary", fontsize=9)
     else:
         panel.set_xlabel("response rows / positions", fontsize=9)
+    panel.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     panel.yaxis.set_major_formatter("{x:g}")
+    panel.yaxis.set_minor_locator(NullLocator())
     panel.tick_params(labelsize=8)
