@@ -1,0 +1,21 @@
+"""Fault 18: every kernel compiles for Ampere, Hopper and Blackwell; `tests/kernels/triton` has the whole budget."""
+
+import importlib.util
+
+import pytest
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+
+from fastpref.kernels.triton_compile import FLAGS, compile_variant, variants
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("kernel", FLAGS)
+def test_kernel_compiles_without_spills(kernel: str, architecture: str) -> None:
+    compiled = compile_variant(next(variants(kernel, architecture, "bf16")))
+    assert compiled.spilled_bytes == 0
+    assert compiled.narrow_products == 0
+    if kernel in ("forward", "gradient"):
+        assert compiled.matrix_unit == {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05"}[architecture]
+        assert bool(compiled.tma_loads) == (architecture != "sm_80")
