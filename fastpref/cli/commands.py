@@ -16,6 +16,7 @@ from rich.console import Console, RenderableType
 import fastpref
 from fastpref.cli import tables
 from fastpref.cli.failures import ReportingGroup
+from fastpref.cli.kernel_commands import kernels
 
 if TYPE_CHECKING:
     from fastpref.trainer import RunConfig
@@ -51,6 +52,9 @@ def cli() -> None:
     """
     # Megatron calls functions that PyTorch is about to rename; whoever runs a command can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(megatron|torch)\.")
+
+
+cli.add_command(kernels)
 
 
 @cli.command()

@@ -37,7 +37,7 @@ def evaluation_changes(history: Sequence[Mapping[str, float]]) -> Table | None:
     columns = [f"step {first['step']:.0f}"]
     if last is not first:
         columns += [f"step {last['step']:.0f}", "change"]
-    table = _table("Evaluation", ("", *columns))
+    table = new_table("Evaluation", ("", *columns))
     for name in (f"eval_{metric}" for metric in _MAIN_METRICS):
         if name in first and name in last:
             cells = [f"{first[name]:.4f}"]
@@ -49,7 +49,7 @@ def evaluation_changes(history: Sequence[Mapping[str, float]]) -> Table | None:
 
 def metrics(values: Mapping[str, float], title: str) -> Table:
     """Every metric of one evaluation."""
-    table = _table(title, ("", "mean"))
+    table = new_table(title, ("", "mean"))
     for name, value in values.items():
         table.add_row(name.removeprefix("eval_"), f"{value:.6g}")
     return table
@@ -57,7 +57,7 @@ def metrics(values: Mapping[str, float], title: str) -> Table:
 
 def summary(history: Sequence[Mapping[str, float]], steps: int, seconds: float, written: Mapping[str, str]) -> Table:
     """What a run did: steps, time, speed, and what it wrote where."""
-    table = _table("Run", ("", ""))
+    table = new_table("Run", ("", ""))
     table.add_row("optimizer steps", str(steps))
     table.add_row("time", duration(seconds))
     rates = [record["perf/tokens_per_second"] for record in history if "perf/tokens_per_second" in record]
@@ -70,7 +70,7 @@ def summary(history: Sequence[Mapping[str, float]], steps: int, seconds: float, 
 
 def data_report(reports: Mapping[str, DataReport]) -> Table:
     """Pairs kept, dropped and truncated, and token lengths, a column for each data set."""
-    table = _table("Data", ("", *reports))
+    table = new_table("Data", ("", *reports))
     columns = list(reports.values())
     table.add_row("pairs kept", *(f"{report.kept:,} of {report.read:,}" for report in columns))
     for kind in ("dropped", "truncated"):
@@ -89,12 +89,12 @@ def _lengths(stats: LengthStats) -> str:
 
 def plan(run: PreparedRun, axes: Sequence[LayoutAxis]) -> RenderableType:
     """Layout of the ranks, then batch and schedule."""
-    layout = _table(f"Layout (world size {run.world_size})", ("parallel", "ranks", "with rank 0"))
+    layout = new_table(f"Layout (world size {run.world_size})", ("parallel", "ranks", "with rank 0"))
     for axis in axes:
         shown = ", ".join(map(str, axis.ranks_with_0[:8])) + (", ..." if axis.size > 8 else "")
         layout.add_row(axis.name, str(axis.size), shown)
     args = run.config.training
-    batches = _table("Schedule", ("", ""))
+    batches = new_table("Schedule", ("", ""))
     batches.add_row(
         "global batch",
         f"{run.global_batch_pairs} pairs = {args.per_device_train_batch_size} per rank x "
@@ -109,7 +109,7 @@ def plan(run: PreparedRun, axes: Sequence[LayoutAxis]) -> RenderableType:
 
 def memory(estimate: MemoryEstimate, full_logits: int) -> Table:
     """Memory of the rank that needs most."""
-    table = _table("Memory of the largest rank", ("", "size"))
+    table = new_table("Memory of the largest rank", ("", "size"))
     table.add_row(f"weights ({estimate.parameters / 1e6:,.1f} M parameters)", _size(estimate.weights))
     for name in ("reference", "gradients", "optimizer"):
         table.add_row(name, _size(getattr(estimate, name)))
@@ -160,7 +160,8 @@ def _size(num_bytes: int) -> str:
     return f"{num_bytes / 2**30:,.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:,.1f} MiB"
 
 
-def _table(title: str, headers: Sequence[str]) -> Table:
+def new_table(title: str, headers: Sequence[str]) -> Table:
+    """Return an empty table in the style of the command line; columns after the first are numbers."""
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     table.show_header = any(headers)
     for index, header in enumerate(headers):

@@ -90,6 +90,13 @@ def unavailable_reason() -> str | None:
     return _load()[1]
 
 
+def build_name() -> str:
+    """Return the name of the build that runs here; only where the engine is available."""
+    loaded, reason = _load()
+    assert loaded is not None, reason
+    return BUILDS[loaded[1]]
+
+
 def supports(dtype: torch.dtype) -> bool:
     """Return whether the engine can be used here, and on rows and weight of this dtype."""
     return dtype in DTYPES and is_available()

@@ -1,0 +1,122 @@
+"""`fastpref kernels`: what the op runs on here, what its GPU kernels compile to, and their tiles."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from fastpref.cli.tables import new_table
+from fastpref.errors import MissingDependencyError
+
+if TYPE_CHECKING:
+    from fastpref.kernels.triton_compile import CompiledKernel
+
+
+@click.group()
+def kernels() -> None:
+    """Look at the kernels of the op `linear_logps`."""
+
+
+@kernels.command()
+def info() -> None:
+    """Say which engines can run on this machine, and why the others cannot."""
+    from fastpref.kernels import native, triton_engine
+
+    table = new_table("Engines of linear_logps", ("engine", "backend", "devices", "status"))
+    for column in table.columns:
+        column.justify = "left"
+    table.add_row("PyTorch tiles", "torch", "any", f"ready, torch {torch.__version__}")
+    status = native.unavailable_reason() or f"ready, {native.build_name()}, {torch.get_num_threads()} threads"
+    table.add_row("native", "torch", "CPU", status)
+    table.add_row(
+        "Triton", "triton", "NVIDIA, compute capability >= 8.0", triton_engine.unavailable_reason() or "ready"
+    )
+    _print(table)
+
+
+@kernels.command()
+@click.option("--all", "is_all", is_flag=True, help="Every combination of flags and every tile, not just a cover.")
+@click.option("--match", default="", metavar="TEXT", help="Only variants whose name contains TEXT.")
+@click.option("--processes", type=click.IntRange(min=1), default=1, show_default=True, help="Compilers at once.")
+def inspect(is_all: bool, match: str, processes: int) -> None:
+    """Compile the GPU kernels, without a GPU, and print what the machine code uses."""
+    _require_triton()
+    from fastpref.kernels import triton_compile
+
+    wanted = triton_compile.all_variants() if is_all else triton_compile.representative_variants()
+    wanted = [variant for variant in wanted if match in variant.name]
+    if not wanted:
+        raise click.BadParameter(f"no variant's name contains {match!r}", param_hint="--match")
+    _print(resource_table(triton_compile.compile_all(wanted, processes)))
+
+
+@kernels.command()
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="File of the measured table.")
+@click.option("--hidden", "hidden_size", type=click.IntRange(min=16), default=4096, show_default=True, help="H.")
+@click.option("--vocab", "vocab_size", type=click.IntRange(min=256), default=131072, show_default=True, help="V.")
+@click.option("--rows", "num_rows", type=click.IntRange(min=16), default=8192, show_default=True, help="R.")
+def tune(output: Path, hidden_size: int, vocab_size: int, num_rows: int) -> None:
+    """Measure the candidate tiles on this GPU; right results only. Use the file with FASTPREF_TILES=FILE."""
+    _require_triton()
+    from fastpref.kernels import tuning
+
+    tuning.tune(output, num_rows=num_rows, hidden_size=hidden_size, vocab_size=vocab_size)
+    click.echo(f"wrote {output}; set FASTPREF_TILES={output} to use it")
+
+
+def resource_table(rows: Iterable[CompiledKernel]) -> Table:
+    """One line per compiled variant; what should not be there is red."""
+    headers = (
+        "kernel",
+        "arch",
+        "dtype",
+        "tile",
+        "flags",
+        "registers",
+        "spills",
+        "shared KiB",
+        "MMA",
+        "TMA",
+        "i32 products",
+    )
+    table = new_table("GPU kernels", headers)
+    for column in table.columns[:5]:
+        column.justify = "left"
+    for row in rows:
+        variant, tile = row.variant, row.variant.tile
+        style = "red" if row.spilled_bytes or row.narrow_products else ""
+        table.add_row(
+            variant.kernel,
+            variant.architecture,
+            variant.dtype,
+            f"{tile.rows}x{tile.columns}x{tile.hidden}/{tile.slices} w{tile.warps} s{tile.stages}",
+            "+".join(variant.flags) or "-",
+            str(row.registers),
+            str(row.spilled_bytes),
+            f"{row.shared_bytes / 1024:.0f}",
+            row.matrix_unit,
+            str(row.tma_loads),
+            str(row.narrow_products),
+            style=style,
+        )
+    return table
+
+
+def _require_triton() -> None:
+    from fastpref.kernels.engines import HAS_TRITON
+
+    if not HAS_TRITON:
+        raise MissingDependencyError("this command needs Triton; install it with `pip install 'fastpref[triton]'`")
+
+
+def _print(table: Table) -> None:
+    # A pipe counts as 80 columns wide, which would fold every line of a wide table.
+    width = None if sys.stdout.isatty() else 160
+    Console(highlight=False, width=width).print(table, markup=False)
