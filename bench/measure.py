@@ -25,6 +25,7 @@ from bench.implementations import BARE, IMPLEMENTATIONS, Implementation, bare_pr
 from bench.oracle import errors, truth
 from bench.workloads import ROOT, build
 from fastpref.errors import MissingDependencyError
+from fastpref.kernels import native
 
 PACKAGES = ("fastpref", "torch", "liger_kernel", "cut_cross_entropy", "trl", "transformers", "triton")
 Row = dict[str, Any]
@@ -43,7 +44,8 @@ def check(workload: str, name: str) -> Row:
     expected = truth(case)
     properties = case.shape | {"active_fraction": round(float(expected["active_fraction"]), 4)}
     peak = {"extra_peak_mib": round(peak_mib, 1), "threads": torch.get_num_threads()}
-    return {"shape": properties, "errors": errors(result, expected), **peak}
+    engine = native.unavailable_reason() or "native"
+    return {"shape": properties, "errors": errors(result, expected), "engine": engine, **peak}
 
 
 def time_in_turns(workload: str, names: list[str], repeats: int) -> Row:

@@ -70,8 +70,8 @@ def _describe(row: Row) -> str:
         f"R = {shape['rows']} response rows of T = {shape['positions']} padded positions in {shape['sequences']} "
         f"sequences, V = {shape['vocab']}, H = {shape['hidden']}, fp32; {100 * shape['active_fraction']:.1f} % of the "
         f"columns active at 2^-14. {machine['cpu']} ({machine['cpu_capability']}), {machine['cores']} cores, "
-        f"{machine['memory_gib']} GiB, {row['threads']} threads; {versions}; commit {row['commit']}, "
-        f"{row['date']}; `{row['command']}`."
+        f"{machine['memory_gib']} GiB, {row['threads']} threads, engine {row['engine']}; {versions}; "
+        f"commit {row['commit']}, {row['date']}; `{row['command']}`."
     )
 
 

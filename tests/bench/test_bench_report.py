@@ -27,6 +27,7 @@ def row(name: str, wall_s: float, peak_mib: float, vocab: int = 1000) -> dict:
         "load_average": [0.5, 2.6 if name == "trl" else 2.0],
         "threads": 2,
         "machine": {"cpu": "CPU", "cores": 2, "memory_gib": 24.0, "cpu_capability": "AVX512"},
+        "engine": "native",
         "versions": {"torch": "2"},
         "commit": "abc",
         "date": "2025-01-01 00:00",
