@@ -37,7 +37,9 @@ def guarded_memory() -> Iterator[None]:
     blocks: list[tuple[Tensor, int]] = []
 
     def poison(dtype: torch.dtype) -> float | int:
-        return float("nan") if dtype.is_floating_point else torch.iinfo(dtype).max
+        if dtype.is_floating_point:
+            return float("nan")
+        return True if dtype == torch.bool else torch.iinfo(dtype).max
 
     real = Tensor.new_empty
 

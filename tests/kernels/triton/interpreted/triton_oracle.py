@@ -48,6 +48,7 @@ def problem(
     vocab_size: int,
     dtype: torch.dtype = torch.float32,
     *,
+    device: str = "cpu",
     seed: int = 0,
     bias: bool = False,
     logit_scale: float = 1.0,
@@ -58,7 +59,8 @@ def problem(
     weight_VH = (torch.randn(vocab_size, hidden_size, generator=generator) * 3.0 / hidden_size**0.5).to(dtype)
     bias_V = torch.randn(vocab_size, generator=generator).to(dtype) if bias else None
     labels_R = torch.randint(-2, vocab_size + 2, (num_rows,), generator=generator)
-    return Problem(x_RH, Head(weight_VH, bias_V, logit_scale, softcap), labels_R)
+    x_RH, weight_VH, labels_R = x_RH.to(device), weight_VH.to(device), labels_R.to(device)
+    return Problem(x_RH, Head(weight_VH, None if bias_V is None else bias_V.to(device), logit_scale, softcap), labels_R)
 
 
 def coefficients(num_rows: int) -> Tensor:
@@ -70,15 +72,15 @@ def bounds(num_rows: int, offset: float = 0.0) -> Tensor:
 
 
 def run_triton(given: Problem, coefficients_R: Tensor | None = None) -> Results:
-    num_rows, num_columns = given.x_RH.shape[0], given.head.weight_VH.shape[0]
+    num_rows, num_columns, device = given.x_RH.shape[0], given.head.weight_VH.shape[0], given.x_RH.device
     forward = triton_engine.forward_rows(
-        *given[:3], with_stats=True, bound_R=bounds(num_rows, given.offset), with_cache=given.can_cache
+        *given[:3], with_stats=True, bound_R=bounds(num_rows, given.offset).to(device), with_cache=given.can_cache
     )
     rows = finish_rows(forward.partials_FR, torch.float32)
     coefficients_R = coefficients(num_rows) if coefficients_R is None else coefficients_R
-    scalars = RowScalars(coefficients_R, rows.row_max, rows.row_sum)
-    d_logits_RV = torch.full((num_rows, num_columns), NAN, dtype=given.x_RH.dtype)
-    covered_R = torch.zeros(num_rows)
+    scalars = RowScalars(coefficients_R.to(device), rows.row_max, rows.row_sum)
+    d_logits_RV = torch.full((num_rows, num_columns), NAN, dtype=given.x_RH.dtype, device=device)
+    covered_R = torch.zeros(num_rows, device=device)
     triton_engine.logit_gradient(given.x_RH, given.head, given.labels_R, scalars, d_logits_RV, covered_R)
     assert forward.mass_V is not None
     values = {name: getattr(rows, name) for name in OUTPUTS}
@@ -104,7 +106,7 @@ def run_torch(given: Problem, dtype: torch.dtype, order: Tensor | None = None) -
     logps_RV = torch.log_softmax(z_RV, dim=1)
     is_here_R = (given.labels_R >= 0) & (given.labels_R < z_RV.shape[1])
     ids_R1 = torch.where(is_here_R, given.labels_R, 0).unsqueeze(1)
-    upstream_R = coefficients(z_RV.shape[0]).to(dtype)
+    upstream_R = coefficients(z_RV.shape[0]).to(z_RV)
     # A label that is not here still has the gradient of the log-sum-exp: another shard holds its onehot.
     target_R = torch.where(is_here_R, z_RV.gather(1, ids_R1).squeeze(1), 0.0)
     (upstream_R * (target_R - z_RV.logsumexp(dim=1))).sum().backward()
@@ -115,7 +117,7 @@ def run_torch(given: Problem, dtype: torch.dtype, order: Tensor | None = None) -
         "entropy": torch.special.entr(logps_RV.exp()).sum(dim=1),
         "mean_logit": z_RV.mean(dim=1),
         "hits": ((z_RV.gather(1, ids_R1).squeeze(1) == z_RV.amax(dim=1)) & is_here_R).to(dtype),
-        "mass": (z_RV - bounds(z_RV.shape[0], given.offset).to(dtype).unsqueeze(1)).exp().sum(dim=0),
+        "mass": (z_RV - bounds(z_RV.shape[0], given.offset).to(z_RV).unsqueeze(1)).exp().sum(dim=0),
         "covered": logps_RV.exp().sum(dim=1),
         "d_logits": product_RV.grad,
     }
