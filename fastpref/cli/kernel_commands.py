@@ -58,17 +58,15 @@ def inspect(is_all: bool, match: str, processes: int) -> None:
 
 
 @kernels.command()
-@click.option("--output", type=click.Path(path_type=Path), required=True, help="File of the measured table.")
-@click.option("--hidden", "hidden_size", type=click.IntRange(min=16), default=4096, show_default=True, help="H.")
-@click.option("--vocab", "vocab_size", type=click.IntRange(min=256), default=131072, show_default=True, help="V.")
-@click.option("--rows", "num_rows", type=click.IntRange(min=16), default=8192, show_default=True, help="R.")
-def tune(output: Path, hidden_size: int, vocab_size: int, num_rows: int) -> None:
-    """Measure the candidate tiles on this GPU; right results only. Use the file with FASTPREF_TILES=FILE."""
+@click.argument("output", type=click.Path(path_type=Path))
+@click.option("--hidden", "hidden_sizes", type=click.IntRange(min=16), multiple=True, help="Values of H to measure.")
+def tune(output: Path, hidden_sizes: tuple[int, ...]) -> None:
+    """Measure the candidate tiles on this GPU, right results only, and write the table OUTPUT of the fastest."""
     _require_triton()
     from fastpref.kernels import tuning
 
-    tuning.tune(output, num_rows=num_rows, hidden_size=hidden_size, vocab_size=vocab_size)
-    click.echo(f"wrote {output}; set FASTPREF_TILES={output} to use it")
+    tuning.tune(str(output), hidden_sizes or tuning.HIDDEN_SIZES)
+    click.echo(f"wrote {output}; FASTPREF_TILES={output} uses it")
 
 
 def resource_table(rows: Iterable[CompiledKernel]) -> Table:

@@ -1,8 +1,10 @@
 """`fastpref kernels`: engines of this machine, resources of the GPU kernels, tuning."""
 
 import importlib.util
+from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from fastpref.cli.commands import cli
@@ -39,3 +41,12 @@ def test_inspect_of_nothing() -> None:
     code, output = run("inspect", "--match", "forwrad")
     assert code == 2
     assert "no variant's name contains 'forwrad'" in output
+
+
+@needs_triton
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_tune_without_a_gpu(tmp_path: Path) -> None:
+    code, output = run("tune", str(tmp_path / "tiles.json"))
+    assert code == 2
+    assert "tuning measures on a GPU, and PyTorch sees none" in output
+    assert not (tmp_path / "tiles.json").exists()
