@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from fastpref.kernels import checks
+from fastpref.kernels.engine import Head
 from fastpref.kernels.engines import resolve_backend
 from fastpref.kernels.ops import linear_logps_fwd
 from fastpref.kernels.reference import RowOutputs, reference_rows
@@ -151,14 +152,11 @@ def linear_logps(
     checks.check_stats(stats)
     checks.check_scalars(logit_scale, softcap, ignore_index)
     hidden, weight, bias = _autocast(hidden, weight, bias)
-    checks.check_model_tensors(hidden, weight, bias, main_grad)
+    checks.check_model_tensors(hidden, weight, bias)
     checks.check_layout(hidden, cu_seqlens, rows, cu_rows, sequence_parallel)
     checks.check_choice("backend", backend, checks.BACKENDS)
     backend = resolve_backend(backend, hidden)
-    if backend == "reference" and main_grad is not None:
-        raise ValueError(
-            "main_grad is filled by the fused backward pass, which backend='reference' has not; leave it out"
-        )
+    checks.check_main_grad(main_grad, hidden, weight, backend)
     plan = checks.resolve_plan(backward, backend, hidden, softcap, active_eps, cache_bytes, stats)
     group = checks.check_parallel(hidden, weight, tp_group, vocab_start, sequence_parallel, backend)
     for name, ids in (("labels", labels), ("nll_labels", nll_labels)):
@@ -177,39 +175,55 @@ def linear_logps(
     labels_R = labels_T[index_R]
     nll_labels_R = None if nll_labels_T is None else nll_labels_T[index_R]
     targets_R = _row_targets(labels_R, nll_labels_R, ignore_index)
-    summary = None
+    head, summary = Head(weight, bias, logit_scale, softcap), None
     if backend == "reference":
-        outputs = reference_rows(gather_rows(hidden, index_R), weight, bias, targets_R, logit_scale, softcap)
+        outputs = reference_rows(gather_rows(hidden, index_R), *head[:2], targets_R, *head[2:])
     else:
         group_name = None if group is None else group.group_name
         if vocab_start is not None:
             targets_R = targets_R - vocab_start
         elif group_name is not None:
             targets_R = targets_R - shard_start(weight, group_name)
-        inputs = [tensor for tensor in (hidden, weight, bias) if tensor is not None]
-        needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
         with_stats = "entropy" in stats or "mean_logit" in stats
-        token_logps_R, _, _, hits_R, entropy_R, mean_logit_R, _, _, _, _, summary = linear_logps_fwd(
-            hidden,
-            weight,
-            bias,
-            rows,
-            targets_R,
-            main_grad,
-            logit_scale,
-            softcap,
-            group_name,
-            sequence_parallel,
-            with_stats,
-            backend,
-            plan.name if needs_gradient else "none",
-            plan.active_eps,
-            plan.cache_bytes,
+        outputs, summary = _fused_rows(
+            hidden, head, rows, targets_R, main_grad, group_name, sequence_parallel, with_stats, backend, plan
         )
-        outputs = RowOutputs(token_logps_R, hits_R, entropy_R, mean_logit_R)
-        if not needs_gradient:
-            summary = None
     return _sum_to_sequences(outputs, labels_R, nll_labels_R, ignore_index, rows, cu_rows, stats, summary)
+
+
+def _fused_rows(
+    hidden: Tensor,
+    head: Head,
+    rows: Tensor,
+    targets_R: Tensor,
+    main_grad: Tensor | None,
+    group_name: str | None,
+    sequence_parallel: bool,
+    with_stats: bool,
+    backend: str,
+    plan: checks.BackwardPlan,
+) -> tuple[RowOutputs, Tensor | None]:
+    """Score rows by the fused operator; also what it leaves out, where a gradient can be asked for."""
+    inputs = [tensor for tensor in (hidden, head.weight_VH, head.bias_V) if tensor is not None]
+    needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    token_logps_R, _, _, hits_R, entropy_R, mean_logit_R, _, _, _, _, summary = linear_logps_fwd(
+        hidden,
+        head.weight_VH,
+        head.bias_V,
+        rows,
+        targets_R,
+        main_grad,
+        head.logit_scale,
+        head.softcap,
+        group_name,
+        sequence_parallel,
+        with_stats,
+        backend,
+        plan.name if needs_gradient else "none",
+        plan.active_eps,
+        plan.cache_bytes,
+    )
+    return RowOutputs(token_logps_R, hits_R, entropy_R, mean_logit_R), summary if needs_gradient else None
 
 
 def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -180,7 +180,7 @@ def _require_device(name: str, tensor: Tensor, hidden: Tensor) -> None:
         raise ValueError(f"{name} must be on the device of hidden, {hidden.device}, got {tensor.device}; move it there")
 
 
-def check_model_tensors(hidden: Tensor, weight: Tensor, bias: Tensor | None, main_grad: Tensor | None) -> None:
+def check_model_tensors(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Check types, shapes and devices of the differentiable inputs.
 
     Raises:
@@ -204,9 +204,22 @@ def check_model_tensors(hidden: Tensor, weight: Tensor, bias: Tensor | None, mai
         _require_like("bias", bias, hidden)
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"bias must be [V] with V = {weight.shape[0]} as in weight, got shape {tuple(bias.shape)}")
+
+
+def check_main_grad(main_grad: Tensor | None, hidden: Tensor, weight: Tensor, backend: str) -> None:
+    """Check the buffer that takes the weight's gradient.
+
+    Raises:
+        TypeError: no tensor.
+        ValueError: shape, dtype or device that do not fit, or nothing that would fill it.
+    """
     if main_grad is None:
         return
     _require_tensor("main_grad", main_grad)
+    if backend == "reference":
+        raise ValueError(
+            "main_grad is filled by the fused backward pass, which backend='reference' has not; leave it out"
+        )
     if main_grad.dtype != torch.promote_types(hidden.dtype, torch.float32) or main_grad.shape != weight.shape:
         raise ValueError(
             f"main_grad must have the shape of weight, {tuple(weight.shape)}, in fp32 (fp64 for fp64 inputs), got "
