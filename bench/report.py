@@ -54,7 +54,7 @@ def table(workload: str, rows: dict[str, Row]) -> str:
         first = next(iter(timed.values()))
         bare_s = seconds(first, BARE)
         lines += [f"| bare product X W^T | {bare_s:.2f} | 1 | {_gflops(first, 2, bare_s)} | | | | | | {_load(first)} |"]
-        lines += ["", *_other_targets(workload, timed)]
+    lines += ["", *_other_targets(workload, timed)]
     lines += [
         f"- {IMPLEMENTATIONS[name].title}: {row['status']}, {row['reason']}"
         for name, row in rows.items()
