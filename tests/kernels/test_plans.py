@@ -11,6 +11,7 @@ from torch import Tensor
 from fastpref import linear_logps
 from fastpref.kernels import active, schedule
 from fastpref.kernels.ops import linear_logps_fwd
+from fastpref.kernels.weight_grad import zeros_like_untouched
 from fastpref.testing.adversarial import ADVERSARIAL, HeadInputs, ragged_inputs
 from fastpref.testing.numerics import assert_within_rule, max_error
 
@@ -325,6 +326,16 @@ def test_main_grad_takes_the_unrounded_gradient(backward: str, dtype: torch.dtyp
     if dtype == torch.bfloat16:
         assert not torch.equal(once.to(dtype).float(), once)
     del gradients
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_untouched_zeros_are_zeros_of_their_own(dtype: torch.dtype) -> None:
+    weight_VH = torch.randn(3, 400_000).to(dtype)
+    first, second = zeros_like_untouched(weight_VH), zeros_like_untouched(weight_VH)
+    assert first.shape == weight_VH.shape and first.dtype == dtype and first.is_contiguous()
+    first[1] = weight_VH[1]
+    del weight_VH
+    assert not first[0].any() and first[1].any() and not first[2].any() and not second.any()
 
 
 @pytest.mark.parametrize("needs", [("hidden",), ("weight",), ("bias",)])
