@@ -19,6 +19,7 @@ from torch.distributed import ProcessGroup
 
 from fastpref.kernels.engine import Engine, Head, accumulation_dtype, operand_dtype
 from fastpref.kernels.rows import gather_rows
+from fastpref.kernels.torch_tiles import product
 from fastpref.kernels.vocab_parallel import merge_bounds
 
 # Rows that share one set. A taller chunk spares passes over the weight; at equal cold mass the error of the weight's
@@ -45,16 +46,19 @@ def lower_bounds(x_RH: Tensor, head: Head, labels_R: Tensor) -> Tensor:
     pilot_L = torch.arange(min(int(num_columns * PILOT_SHARE) + 1, MAX_PILOT, num_columns), device=x_RH.device)
     labels_R = labels_R[(labels_R >= 0) & (labels_R < num_columns)]
     pilot_L = torch.cat([pilot_L, labels_R]).unique()
-    dtype = operand_dtype(x_RH)
-    weight_LH = gather_rows(head.weight_VH, pilot_L).to(dtype)
+    operand, dtype = operand_dtype(x_RH), accumulation_dtype(x_RH.dtype)
+    weight_LH = gather_rows(head.weight_VH, pilot_L).to(operand)
     bias_L = None if head.bias_V is None else head.bias_V[pilot_L].to(dtype)
     bounds = []
-    for x_rH in x_RH.to(dtype).split(1024):
-        z_rL = torch.nn.functional.linear(x_rH, weight_LH, bias_L).to(accumulation_dtype(dtype)) * head.logit_scale
+    for x_rH in x_RH.to(operand).split(1024):
+        # In the accumulation dtype: logits rounded to 16 bits would make it an estimate.
+        z_rL = x_rH.new_empty(x_rH.shape[0], pilot_L.shape[0], dtype=dtype)
+        product(x_rH, weight_LH.t(), z_rL)
+        z_rL = (z_rL if bias_L is None else z_rL + bias_L) * head.logit_scale
         if head.softcap is not None:
             z_rL = head.softcap * torch.tanh(z_rL / head.softcap)
         bounds.append(z_rL.logsumexp(dim=1))
-    return torch.cat(bounds) if bounds else x_RH.new_empty(0, dtype=accumulation_dtype(x_RH.dtype))
+    return torch.cat(bounds) if bounds else x_RH.new_empty(0, dtype=dtype)
 
 
 def select_active(mass_V: Tensor, labels_R: Tensor, active_eps: float, num_shards: int = 1) -> tuple[Tensor, Tensor]:
