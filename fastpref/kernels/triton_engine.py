@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastpref.errors import MissingDependencyError
 from fastpref.kernels.engine import ExponentCache, ForwardRows, Head, RowScalars
-from fastpref.kernels.partials import NUM_FIELDS, NUM_FIELDS_WITH_STATS, empty_partials
+from fastpref.kernels.partials import NUM_FIELDS, NUM_FIELDS_WITH_STATS, TOTAL, empty_partials
 from fastpref.kernels.tiles import CACHE_COLUMNS, INTERPRETER, Tile, architecture_of, select_tile
 
 
@@ -95,6 +95,8 @@ def forward_rows(
         kernels.merge_call(parts_NFR, targets_R, merged_FR, num_columns, launch.tile).launch()
         if mass_V is not None and mass_MV is not None:
             kernels.sum_call(mass_MV, mass_V).launch()
+    if with_stats and head.softcap is None:
+        merged_FR[TOTAL] = _sums_of_logits(x_RH, head)
     return ForwardRows(merged_FR, mass_V, cache)
 
 
@@ -167,6 +169,18 @@ def cached_logit_gradient(
             logit_scale,
             out_rv,
         ).launch()
+
+
+def _sums_of_logits(x_RH: Tensor, head: Head) -> Tensor:
+    """Return each row's sum of all logits, fp64 [R]: without a cap it is linear in the row.
+
+    The kernel's own sum is in fp32, whose rounding a mean near 0 of logits far from it would show.
+    """
+    total_H = head.weight_VH.sum(dim=0, dtype=torch.float64)
+    bias = 0.0 if head.bias_V is None else head.bias_V.sum(dtype=torch.float64)
+    # A few rows at a time: all of them in fp64 would be the largest tensor of the pass.
+    sums = [(x_rH.double() * total_H).sum(dim=1) for x_rH in x_RH.split(1024)]
+    return (torch.cat(sums) + bias) * head.logit_scale
 
 
 class _Launch(NamedTuple):
