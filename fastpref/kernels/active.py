@@ -90,12 +90,17 @@ def select_active(mass_V: Tensor, labels_R: Tensor, active_eps: float, num_shard
     return is_active_V, torch.where(is_active_V, 0.0, mass_V).sum() / num_rows
 
 
+def is_too_flat(is_active_CV: Tensor) -> Tensor:
+    """Tell, as bool [], whether so many columns are active in some chunk that none is left out. No device sync."""
+    return is_active_CV.any(dim=0).double().mean() > FLAT_SHARE
+
+
 class Activity(NamedTuple):
     """What a forward pass found out about the columns.
 
     Attributes:
         is_active_CV: bool [C, V], of each chunk of rows.
-        summary: fp64 [2]: share of active columns, and mass per row on the others (overestimated).
+        summary: fp64 [2]: share of columns that get gradients, and mass per row on the others (overestimated).
     """
 
     is_active_CV: Tensor
@@ -141,6 +146,9 @@ def forward_with_activity(
         actives.append(is_active_V)
         colds.append(cold * (x_rH.shape[0] / max(x_RH.shape[0], 1)))
     is_active_CV = torch.stack(actives)
+    cold = torch.stack(colds).sum()
     # A shard without columns has no share of them that is active.
-    share = is_active_CV.double().mean() if is_active_CV.numel() else is_active_CV.new_zeros((), dtype=torch.float64)
-    return torch.cat(partials, dim=1), Activity(is_active_CV, torch.stack([share, torch.stack(colds).sum()]))
+    share = is_active_CV.double().mean() if is_active_CV.numel() else torch.zeros_like(cold)
+    flat = is_too_flat(is_active_CV)
+    summary = torch.stack([torch.where(flat, 1.0, share), torch.where(flat, 0.0, cold)])
+    return torch.cat(partials, dim=1), Activity(is_active_CV, summary)

@@ -84,6 +84,12 @@ def resolve_plan(
         )
     _check_active_eps(active_eps, name, backward)
     _check_cache_bytes(cache_bytes, name, backward, backend)
+    is_16_bit = hidden.dtype in (torch.bfloat16, torch.float16)
+    if cache_bytes and name == "exact" and (softcap is not None or not is_16_bit):
+        raise ValueError(
+            f"cache_bytes is used by backward='exact' for bf16 and fp16 inputs without a softcap only, got "
+            f"{cache_bytes} with {hidden.dtype} and softcap={softcap}, which it recomputes; leave it out"
+        )
     for stat in stats:
         if stat in ACTIVITY_STATS and name != "active":
             raise ValueError(

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastpref.kernels.active import FLAT_SHARE
+from fastpref.kernels.active import is_too_flat
 from fastpref.kernels.engine import Engine, ExponentCache, Head, RowScalars, accumulation_dtype, operand_dtype
 from fastpref.kernels.schedule import Block, LiveRows, Part, chunks, schedule
 from fastpref.kernels.torch_tiles import product, tile_shape
@@ -126,7 +126,7 @@ class _Backward:
         self.engine, self.rows, self.head, self.kept = engine, rows, head, kept
         self.dtype = accumulation_dtype(weight_VH.dtype)
         self.is_active_CV = kept.is_active_CV
-        if self.is_active_CV is not None and self.is_active_CV.any(dim=0).double().mean() > FLAT_SHARE:
+        if self.is_active_CV is not None and is_too_flat(self.is_active_CV):
             self.is_active_CV = None
         shape = tile_shape(weight_VH.device)
         self.height, self.width = shape.bwd_rows, shape.columns

@@ -146,7 +146,7 @@ def _fingerprint(trainer: DPOTrainer) -> dict[str, Any]:
     """Settings that must not change when a run continues; the layout may."""
     args = trainer.args
     names = (
-        *("seed", "shuffle", "drop_last", "bf16", "fp16", "max_grad_norm"),
+        *("seed", "shuffle", "drop_last", "bf16", "fp16", "head_backward", "active_eps", "max_grad_norm"),
         *("learning_rate", "min_lr", "lr_scheduler_type", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
     )
     loss = json.dumps(asdict(trainer.train_config), sort_keys=True)

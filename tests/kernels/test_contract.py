@@ -105,6 +105,11 @@ REFUSALS = {
         ValueError,
         "cache_bytes is used by backward='cached' and 'exact' only, got 1",
     ),
+    "cache_bytes of fp32": (
+        {"backward": "exact", "cache_bytes": 10},
+        ValueError,
+        "for bf16 and fp16 inputs without a softcap only, got 10 with torch.float32",
+    ),
     "cache_bytes float": ({"cache_bytes": 1e9}, TypeError, "cache_bytes must be an int, got 1000000000.0"),
     "cache_bytes negative": ({"cache_bytes": -1}, ValueError, "cache_bytes must be >= 0, got -1"),
     "stats of another plan": (
