@@ -24,7 +24,7 @@ from fastpref.kernels.engines import resolve_backend
 from fastpref.kernels.ops import linear_logps_fwd
 from fastpref.kernels.reference import RowOutputs, reference_rows
 from fastpref.kernels.rows import check_rows, derive_rows, gather_rows, segment_sum
-from fastpref.kernels.vocab_parallel import shard_start
+from fastpref.kernels.vocab_parallel import shard_start, vocabulary_size
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -84,6 +84,7 @@ def linear_logps(
     active_eps: float | None = None,
     cache_bytes: int | None = None,
     stats: Sequence[str] = (),
+    debug: bool = False,
 ) -> SequenceLogps:
     """Sum the log-probabilities of each sequence's labels without holding its logits.
 
@@ -130,6 +131,8 @@ def linear_logps(
         cache_bytes: budget of "exact" and "cached" in bytes; None = 512 MiB on a GPU and 0 on a CPU for "exact", no
             limit for "cached".
         stats: any of "token_logps", "entropy", "hits", "mean_logit"; with "active", "active_fraction", "cold_mass".
+        debug: look at the labels before any work, and raise IndexError for the first that is no id; waits for the
+            device, and for all ranks of `tp_group`.
 
     Returns:
         SequenceLogps. A label outside [0, V) other than `ignore_index`, or a token whose two labels disagree, gives NaN
@@ -146,6 +149,7 @@ def linear_logps(
 
     Raises:
         TypeError, ValueError: arguments that do not fit, before any work is done.
+        IndexError: with `debug`, a label outside [0, V) other than `ignore_index`; names the token.
         MissingDependencyError: a backend whose dependency is not installed.
         NotImplementedError: a second derivative.
         RuntimeError: in backward, an input was changed in place since the forward pass.
@@ -163,6 +167,10 @@ def linear_logps(
     for name, ids in (("labels", labels), ("nll_labels", nll_labels)):
         if ids is not None or name == "labels":
             checks.check_labels(name, ids, hidden, group.size() if group is not None and sequence_parallel else 1)
+    if debug:
+        num_ids = weight.shape[0] if group is None else vocabulary_size(weight, group)
+        for name, ids in (("labels", labels), ("nll_labels", nll_labels)):
+            checks.check_ids(name, ids, num_ids, ignore_index)
 
     labels_T = labels.reshape(-1)
     nll_labels_T = None if nll_labels is None else nll_labels.reshape(-1)

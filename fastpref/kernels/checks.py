@@ -256,6 +256,23 @@ def check_labels(name: str, labels: Tensor | None, hidden: Tensor, num_slices: i
     _require_device(name, labels, hidden)
 
 
+def check_ids(name: str, ids: Tensor | None, num_ids: int, ignore_index: int) -> None:
+    """Check every label of a tensor against the vocabulary; waits for the device.
+
+    Raises:
+        IndexError: a label is no id, nor `ignore_index`.
+    """
+    if ids is None:
+        return
+    outside = ((ids < 0) | (ids >= num_ids)) & (ids != ignore_index)
+    if outside.any():
+        place = outside.nonzero()[0].tolist()
+        raise IndexError(
+            f"{name}{place} is {int(ids[tuple(place)])}; a label must be in [0, {num_ids}), or ignore_index="
+            f"{ignore_index} ({int(outside.sum())} labels are not); use the tokenizer that belongs to the model"
+        )
+
+
 def check_parallel(
     hidden: Tensor,
     weight: Tensor,

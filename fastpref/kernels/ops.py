@@ -262,6 +262,11 @@ def _backward(ctx: Any, d_token_logps_R: Tensor | None, *_: Tensor | None) -> tu
     num_inputs = 15
     if d_token_logps_R is None:
         return (None,) * num_inputs
+    if ctx.main_grad is not None and torch.is_grad_enabled():
+        raise NotImplementedError(
+            "create_graph=True cannot be combined with main_grad: a gradient that is added to a buffer has no graph; "
+            "leave main_grad out, and use backend='reference' for double backward"
+        )
     needs = list(ctx.needs_input_grad[:3])
     inputs = (d_token_logps_R, *ctx.saved_tensors, *ctx.options, needs)
     gradients = linear_logps_bwd(*inputs) if ctx.main_grad is None else linear_logps_bwd_into(*inputs, ctx.main_grad)

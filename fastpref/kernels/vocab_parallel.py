@@ -56,6 +56,13 @@ def _(weight_VH: Tensor, group_name: str) -> Tensor:
     return weight_VH.new_empty((), dtype=torch.int64)
 
 
+def vocabulary_size(weight_VH: Tensor, group: ProcessGroup) -> int:
+    """Return the rows of all ranks' shards together."""
+    total = torch.tensor(weight_VH.shape[0], device=weight_VH.device)
+    dist.all_reduce(total, group=group)
+    return int(total)
+
+
 class LocalRows(NamedTuple):
     """Rows of a `hidden` that is whole on every rank; `rows` is on its device."""
 

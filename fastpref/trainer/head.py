@@ -30,6 +30,8 @@ from fastpref.trainer.timing import DeviceTimer
 
 TOKEN_STATS = ("entropy", "hits", "mean_logit")
 ACTIVITY_STATS = ("active_fraction", "cold_mass")
+# What `read_activity` makes of them.
+ACTIVITY = ("active_fraction", "active_imbalance", "cold_mass", "active_fallbacks")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,17 +52,18 @@ class ActivityMeter:
     """Adds up what the active plan reports, on the device, until somebody reads it."""
 
     def __init__(self) -> None:
-        self._sum_3: Tensor | None = None
+        self._sum_4: Tensor | None = None
 
     def add(self, active_fraction: Tensor, cold_mass: Tensor) -> None:
-        """Adds one forward pass."""
-        seen_3 = torch.stack([active_fraction, cold_mass, torch.ones_like(cold_mass)])
-        self._sum_3 = seen_3 if self._sum_3 is None else self._sum_3 + seen_3
+        """Adds one forward pass; a fraction of 1 is one that left nothing out."""
+        is_whole = (active_fraction == 1.0).double()
+        seen_4 = torch.stack([active_fraction, cold_mass, is_whole, torch.ones_like(cold_mass)])
+        self._sum_4 = seen_4 if self._sum_4 is None else self._sum_4 + seen_4
 
-    def read(self) -> tuple[float, float, float]:
-        """Returns the sums of active fractions and cold masses and the number of passes, and starts again at 0."""
-        total_3, self._sum_3 = self._sum_3, None
-        return (0.0, 0.0, 0.0) if total_3 is None else tuple(total_3.tolist())
+    def read(self) -> list[float]:
+        """Returns the sums of fractions and cold masses, the whole passes and all, and starts again at 0."""
+        total_4, self._sum_4 = self._sum_4, None
+        return [0.0] * 4 if total_4 is None else total_4.tolist()
 
 
 class LogpsHead(ColumnParallelLinear):
@@ -174,21 +177,19 @@ def read_activity(head: LogpsHead) -> dict[str, float]:
 
     Returns:
         `active_fraction` of the whole vocabulary, `active_imbalance` (largest share of a rank over the mean: hot tokens
-        have low ids, so the first rank is the busiest) and `cold_mass` per row; all 0.0 without an active pass.
+        have low ids, so the first rank is the busiest), `cold_mass` per row and `active_fallbacks`, the share of passes
+        with exact gradients because nothing could be left out; all 0.0 without an active pass.
     """
     size = head.tp_group.size()
-    mine_3 = torch.tensor(head.activity.read(), dtype=torch.float64, device=current_device())
-    ranks_P3 = mine_3.new_empty(size, 3)
-    torch.distributed.all_gather_into_tensor(ranks_P3.view(-1), mine_3, group=head.tp_group)
-    fractions_P, colds_P, passes_P = ranks_P3.unbind(1)
+    mine_4 = torch.tensor(head.activity.read(), dtype=torch.float64, device=current_device())
+    ranks_P4 = mine_4.new_empty(size, 4)
+    torch.distributed.all_gather_into_tensor(ranks_P4.view(-1), mine_4, group=head.tp_group)
+    fractions_P, colds_P, whole_P, passes_P = ranks_P4.unbind(1)
     if not passes_P[0]:
-        return dict.fromkeys(("active_fraction", "active_imbalance", "cold_mass"), 0.0)
+        return dict.fromkeys(ACTIVITY, 0.0)
     passes = float(passes_P[0])
-    return {
-        "active_fraction": float(fractions_P.mean()) / passes,
-        "active_imbalance": float(fractions_P.max() / fractions_P.mean()),
-        "cold_mass": float(colds_P.sum()) / passes,
-    }
+    values = (fractions_P.mean() / passes, fractions_P.max() / fractions_P.mean(), colds_P.sum() / passes)
+    return dict(zip(ACTIVITY, (*map(float, values), float(whole_P.min()) / passes), strict=True))
 
 
 def install_heads(models: Sequence[torch.nn.Module], options: HeadOptions) -> None:

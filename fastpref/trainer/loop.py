@@ -280,6 +280,7 @@ def _activity(totals: dict[str, float]) -> dict[str, float]:
     return {
         "perf/active_vocab_fraction": totals["active_fraction"],
         "perf/active_vocab_imbalance": totals["active_imbalance"],
+        "perf/active_vocab_fallbacks": totals["active_fallbacks"],
         "perf/cold_mass": totals["cold_mass"],
     }
 

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from fastpref.losses import DPOConfig, LossContext, PairLogps, SequenceStats, preference_loss, preference_metrics
 from fastpref.trainer.batch import Microbatch
+from fastpref.trainer.head import ACTIVITY
 from fastpref.trainer.platform import current_device
 from fastpref.trainer.step import Metrics, MicrobatchResult
 
 COUNTS = ("pairs", "real_tokens", "response_tokens", "padded_tokens")
-MEANS = ("ref_seconds", "head_seconds", "active_fraction", "active_imbalance", "cold_mass")
+MEANS = ("ref_seconds", "head_seconds", *ACTIVITY)
 TOTALS = (*COUNTS, *MEANS, "ranks")
 
 

@@ -36,3 +36,23 @@ def test_linear_logps_reads_nothing_around_the_weight(engine: str) -> None:
     result.logps[1].backward()
     assert hidden_SLH.grad.isfinite().all() and hidden_SLH.grad[1].any()
     assert buffer[:100].isnan().all() and buffer[197:].isnan().all() and not buffer[100:197].isnan().any()
+
+
+@pytest.mark.parametrize("label", bad_labels(97))
+def test_linear_logps_in_debug_mode_names_the_token(engine: str, label: int) -> None:
+    inputs = ragged_inputs()
+    inputs.labels_SL[1, 4] = label
+    with pytest.raises(IndexError, match=rf"^labels\[1, 4\] is {label}; a label must be in \[0, 97\)"):
+        linear_logps(inputs.hidden_SLH, inputs.weight_VH, inputs.labels_SL, backend=engine, debug=True)
+    inputs.labels_SL[1, 4] = -100
+    nll_labels_SL = torch.full_like(inputs.labels_SL, -100)
+    nll_labels_SL[0, 2] = label
+    with pytest.raises(IndexError, match=r"^nll_labels\[0, 2\]"):
+        linear_logps(
+            inputs.hidden_SLH,
+            inputs.weight_VH,
+            inputs.labels_SL,
+            nll_labels=nll_labels_SL,
+            backend=engine,
+            debug=True,
+        )

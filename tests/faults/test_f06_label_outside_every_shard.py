@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from shard_oracle import score
 
+from fastpref import linear_logps
 from fastpref.testing.adversarial import IGNORE, bad_labels, ragged_inputs
 from fastpref.testing.workers import RankPool
 
@@ -22,3 +24,32 @@ def test_label_outside_every_shard(rank_pool_2: RankPool, sequence_parallel: boo
         assert found["token_logps"].isnan().sum() == 1
         assert all(found[name].isfinite().all() for name in ("d_hidden", "d_weight"))
         assert not found["d_hidden"][0, 5].any()
+
+
+def debug_errors(labels: list[int]) -> list[str]:
+    """What two shards of 60 and 37 ids say of each label."""
+    hidden_TH, weight_VH = torch.ones(3, 8), torch.ones((60, 37)[dist.get_rank()], 8)
+    errors = []
+    for label in labels:
+        labels_T = torch.tensor([5, label, -100])
+        try:
+            linear_logps(
+                hidden_TH,
+                weight_VH,
+                labels_T,
+                cu_seqlens=torch.tensor([0, 3]),
+                tp_group=dist.group.WORLD,
+                debug=True,
+            )
+            errors.append("")
+        except IndexError as error:
+            errors.append(str(error))
+    return errors
+
+
+def test_label_outside_every_shard_in_debug_mode(rank_pool_2: RankPool) -> None:
+    """Ids of the other shard are ids; the first one beyond the last shard is none, on every rank."""
+    first, second = rank_pool_2.run(debug_errors, [0, 60, 96, -100, 97])
+    assert first == second
+    assert first[:4] == [""] * 4
+    assert first[4].startswith("labels[1] is 97; a label must be in [0, 97)")

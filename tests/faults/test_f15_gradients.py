@@ -86,3 +86,12 @@ def test_linear_logps_second_derivative(engine: str) -> None:
         torch.autograd.grad(first.sum(), hidden_SLH)
     hidden_SLH, first = gradient("reference")
     assert torch.autograd.grad(first.sum(), hidden_SLH)[0].any()
+
+
+def test_linear_logps_second_derivative_with_a_gradient_buffer(engine: str) -> None:
+    inputs = ragged_inputs()
+    weight_VH, buffer_VH = inputs.weight_VH.clone().requires_grad_(), torch.zeros_like(inputs.weight_VH)
+    result = linear_logps(inputs.hidden_SLH, weight_VH, inputs.labels_SL, main_grad=buffer_VH, backend=engine)
+    with pytest.raises(NotImplementedError, match="leave main_grad out"):
+        torch.autograd.grad(result.logps.sum(), weight_VH, create_graph=True, allow_unused=True)
+    assert not buffer_VH.any()

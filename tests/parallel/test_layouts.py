@@ -183,6 +183,7 @@ def test_active_head_trains_like_an_exact_one_and_reports_its_columns(rank_pool_
     logs = rank_pool_2.run(train, Layout(tp=2), 1, LOSSES["dpo"], str(tmp_path / "active"), 2, None, options)
     for ours, exact in zip(logs[0][:STEPS], expected, strict=False):
         assert 0.5 < ours["perf/active_vocab_fraction"] <= 1.0
+        assert ours["perf/active_vocab_fallbacks"] == float(ours["perf/active_vocab_fraction"] == 1.0)
         assert 1.0 <= ours["perf/active_vocab_imbalance"] < 1.5
         assert 0.0 <= ours["perf/cold_mass"] <= 2**-10
         assert "perf/cold_mass" not in exact
