@@ -27,8 +27,7 @@ from fastpref.checkpoint.headers import TensorInfo, TensorSpec, encode_header, l
 from fastpref.errors import CheckpointError
 
 CONFIG_FILE = "config.json"
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
+ADAPTER_CONFIG_FILE = "adapter_config.json"
 # Everything that a tokenizer needs and that is text; never Python files.
 COMPANION_FILES = (
     "added_tokens.json",
@@ -62,9 +61,11 @@ class ModelDirectory:
             header does not describe its file.
     """
 
+    stem, config_file = "model", CONFIG_FILE
+
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.config = read_config(self.path)
+        self.config = read_config(self.path, self.config_file)
         self.tensors: dict[str, TensorInfo] = {}
         self._open_files: dict[Path, Any] = {}
         for file in self._weight_files():
@@ -95,14 +96,18 @@ class ModelDirectory:
         view = self._open_files[file].get_slice(name)
         return view[start:stop] if dim == 0 else view[:, start:stop]
 
+    @property
+    def _index_path(self) -> Path:
+        return self.path / f"{self.stem}.safetensors.index.json"
+
     def _weight_files(self) -> list[Path]:
-        single, index = self.path / SINGLE_FILE, self.path / INDEX_FILE
+        single, index = self.path / f"{self.stem}.safetensors", self._index_path
         if single.is_file() and index.is_file():
-            refuse(self.path, f"holds both {SINGLE_FILE} and {INDEX_FILE}; remove the one that is out of date")
+            refuse(self.path, f"holds both {single.name} and {index.name}; remove the one that is out of date")
         if single.is_file():
             return [single]
         if not index.is_file():
-            _refuse_without_weights(self.path)
+            _refuse_without_weights(self.path, self.stem)
         files = [self.path / name for name in sorted(set(self._weight_map().values()))]
         missing = [file.name for file in files if not file.is_file()]
         if missing:
@@ -110,7 +115,7 @@ class ModelDirectory:
         return files
 
     def _weight_map(self) -> dict[str, str]:
-        index = self.path / INDEX_FILE
+        index = self._index_path
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             refuse(index, "`weight_map` must map tensor names to file names")
@@ -121,14 +126,14 @@ class ModelDirectory:
 
     def _check_index(self) -> None:
         # `metadata.total_size` is not compared: many writers get it wrong.
-        if not (self.path / INDEX_FILE).is_file():
+        if not self._index_path.is_file():
             return
         weight_map = self._weight_map()
         found = {name: info.path.name for name, info in self.tensors.items()}
         wrong = sorted(name for name in {*weight_map, *found} if weight_map.get(name) != found.get(name))
         if wrong:
             lines = [f"{name} (index: {weight_map.get(name)}, found in: {found.get(name)})" for name in wrong]
-            refuse(self.path / INDEX_FILE, f"does not fit its files: {listed(lines)}; write or download it again")
+            refuse(self._index_path, f"does not fit its files: {listed(lines)}; write or download it again")
 
 
 class ModelWriter:
@@ -148,6 +153,8 @@ class ModelWriter:
         CheckpointError: `path` exists and is not empty, or a tensor differs from its spec.
         OSError: the disk is full or the directory cannot be written.
     """
+
+    stem, config_file = "model", CONFIG_FILE
 
     def __init__(
         self,
@@ -204,19 +211,20 @@ class ModelWriter:
         if len(self._shards) > 1:
             weight_map = {spec.name: self._shard_name(number) for number, spec in self._queue}
             total = sum(spec.num_bytes for _, spec in self._queue)
-            self._write_json(INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            self._write_json(f"{self.stem}.safetensors.index.json", index)
         for name in COMPANION_FILES:
             if self._companions is not None and (source := Path(self._companions) / name).is_file():
                 self._write_bytes(name, source.read_bytes())
-        self._write_json(CONFIG_FILE, self._config)
+        self._write_json(self.config_file, self._config)
         sync(self._temporary)
         os.replace(self._temporary, self.path)
         sync(self.path.parent)
 
     def _shard_name(self, number: int) -> str:
         if len(self._shards) == 1:
-            return SINGLE_FILE
-        return f"model-{number + 1:05d}-of-{len(self._shards):05d}.safetensors"
+            return f"{self.stem}.safetensors"
+        return f"{self.stem}-{number + 1:05d}-of-{len(self._shards):05d}.safetensors"
 
     def _close_shard(self) -> None:
         if self._file is not None:
@@ -235,23 +243,35 @@ class ModelWriter:
             os.fsync(file.fileno())
 
 
-def read_config(directory: str | Path) -> dict[str, Any]:
-    """Read the `config.json` of a model directory.
+def read_config(directory: str | Path, name: str = CONFIG_FILE) -> dict[str, Any]:
+    """Read the `config.json` of a model directory, or its other file `name`.
 
     Raises:
         CheckpointError: there is none, it is no JSON object, or it asks for code of its own (`auto_map`).
     """
-    path = Path(directory) / CONFIG_FILE
+    path = Path(directory) / name
     if not Path(directory).is_dir():
-        raise CheckpointError(f"{directory} is not a directory; pass a local model directory with {CONFIG_FILE}")
+        raise CheckpointError(f"{directory} is not a directory; pass a local model directory with {name}")
     if not path.is_file():
-        raise CheckpointError(f"{directory} has no {CONFIG_FILE}; pass a Hugging Face model directory")
+        raise CheckpointError(f"{directory} has no {name}; pass a Hugging Face model directory")
     config = read_json(path)
     if config.get("auto_map"):
         refuse(
             path, f"`auto_map` asks for Python code of the model's own ({config['auto_map']}), which never runs here"
         )
     return config
+
+
+class AdapterDirectory(ModelDirectory):
+    """An adapter directory as peft writes it: `adapter_config.json` and `adapter_model.safetensors`."""
+
+    stem, config_file = "adapter_model", ADAPTER_CONFIG_FILE
+
+
+class AdapterWriter(ModelWriter):
+    """Writes an adapter directory as peft reads it, in one file."""
+
+    stem, config_file = "adapter_model", ADAPTER_CONFIG_FILE
 
 
 def _plan_shards(specs: Sequence[TensorSpec], max_shard_bytes: int) -> list[list[TensorSpec]]:
@@ -275,7 +295,7 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _refuse_without_weights(directory: Path) -> NoReturn:
+def _refuse_without_weights(directory: Path, stem: str) -> NoReturn:
     found = sorted(file.name for file in directory.iterdir())
     pickles = [name for name in found if name.endswith(_PICKLES)]
     if pickles:
@@ -284,4 +304,4 @@ def _refuse_without_weights(directory: Path) -> NoReturn:
             f"holds its weights as pickles ({listed(pickles)}), which can run any code when loaded; convert them in a "
             "sandbox with transformers' `save_pretrained` and load the safetensors files",
         )
-    refuse(directory, f"has neither {SINGLE_FILE} nor {INDEX_FILE}, found: {listed(found) or 'nothing'}")
+    refuse(directory, f"has neither {stem}.safetensors nor its index, found: {listed(found) or 'nothing'}")

@@ -35,7 +35,14 @@ from fastpref.checkpoint.hf import ModelDirectory, read_config
 from fastpref.errors import CheckpointError, ConfigError
 from fastpref.trainer.attention import RMSNorm, SDPACoreAttention
 from fastpref.trainer.bridge.architecture import Architecture
-from fastpref.trainer.bridge.transfer import RandomTensors, TensorSource, agree, load_parameters, save_parameters
+from fastpref.trainer.bridge.transfer import (
+    RandomTensors,
+    TensorSource,
+    agree,
+    load_parameters,
+    parameters_of,
+    save_parameters,
+)
 
 try:
     import transformer_engine  # noqa: F401  (Megatron's module imports without it, its classes do not work)
@@ -152,7 +159,8 @@ def save_hf(
     key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
     config[key] = str(dtype).removeprefix("torch.")
     companions = None if tokenizer_dir is None else Path(tokenizer_dir)
-    save_parameters(chunks, Architecture.from_hf(config), Path(out_dir), config, companions, dtype, max_shard_bytes)
+    arch, parameters = Architecture.from_hf(config), parameters_of(chunks)
+    save_parameters(parameters, arch, Path(out_dir), config, companions, dtype, max_shard_bytes)
 
 
 class _Files:

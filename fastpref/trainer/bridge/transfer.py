@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -80,7 +80,7 @@ def load_parameters(models: Sequence[GPTModel], arch: Architecture, source: Tens
 
 
 def save_parameters(
-    models: Sequence[GPTModel],
+    parameters: Mapping[str, Tensor],
     arch: Architecture,
     path: Path,
     config: dict[str, Any],
@@ -88,7 +88,7 @@ def save_parameters(
     dtype: torch.dtype,
     max_shard_bytes: int,
 ) -> None:
-    """Write all parameters as a model directory; global rank 0 writes, and holds one parameter at a time.
+    """Write `parameters_of` a model as a directory; global rank 0 writes, and holds one parameter at a time.
 
     Every rank of the job calls it, and every rank fails if rank 0 cannot write.
 
@@ -97,16 +97,27 @@ def save_parameters(
         OSError: on rank 0, the disk is full or not writable.
     """
     specs = [TensorSpec(name, dtype, shape) for name, shape in file_shapes(arch).items()]
-    is_writer = torch.distributed.get_rank() == 0
+    tensors = merged_tensors(parameters, parameter_table(arch), dtype)
+    write_tensors(tensors, lambda: ModelWriter(path, specs, config, companions, max_shard_bytes))
+
+
+def write_tensors(tensors: Iterator[tuple[str, Tensor]], make_writer: Callable[[], ModelWriter]) -> None:
+    """Write what `merged_tensors` yields; only global rank 0 makes the writer.
+
+    Every rank of the job calls it, and every rank fails if rank 0 cannot write.
+
+    Raises:
+        CheckpointError: the directory exists and is not empty, or rank 0 could not write it.
+        OSError: on rank 0, the disk is full or not writable.
+    """
     writer: ModelWriter | None = None
     failure: OSError | CheckpointError | None = None
     try:
-        if is_writer:
-            writer = ModelWriter(path, specs, config, companions, max_shard_bytes)
+        if torch.distributed.get_rank() == 0:
+            writer = make_writer()
     except CheckpointError as error:
         failure = error
     agree([str(failure)] if failure else [])
-    tensors = _merged_tensors(models, arch, dtype)
     try:
         if writer is not None:
             with writer:
@@ -139,7 +150,7 @@ def _gather_problems(problems: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(problem for rank in everywhere for problem in rank))
 
 
-def _parameters(models: Sequence[GPTModel]) -> dict[str, Tensor]:
+def parameters_of(models: Sequence[GPTModel]) -> dict[str, Tensor]:
     """List the parameters of this rank by their name in `parameter_table`."""
     parameters: dict[str, Tensor] = {}
     for model in models:
@@ -176,15 +187,16 @@ def _name_problems(found: Mapping[str, tuple[int, ...]], arch: Architecture) -> 
 def _fill_all(models: Sequence[GPTModel], arch: Architecture, source: TensorSource) -> list[str]:
     table, problems = parameter_table(arch), []
     with torch.no_grad():
-        for name, parameter in _parameters(models).items():
+        for name, parameter in parameters_of(models).items():
             is_tied_copy = arch.tie_embeddings and name == "output_layer.weight"
-            problems += _fill(parameter, table["embedding.word_embeddings.weight" if is_tied_copy else name], source)
+            problems += fill(parameter, table["embedding.word_embeddings.weight" if is_tied_copy else name], source)
     if arch.tie_embeddings and HEAD in source.shapes():
         problems += _tied_head_problems(models, arch, source)
     return problems
 
 
-def _fill(parameter: Tensor, layout: Layout, source: TensorSource) -> list[str]:
+def fill(parameter: Tensor, layout: Layout, source: TensorSource) -> list[str]:
+    """Copy this rank's slice of a parameter out of its file tensors; return what is wrong with the values."""
     value = layout.shard(source.read, _tp_rank(), parallel_state.get_tensor_model_parallel_world_size())
     assert value.shape == parameter.shape, f"{layout}: {tuple(value.shape)} for {tuple(parameter.shape)}"
     parameter.copy_(value)
@@ -204,16 +216,18 @@ def _tied_head_problems(models: Sequence[GPTModel], arch: Architecture, source: 
     return [f"tie_word_embeddings is true but {HEAD} differs from {EMBEDDING}; set it to false to keep the head"]
 
 
-def _merged_tensors(models: Sequence[GPTModel], arch: Architecture, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """On global rank 0 the tensors of the model's files in file order; elsewhere nothing, but all must iterate."""
+def merged_tensors(
+    parameters: Mapping[str, Tensor], table: Mapping[str, Layout], dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """On global rank 0 the file tensors of `table` in its order; elsewhere nothing, but all must iterate."""
     if parallel_state.get_data_parallel_rank(with_context_parallel=True) != 0:
         return
-    pp_group, parameters = parallel_state.get_pipeline_model_parallel_group(), _parameters(models)
+    pp_group = parallel_state.get_pipeline_model_parallel_group()
     by_stage: list[Any] = [None] * pp_group.size()
     torch.distributed.all_gather_object(by_stage, list(parameters), group=pp_group)
     owner = {name: stage for stage, names in enumerate(by_stage) for name in names}
     first_stage = torch.distributed.get_global_rank(pp_group, 0)
-    for name, layout in parameter_table(arch).items():
+    for name, layout in table.items():
         mine = owner[name] == pp_group.rank()
         merged = _merge(parameters[name], layout, dtype) if mine else {}
         if _tp_rank() != 0 or not (mine or pp_group.rank() == 0):
