@@ -1,7 +1,7 @@
 """Directories of training checkpoints: published by rename, so that a name `step-N` always means a finished save.
 
-Layout of a run's checkpoint root: `step-<N>/` holds one finished checkpoint with its `state.json`; a directory whose
-name contains `.tmp-` is an unfinished save and is never read.
+Layout of a run's checkpoint root: `step-<N>/` holds one finished checkpoint with its `state.json` and `MANIFEST.json`;
+a directory whose name contains `.tmp-` is an unfinished save and is never read.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fastpref.checkpoint.hf import sync
+from fastpref.checkpoint.manifest import MANIFEST_FILE, FileRecord, listing_problems, read_manifest, write_manifest
 from fastpref.errors import CheckpointError
 
 STATE_FILE = "state.json"
@@ -31,37 +32,45 @@ def finished_steps(root: Path) -> list[int]:
     if not root.is_dir():
         return []
     matches = ((_STEP_NAME.fullmatch(path.name), path) for path in root.iterdir())
-    return sorted(int(match[1]) for match, path in matches if match and (path / STATE_FILE).is_file())
+    return sorted(int(match[1]) for match, path in matches if match and (path / MANIFEST_FILE).is_file())
 
 
-def resolve(root: Path, wanted: str) -> Path:
-    """Path of the checkpoint to continue from: a directory, or the newest finished one under `root` for "latest".
+def candidates(root: Path, wanted: str) -> list[Path]:
+    """Checkpoints to continue from, the one to try first in front.
+
+    Args:
+        root: the run's checkpoints.
+        wanted: a directory, "latest", or "latest-valid", which alone has more than one candidate.
 
     Raises:
         CheckpointError: there is none.
     """
-    if wanted == "latest":
+    if wanted in ("latest", "latest-valid"):
         steps = finished_steps(root)
         if not steps:
             raise CheckpointError(f"no finished checkpoint under {root}; start without resume_from_checkpoint")
-        return step_directory(root, steps[-1])
+        newest_first = [step_directory(root, step) for step in reversed(steps)]
+        return newest_first[:1] if wanted == "latest" else newest_first
     path = Path(wanted)
-    if not (path / STATE_FILE).is_file():
-        raise CheckpointError(f"{path} is not a finished checkpoint: {STATE_FILE} is missing")
-    return path
+    if not (path / MANIFEST_FILE).is_file():
+        raise CheckpointError(f"{path} is not a finished checkpoint: {MANIFEST_FILE} is missing")
+    return [path]
 
 
-def publish(temporary: Path, final: Path, state: Mapping[str, Any]) -> None:
-    """Writes `state.json`, makes every file durable and gives the directory its final name.
+def write_state(directory: Path, state: Mapping[str, Any]) -> None:
+    """Writes `state.json`."""
+    (directory / STATE_FILE).write_text(json.dumps(state, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def publish(temporary: Path, final: Path, records: Mapping[str, FileRecord]) -> None:
+    """Writes the manifest of a save whose files are durable, and gives the directory its final name.
 
     Raises:
         CheckpointError: `final` exists; a finished checkpoint is never overwritten.
     """
     if final.exists():
         raise CheckpointError(f"{final} exists already; a finished checkpoint is never overwritten")
-    (temporary / STATE_FILE).write_text(json.dumps(state, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    for path in sorted(temporary.rglob("*")):
-        sync(path)
+    write_manifest(temporary, records)
     sync(temporary)
     os.rename(temporary, final)
     sync(final.parent)
@@ -82,10 +91,29 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def prune(root: Path, keep: int) -> None:
-    """Removes all finished checkpoints but the newest `keep` (>= 2), and unfinished saves."""
-    assert keep >= 2, keep
-    for step in finished_steps(root)[:-keep]:
-        shutil.rmtree(step_directory(root, step))
+def remove_unfinished(root: Path) -> None:
+    """Removes what saves and removals that were cut off have left; the caller holds the run's lock."""
     for path in root.glob("step-*.tmp-*"):
         shutil.rmtree(path)
+
+
+def prune(root: Path, keep: int) -> None:
+    """Removes the finished checkpoints that are older than the newest `keep` (>= 2) whole ones."""
+    assert keep >= 2, keep
+    steps = finished_steps(root)
+    whole = [step for step in steps if _is_whole(step_directory(root, step))]
+    for step in steps if len(whole) >= keep else []:
+        if step < whole[-keep]:
+            path = step_directory(root, step)
+            # a removal that is cut off must not leave half a checkpoint under a finished name
+            doomed = path.with_name(f"{path.name}.tmp-removed")
+            os.rename(path, doomed)
+            shutil.rmtree(doomed)
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether all files of a checkpoint are there at full size; their contents are not read."""
+    try:
+        return not listing_problems(path, read_manifest(path))
+    except CheckpointError:
+        return False

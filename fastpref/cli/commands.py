@@ -111,7 +111,7 @@ def evaluate(config_path: Path, overrides: tuple[str, ...]) -> None:
 
 @cli.command()
 @run_arguments
-@click.option("--checkpoint", default="latest", show_default=True, help="Directory of a checkpoint, or latest.")
+@click.option("--checkpoint", default="latest", show_default=True, help="A directory, latest or latest-valid.")
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="New directory of the model.")
 def export(config_path: Path, overrides: tuple[str, ...], checkpoint: str, output: Path) -> None:
     """Write a training checkpoint as a Hugging Face model directory with its tokenizer.

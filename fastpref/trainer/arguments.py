@@ -135,7 +135,7 @@ class LoopArguments:
     save_total_limit: int | None = None
     """Checkpoints to keep, at least 2; None keeps all."""
     resume_from_checkpoint: str | None = None
-    """Checkpoint directory to continue from, or "latest" in `output_dir`."""
+    """Checkpoint directory to continue from; "latest" of `output_dir`, or "latest-valid", the newest undamaged one."""
     check_initial_loss: bool = True
     """Where policy and reference start equal: require the loss that the formula gives at zero margin on step 1."""
     log_token_stats: bool = False

@@ -51,7 +51,7 @@ def build_evaluator(config: RunConfig) -> DPOTrainer:
     trainer = _build(run)
     wanted = config.training.resume_from_checkpoint
     if wanted is not None:
-        path = directory.resolve(loop.checkpoint_root(config.training), wanted)
+        path = state.choose(loop.checkpoint_root(config.training), wanted)
         state.load_weights(path, trainer.model)
         saved = directory.read_state(path)
         trainer.schedule.bco_delta, trainer.schedule.bco_count = saved["bco_delta"], saved["bco_count"]
@@ -81,8 +81,9 @@ def export_checkpoint(config: RunConfig, checkpoint: str, output: str | Path) ->
             config.training, tensor_model_parallel_size=1, pipeline_model_parallel_size=1, sequence_parallel=False
         )
         config = replace(config, training=alone)
-    path = directory.resolve(loop.checkpoint_root(config.training), checkpoint)
+    directory.candidates(loop.checkpoint_root(config.training), checkpoint)
     initialize_megatron(config.training)
+    path = state.choose(loop.checkpoint_root(config.training), checkpoint)
     models = _policy(config)
     state.load_weights(path, models)
     save_hf(models, output, hf_config_of(config), config.model.tokenizer_path)

@@ -7,6 +7,8 @@ import itertools
 import json
 import resource
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +19,11 @@ from megatron.core import parallel_state, tensor_parallel
 
 import fastpref
 from fastpref.checkpoint import directory
+from fastpref.checkpoint.lock import RunLock
 from fastpref.errors import CheckpointError, ConfigError
 from fastpref.losses import DPOConfig
 from fastpref.trainer import state
+from fastpref.trainer.agreement import together
 from fastpref.trainer.arguments import TrainingArguments
 from fastpref.trainer.head import head_of, read_activity
 from fastpref.trainer.metrics import MetricWindow
@@ -46,8 +50,14 @@ def train(trainer: DPOTrainer) -> TrainResult:
 
     Raises:
         NonFiniteError: a loss or gradient was not finite; the last checkpoint is intact.
-        CheckpointError: the checkpoint to resume from is unusable or belongs to another run.
+        CheckpointError: the checkpoint to resume from is unusable or belongs to another run, or another process runs in
+            the output directory.
     """
+    with _held_directory(trainer.args):
+        return _train(trainer)
+
+
+def _train(trainer: DPOTrainer) -> TrainResult:
     args, total_steps = trainer.args, trainer.feed.total_steps
     trainer.create_optimizer_and_scheduler(total_steps)
     first_step = _resume(trainer)
@@ -161,6 +171,20 @@ def _fingerprint(trainer: DPOTrainer) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def _held_directory(args: TrainingArguments) -> Iterator[None]:
+    """Keeps other runs out of the output directory, and clears what a killed one left behind."""
+    with ExitStack() as stack:
+
+        def enter() -> None:
+            if torch.distributed.get_rank() == 0:
+                stack.enter_context(RunLock(Path(args.output_dir)))
+                directory.remove_unfinished(checkpoint_root(args))
+
+        together(enter, "taking the output directory")
+        yield
+
+
 def _resume(trainer: DPOTrainer) -> int:
     """Restores the checkpoint that the settings ask for; returns the number of steps done."""
     wanted, root = trainer.args.resume_from_checkpoint, checkpoint_root(trainer.args)
@@ -171,7 +195,7 @@ def _resume(trainer: DPOTrainer) -> int:
                 "resume_from_checkpoint: latest to continue it, or another output_dir"
             )
         return 0
-    path = directory.resolve(root, wanted)
+    path = state.choose(root, wanted)
     saved = state.load(path, trainer.models_wrapped, trainer.optimizer, trainer.lr_scheduler, _fingerprint(trainer))
     trainer.schedule.bco_delta, trainer.schedule.bco_count = saved["bco_delta"], saved["bco_count"]
     return saved["step"]

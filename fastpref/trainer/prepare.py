@@ -99,7 +99,7 @@ def prepare(config: RunConfig, world_size: int | None = None, *, for_training: b
     train_paths = config.data.train_paths if for_training else ()
     _raise_if([*_path_problems(config, for_training), *_evaluation_problems(config, for_training)])
     if config.training.resume_from_checkpoint is not None:
-        directory.resolve(loop.checkpoint_root(config.training), config.training.resume_from_checkpoint)
+        directory.candidates(loop.checkpoint_root(config.training), config.training.resume_from_checkpoint)
     loop.check_combination(config.training, config.loss)
     architecture = Architecture.from_hf(hf_config_of(config))
     _raise_if([*_layout_problems(config, architecture, world_size), *_reference_problems(config, architecture)])

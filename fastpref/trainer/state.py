@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import queue
 import uuid
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,18 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from fastpref.checkpoint import directory
+from fastpref.checkpoint.hf import sync
+from fastpref.checkpoint.manifest import (
+    FileRecord,
+    content_problems,
+    file_names,
+    listing_problems,
+    read_manifest,
+    record_files,
+    refuse_damaged,
+)
 from fastpref.errors import CheckpointError
+from fastpref.trainer.agreement import together
 from fastpref.trainer.head import unwrap
 
 # The optimizer's shards are stored by parameter, so that any layout can read them.
@@ -39,26 +51,99 @@ def save(
 
     Returns:
         The finished checkpoint's directory; an existing one of the same step is left as it is.
+
+    Raises:
+        OSError: a disk is full; on every rank, and no checkpoint of this step appears.
+        CheckpointError: some rank could not write; likewise.
     """
     final = directory.step_directory(root, state["step"])
     names = [f"{final.name}.tmp-{uuid.uuid4().hex[:8]}" if not final.exists() else None]
     torch.distributed.broadcast_object_list(names, src=0)
     if names[0] is None:
         return final
-    temporary = root / names[0]
-    if torch.distributed.get_rank() == 0:
-        temporary.mkdir(parents=True)
-    torch.distributed.barrier()
+    temporary, is_first = root / names[0], torch.distributed.get_rank() == 0
     payload = {**_sharded_state(models, optimizer, is_loading=False), "scheduler": scheduler.state_dict()}
+
+    def begin() -> None:
+        if is_first:
+            temporary.mkdir(parents=True)
+
+    def write() -> None:
+        _write(payload, temporary)
+        if is_first:
+            directory.write_state(temporary, state)
+
+    def publish(records: Mapping[str, FileRecord]) -> None:
+        if is_first:
+            directory.publish(temporary, final, records)
+
+    what = f"saving step {state['step']}"
+    together(begin, what)
+    together(write, what)
+    records = _of_all_ranks(together(lambda: _record_share(temporary), what))
+    together(lambda: publish(records), what)
+    return final
+
+
+def _write(payload: dict[str, Any], path: Path) -> None:
     # Megatron would start a manager process for this queue, which re-imports the caller's script; a save that waits
     # for its writers needs no queue that other processes can reach.
     filesystem_async._results_queue = queue.Queue()
-    dist_checkpointing.save(payload, str(temporary))
-    torch.distributed.barrier()
-    if torch.distributed.get_rank() == 0:
-        directory.publish(temporary, final, state)
-    torch.distributed.barrier()
-    return final
+    dist_checkpointing.save(payload, str(path))
+
+
+def _share(names: Sequence[str]) -> list[str]:
+    """The part of the files that this rank reads, so that a large checkpoint is hashed by all ranks together."""
+    return list(names)[torch.distributed.get_rank() :: torch.distributed.get_world_size()]
+
+
+def _record_share(path: Path) -> dict[str, FileRecord]:
+    names = _share(file_names(path))
+    for name in names:
+        sync(path / name)
+    return record_files(path, names)
+
+
+def _of_all_ranks(mine: dict[str, FileRecord]) -> dict[str, FileRecord]:
+    parts: list[dict[str, FileRecord]] = [{}] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, mine)
+    return {name: record for part in parts for name, record in part.items()}
+
+
+def choose(root: Path, wanted: str) -> Path:
+    """Finds the checkpoint to continue from and verifies it; every rank calls it.
+
+    Args:
+        root: the run's checkpoints.
+        wanted: a directory; "latest" for the newest; "latest-valid" for the newest that is undamaged.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    *others, last = directory.candidates(root, wanted)
+    for path in others:
+        try:
+            verify(path)
+            return path
+        except CheckpointError as error:
+            if torch.distributed.get_rank() == 0:
+                warnings.warn(f"{error}; trying the one before it", stacklevel=2)
+    verify(last)
+    return last
+
+
+def verify(path: Path) -> None:
+    """Compares every file of a checkpoint with its manifest; the ranks share the files.
+
+    Raises:
+        CheckpointError: on every rank, if anything differs; names every file at fault.
+    """
+
+    def compare() -> None:
+        records = read_manifest(path)
+        refuse_damaged(path, listing_problems(path, records) or content_problems(path, records, _share([*records])))
+
+    together(compare, f"verifying {path}")
 
 
 def load(
@@ -71,7 +156,7 @@ def load(
     """Restores a checkpoint in place and returns its `state.json`.
 
     Args:
-        path: a finished checkpoint's directory.
+        path: a checkpoint's directory, from `choose`.
         models: chunks to fill.
         optimizer: optimizer to fill.
         scheduler: schedule to put in position.
@@ -97,7 +182,7 @@ def load(
 
 
 def load_weights(path: Path, models: Sequence[torch.nn.Module]) -> None:
-    """Fills chunks with the weights of a training checkpoint, saved in any layout; optimizer state is not read.
+    """Fills chunks with the weights of a checkpoint from `choose`, saved in any layout; optimizer state is not read.
 
     Raises:
         CheckpointError: the checkpoint cannot be read or holds another model.

@@ -45,7 +45,7 @@ def test_resume_latest_takes_the_newest_finished_checkpoint(quiet_args, tmp_path
     root = tmp_path / "run" / "checkpoints"
     assert sorted(path.name for path in root.iterdir()) == ["step-3", "step-4"]
     (root / "step-9.tmp-cafe").mkdir()
-    (root / "step-7").mkdir()  # no state.json: not a finished checkpoint
+    (root / "step-7").mkdir()  # no manifest: not a finished checkpoint
     resumed = finish(quiet_args(resume_from_checkpoint="latest"))
     assert same_parameters(whole, resumed)
 
@@ -87,5 +87,5 @@ def test_new_run_refuses_a_directory_with_checkpoints(quiet_args, tmp_path) -> N
 def test_resume_without_a_checkpoint_names_the_directory(quiet_args, tmp_path) -> None:
     with pytest.raises(CheckpointError, match="no finished checkpoint under"):
         finish(quiet_args(resume_from_checkpoint="latest"))
-    with pytest.raises(CheckpointError, match=r"state\.json is missing"):
+    with pytest.raises(CheckpointError, match=r"MANIFEST\.json is missing"):
         finish(quiet_args(resume_from_checkpoint=str(tmp_path)))

@@ -1,0 +1,86 @@
+"""One run in one directory: a lock file that says who holds it, and is taken over only from a dead process.
+
+A lock of the operating system would not survive the ways in which clusters share directories between hosts; a file that
+is created exclusively does, at the price that a lock left behind on another host has to be removed by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import psutil
+
+from fastpref.errors import CheckpointError
+
+LOCK_FILE = "run.lock"
+
+
+class RunLock:
+    """Holds a directory for this process while it is entered.
+
+    Args:
+        directory: what to hold; made if need be.
+
+    Raises:
+        CheckpointError: on entering, another process holds it, or may hold it; names its process and host.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / LOCK_FILE
+
+    def __enter__(self) -> RunLock:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._create()
+        except FileExistsError:
+            self._remove_if_stale()
+            try:
+                self._create()
+            except FileExistsError as error:
+                raise CheckpointError(
+                    f"{self.path} was taken by another run just now; use another output_dir"
+                ) from error
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.path.unlink(missing_ok=True)
+
+    def _create(self) -> None:
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+        with open(descriptor, "w", encoding="utf-8") as file:
+            json.dump(_identity(os.getpid()), file)
+
+    def _remove_if_stale(self) -> None:
+        try:
+            holder = json.loads(self.path.read_text(encoding="utf-8"))
+            pid, host = int(holder["pid"]), str(holder["host"])
+        except FileNotFoundError:  # released meanwhile
+            return
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise CheckpointError(
+                f"{self.path} cannot be read ({error}), so nobody knows whether another run uses the directory; "
+                "remove the file if none does"
+            ) from error
+        if host == socket.gethostname() and holder != _identity(pid):
+            self.path.unlink(missing_ok=True)
+            return
+        raise CheckpointError(
+            f"process {pid} on {host} runs in {self.path.parent}; wait for it or use another output_dir"
+            f" (if it is dead, remove {self.path})"
+        )
+
+
+def _identity(pid: int) -> dict[str, Any]:
+    """What tells a process from a later one with the same number: when it started."""
+    try:
+        started = psutil.Process(pid).create_time()
+    except psutil.NoSuchProcess:
+        started = None
+    return {"pid": pid, "host": socket.gethostname(), "started": started}

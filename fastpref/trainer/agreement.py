@@ -1,0 +1,63 @@
+"""What one rank finds wrong, every rank raises: nobody waits for a rank that has given up."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch.distributed.checkpoint import CheckpointException
+
+from fastpref.errors import CheckpointError
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Writers in other processes send their errors as text.
+_ERRNO = re.compile(r"\[Errno (\d+)\]")
+
+Answer = TypeVar("Answer")
+
+
+def together(action: Callable[[], Answer], what: str) -> Answer:
+    """Run `action` on every rank and return its answer, if it worked on all of them.
+
+    Args:
+        action: waits for other ranks only where all of them fail together.
+        what: names the action in the message, as in "saving step 3".
+
+    Raises:
+        OSError: a disk is full, on any rank; ENOSPC on all of them.
+        CheckpointError: the action failed on some rank in another way; names the ranks.
+    """
+    answer, failure = None, ""
+    try:
+        answer = action()
+    # The engine's own exception is no `Exception`, so that training loops do not swallow it.
+    except (OSError, CheckpointError, CheckpointException) as error:
+        failure = _described(error)
+    failures: list[str] = [""] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(failures, failure)
+    if any(failures):
+        _raise(failures, what)
+    return answer  # type: ignore[return-value]
+
+
+def _described(error: BaseException) -> str:
+    if isinstance(error, CheckpointException):
+        # one line per writer that failed; on ranks other than the first there is none
+        return "; ".join(str(cause) for cause, _ in error.failures.values()) or "another rank could not write"
+    return str(error)
+
+
+def _raise(failures: list[str], what: str) -> None:
+    by_text: dict[str, list[str]] = {}
+    for rank, failure in enumerate(failures):
+        if failure:
+            by_text.setdefault(failure, []).append(str(rank))
+    told = "; ".join(f"rank {', '.join(ranks)}: {text}" for text, ranks in by_text.items())
+    numbers = {int(number) for failure in failures for number in _ERRNO.findall(failure)}
+    if numbers & set(DISK_FULL):
+        raise OSError(errno.ENOSPC, f"{what} failed ({told}): {os.strerror(errno.ENOSPC)}")
+    raise CheckpointError(f"{what} failed: {told}")

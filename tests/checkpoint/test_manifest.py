@@ -1,0 +1,135 @@
+"""The manifest of a directory: what it vouches for, what it refuses, and that nothing else is opened."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from fastpref.checkpoint import manifest
+from fastpref.checkpoint.manifest import MANIFEST_FILE, FileRecord
+from fastpref.errors import CheckpointError
+
+CONTENTS = {"weights.bin": b"\x00\x01" * 5000, "state.json": b"{}", ".metadata": b"", "common.pt": b"abc"}
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    for name, content in CONTENTS.items():
+        (tmp_path / name).write_bytes(content)
+    manifest.write_manifest(tmp_path, manifest.record_files(tmp_path, manifest.file_names(tmp_path)))
+    return tmp_path
+
+
+def test_write_manifest_records_size_and_sha256_of_every_file(saved: Path) -> None:
+    expected = {name: FileRecord(len(c), hashlib.sha256(c).hexdigest()) for name, c in CONTENTS.items()}
+    assert manifest.read_manifest(saved) == expected
+    manifest.verify(saved)
+
+
+def test_write_manifest_refuses_a_directory_that_changed_meanwhile(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("1")
+    records = manifest.record_files(tmp_path, ["a"])
+    (tmp_path / "b").write_text("2")
+    with pytest.raises(CheckpointError, match="changed while it was being saved: b"):
+        manifest.write_manifest(tmp_path, records)
+    assert not (tmp_path / MANIFEST_FILE).exists()
+
+
+@pytest.mark.parametrize("name", [name for name, content in CONTENTS.items() if content])
+@pytest.mark.parametrize("damage", ["shorter", "half", "empty", "longer", "flipped", "deleted"])
+def test_verify_names_the_damaged_file(saved: Path, name: str, damage: str) -> None:
+    content = bytearray((saved / name).read_bytes())
+    size = len(content)
+    if damage == "deleted":
+        (saved / name).unlink()
+    else:
+        middle = size // 2
+        content[middle] ^= 0x10 if damage == "flipped" else 0
+        cut = {"shorter": size - 1, "half": middle, "empty": 0}.get(damage, size)
+        (saved / name).write_bytes(bytes(content[:cut]) + (b"x" if damage == "longer" else b""))
+    found = {
+        "deleted": f"{name} is missing",
+        "flipped": f"{name} has SHA-256 {hashlib.sha256(content).hexdigest()}",
+        "shorter": f"{name} has {size - 1} bytes, {MANIFEST_FILE} says {size}",
+        "half": f"{name} has {size // 2} bytes",
+        "empty": f"{name} has 0 bytes",
+        "longer": f"{name} has {size + 1} bytes",
+    }[damage]
+    with pytest.raises(CheckpointError) as caught:
+        manifest.verify(saved)
+    assert found in str(caught.value)
+
+
+def test_verify_refuses_a_file_that_the_manifest_does_not_know(saved: Path) -> None:
+    (saved / "extra.pt").write_bytes(b"not vouched for")
+    with pytest.raises(CheckpointError, match=r"extra\.pt is not in MANIFEST\.json"):
+        manifest.verify(saved)
+
+
+@pytest.mark.parametrize("kind", ["link", "directory", "fifo"])
+def test_verify_refuses_what_is_no_plain_file(saved: Path, kind: str) -> None:
+    path = saved / "weights.bin"
+    path.rename(saved.parent / "elsewhere")
+    if kind == "link":
+        path.symlink_to(saved.parent / "elsewhere")
+    elif kind == "directory":
+        path.mkdir()
+    else:
+        os.mkfifo(path)  # opening it would wait for a writer for ever
+    with pytest.raises(CheckpointError, match=r"must hold plain files only, found weights\.bin"):
+        manifest.verify(saved)
+
+
+def edited(saved: Path, change: object) -> None:
+    path = saved / MANIFEST_FILE
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(change(content)) if callable(change) else str(change))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c | {"schema": 2}, "has schema 2, this version reads 1"),
+        (lambda c: c | {"more": 1}, "must hold the keys schema and files"),
+        (lambda c: [c], "must hold the keys schema and files"),
+        (lambda c: c | {"files": c["files"] | {"../x": c["files"]["common.pt"]}}, r"lists '\.\./x'"),
+        (lambda c: c | {"files": c["files"] | {"/etc/passwd": c["files"]["common.pt"]}}, "lists '/etc/passwd'"),
+        (lambda c: c | {"files": c["files"] | {"..": c["files"]["common.pt"]}}, r"lists '\.\.'"),
+        (lambda c: c | {"files": c["files"] | {"a\0b": c["files"]["common.pt"]}}, "lists 'a.x00b'"),
+        (lambda c: c | {"files": c["files"] | {"x": {"size": -1, "sha256": "0" * 64}}}, "must give a size in bytes"),
+        (lambda c: c | {"files": c["files"] | {"x": {"size": True, "sha256": "0" * 64}}}, "must give a size in bytes"),
+        (lambda c: c | {"files": c["files"] | {"x": {"size": 1, "sha256": "zz"}}}, "64 hex digits of 'x'"),
+        (lambda c: c | {"files": c["files"] | {"x": "abc"}}, "must give size and sha256"),
+        ('{"schema": 1, "schema": 1, "files": {}}', "a key occurs twice"),
+        ('{"schema": 1, "files"', "cannot be read"),
+        ("", "cannot be read"),
+        ("[" * 100_000, "cannot be read"),
+    ],
+)
+def test_read_manifest_refuses(saved: Path, change: object, message: str) -> None:
+    edited(saved, change)
+    with pytest.raises(CheckpointError, match=message):
+        manifest.read_manifest(saved)
+
+
+def test_read_manifest_opens_no_other_file(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it lists paths outside: they are refused as text."""
+    edited(saved, lambda c: c | {"files": c["files"] | {"../secret": c["files"]["common.pt"]}})
+    opened: list[str] = []
+    real_open = os.open
+    monkeypatch.setattr(os, "open", lambda path, *rest: opened.append(str(path)) or real_open(path, *rest))
+    with pytest.raises(CheckpointError):
+        manifest.verify(saved)
+    assert opened == []
+
+
+def test_read_manifest_refuses_a_link_and_a_missing_file(saved: Path) -> None:
+    path = saved / MANIFEST_FILE
+    path.rename(saved.parent / "manifest")
+    with pytest.raises(CheckpointError, match="is not a finished checkpoint"):
+        manifest.verify(saved)
+    path.symlink_to(saved.parent / "manifest")
+    with pytest.raises(CheckpointError, match="must be a plain file"):
+        manifest.verify(saved)
