@@ -135,8 +135,9 @@ class RMSNorm(torch.nn.Module):
     """Root-mean-square norm with fp32 internals.
 
     Equals: `weight * (x.float() * rsqrt(mean(x.float()**2) + eps)).to(x.dtype)`, the rounding of transformers'
-    Llama norm, bit for bit. Under sequence parallelism the weight carries the mark that makes Megatron sum its
-    gradient over the tensor-parallel ranks.
+    Llama norm, bit for bit; with `layernorm_zero_centered_gamma`
+    `((1 + weight.float()) * (x.float() * rsqrt(...))).to(x.dtype)`, that of its Gemma norm. Under sequence
+    parallelism the weight carries the mark that makes Megatron sum its gradient over the tensor-parallel ranks.
 
     Args:
         config: the model's configuration.
@@ -147,11 +148,17 @@ class RMSNorm(torch.nn.Module):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=current_device()))
+        self.zero_centered = config.layernorm_zero_centered_gamma
+        start = 0.0 if self.zero_centered else 1.0
+        self.weight = torch.nn.Parameter(
+            torch.full((hidden_size,), start, dtype=config.params_dtype, device=current_device())
+        )
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension of `x`; shape and dtype stay."""
         x_fp32 = x.float()
         normed = x_fp32 * torch.rsqrt(x_fp32.pow(2).mean(-1, keepdim=True) + self.eps)
+        if self.zero_centered:
+            return (normed * (1.0 + self.weight.float())).to(x.dtype)
         return self.weight * normed.to(x.dtype)

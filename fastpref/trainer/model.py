@@ -43,6 +43,13 @@ from fastpref.trainer.bridge.transfer import (
     parameters_of,
     save_parameters,
 )
+from fastpref.trainer.gemma import (
+    NormedResidualAdd,
+    TwoRopeSelfAttention,
+    gelu_tanh,
+    joint_inv_freq,
+    scale_embedding,
+)
 
 try:
     import transformer_engine  # noqa: F401  (Megatron's module imports without it, its classes do not work)
@@ -222,11 +229,13 @@ def transformer_config(arch: Architecture, options: ModelOptions) -> Transformer
         kv_channels=arch.head_dim,
         normalization="RMSNorm",
         layernorm_epsilon=arch.norm_eps,
+        layernorm_zero_centered_gamma=arch.zero_centered_norms,
         gated_linear_unit=True,
-        activation_func=F.silu,
+        activation_func=F.silu if arch.activation == "silu" else gelu_tanh,
         add_bias_linear=False,
         add_qkv_bias=arch.qkv_bias,
         qk_layernorm=arch.qk_norm,
+        softmax_scale=arch.attention_scale,
         window_size=None if arch.sliding_window is None else (arch.sliding_window - 1, 0),
         window_attn_skip_freq=[int(sliding) for sliding in arch.sliding_layers] or None,
         hidden_dropout=0.0,
@@ -257,7 +266,7 @@ def _build_chunk(arch: Architecture, options: ModelOptions, config: TransformerC
     tp = config.tensor_model_parallel_size
     model = GPTModel(
         config=config,
-        transformer_layer_spec=_block_spec(config, stage),
+        transformer_layer_spec=_block_spec(arch, config, stage),
         vocab_size=-(-arch.vocab_size // tp) * tp,
         max_sequence_length=options.max_sequence_length or arch.max_positions,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=stage is None, vp_stage=stage),
@@ -268,8 +277,10 @@ def _build_chunk(arch: Architecture, options: ModelOptions, config: TransformerC
         vp_stage=stage,
     )
     # Megatron's own scaling fixes three of Llama's four constants.
-    model.rotary_pos_emb.inv_freq = arch.rope.inv_freq(arch.head_dim).to(model.rotary_pos_emb.inv_freq.device)
+    model.rotary_pos_emb.inv_freq = joint_inv_freq(arch).to(model.rotary_pos_emb.inv_freq.device)
     model.real_vocab_size = arch.vocab_size
+    if model.pre_process and arch.embedding_scale is not None:
+        scale_embedding(model.embedding, arch.embedding_scale)
     _mark_shards(model)
     return model
 
@@ -286,12 +297,21 @@ def _mark_shards(model: GPTModel) -> None:
             set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dim, stride=1)
 
 
-def _block_spec(config: TransformerConfig, stage: int | None) -> TransformerBlockSubmodules:
+def _block_spec(arch: Architecture, config: TransformerConfig, stage: int | None) -> TransformerBlockSubmodules:
+    use_te = _use_transformer_engine()
+    norm = TENorm if use_te else RMSNorm
+    layer = (
+        get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        if use_te
+        else _local_layer_spec(config)
+    )
+    if arch.sandwich_norms:
+        normed_add = ModuleSpec(module=NormedResidualAdd, params={"config": config, "norm": norm})
+        layer.submodules.self_attn_bda = layer.submodules.mlp_bda = normed_add
+    if arch.local_rope is not None:
+        layer.submodules.self_attention.module = TwoRopeSelfAttention
     num_layers = get_num_layers_to_build(config, vp_stage=stage)
-    if _use_transformer_engine():
-        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-        return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=TENorm)
-    return TransformerBlockSubmodules(layer_specs=[_local_layer_spec(config)] * num_layers, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
 
 
 def _local_layer_spec(config: TransformerConfig) -> ModuleSpec:

@@ -7,7 +7,15 @@ from typing import NamedTuple
 import torch
 from megatron_runs import Problem
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 SIZES = {
     "vocab_size": 96,
@@ -26,6 +34,7 @@ LLAMA3_ROPE = {
     "high_freq_factor": 3.0,
     "original_max_position_embeddings": 16,
 }
+GEMMA_LAYERS = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"]
 VARIANTS: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**SIZES),
     "llama-tied-odd-vocab": LlamaConfig(**{**SIZES, "vocab_size": 97}, tie_word_embeddings=True),
@@ -42,6 +51,22 @@ VARIANTS: dict[str, PreTrainedConfig] = {
         **SIZES, tie_word_embeddings=True, use_sliding_window=True, sliding_window=7, max_window_layers=2
     ),
     "qwen3": Qwen3Config(**SIZES, head_dim=16),
+    # local layers see 5 of 24 positions; no token is padding, whose gradient transformers would drop
+    "gemma3": Gemma3TextConfig(
+        **SIZES, head_dim=16, sliding_window=5, query_pre_attn_scalar=20, pad_token_id=None, layer_types=GEMMA_LAYERS
+    ),
+    "gemma3-tied-scaled-rope": Gemma3TextConfig(
+        **{**SIZES, "vocab_size": 97, "num_key_value_heads": 1},
+        head_dim=24,
+        sliding_window=7,
+        sliding_window_pattern=2,
+        tie_word_embeddings=True,
+        pad_token_id=None,
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "rope_theta": 50000.0, "factor": 8.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
+        },
+    ),
     "qwen3-tied-odd-vocab": Qwen3Config(**{**SIZES, "vocab_size": 97}, head_dim=8, tie_word_embeddings=True),
 }
 
@@ -60,13 +85,13 @@ def make_problem(vocab_size: int, length: int = 24) -> Problem:
 
 
 def make_model(variant: str) -> torch.nn.Module:
-    """A model whose norms and biases differ from one and zero, so that losing one of them shows."""
+    """A model whose norms and biases differ from their initial values, so that losing one of them shows."""
     torch.manual_seed(11)
     model = AutoModelForCausalLM.from_config(copy.deepcopy(VARIANTS[variant]), attn_implementation="sdpa")
     for name, parameter in model.named_parameters():
         std = 0.2 if parameter.ndim == 1 else 1.5 / parameter.size(1) ** 0.5
         parameter.data.normal_(std=std)
-        if name.endswith("norm.weight"):
+        if name.endswith("norm.weight") and model.config.model_type != "gemma3_text":
             parameter.data.add_(1.0)
     return model.eval()
 
@@ -88,13 +113,18 @@ def answer(model: torch.nn.Module, problem: Problem) -> Answer:
 def answer_fp64(model: torch.nn.Module, problem: Problem) -> Answer:
     exact = copy.deepcopy(model).double()
     for module in exact.modules():
-        if type(module).__name__.endswith("RMSNorm"):
-            module.forward = _rms_norm_fp64.__get__(module)  # transformers' own rounds to fp32 inside
+        kind = type(module).__name__
+        if kind.endswith("RMSNorm"):  # transformers' own rounds to fp32 inside
+            module.forward = (_zero_centered_norm_fp64 if kind.startswith("Gemma") else _rms_norm_fp64).__get__(module)
     return answer(exact, Problem(problem.input_ids_SL, problem.weights_SLV.double()))
 
 
 def _rms_norm_fp64(self: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
     return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+
+def _zero_centered_norm_fp64(self: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return (1.0 + self.weight) * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
 
 
 def assert_as_accurate(got: Answer, fp32: Answer, exact: Answer) -> None:

@@ -6,6 +6,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from fastpref.trainer.attention import RMSNorm, SDPACoreAttention
@@ -111,10 +112,12 @@ def test_core_attention_refuses_settings_it_does_not_honour(settings: dict, mess
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_rms_norm_equals_transformers_bit_for_bit(dtype: torch.dtype) -> None:
-    theirs = LlamaRMSNorm(48, eps=1e-3).to(dtype)
+@pytest.mark.parametrize("norm", [LlamaRMSNorm, Gemma3RMSNorm])
+def test_rms_norm_equals_transformers_bit_for_bit(norm: type, dtype: torch.dtype) -> None:
+    theirs = norm(48, eps=1e-3).to(dtype)
+    ours = RMSNorm(config(params_dtype=dtype, layernorm_zero_centered_gamma=norm is Gemma3RMSNorm), 48, eps=1e-3)
+    assert torch.equal(ours.weight, theirs.weight)
     theirs.weight.data.normal_()
-    ours = RMSNorm(config(params_dtype=dtype), 48, eps=1e-3)
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(7, 2, 48, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
     results = []

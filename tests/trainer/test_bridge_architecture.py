@@ -7,13 +7,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from fastpref.errors import ConfigError
-from fastpref.trainer.bridge.architecture import FAMILIES, Architecture, Rope
+from fastpref.trainer.bridge.architecture import FAMILIES, Architecture
+from fastpref.trainer.bridge.rope import Rope
 
-CONFIG_CLASSES = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+CONFIG_CLASSES = {
+    "llama": LlamaConfig,
+    "mistral": MistralConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "gemma3_text": Gemma3TextConfig,
+}
 REQUIRED = {
     "num_hidden_layers": 3,
     "num_attention_heads": 64,
@@ -33,9 +40,21 @@ def test_from_hf_fills_absent_keys_like_transformers(model_type: str) -> None:
     assert ours.norm_eps == theirs.rms_norm_eps
     assert ours.init_std == theirs.initializer_range
     assert ours.tie_embeddings == theirs.tie_word_embeddings
-    assert ours.rope == Rope(theirs.rope_parameters["rope_theta"])
+    by_kind = theirs.rope_parameters.get("full_attention", theirs.rope_parameters)
+    assert ours.rope == Rope(by_kind["rope_theta"])
     assert ours.sliding_window == getattr(theirs, "sliding_window", None)
-    assert ours.sliding_layers == ((True,) * 3 if model_type == "mistral" else ())
+    assert ours.sliding_layers == ((True,) * 3 if model_type in ("mistral", "gemma3_text") else ())
+    assert ours.activation == (getattr(theirs, "hidden_act", None) or theirs.hidden_activation)
+
+
+def test_from_hf_fills_absent_keys_of_gemma_like_transformers() -> None:
+    config = {**REQUIRED, "num_hidden_layers": 13}
+    theirs = Gemma3TextConfig(**config)
+    ours = Architecture.from_hf({"model_type": "gemma3_text", **config})
+    assert ours.attention_scale == theirs.query_pre_attn_scalar**-0.5
+    assert ours.local_rope == Rope(theirs.rope_parameters["sliding_attention"]["rope_theta"])
+    assert ours.sliding_layers == tuple(kind == "sliding_attention" for kind in theirs.layer_types)
+    assert not all(ours.sliding_layers)
 
 
 @pytest.mark.parametrize("variant", hf_oracle.VARIANTS)
@@ -57,6 +76,23 @@ def test_from_hf_reads_the_keys_of_older_transformers() -> None:
     assert Architecture.from_hf({**base, "rope_scaling": llama3}).rope == Rope(500000.0, "llama3", 4.0, 1.5, 3.0, 16)
     del llama3["original_max_position_embeddings"]
     assert Architecture.from_hf({**base, "rope_scaling": llama3}).rope.original_max_positions == 128
+
+
+def test_from_hf_reads_the_keys_of_an_older_gemma() -> None:
+    keys = {"rope_theta": 5e5, "rope_local_base_freq": 2e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    keys |= {"sliding_window_pattern": 2, "cache_implementation": "hybrid"}
+    ours = Architecture.from_hf({"model_type": "gemma3_text", **REQUIRED, **keys})
+    theirs = Gemma3TextConfig(**REQUIRED, **keys)
+    assert ours.rope == Rope(5e5, "linear", 8.0)
+    assert ours.local_rope == Rope(2e4)
+    assert ours.sliding_layers == tuple(kind == "sliding_attention" for kind in theirs.layer_types)
+    assert ours == Architecture.from_hf(theirs.to_dict())
+
+
+def test_from_hf_drops_the_local_rope_of_a_gemma_without_sliding_layers() -> None:
+    keys = {"layer_types": ["full_attention"] * 3, "sliding_window": None}
+    ours = Architecture.from_hf({"model_type": "gemma3_text", **REQUIRED, **keys})
+    assert (ours.local_rope, ours.sliding_window, ours.sliding_layers) == (None, None, ())
 
 
 @pytest.mark.parametrize(
@@ -81,7 +117,7 @@ def test_from_hf_reads_the_layers_of_a_qwen_window(keys: dict, window: int | Non
 @pytest.mark.parametrize(
     ("model_type", "keys", "message"),
     [
-        ("gpt2", {}, "model_type must be one of llama, mistral, qwen2, qwen3, got 'gpt2'"),
+        ("gpt2", {}, "model_type must be one of llama, mistral, qwen2, qwen3, gemma3_text, got 'gpt2'"),
         ("llama", {"auto_map": {"AutoConfig": "evil.Config"}}, "auto_map"),
         ("llama", {"attention_bias": True}, "attention_bias must be False, got True"),
         ("qwen3", {"attention_bias": True}, "attention_bias must be False, got True"),
@@ -127,6 +163,24 @@ def test_from_hf_reads_the_layers_of_a_qwen_window(keys: dict, window: int | Non
         ("qwen2", {"layer_types": ["full_attention"]}, "layer_types must name .* for 3 layers"),
         ("qwen2", {"layer_types": ["sliding_attention"] * 3}, "use_sliding_window or sliding_window is off"),
         ("qwen2", {"max_window_layers": -1}, "max_window_layers must be a whole number >= 0"),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, r"attn_logit_softcapping must be None, got 50\.0"),
+        ("gemma3_text", {"final_logit_softcapping": 30.0}, r"final_logit_softcapping must be None, got 30\.0"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention must be False, got True"),
+        ("gemma3_text", {"attention_bias": True}, "attention_bias must be False, got True"),
+        ("gemma3_text", {"hidden_activation": "gelu"}, "hidden_activation must be 'gelu_pytorch_tanh', got 'gelu'"),
+        ("gemma3_text", {"hidden_act": "silu"}, "hidden_act = 'silu' is not supported for gemma3_text"),
+        ("gemma3_text", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar must be a finite number > 0, got 0"),
+        ("gemma3_text", {"sliding_window": None}, "layer_types names sliding_attention, but .* sliding_window is off"),
+        ("gemma3_text", {"layer_types": ["chunked_attention"] * 3}, "layer_types must name .* for 3 layers"),
+        ("gemma3_text", {"sliding_window_pattern": 0}, "sliding_window_pattern must be a finite number > 0, got 0"),
+        ("gemma3_text", {"rope_parameters": {"rope_theta": 1e4}}, "must hold full_attention and .*, got rope_theta"),
+        ("gemma3_text", {"rope_scaling": {"type": "yarn"}}, "full_attention: rope_parameters: rope_type .* got 'yarn'"),
+        (
+            "gemma3_text",
+            {"rope_parameters": {"sliding_attention": {"rope_type": "dynamic"}}},
+            "sliding_attention: rope_parameters: rope_type .* got 'dynamic'",
+        ),
+        ("gemma3_text", {"rope_local_base_freq": "x"}, "sliding_attention: rope_theta must be of type float, got 'x'"),
     ],
 )
 def test_from_hf_refuses_what_it_does_not_honour(model_type: str, keys: dict, message: str) -> None:

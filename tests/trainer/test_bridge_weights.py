@@ -100,7 +100,7 @@ def test_export_of_import_is_identical(variant: str, tmp_path: Path, one_rank) -
 
 
 @pytest.mark.parametrize("layout", LAYOUTS_2, ids=str)
-@pytest.mark.parametrize("variant", ["llama-tied-odd-vocab", "qwen2", "qwen3"])
+@pytest.mark.parametrize("variant", ["llama-tied-odd-vocab", "qwen2", "qwen3", "gemma3-tied-scaled-rope"])
 def test_export_on_two_ranks_is_identical(rank_pool_2: RankPool, variant: str, layout: Layout, tmp_path: Path) -> None:
     check_reexport(rank_pool_2, variant, layout, tmp_path)
 
@@ -174,6 +174,14 @@ def test_build_models_draws_the_same_weights_in_every_layout(
             assert not torch.equal(tensor, other[name])
             spread = 5 * 0.5 / (2 * tensor.numel()) ** 0.5  # five standard errors of a standard deviation
             assert tensor.std().item() == pytest.approx(0.5, abs=spread)
+
+
+def test_build_models_starts_zero_centered_norms_at_zero(tmp_path: Path, one_rank) -> None:
+    config = hf_oracle.VARIANTS["gemma3"].to_dict()
+    save_hf(build_models(config, seed=3), tmp_path / "out", config)
+    norms = {name: t for name, t in hf_oracle.read_tensors(tmp_path / "out").items() if name.endswith("norm.weight")}
+    assert len(norms) == 4 * 6 + 1
+    assert not any(tensor.any() for tensor in norms.values())
 
 
 def test_build_models_pads_the_vocabulary_with_zero_rows(rank_pool_2: RankPool) -> None:

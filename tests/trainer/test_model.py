@@ -35,8 +35,9 @@ def test_model_equals_transformers(variant: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("granularity", ["full", "selective"])
-def test_model_recompute_changes_nothing(granularity: str, tmp_path: Path) -> None:
-    check(alone, "qwen2", Layout(), tmp_path, ModelOptions(recompute_granularity=granularity))
+@pytest.mark.parametrize("variant", ["qwen2", "gemma3-tied-scaled-rope"])
+def test_model_recompute_changes_nothing(variant: str, granularity: str, tmp_path: Path) -> None:
+    check(alone, variant, Layout(), tmp_path, ModelOptions(recompute_granularity=granularity))
 
 
 LAYOUTS_2 = [Layout(tp=2), Layout(tp=2, sp=True), Layout(pp=2), Layout(pp=2, vpp=2)]
@@ -44,7 +45,9 @@ LAYOUTS_4 = [Layout(tp=2, pp=2), Layout(tp=2, pp=2, vpp=2, sp=True), Layout(tp=4
 
 
 @pytest.mark.parametrize("layout", LAYOUTS_2, ids=str)
-@pytest.mark.parametrize("variant", ["llama3-rope", "llama-tied-odd-vocab", "qwen2", "qwen3-tied-odd-vocab"])
+@pytest.mark.parametrize(
+    "variant", ["llama3-rope", "llama-tied-odd-vocab", "qwen2", "qwen3-tied-odd-vocab", "gemma3-tied-scaled-rope"]
+)
 def test_model_on_two_ranks_equals_transformers(
     rank_pool_2: RankPool, variant: str, layout: Layout, tmp_path: Path
 ) -> None:
@@ -52,7 +55,7 @@ def test_model_on_two_ranks_equals_transformers(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS_4, ids=str)
-@pytest.mark.parametrize("variant", ["qwen2-tied-window", "qwen3-tied-odd-vocab"])
+@pytest.mark.parametrize("variant", ["qwen2-tied-window", "qwen3-tied-odd-vocab", "gemma3"])
 def test_model_on_four_ranks_equals_transformers(
     rank_pool_4: RankPool, variant: str, layout: Layout, tmp_path: Path
 ) -> None:
@@ -60,8 +63,9 @@ def test_model_on_four_ranks_equals_transformers(
     check(rank_pool_4.run, variant, layout, tmp_path, ModelOptions(sequence_parallel=layout.sp))
 
 
-def test_model_in_bfloat16_is_as_accurate_as_transformers(tmp_path: Path) -> None:
-    model = hf_oracle.make_model("qwen3").bfloat16()
+@pytest.mark.parametrize("variant", ["qwen3", "gemma3"])
+def test_model_in_bfloat16_is_as_accurate_as_transformers(variant: str, tmp_path: Path) -> None:
+    model = hf_oracle.make_model(variant).bfloat16()
     problem = hf_oracle.make_problem(model.config.vocab_size)
     path = hf_oracle.save(model, tmp_path / "model")
     options = ModelOptions(params_dtype=torch.bfloat16)
@@ -74,8 +78,9 @@ def test_model_in_bfloat16_is_as_accurate_as_transformers(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("layout", [Layout(tp=2), Layout(tp=2, sp=True)], ids=str)
-def test_every_parameter_counts_once_in_the_gradient_norm(rank_pool_2: RankPool, layout: Layout) -> None:
-    config = hf_oracle.VARIANTS["qwen2"].to_dict()
+@pytest.mark.parametrize("variant", ["qwen2", "gemma3"])
+def test_every_parameter_counts_once_in_the_gradient_norm(rank_pool_2: RankPool, variant: str, layout: Layout) -> None:
+    config = hf_oracle.VARIANTS[variant].to_dict()
     counts = rank_pool_2.run(megatron_runs.counted_parameters, config, layout)
-    whole = hf_oracle.make_model("qwen2")
+    whole = hf_oracle.make_model(variant)
     assert sum(counts) == sum(parameter.numel() for parameter in whole.parameters())

@@ -6,87 +6,15 @@ the forward pass and is skipped in silence would train another model than the on
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
-
-import torch
-from torch import Tensor
+from typing import Any, Literal, NamedTuple
 
 from fastpref.errors import ConfigError
+from fastpref.trainer.bridge.config_reader import ConfigReader
+from fastpref.trainer.bridge.rope import Rope, read_ropes
 
-# Keys without effect on the weights or the forward pass of training.
-INERT_KEYS = frozenset(
-    {
-        "_attn_implementation_autoset",
-        "_name_or_path",
-        "architectures",
-        "bos_token_id",
-        "chunk_size_feed_forward",
-        "cls_token_id",
-        "decoder_start_token_id",
-        "dtype",
-        "eos_token_id",
-        "finetuning_task",
-        "id2label",
-        "is_decoder",
-        "is_encoder_decoder",
-        "label2id",
-        "output_attentions",
-        "output_hidden_states",
-        "pad_token_id",
-        "prefix",
-        "pretraining_tp",
-        "problem_type",
-        "return_dict",
-        "sep_token_id",
-        "task_specific_params",
-        "tokenizer_class",
-        "torch_dtype",
-        "torchscript",
-        "transformers_version",
-        "unk_token_id",
-        "unsloth_fixed",
-        "unsloth_version",
-        "use_cache",
-    }
-)
-_ROPE_KEYS = {
-    "default": set(),
-    "linear": {"factor"},
-    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
-}
-
-
-class Rope(NamedTuple):
-    """Rotary position embedding; `kind` is one of "default", "linear", "llama3"."""
-
-    theta: float
-    kind: str = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_positions: int = 8192
-
-    def inv_freq(self, head_dim: int) -> Tensor:
-        """Compute the angles per position, fp32 [head_dim / 2].
-
-        Equals: `transformers.modeling_rope_utils`, bit for bit.
-        Source: Su et al., "RoFormer"; Chen et al., "Extending context window ... via positional interpolation"
-        (linear); the Llama 3.1 reference code (llama3).
-        """
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
-        inv_freq = 1.0 / (self.theta**exponents)
-        if self.kind == "linear":
-            return inv_freq / self.factor
-        if self.kind == "llama3":
-            # Waves longer than the original context are stretched, short ones stay, those between are blended.
-            turns = self.original_max_positions / (2 * math.pi / inv_freq)
-            keep = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
-            keep = keep.clamp(0.0, 1.0)
-            return (1 - keep) * inv_freq / self.factor + keep * inv_freq
-        return inv_freq
+Activation = Literal["silu", "gelu_pytorch_tanh"]
 
 
 class _Family(NamedTuple):
@@ -98,6 +26,14 @@ class _Family(NamedTuple):
     head_dim: int | None = None
     sliding_window: int | None = None
     keys: tuple[str, ...] = ()
+    activation: tuple[str, Activation] = ("hidden_act", "silu")
+    rope_theta: float = 10000.0
+    local_rope_theta: float | None = None
+    query_pre_attn_scalar: float | None = None
+    tie_embeddings: bool = False
+    zero_centered_norms: bool = False
+    sandwich_norms: bool = False
+    scaled_embedding: bool = False
 
 
 _QWEN_KEYS = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
@@ -106,6 +42,21 @@ FAMILIES = {
     "mistral": _Family(num_key_value_heads=8, sliding_window=4096, keys=("sliding_window",)),
     "qwen2": _Family(qkv_bias=True, num_key_value_heads=32, sliding_window=4096, keys=_QWEN_KEYS),
     "qwen3": _Family(qk_norm=True, num_key_value_heads=32, head_dim=128, sliding_window=4096, keys=_QWEN_KEYS),
+    "gemma3_text": _Family(
+        qk_norm=True,
+        num_key_value_heads=4,
+        head_dim=256,
+        sliding_window=4096,
+        keys=("sliding_window", "sliding_window_pattern", "layer_types"),
+        activation=("hidden_activation", "gelu_pytorch_tanh"),
+        rope_theta=1e6,
+        local_rope_theta=1e4,
+        query_pre_attn_scalar=256.0,
+        tie_embeddings=True,
+        zero_centered_norms=True,
+        sandwich_norms=True,
+        scaled_embedding=True,
+    ),
 }
 
 
@@ -114,7 +65,7 @@ class Architecture:
     """A decoder-only model of one of the supported families."""
 
     model_type: str
-    """llama, mistral, qwen2 or qwen3."""
+    """llama, mistral, qwen2, qwen3 or gemma3_text."""
     num_layers: int
     """Transformer layers."""
     hidden_size: int
@@ -133,14 +84,26 @@ class Architecture:
     """Longest sequence that the model was made for."""
     norm_eps: float
     """Epsilon of the RMS norms."""
+    activation: Activation
+    """Function of the gate in the feed-forward layer."""
     rope: Rope
     """Rotary position embedding."""
+    local_rope: Rope | None
+    """That of the sliding layers, where they have their own."""
+    attention_scale: float | None
+    """Factor on the attention scores; None for 1/sqrt(head_dim)."""
     tie_embeddings: bool
     """The output projection is the embedding."""
     qkv_bias: bool
     """Query, key and value projections have a bias."""
     qk_norm: bool
     """Query and key heads are RMS-normed."""
+    zero_centered_norms: bool
+    """RMS norms multiply by 1 + weight."""
+    sandwich_norms: bool
+    """The outputs of attention and feed-forward layer are RMS-normed too, before they join the residual stream."""
+    embedding_scale: float | None
+    """Factor on the embeddings, rounded to the weights' number format; None for 1."""
     sliding_window: int | None
     """Positions that a sliding layer sees, itself included."""
     sliding_layers: tuple[bool, ...]
@@ -163,7 +126,7 @@ class Architecture:
         family = FAMILIES.get(config.get("model_type", ""))
         if family is None:
             raise ConfigError(f"model_type must be one of {', '.join(FAMILIES)}, got {config.get('model_type')!r}")
-        reader = _Reader(config)
+        reader = ConfigReader(config)
         reader.take("model_type", str)
         architecture = _read(cls, reader, config["model_type"], family)
         if architecture is None:
@@ -171,40 +134,15 @@ class Architecture:
         return architecture
 
 
-class _Reader:
-    """Takes keys out of a config one by one and remembers what was wrong."""
-
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        self.left = {key: value for key, value in config.items() if value is not None and key not in INERT_KEYS}
-        self.nulls = {key for key, value in config.items() if value is None}
-        self.problems: list[str] = []
-
-    def take(self, key: str, kind: type, default: Any = ...) -> Any:
-        value = self.left.pop(key, default)
-        if value is ...:
-            self.problems.append(f"{key} is missing")
-            return None
-        good = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
-        if value is not default and not good:
-            self.problems.append(f"{key} must be of type {kind.__name__}, got {value!r}")
-            return None
-        if value is not None and kind in (int, float) and not 0 < value < math.inf:
-            self.problems.append(f"{key} must be a finite number > 0, got {value!r}")
-            return None
-        return value
-
-    def require(self, key: str, supported: Any) -> None:
-        value = self.left.pop(key, supported)
-        if value != supported:
-            self.problems.append(f"{key} must be {supported!r}, got {value!r}: other values are not implemented")
-
-
-def _read(cls: type[Architecture], reader: _Reader, model_type: str, family: _Family) -> Architecture | None:
+def _read(cls: type[Architecture], reader: ConfigReader, model_type: str, family: _Family) -> Architecture | None:
     for key, supported in (
-        ("hidden_act", "silu"),
+        family.activation,
         ("attention_bias", False),
         ("mlp_bias", False),
         ("attention_dropout", 0),
+        ("attn_logit_softcapping", None),
+        ("final_logit_softcapping", None),
+        ("use_bidirectional_attention", False),
         ("quantization_config", None),
     ):
         reader.require(key, supported)
@@ -216,11 +154,14 @@ def _read(cls: type[Architecture], reader: _Reader, model_type: str, family: _Fa
         "max_positions": reader.take("max_position_embeddings", int),
         "norm_eps": reader.take("rms_norm_eps", float, 1e-6),
         "init_std": reader.take("initializer_range", float, 0.02),
-        "tie_embeddings": reader.take("tie_word_embeddings", bool, False),
+        "tie_embeddings": reader.take("tie_word_embeddings", bool, family.tie_embeddings),
         "num_query_groups": reader.take("num_key_value_heads", int, family.num_key_value_heads or num_heads),
         "head_dim": reader.take("head_dim", int, family.head_dim),
     }
-    rope = _read_rope(reader, sizes["max_positions"])
+    pre_attn = None
+    if family.query_pre_attn_scalar is not None:
+        pre_attn = reader.take("query_pre_attn_scalar", float, family.query_pre_attn_scalar)
+    rope, local_rope = read_ropes(reader, (family.rope_theta, family.local_rope_theta), sizes["max_positions"])
     window, sliding_layers = _read_window(reader, family, num_layers or 0)
     reader.problems += [
         f"{key} = {reader.left[key]!r} is not supported for {model_type}; remove it if it has no effect on the model"
@@ -242,65 +183,43 @@ def _read(cls: type[Architecture], reader: _Reader, model_type: str, family: _Fa
         num_layers=num_layers,
         hidden_size=hidden_size,
         num_heads=num_heads,
+        activation=family.activation[1],
         rope=rope,
+        local_rope=local_rope if sliding_layers else None,
+        attention_scale=None if pre_attn is None else pre_attn**-0.5,
         qkv_bias=family.qkv_bias,
         qk_norm=family.qk_norm,
+        zero_centered_norms=family.zero_centered_norms,
+        sandwich_norms=family.sandwich_norms,
+        embedding_scale=hidden_size**0.5 if family.scaled_embedding else None,
         sliding_window=window,
         sliding_layers=sliding_layers,
         **sizes,
     )
 
 
-def _read_rope(reader: _Reader, max_positions: int | None) -> Rope | None:
-    """`rope_parameters` of transformers 5, or `rope_theta` and `rope_scaling` of older files."""
-    theta = reader.take("rope_theta", float, None)
-    current, older = reader.left.pop("rope_parameters", None), reader.left.pop("rope_scaling", None)
-    if current and older and current != older:
-        reader.problems.append(f"rope_parameters {current} and rope_scaling {older} contradict each other; keep one")
-    settings = current or older or {}
-    if not isinstance(settings, dict):
-        reader.problems.append(f"rope_parameters must be an object, got {settings!r}")
-        return None
-    inner = _Reader(settings)
-    kind = inner.take("type", str, None)
-    kind = inner.take("rope_type", str, kind or "default")
-    inner_theta = inner.take("rope_theta", float, theta or 10000.0)
-    inner.left.setdefault("partial_rotary_factor", reader.left.pop("partial_rotary_factor", 1.0))
-    inner.require("partial_rotary_factor", 1.0)
-    if kind not in _ROPE_KEYS:
-        inner.problems.append(f"rope_type must be one of {', '.join(_ROPE_KEYS)}, got {kind!r}")
-        inner.left.clear()
-    values = {}
-    for key in sorted(_ROPE_KEYS.get(kind, ())):
-        is_length = key == "original_max_position_embeddings"
-        field = "original_max_positions" if is_length else key
-        values[field] = inner.take(key, int if is_length else float, max_positions if is_length else ...)
-    if theta is not None and inner_theta != theta:
-        inner.problems.append(f"rope_theta is {inner_theta} here and {theta} outside")
-    inner.problems += [f"{key} = {value!r} is not supported" for key, value in sorted(inner.left.items())]
-    if not inner.problems and kind == "llama3" and values["low_freq_factor"] >= values["high_freq_factor"]:
-        inner.problems.append(f"low_freq_factor must be < high_freq_factor, got {values}")
-    reader.problems += [f"rope_parameters: {problem}" for problem in inner.problems]
-    return None if inner.problems else Rope(inner_theta, kind, **values)
-
-
-def _read_window(reader: _Reader, family: _Family, num_layers: int) -> tuple[int | None, tuple[bool, ...]]:
-    """Sliding-window attention: all layers of Mistral, the layers that Qwen names."""
+def _read_window(reader: ConfigReader, family: _Family, num_layers: int) -> tuple[int | None, tuple[bool, ...]]:
+    """Sliding-window attention: all layers of Mistral, the layers that Qwen and Gemma name."""
     if "sliding_window" not in family.keys:
         return None, ()
     # JSON null switches the window off; only an absent key means the default.
     window = reader.take("sliding_window", int, None if "sliding_window" in reader.nulls else family.sliding_window)
-    if "use_sliding_window" not in family.keys:
+    if "layer_types" not in family.keys:
         return window, (True,) * num_layers if window else ()
-    in_use = reader.take("use_sliding_window", bool, False)
-    first = reader.left.pop("max_window_layers", 28)
-    if not isinstance(first, int) or isinstance(first, bool) or first < 0:
-        reader.problems.append(f"max_window_layers must be a whole number >= 0, got {first!r}")
-        first = 0
-    kinds = reader.take("layer_types", list, None)
-    if kinds is None:
+    if "sliding_window_pattern" in family.keys:
+        in_use, period = True, reader.take("sliding_window_pattern", int, 6) or 1
+        default = [
+            "full_attention" if (index + 1) % period == 0 else "sliding_attention" for index in range(num_layers)
+        ]
+    else:
+        in_use = reader.take("use_sliding_window", bool, False)
+        first = reader.left.pop("max_window_layers", 28)
+        if not isinstance(first, int) or isinstance(first, bool) or first < 0:
+            reader.problems.append(f"max_window_layers must be a whole number >= 0, got {first!r}")
+            first = 0
         num_full = first if in_use and window else num_layers
-        kinds = ["full_attention"] * min(num_full, num_layers) + ["sliding_attention"] * (num_layers - num_full)
+        default = ["full_attention"] * min(num_full, num_layers) + ["sliding_attention"] * (num_layers - num_full)
+    kinds = reader.take("layer_types", list, None) or default
     if len(kinds) != num_layers or not set(kinds) <= {"full_attention", "sliding_attention"}:
         reader.problems.append(
             f"layer_types must name full_attention or sliding_attention for {num_layers} layers, got {kinds}"

@@ -45,18 +45,24 @@ def _layer_table(arch: Architecture, prefix: str) -> dict[str, Layout]:
         groups = arch.num_query_groups
         return QueryKeyValue(query, key, value, groups, arch.num_heads // groups, arch.head_dim, tail)
 
+    def norm(place: str) -> Replicated:
+        return Replicated(f"{prefix}{place}_layernorm.weight", (hidden,))
+
     table: dict[str, Layout] = {
-        "input_layernorm.weight": Replicated(f"{prefix}input_layernorm.weight", (hidden,)),
+        "input_layernorm.weight": norm("input"),
         "self_attention.linear_qkv.weight": qkv("weight", (hidden,)),
         "self_attention.linear_proj.weight": Columns(
             f"{attention}o_proj.weight", (hidden, arch.num_heads * arch.head_dim)
         ),
-        "pre_mlp_layernorm.weight": Replicated(f"{prefix}post_attention_layernorm.weight", (hidden,)),
+        "pre_mlp_layernorm.weight": norm("pre_feedforward" if arch.sandwich_norms else "post_attention"),
         "mlp.linear_fc1.weight": GateUp(
             f"{mlp}gate_proj.weight", f"{mlp}up_proj.weight", (arch.ffn_hidden_size, hidden)
         ),
         "mlp.linear_fc2.weight": Columns(f"{mlp}down_proj.weight", (hidden, arch.ffn_hidden_size)),
     }
+    if arch.sandwich_norms:
+        table["self_attn_bda.norm.weight"] = norm("post_attention")
+        table["mlp_bda.norm.weight"] = norm("post_feedforward")
     if arch.qkv_bias:
         table["self_attention.linear_qkv.bias"] = qkv("bias", ())
     if arch.qk_norm:

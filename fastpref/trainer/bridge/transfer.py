@@ -35,7 +35,8 @@ class TensorSource(Protocol):
 class RandomTensors:
     """Initial weights that depend on a seed and the tensor's name, not on the parallel layout.
 
-    Matrices are normal with the config's `initializer_range`, norms one, biases zero, as in transformers.
+    Matrices are normal with the config's `initializer_range`, norms one (zero where they multiply by 1 + weight),
+    biases zero, as in transformers.
 
     Args:
         arch: the model.
@@ -44,6 +45,7 @@ class RandomTensors:
 
     def __init__(self, arch: Architecture, seed: int) -> None:
         self._shapes, self._std, self._seed = file_shapes(arch), arch.init_std, seed
+        self._norm = 0.0 if arch.zero_centered_norms else 1.0
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """List all tensors by name."""
@@ -53,7 +55,7 @@ class RandomTensors:
         """Make the whole tensor and cut `[start:stop]` along `dim` out of it."""
         shape = self._shapes[name]
         if len(shape) == 1:
-            full = torch.zeros(shape) if name.endswith(".bias") else torch.ones(shape)
+            full = torch.full(shape, 0.0 if name.endswith(".bias") else self._norm)
         else:
             digest = hashlib.sha256(f"{self._seed}:{name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
