@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 # The trainer takes seconds to import, so each command does it; --help and --version need not wait for it.
 
 EVAL_FILE = "eval.json"
+PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again
 Command = TypeVar("Command", bound=Callable[..., None])
 
 
@@ -48,7 +49,8 @@ def cli() -> None:
     CONFIG is a YAML file; arguments like training.learning_rate=1e-6 change keys of it. Relative paths start at the
     current directory. For several ranks start the same command with: torchrun --nproc-per-node N -m fastpref ...
 
-    Exit codes: 0 done, 2 config, 3 data, 4 checkpoint, 5 non-finite loss or gradient, 6 a peer failed, 7 disk full.
+    Exit codes: 0 done, 2 config, 3 data, 4 checkpoint, 5 non-finite loss or gradient, 6 a peer failed, 7 disk full,
+    75 stopped by SIGTERM or SIGUSR1 after a clean save.
     """
     # Megatron calls functions that PyTorch is about to rename; whoever runs a command can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(megatron|torch)\.")
@@ -71,6 +73,14 @@ def train(config_path: Path, overrides: tuple[str, ...], export_dir: Path | None
     start = time.perf_counter()
     result = trainer.train()
     seconds = time.perf_counter() - start
+    if result.was_preempted:
+        if trainer.is_main_process:
+            _print(
+                f"Stopped by a signal after step {result.global_step}, with a checkpoint; continue with "
+                "training.resume_from_checkpoint=latest"
+            )
+        platform.destroy()
+        raise SystemExit(PREEMPTED)
     if export_dir is not None:
         build.export_trained(trainer, config, export_dir)
     if trainer.is_main_process:

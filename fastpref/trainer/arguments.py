@@ -138,6 +138,8 @@ class LoopArguments:
     """Checkpoint directory to continue from; "latest" of `output_dir`, or "latest-valid", the newest undamaged one."""
     check_initial_loss: bool = True
     """Where policy and reference start equal: require the loss that the formula gives at zero margin on step 1."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """At a NaN or an infinity in loss or gradient: end the run, or leave the step out, at most 3 in a row."""
     log_token_stats: bool = False
     """Also log entropy, mean_token_accuracy and mean logits of the policy."""
     disable_progress: bool = False
@@ -190,6 +192,8 @@ class TrainingArguments(OptimizationArguments, PrecisionArguments, ParallelArgum
             )
         if self.head_backward not in HEAD_BACKWARDS:
             problems.append(f"head_backward must be one of {', '.join(HEAD_BACKWARDS)}; got {self.head_backward!r}")
+        if self.on_nonfinite not in ("stop", "skip"):
+            problems.append(f"on_nonfinite must be stop or skip; got {self.on_nonfinite!r}")
         is_active = self.head_backward == "active" or (self.head_backward == "auto" and (self.bf16 or self.fp16))
         if self.active_eps is not None and not is_active:
             problems.append(

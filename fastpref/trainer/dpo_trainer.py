@@ -14,7 +14,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
-from fastpref.errors import ConfigError, DataError, FastprefError
+from fastpref.errors import ConfigError, DataError, FastprefError, NonFiniteError
 from fastpref.losses import DPOConfig, PairLogps, expected_initial_loss, preference_loss
 from fastpref.trainer import guard, loop, state
 from fastpref.trainer.arguments import TrainingArguments
@@ -42,6 +42,7 @@ class StepResult:
     grad_norm: float | None
     num_zeros_in_grad: int | None
     learning_rate: float
+    should_stop: bool = False
 
     def without_tensors(self) -> StepResult:
         """The step's numbers alone, so that a window of steps holds no activations."""
@@ -105,6 +106,7 @@ class DPOTrainer:
         self._optimizer: MegatronOptimizer | None = None
         self._lr_scheduler: OptimizerParamScheduler | None = None
         self.log_history: list[dict[str, float]] = []
+        self._skips_in_a_row = 0
 
     @classmethod
     def from_config(cls, config: RunConfig) -> DPOTrainer:
@@ -181,9 +183,24 @@ class DPOTrainer:
         return loss, metrics, step.skipped_iter, step.grad_norm, step.num_zeros_in_grad
 
     def run_step(
-        self, models: Sequence[DistributedDataParallel], batches: Sequence[Microbatch], step: int | None = None
+        self,
+        models: Sequence[DistributedDataParallel],
+        batches: Sequence[Microbatch],
+        step: int | None = None,
+        stop_requested: bool = False,
     ) -> StepResult:
-        """Reference, forward, backward, guard, update; `step` only names the step in an error."""
+        """Reference, forward, backward, guard, update.
+
+        Args:
+            models: the wrapped chunks, `models_wrapped`.
+            batches: this rank's microbatches.
+            step: number of the step, from 1, for messages and records.
+            stop_requested: this rank wants to stop after the step; then every rank's result says so.
+
+        Raises:
+            NonFiniteError: a loss or gradient is not finite on any rank, and `on_nonfinite` is stop, or three steps
+                have been skipped just before; nothing was updated.
+        """
         optimizer = self.optimizer
         if self.reference is not None:
             batches = self.reference.attach(batches)
@@ -192,8 +209,21 @@ class DPOTrainer:
             model.zero_grad_buffer()
         optimizer.zero_grad()
         results = self.schedule.forward_backward(models, batches)
-        loss = guard.check_step(models, batches, results, step=step, scaled=self.args.fp16)
+        verdict = guard.check_step(models, batches, results, scaled=self.args.fp16, stop_requested=stop_requested)
         learning_rate = max(group["lr"] for group in optimizer.param_groups)
+        if verdict.findings:
+            self._refuse_or_skip(verdict, step)
+            return StepResult(
+                batches=batches,
+                results=(),
+                loss=verdict.loss,
+                skipped_iter=1,
+                grad_norm=None,
+                num_zeros_in_grad=None,
+                learning_rate=learning_rate,
+                should_stop=verdict.should_stop,
+            )
+        self._skips_in_a_row = 0
         updated, grad_norm, num_zeros = optimizer.step()
         if updated:
             self.lr_scheduler.step(1)
@@ -201,12 +231,22 @@ class DPOTrainer:
         return StepResult(
             batches=batches,
             results=results,
-            loss=loss,
+            loss=verdict.loss,
             skipped_iter=int(not updated),
             grad_norm=grad_norm,
             num_zeros_in_grad=num_zeros,
             learning_rate=learning_rate,
+            should_stop=verdict.should_stop,
         )
+
+    def _refuse_or_skip(self, verdict: guard.Verdict, step: int | None) -> None:
+        """Records what is not finite, and raises unless this step may be skipped."""
+        if step is not None and self.is_main_process:
+            directory = Path(self.args.output_dir) / "nonfinite"
+            guard.write_findings(directory, verdict, step, self.feed.train_dataset)
+        self._skips_in_a_row += 1
+        if self.args.on_nonfinite == "stop" or self._skips_in_a_row > guard.MAX_SKIPS:
+            raise NonFiniteError(verdict.describe(step))
 
     def compute_reference_log_probs(
         self,

@@ -27,6 +27,7 @@ from fastpref.trainer.agreement import together
 from fastpref.trainer.arguments import TrainingArguments
 from fastpref.trainer.head import head_of, read_activity
 from fastpref.trainer.metrics import MetricWindow
+from fastpref.trainer.preemption import StopRequest
 from fastpref.trainer.reporting import RunReporter
 from fastpref.trainer.step import step_totals
 
@@ -36,14 +37,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """Outcome of `train`: steps done over the whole run, and the metrics of its last log and evaluation."""
+    """Outcome of `train`."""
 
     global_step: int
+    """Optimizer steps done, over the whole run."""
     metrics: dict[str, float]
+    """Its last log and evaluation."""
+    was_preempted: bool = False
+    """A signal ended the run early, with a checkpoint."""
 
 
 def train(trainer: DPOTrainer) -> TrainResult:
     """Trains from the first step, or from a checkpoint, to the last; every rank calls it.
+
+    SIGTERM or SIGUSR1 on any rank ends the run after the step at hand, with a checkpoint to resume from.
 
     Metrics are means over all pairs and ranks of a window of `logging_steps` steps. The run ends with an evaluation
     (if there is an evaluation set) and a checkpoint (if `save_on_end`).
@@ -53,11 +60,11 @@ def train(trainer: DPOTrainer) -> TrainResult:
         CheckpointError: the checkpoint to resume from is unusable or belongs to another run, or another process runs in
             the output directory.
     """
-    with _held_directory(trainer.args):
-        return _train(trainer)
+    with _held_directory(trainer.args), StopRequest() as stop:
+        return _train(trainer, stop)
 
 
-def _train(trainer: DPOTrainer) -> TrainResult:
+def _train(trainer: DPOTrainer, stop: StopRequest) -> TrainResult:
     args, total_steps = trainer.args, trainer.feed.total_steps
     trainer.create_optimizer_and_scheduler(total_steps)
     first_step = _resume(trainer)
@@ -68,8 +75,9 @@ def _train(trainer: DPOTrainer) -> TrainResult:
             last |= _log(trainer, reporter, 0, evaluate(trainer))
         for step in range(first_step, total_steps):
             _seed_dropout(trainer, step)
-            result = trainer.run_step(trainer.models_wrapped, trainer.feed.train_batches(step), step + 1)
-            if step == 0:
+            batches = trainer.feed.train_batches(step)
+            result = trainer.run_step(trainer.models_wrapped, batches, step + 1, stop.is_made)
+            if step == 0 and not result.skipped_iter:
                 trainer.check_initial_loss(result.loss)
             window.add(result)
             reporter.advance()
@@ -79,9 +87,11 @@ def _train(trainer: DPOTrainer) -> TrainResult:
             if trainer.feed.eval_dataset is not None and (is_last or _is_due(done, args.eval_steps)):
                 last |= _log(trainer, reporter, done, evaluate(trainer))
                 window.restart_clock()
-            if (is_last and args.save_on_end) or _is_due(done, args.save_steps):
+            if (is_last and args.save_on_end) or _is_due(done, args.save_steps) or result.should_stop:
                 _save(trainer, done)
                 window.restart_clock()
+            if result.should_stop and not is_last:
+                return TrainResult(global_step=done, metrics=last, was_preempted=True)
     return TrainResult(global_step=total_steps, metrics=last)
 
 
