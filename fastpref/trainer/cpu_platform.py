@@ -7,6 +7,7 @@ CUDA is available.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from megatron.core import optimizer
 from megatron.core.optimizer import distrib_optimizer
 from megatron.core.tensor_parallel import random as megatron_random
+from megatron.core.transformer.moe import token_dispatcher
 
 from fastpref.trainer.cpu_adam import FusedLayoutAdam
 
@@ -50,6 +52,7 @@ def install_cpu_platform() -> bool:
     _replace_device_queries()
     _replace_random_state()
     _replace_adam()
+    token_dispatcher.maybe_move_tensor_to_cpu = _on_host
     return True
 
 
@@ -61,12 +64,29 @@ def _stay(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     return self
 
 
+class _HostStream:
+    """The one stream of a CPU, and an event on it: whatever was asked for before has happened."""
+
+    def wait_stream(self, stream: _HostStream) -> None:
+        """Return."""
+
+    def record_event(self, event: object = None) -> _HostStream:
+        """Return an event that has passed."""
+        return self
+
+    def synchronize(self) -> None:
+        """Return."""
+
+
 def _replace_device_queries() -> None:
     """Megatron's buffers and messages live on `torch.cuda.current_device()`, `"cuda"` or `tensor.cuda()`."""
     torch.cuda.current_device = _current_device  # type: ignore[assignment]
     torch.cuda.synchronize = lambda device=None: None
-    # Asked for, from Megatron-Core 0.19 on, to wait for CUDA graphs; there are none to wait for.
-    torch.cuda.current_stream = lambda device=None: None  # type: ignore[assignment,return-value]
+    # Experts copy token counts to the host on a stream of their own; Megatron-Core 0.19 waits for CUDA graphs on one.
+    stream = _HostStream()
+    torch.cuda.Stream = lambda *args, **kwargs: stream  # type: ignore[assignment,misc]
+    torch.cuda.current_stream = lambda device=None: stream  # type: ignore[assignment,return-value]
+    torch.cuda.stream = contextlib.nullcontext  # type: ignore[assignment]
     torch.Tensor.cuda = _stay  # type: ignore[method-assign,assignment]
     # `with torch.device(...)` knows factories by identity and lists them once: the originals, which the wrappers call.
     torch.utils._device._device_constructors()
@@ -91,6 +111,11 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
         return factory(*args, **kwargs)
 
     return create
+
+
+def _on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """Sizes for a collective, which Megatron turns into the numpy array it needs for CUDA tensors alone."""
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
 def _replace_random_state() -> None:

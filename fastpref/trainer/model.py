@@ -6,6 +6,7 @@ functions together.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from megatron.core.tensor_parallel.layers import (
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
 from megatron.core.utils import unwrap_model
 
 from fastpref.checkpoint.hf import ModelDirectory, read_config
@@ -50,6 +51,7 @@ from fastpref.trainer.gemma import (
     joint_inv_freq,
     scale_embedding,
 )
+from fastpref.trainer.moe import expert_layout_problems, expert_settings
 
 try:
     import transformer_engine  # noqa: F401  (Megatron's module imports without it, its classes do not work)
@@ -72,6 +74,8 @@ class ModelOptions:
     """Recompute activations in the backward pass: every layer, or the attention core only."""
     max_sequence_length: int | None = None
     """Longest sequence that will be used, in tokens; None takes the model's own limit."""
+    moe_aux_loss_coeff: float | None = None
+    """Weight of the load-balancing loss of experts; None takes `router_aux_loss_coef` of the model's config."""
 
     def __post_init__(self) -> None:
         if self.params_dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -80,6 +84,9 @@ class ModelOptions:
             raise ConfigError(
                 f"recompute_granularity must be None, 'full' or 'selective', got {self.recompute_granularity!r}"
             )
+        coefficient = self.moe_aux_loss_coeff
+        if coefficient is not None and not 0 <= coefficient < math.inf:
+            raise ConfigError(f"moe_aux_loss_coeff must be a finite number >= 0, got {coefficient}")
         if self.max_sequence_length is not None and self.max_sequence_length < 1:
             raise ConfigError(f"max_sequence_length must be >= 1 token, got {self.max_sequence_length}")
 
@@ -206,8 +213,8 @@ def _check_layout(arch: Architecture, options: ModelOptions) -> None:
         problems.append(f"pipeline stages times chunks ({pp} * {vpp}) must divide num_hidden_layers {arch.num_layers}")
     if options.sequence_parallel and tp == 1:
         problems.append("sequence_parallel needs a tensor-parallel size >= 2")
-    if parallel_state.get_expert_model_parallel_world_size() > 1:
-        problems.append(f"expert parallelism needs experts, and {arch.model_type} has none; set it to 1")
+    ep = parallel_state.get_expert_model_parallel_world_size()
+    problems += expert_layout_problems(arch, tp=tp, ep=ep, sequence_parallel=options.sequence_parallel)
     longest = options.max_sequence_length
     if longest is not None and longest > arch.max_positions:
         problems.append(
@@ -253,6 +260,7 @@ def transformer_config(arch: Architecture, options: ModelOptions) -> Transformer
         recompute_method="uniform" if full else None,
         recompute_num_layers=1 if full else None,
         transformer_impl="transformer_engine" if _use_transformer_engine() else "local",
+        **expert_settings(arch, options.moe_aux_loss_coeff, grouped_gemm=_use_transformer_engine()),
         cuda_graph_scope=[],
         # Every parameter is filled right after construction.
         perform_initialization=False,
@@ -298,24 +306,40 @@ def _mark_shards(model: GPTModel) -> None:
 
 
 def _block_spec(arch: Architecture, config: TransformerConfig, stage: int | None) -> TransformerBlockSubmodules:
+    first = get_transformer_layer_offset(config, vp_stage=stage)
+    numbers = range(first, first + get_num_layers_to_build(config, vp_stage=stage))
+    layer_specs = [_layer_spec(arch, config, arch.has_experts(number)) for number in numbers]
+    norm = TENorm if _use_transformer_engine() else RMSNorm
+    return TransformerBlockSubmodules(layer_specs=layer_specs, layer_norm=norm)
+
+
+def _layer_spec(arch: Architecture, config: TransformerConfig, has_experts: bool) -> ModuleSpec:
     use_te = _use_transformer_engine()
     norm = TENorm if use_te else RMSNorm
-    layer = (
-        get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-        if use_te
-        else _local_layer_spec(config)
-    )
+    layer = (_transformer_engine_layer_spec if use_te else _local_layer_spec)(config, has_experts)
     if arch.sandwich_norms:
         normed_add = ModuleSpec(module=NormedResidualAdd, params={"config": config, "norm": norm})
         layer.submodules.self_attn_bda = layer.submodules.mlp_bda = normed_add
     if arch.local_rope is not None:
         layer.submodules.self_attention.module = TwoRopeSelfAttention
-    num_layers = get_num_layers_to_build(config, vp_stage=stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
+    return layer
 
 
-def _local_layer_spec(config: TransformerConfig) -> ModuleSpec:
-    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+def _transformer_engine_layer_spec(config: TransformerConfig, has_experts: bool) -> ModuleSpec:
+    return get_gpt_layer_with_transformer_engine_spec(
+        num_experts=config.num_moe_experts if has_experts else None,
+        moe_grouped_gemm=config.moe_grouped_gemm,
+        qk_layernorm=config.qk_layernorm,
+    )
+
+
+def _local_layer_spec(config: TransformerConfig, has_experts: bool) -> ModuleSpec:
+    layer = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts if has_experts else None,
+        moe_grouped_gemm=False,
+        qk_layernorm=config.qk_layernorm,
+        normalization="RMSNorm",
+    )
     assert layer.module is TransformerLayer
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
     attention = layer.submodules.self_attention.submodules

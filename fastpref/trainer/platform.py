@@ -6,6 +6,7 @@ installed here (Transformer Engine, Apex) out of the log, and no other warning.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import warnings
@@ -98,7 +99,8 @@ def initialize_model_parallel(
         pp: pipeline stages.
         vpp: model chunks per pipeline stage (interleaved schedule), None for one.
         cp: context-parallel ranks.
-        ep: expert-parallel ranks.
+        ep: expert-parallel ranks. Where there are several, each holds whole experts, and they are taken from all
+            ranks of a pipeline stage; a single one leaves every expert split over the tensor-parallel ranks.
         seed: base of the random streams; each pipeline stage and tensor-parallel rank gets its own from it.
         timeout_s: seconds after which a collective in one of these groups fails.
 
@@ -116,10 +118,10 @@ def initialize_model_parallel(
         if size < 1:
             raise ConfigError(f"{name} must be >= 1, got {size}")
     world_size = torch.distributed.get_world_size()
-    if world_size % (tp * pp * cp) or world_size % (tp * pp * ep):
+    if world_size % (tp * pp * cp) or world_size % (pp * ep):
         raise ConfigError(
-            f"tp * pp * cp and tp * pp * ep must divide the number of ranks, got tp={tp}, pp={pp}, cp={cp}, "
-            f"ep={ep} on {world_size} ranks; start a multiple of {tp * pp * max(cp, ep)} ranks or choose smaller sizes"
+            f"tp * pp * cp and pp * ep must divide the number of ranks, got tp={tp}, pp={pp}, cp={cp}, ep={ep} on "
+            f"{world_size} ranks; start a multiple of {pp * math.lcm(tp * cp, ep)} ranks or choose smaller sizes"
         )
     if vpp is not None and pp == 1:
         raise ConfigError(f"vpp={vpp} needs a pipeline, got pp=1; set pp >= 2 or leave vpp unset")
@@ -129,6 +131,7 @@ def initialize_model_parallel(
         virtual_pipeline_model_parallel_size=vpp,
         context_parallel_size=cp,
         expert_model_parallel_size=ep,
+        expert_tensor_parallel_size=tp if ep == 1 else 1,
         distributed_timeout_minutes=timeout_s / 60.0,
     )
     stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()

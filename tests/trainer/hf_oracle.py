@@ -12,9 +12,11 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 SIZES = {
@@ -26,6 +28,8 @@ SIZES = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
 }
+# transformers adds the load-balancing loss to no gradient unless it is asked for the router's logits.
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "router_aux_loss_coef": 0.0}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -68,6 +72,9 @@ VARIANTS: dict[str, PreTrainedConfig] = {
         },
     ),
     "qwen3-tied-odd-vocab": Qwen3Config(**{**SIZES, "vocab_size": 97}, head_dim=8, tie_word_embeddings=True),
+    "qwen3-moe": Qwen3MoeConfig(**SIZES, **EXPERTS, head_dim=16, norm_topk_prob=True),
+    "qwen3-moe-mixed": Qwen3MoeConfig(**SIZES, **EXPERTS, decoder_sparse_step=2, mlp_only_layers=[3]),
+    "mixtral": MixtralConfig(**SIZES, num_local_experts=4, router_aux_loss_coef=0.0, sliding_window=6),
 }
 
 
@@ -87,9 +94,11 @@ def make_problem(vocab_size: int, length: int = 24) -> Problem:
 def make_model(variant: str) -> torch.nn.Module:
     """A model whose norms and biases differ from their initial values, so that losing one of them shows."""
     torch.manual_seed(11)
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(VARIANTS[variant]), attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_config(
+        copy.deepcopy(VARIANTS[variant]), attn_implementation="sdpa", experts_implementation="eager"
+    )
     for name, parameter in model.named_parameters():
-        std = 0.2 if parameter.ndim == 1 else 1.5 / parameter.size(1) ** 0.5
+        std = 0.2 if parameter.ndim == 1 else 1.5 / parameter.size(-1) ** 0.5
         parameter.data.normal_(std=std)
         if name.endswith("norm.weight") and model.config.model_type != "gemma3_text":
             parameter.data.add_(1.0)
@@ -106,16 +115,36 @@ def answer(model: torch.nn.Module, problem: Problem) -> Answer:
     model.zero_grad()
     # the mean over microbatches
     ((logits * problem.weights_SLV).sum() / 2).backward()
-    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    gradients: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        gradients |= as_in_files(model.config.model_type, name, parameter.grad)
     return Answer(logits.detach(), gradients)
+
+
+def as_in_files(model_type: str, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A parameter of transformers under the names of its files, where every expert has matrices of its own."""
+    if model_type == "mixtral":
+        name = name.replace(".mlp.", ".block_sparse_moe.")
+    block, _, kind = name.partition(".experts.")
+    if not kind:
+        return {name: tensor.clone()}
+    gate, up, down = ("w1", "w3", "w2") if model_type == "mixtral" else ("gate_proj", "up_proj", "down_proj")
+    found = {}
+    for index, matrix in enumerate(tensor):
+        parts = {down: matrix} if kind == "down_proj" else dict(zip((gate, up), matrix.chunk(2), strict=True))
+        found |= {f"{block}.experts.{index}.{part}.weight": value.clone() for part, value in parts.items()}
+    return found
 
 
 def answer_fp64(model: torch.nn.Module, problem: Problem) -> Answer:
     exact = copy.deepcopy(model).double()
     for module in exact.modules():
         kind = type(module).__name__
-        if kind.endswith("RMSNorm"):  # transformers' own rounds to fp32 inside
+        # transformers' own round to fp32 inside
+        if kind.endswith("RMSNorm"):
             module.forward = (_zero_centered_norm_fp64 if kind.startswith("Gemma") else _rms_norm_fp64).__get__(module)
+        if kind.endswith("TopKRouter"):
+            module.forward = _router_fp64.__get__(module)
     return answer(exact, Problem(problem.input_ids_SL, problem.weights_SLV.double()))
 
 
@@ -125,6 +154,14 @@ def _rms_norm_fp64(self: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 def _zero_centered_norm_fp64(self: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
     return (1.0 + self.weight) * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+
+
+def _router_fp64(self: torch.nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    logits = torch.nn.functional.linear(x.reshape(-1, self.hidden_dim), self.weight)
+    values, indices = torch.topk(logits.softmax(-1), self.top_k, dim=-1)
+    if getattr(self, "norm_topk_prob", True):
+        values = values / values.sum(-1, keepdim=True)
+    return logits, values, indices
 
 
 def assert_as_accurate(got: Answer, fp32: Answer, exact: Answer) -> None:

@@ -22,6 +22,7 @@ from megatron.core.tensor_parallel import (
     param_is_not_tensor_parallel_duplicate,
 )
 
+from fastpref.checkpoint.hf import ModelDirectory
 from fastpref.errors import ConfigError
 from fastpref.trainer import platform
 from fastpref.trainer.model import ModelOptions, build_models, load_models, save_hf
@@ -39,12 +40,13 @@ class Layout(NamedTuple):
     pp: int = 1
     vpp: int | None = None
     sp: bool = False
+    ep: int = 1
 
 
 @contextmanager
 def parallel(layout: Layout) -> Iterator[None]:
     platform.initialize_distributed()
-    platform.initialize_model_parallel(layout.tp, layout.pp, layout.vpp)
+    platform.initialize_model_parallel(layout.tp, layout.pp, layout.vpp, ep=layout.ep)
     try:
         yield
     finally:
@@ -107,6 +109,24 @@ def reexport(path: str, out: str, layout: Layout, options: ModelOptions, max_sha
 def export_random(config: dict, out: str, layout: Layout, seed: int) -> None:
     with parallel(layout):
         save_hf(build_models(config, seed=seed), out, config)
+
+
+def names_read(path: str, layout: Layout) -> set[str]:
+    """The tensors that loading reads on this rank."""
+    names = set()
+    read = ModelDirectory.read
+
+    def remember(self, name, *args):
+        names.add(name)
+        return read(self, name, *args)
+
+    ModelDirectory.read = remember
+    try:
+        with parallel(layout):
+            load_models(path)
+    finally:
+        ModelDirectory.read = read
+    return names
 
 
 def load_error(path: str, layout: Layout) -> str:

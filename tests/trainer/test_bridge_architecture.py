@@ -7,11 +7,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from fastpref.errors import ConfigError
 from fastpref.trainer.bridge.architecture import FAMILIES, Architecture
+from fastpref.trainer.bridge.experts import Experts
 from fastpref.trainer.bridge.rope import Rope
 
 CONFIG_CLASSES = {
@@ -20,6 +30,8 @@ CONFIG_CLASSES = {
     "qwen2": Qwen2Config,
     "qwen3": Qwen3Config,
     "gemma3_text": Gemma3TextConfig,
+    "qwen3_moe": Qwen3MoeConfig,
+    "mixtral": MixtralConfig,
 }
 REQUIRED = {
     "num_hidden_layers": 3,
@@ -43,6 +55,14 @@ def test_from_hf_fills_absent_keys_like_transformers(model_type: str) -> None:
     by_kind = theirs.rope_parameters.get("full_attention", theirs.rope_parameters)
     assert ours.rope == Rope(by_kind["rope_theta"])
     assert ours.sliding_window == getattr(theirs, "sliding_window", None)
+    assert (ours.experts is not None) == hasattr(theirs, "num_local_experts")
+    if ours.experts is not None:
+        assert ours.experts.num_experts == theirs.num_local_experts
+        assert ours.experts.experts_per_token == theirs.num_experts_per_tok
+        assert ours.experts.ffn_hidden_size == getattr(theirs, "moe_intermediate_size", 80)
+        assert ours.experts.norm_topk_prob == getattr(theirs, "norm_topk_prob", True)
+        assert ours.experts.router_aux_loss_coef == theirs.router_aux_loss_coef
+        assert ours.experts.layers == (True,) * 3
     assert ours.sliding_layers == ((True,) * 3 if model_type in ("mistral", "gemma3_text") else ())
     assert ours.activation == (getattr(theirs, "hidden_act", None) or theirs.hidden_activation)
 
@@ -114,10 +134,46 @@ def test_from_hf_reads_the_layers_of_a_qwen_window(keys: dict, window: int | Non
     assert theirs == ["sliding_attention" if s else "full_attention" for s in sliding or (False,) * 3]
 
 
+def test_from_hf_reads_the_experts_of_a_released_qwen() -> None:
+    """As in Qwen3-30B-A3B: older names, and a window that is named but off."""
+    config = {
+        **{"model_type": "qwen3_moe", **REQUIRED, "num_experts": 128, "num_experts_per_tok": 8},
+        **{"moe_intermediate_size": 768, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []},
+        **{"output_router_logits": False, "router_aux_loss_coef": 0.001, "shared_expert_intermediate_size": None},
+        **{"max_window_layers": 48, "sliding_window": 4096, "use_sliding_window": False, "rope_theta": 1000000.0},
+    }
+    arch = Architecture.from_hf(config)
+    assert arch.experts == Experts(
+        num_experts=128,
+        experts_per_token=8,
+        ffn_hidden_size=768,
+        norm_topk_prob=True,
+        layers=(True,) * 3,
+        router_aux_loss_coef=0.001,
+    )
+    assert (arch.sliding_window, arch.sliding_layers, arch.ffn_hidden_size) == (None, (), 80)
+
+
+@pytest.mark.parametrize(
+    ("keys", "layers"),
+    [
+        ({"decoder_sparse_step": 2}, (False, True, False)),
+        ({"mlp_only_layers": [0, 1]}, (False, False, True)),
+        ({"decoder_sparse_step": 3, "mlp_only_layers": [1]}, (False, False, True)),
+    ],
+)
+def test_from_hf_reads_which_layers_have_experts(keys: dict, layers: tuple) -> None:
+    arch = Architecture.from_hf({"model_type": "qwen3_moe", **REQUIRED, **keys})
+    assert arch.experts is not None and arch.experts.layers == layers
+    with torch.device("meta"):
+        theirs = AutoModelForCausalLM.from_config(Qwen3MoeConfig(**REQUIRED, **keys)).model.layers
+    assert layers == tuple(hasattr(layer.mlp, "experts") for layer in theirs)
+
+
 @pytest.mark.parametrize(
     ("model_type", "keys", "message"),
     [
-        ("gpt2", {}, "model_type must be one of llama, mistral, qwen2, qwen3, gemma3_text, got 'gpt2'"),
+        ("gpt2", {}, "model_type must be one of llama, .*mixtral, got 'gpt2'"),
         ("llama", {"auto_map": {"AutoConfig": "evil.Config"}}, "auto_map"),
         ("llama", {"attention_bias": True}, "attention_bias must be False, got True"),
         ("qwen3", {"attention_bias": True}, "attention_bias must be False, got True"),
@@ -181,6 +237,20 @@ def test_from_hf_reads_the_layers_of_a_qwen_window(keys: dict, window: int | Non
             "sliding_attention: rope_parameters: rope_type .* got 'dynamic'",
         ),
         ("gemma3_text", {"rope_local_base_freq": "x"}, "sliding_attention: rope_theta must be of type float, got 'x'"),
+        ("qwen3", {"num_experts": 8}, "num_experts = 8 is not supported for qwen3"),
+        ("qwen3_moe", {"num_experts": 8, "num_local_experts": 4}, "contradict each other"),
+        ("qwen3_moe", {"num_experts": 0}, "num_experts must be a finite number > 0"),
+        ("qwen3_moe", {"num_experts_per_tok": 129}, "num_experts_per_tok 129 must be at most .* 128"),
+        ("qwen3_moe", {"num_experts_per_tok": 1, "norm_topk_prob": True}, "leaves the router without a gradient"),
+        ("mixtral", {"num_experts_per_tok": 1}, "leaves the router without a gradient"),
+        ("qwen3_moe", {"norm_topk_prob": "yes"}, "norm_topk_prob must be of type bool"),
+        ("qwen3_moe", {"router_aux_loss_coef": -0.1}, r"router_aux_loss_coef must be .* >= 0, got -0\.1"),
+        ("qwen3_moe", {"mlp_only_layers": ["0"]}, "mlp_only_layers must hold layer numbers"),
+        ("qwen3_moe", {"mlp_only_layers": [0, 1, 2]}, "leave no layer with experts; use model_type qwen3"),
+        ("qwen3_moe", {"use_sliding_window": True}, "use_sliding_window must be False"),
+        ("qwen3_moe", {"shared_expert_intermediate_size": 64}, "shared_expert_intermediate_size = 64 is not supported"),
+        ("mixtral", {"router_jitter_noise": 0.1}, r"router_jitter_noise must be 0, got 0\.1"),
+        ("mixtral", {"moe_intermediate_size": 8}, "moe_intermediate_size = 8 is not supported for mixtral"),
     ],
 )
 def test_from_hf_refuses_what_it_does_not_honour(model_type: str, keys: dict, message: str) -> None:

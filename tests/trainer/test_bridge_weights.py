@@ -19,8 +19,10 @@ from fastpref.trainer.bridge.layouts import Columns, GateUp, QueryKeyValue, Repl
 from fastpref.trainer.model import ModelOptions, build_models, load_models, save_hf
 
 GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden" / "policy_init"
+MOE = hf_oracle.VARIANTS["qwen3-moe"].to_dict()
 LAYOUTS_2 = [Layout(tp=2), Layout(pp=2), Layout(pp=2, vpp=2)]
 LAYOUTS_4 = [Layout(tp=2, pp=2), Layout(tp=4), Layout(pp=4), Layout(tp=2)]
+EXPERT_LAYOUTS_4 = [Layout(tp=2, sp=True, ep=2), Layout(pp=2, ep=2), Layout(ep=2), Layout(ep=4)]
 
 
 @pytest.fixture
@@ -111,11 +113,16 @@ def test_export_on_four_ranks_is_identical(rank_pool_4: RankPool, variant: str, 
     check_reexport(rank_pool_4, variant, layout, tmp_path)
 
 
+@pytest.mark.parametrize("layout", EXPERT_LAYOUTS_4, ids=str)
+def test_export_of_experts_on_four_ranks_is_identical(rank_pool_4: RankPool, layout: Layout, tmp_path: Path) -> None:
+    check_reexport(rank_pool_4, "qwen3-moe-mixed", layout, tmp_path)
+
+
 def check_reexport(pool: RankPool, variant: str, layout: Layout, tmp_path: Path) -> None:
     path = hf_oracle.save(hf_oracle.make_model(variant).bfloat16(), tmp_path / "model")
     (path / "tokenizer.json").write_text("{}")
     (path / "tokenization_evil.py").write_text("raise SystemExit")
-    options = ModelOptions(params_dtype=torch.bfloat16)
+    options = ModelOptions(params_dtype=torch.bfloat16, sequence_parallel=layout.sp)
     pool.run(megatron_runs.reexport, str(path), str(tmp_path / "out"), layout, options, 40_000)
     out = tmp_path / "out"
     hf_oracle.assert_same_bits(hf_oracle.read_tensors(out), hf_oracle.read_tensors(path))
@@ -182,6 +189,23 @@ def test_build_models_starts_zero_centered_norms_at_zero(tmp_path: Path, one_ran
     norms = {name: t for name, t in hf_oracle.read_tensors(tmp_path / "out").items() if name.endswith("norm.weight")}
     assert len(norms) == 4 * 6 + 1
     assert not any(tensor.any() for tensor in norms.values())
+
+
+def test_build_models_draws_the_same_experts_in_every_layout(rank_pool_4: RankPool, tmp_path: Path) -> None:
+    config = hf_oracle.VARIANTS["qwen3-moe"].to_dict()
+    megatron_runs.export_random(config, str(tmp_path / "one"), Layout(), 7)
+    expected = hf_oracle.read_tensors(tmp_path / "one")
+    rank_pool_4.run(megatron_runs.export_random, config, str(tmp_path / "four"), Layout(pp=2, ep=2), 7)
+    hf_oracle.assert_same_bits(hf_oracle.read_tensors(tmp_path / "four"), expected)
+    experts = [tensor for name, tensor in expected.items() if ".experts." in name]
+    assert len({tensor.sum().item() for tensor in experts}) == len(experts) == 4 * 8 * 3
+
+
+def test_load_models_reads_only_the_experts_of_the_rank(rank_pool_2: RankPool, tmp_path: Path) -> None:
+    path = hf_oracle.save(hf_oracle.make_model("qwen3-moe"), tmp_path / "model")
+    for rank, names in enumerate(rank_pool_2.run(megatron_runs.names_read, str(path), Layout(ep=2))):
+        numbers = {int(name.split(".experts.")[1].split(".")[0]) for name in names if ".experts." in name}
+        assert numbers == set(range(4 * rank, 4 * rank + 4))
 
 
 def test_build_models_pads_the_vocabulary_with_zero_rows(rank_pool_2: RankPool) -> None:
@@ -281,12 +305,16 @@ def test_save_hf_fails_on_every_rank_when_the_disk_is_full(rank_pool_2: RankPool
         (Layout(tp=2), {"intermediate_size": 81}, "size 2 must divide intermediate_size 81"),
         (Layout(pp=2), {"num_hidden_layers": 3}, r"\(2 \* 1\) must divide num_hidden_layers 3"),
         (Layout(pp=2, vpp=4), {}, r"\(2 \* 4\) must divide num_hidden_layers 4"),
+        (Layout(ep=2), {}, "expert_model_parallel_size must be 1 for llama, which has no experts, got 2"),
+        (Layout(ep=2), {**MOE, "num_local_experts": 5}, r"must divide .* experts 5, got 2; use 1 or 5"),
+        (Layout(tp=2), MOE, "tensor_model_parallel_size 2 needs sequence_parallel for a model with experts"),
+        (Layout(tp=2), {**MOE, "moe_intermediate_size": 25}, "must divide an expert's width 25, got 2"),
     ],
 )
 def test_build_models_refuses_a_layout_that_does_not_fit(
     rank_pool_2: RankPool, layout: Layout, config: dict, message: str
 ) -> None:
-    full = hf_oracle.VARIANTS["llama"].to_dict() | config
+    full = config if "model_type" in config else hf_oracle.VARIANTS["llama"].to_dict() | config
     for text in rank_pool_2.run(megatron_runs.build_error, full, layout):
         assert re.search("ConfigError: .*" + message, text)
 
@@ -299,6 +327,7 @@ def test_build_models_refuses_a_layout_that_does_not_fit(
         ({"max_sequence_length": 0}, "max_sequence_length must be >= 1"),
         ({"params_dtype": torch.float64}, "params_dtype must be"),
         ({"recompute_granularity": "some"}, "recompute_granularity must be"),
+        ({"moe_aux_loss_coeff": -0.1}, r"moe_aux_loss_coeff must be a finite number >= 0, got -0\.1"),
     ],
 )
 def test_build_models_refuses_options_that_cannot_work(options: dict, message: str, one_rank) -> None:

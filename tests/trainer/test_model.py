@@ -63,6 +63,33 @@ def test_model_on_four_ranks_equals_transformers(
     check(rank_pool_4.run, variant, layout, tmp_path, ModelOptions(sequence_parallel=layout.sp))
 
 
+@pytest.mark.parametrize(
+    ("variant", "layout"),
+    [
+        ("qwen3-moe", Layout(ep=2)),
+        ("qwen3-moe", Layout(tp=2, sp=True)),
+        ("qwen3-moe-mixed", Layout(pp=2, vpp=2)),
+        ("mixtral", Layout(ep=2)),
+    ],
+    ids=str,
+)
+def test_experts_on_two_ranks_equal_transformers(
+    rank_pool_2: RankPool, variant: str, layout: Layout, tmp_path: Path
+) -> None:
+    check(rank_pool_2.run, variant, layout, tmp_path, ModelOptions(sequence_parallel=layout.sp))
+
+
+@pytest.mark.parametrize(
+    ("variant", "layout"),
+    [("qwen3-moe", Layout(tp=2, sp=True, ep=2)), ("qwen3-moe-mixed", Layout(pp=2, ep=2)), ("qwen3-moe", Layout(ep=2))],
+    ids=str,
+)
+def test_experts_on_four_ranks_equal_transformers(
+    rank_pool_4: RankPool, variant: str, layout: Layout, tmp_path: Path
+) -> None:
+    check(rank_pool_4.run, variant, layout, tmp_path, ModelOptions(sequence_parallel=layout.sp))
+
+
 @pytest.mark.parametrize("variant", ["qwen3", "gemma3"])
 def test_model_in_bfloat16_is_as_accurate_as_transformers(variant: str, tmp_path: Path) -> None:
     model = hf_oracle.make_model(variant).bfloat16()

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 from fastpref.errors import ConfigError
 from fastpref.trainer.bridge.config_reader import ConfigReader
+from fastpref.trainer.bridge.experts import Experts, read_experts
 from fastpref.trainer.bridge.rope import Rope, read_ropes
 
 Activation = Literal["silu", "gelu_pytorch_tanh"]
@@ -25,6 +26,7 @@ class _Family(NamedTuple):
     num_key_value_heads: int | None = None
     head_dim: int | None = None
     sliding_window: int | None = None
+    norm_eps: float = 1e-6
     keys: tuple[str, ...] = ()
     activation: tuple[str, Activation] = ("hidden_act", "silu")
     rope_theta: float = 10000.0
@@ -57,6 +59,8 @@ FAMILIES = {
         sandwich_norms=True,
         scaled_embedding=True,
     ),
+    "qwen3_moe": _Family(qk_norm=True, num_key_value_heads=4),
+    "mixtral": _Family(num_key_value_heads=8, norm_eps=1e-5, rope_theta=1e6, keys=("sliding_window",)),
 }
 
 
@@ -65,13 +69,13 @@ class Architecture:
     """A decoder-only model of one of the supported families."""
 
     model_type: str
-    """llama, mistral, qwen2, qwen3 or gemma3_text."""
+    """llama, mistral, qwen2, qwen3, gemma3_text, qwen3_moe or mixtral."""
     num_layers: int
     """Transformer layers."""
     hidden_size: int
     """Width of the residual stream."""
     ffn_hidden_size: int
-    """Width of the gated feed-forward layer."""
+    """Width of the gated feed-forward layer; of one expert in Mixtral."""
     num_heads: int
     """Query heads."""
     num_query_groups: int
@@ -108,8 +112,14 @@ class Architecture:
     """Positions that a sliding layer sees, itself included."""
     sliding_layers: tuple[bool, ...]
     """Which layers use the sliding window; empty for none."""
+    experts: Experts | None
+    """Mixture-of-experts layers; None for a dense model."""
     init_std: float
     """Standard deviation of random initial weights."""
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer, counted from 0, is a mixture of experts."""
+        return self.experts is not None and self.experts.layers[layer]
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Architecture:
@@ -152,7 +162,7 @@ def _read(cls: type[Architecture], reader: ConfigReader, model_type: str, family
         "ffn_hidden_size": reader.take("intermediate_size", int),
         "vocab_size": reader.take("vocab_size", int),
         "max_positions": reader.take("max_position_embeddings", int),
-        "norm_eps": reader.take("rms_norm_eps", float, 1e-6),
+        "norm_eps": reader.take("rms_norm_eps", float, family.norm_eps),
         "init_std": reader.take("initializer_range", float, 0.02),
         "tie_embeddings": reader.take("tie_word_embeddings", bool, family.tie_embeddings),
         "num_query_groups": reader.take("num_key_value_heads", int, family.num_key_value_heads or num_heads),
@@ -163,6 +173,7 @@ def _read(cls: type[Architecture], reader: ConfigReader, model_type: str, family
         pre_attn = reader.take("query_pre_attn_scalar", float, family.query_pre_attn_scalar)
     rope, local_rope = read_ropes(reader, (family.rope_theta, family.local_rope_theta), sizes["max_positions"])
     window, sliding_layers = _read_window(reader, family, num_layers or 0)
+    experts = read_experts(reader, model_type, num_layers or 0, sizes["ffn_hidden_size"])
     reader.problems += [
         f"{key} = {reader.left[key]!r} is not supported for {model_type}; remove it if it has no effect on the model"
         for key in sorted(reader.left)
@@ -194,6 +205,7 @@ def _read(cls: type[Architecture], reader: ConfigReader, model_type: str, family
         embedding_scale=hidden_size**0.5 if family.scaled_embedding else None,
         sliding_window=window,
         sliding_layers=sliding_layers,
+        experts=experts,
         **sizes,
     )
 

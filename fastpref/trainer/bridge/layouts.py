@@ -37,7 +37,7 @@ class Layout(Protocol):
 
 @dataclass(frozen=True)
 class Replicated:
-    """The same tensor on every rank: norms."""
+    """The same tensor on every rank: norms and routers."""
 
     name: str
     shape: tuple[int, ...]

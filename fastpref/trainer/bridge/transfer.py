@@ -17,7 +17,15 @@ from fastpref.checkpoint.hf import ModelWriter
 from fastpref.errors import CheckpointError
 from fastpref.trainer.bridge.architecture import Architecture
 from fastpref.trainer.bridge.layouts import Layout, VocabRows
-from fastpref.trainer.bridge.names import DERIVED_TENSOR, EMBEDDING, HEAD, file_shapes, parameter_table, table_name
+from fastpref.trainer.bridge.names import (
+    DERIVED_TENSOR,
+    EMBEDDING,
+    HEAD,
+    file_shapes,
+    is_expert,
+    parameter_table,
+    table_name,
+)
 
 
 class TensorSource(Protocol):
@@ -158,8 +166,10 @@ def parameters_of(models: Sequence[GPTModel]) -> dict[str, Tensor]:
     for model in models:
         layers = model.decoder.layers
         offset = layers[0].layer_number - 1 if len(layers) else 0
+        num_experts, ep = model.config.num_moe_experts or 0, parallel_state.get_expert_model_parallel_world_size()
+        first_expert = parallel_state.get_expert_model_parallel_rank() * num_experts // ep
         for name, parameter in model.named_parameters():
-            parameters[table_name(name, offset)] = parameter
+            parameters[table_name(name, offset, first_expert)] = parameter
     return parameters
 
 
@@ -191,15 +201,22 @@ def _fill_all(models: Sequence[GPTModel], arch: Architecture, source: TensorSour
     with torch.no_grad():
         for name, parameter in parameters_of(models).items():
             is_tied_copy = arch.tie_embeddings and name == "output_layer.weight"
-            problems += fill(parameter, table["embedding.word_embeddings.weight" if is_tied_copy else name], source)
+            layout = table["embedding.word_embeddings.weight" if is_tied_copy else name]
+            problems += fill(parameter, layout, source, _split_group(name))
     if arch.tie_embeddings and HEAD in source.shapes():
         problems += _tied_head_problems(models, arch, source)
     return problems
 
 
-def fill(parameter: Tensor, layout: Layout, source: TensorSource) -> list[str]:
-    """Copy this rank's slice of a parameter out of its file tensors; return what is wrong with the values."""
-    value = layout.shard(source.read, _tp_rank(), parallel_state.get_tensor_model_parallel_world_size())
+def fill(
+    parameter: Tensor, layout: Layout, source: TensorSource, group: torch.distributed.ProcessGroup | None = None
+) -> list[str]:
+    """Copy this rank's slice of a parameter out of its file tensors; return what is wrong with the values.
+
+    `group` holds the ranks that share the parameter; None stands for the tensor-parallel ones.
+    """
+    group = group or parallel_state.get_tensor_model_parallel_group()
+    value = layout.shard(source.read, group.rank(), group.size())
     assert value.shape == parameter.shape, f"{layout}: {tuple(value.shape)} for {tuple(parameter.shape)}"
     parameter.copy_(value)
     if bool(torch.isfinite(parameter).all()):
@@ -222,37 +239,47 @@ def merged_tensors(
     parameters: Mapping[str, Tensor], table: Mapping[str, Layout], dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
     """On global rank 0 the file tensors of `table` in its order; elsewhere nothing, but all must iterate."""
-    if parallel_state.get_data_parallel_rank(with_context_parallel=True) != 0:
-        return
-    pp_group = parallel_state.get_pipeline_model_parallel_group()
-    by_stage: list[Any] = [None] * pp_group.size()
-    torch.distributed.all_gather_object(by_stage, list(parameters), group=pp_group)
-    owner = {name: stage for stage, names in enumerate(by_stage) for name in names}
-    first_stage = torch.distributed.get_global_rank(pp_group, 0)
+    rank = torch.distributed.get_rank()
+    # Of several ranks with the same weights, one gives them.
+    given = {name: parameter for name, parameter in parameters.items() if _copy_rank(name) == 0}
+    by_rank: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(by_rank, [name for name in given if _split_group(name).rank() == 0])
+    owner = {name: owner for owner, names in enumerate(by_rank) for name in names}
     for name, layout in table.items():
-        mine = owner[name] == pp_group.rank()
-        merged = _merge(parameters[name], layout, dtype) if mine else {}
-        if _tp_rank() != 0 or not (mine or pp_group.rank() == 0):
-            continue
+        merged = _merge(given[name], layout, dtype, _split_group(name)) if name in given else {}
         for file_name, shape in layout.shapes.items():
-            if owner[name] == 0:
+            if owner[name] == rank == 0:
                 yield file_name, merged[file_name]
-            elif mine:
-                torch.distributed.send(merged[file_name], dst=first_stage, group=pp_group)
-            else:
+            elif owner[name] == rank:
+                torch.distributed.send(merged[file_name], dst=0)
+            elif rank == 0:
                 received = torch.empty(shape, dtype=dtype, device=next(iter(parameters.values())).device)
-                source_rank = torch.distributed.get_global_rank(pp_group, owner[name])
-                torch.distributed.recv(received, src=source_rank, group=pp_group)
+                torch.distributed.recv(received, src=owner[name])
                 yield file_name, received
 
 
-def _merge(parameter: Tensor, layout: Layout, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Gather the file tensors of one parameter on tensor-parallel rank 0; {} on the others."""
-    group = parallel_state.get_tensor_model_parallel_group()
+def _merge(
+    parameter: Tensor, layout: Layout, dtype: torch.dtype, group: torch.distributed.ProcessGroup
+) -> dict[str, Tensor]:
+    """Gather the file tensors of one parameter on the first rank of `group`; {} on the others."""
     shard = parameter.detach().to(dtype).contiguous()
     shards = [torch.empty_like(shard) for _ in range(group.size())] if group.rank() == 0 else None
     torch.distributed.gather(shard, shards, dst=torch.distributed.get_global_rank(group, 0), group=group)
     return {} if shards is None else {name: t.contiguous() for name, t in layout.merge(shards).items()}
+
+
+def _split_group(name: str) -> torch.distributed.ProcessGroup:
+    """The ranks that share one parameter of `parameter_table`; experts have tensor-parallel groups of their own."""
+    if is_expert(name):
+        return parallel_state.get_expert_tensor_parallel_group()
+    return parallel_state.get_tensor_model_parallel_group()
+
+
+def _copy_rank(name: str) -> int:
+    """This rank's place among those that hold the same shard of a parameter."""
+    if is_expert(name):
+        return parallel_state.get_expert_data_parallel_rank()
+    return parallel_state.get_data_parallel_rank(with_context_parallel=True)
 
 
 def _tp_rank() -> int:
