@@ -180,7 +180,7 @@ class RankPool:
     def _describe_hung(self, number: int) -> str:
         rank = self._ranks[number]
         assert rank.process.pid is not None
-        os.kill(rank.process.pid, signal.SIGUSR1)
+        os.kill(rank.process.pid, signal.SIGUSR2)
         time.sleep(0.2)  # a live interpreter writes its stack at once; a stopped one never does
         stack = rank.stack_path.read_text(encoding="utf-8") if rank.stack_path.exists() else ""
         _kill(rank.process)
@@ -203,7 +203,7 @@ def _serve(rank: int, world_size: int, store_path: str, stack_path: str, timeout
     # Gloo would otherwise look the host name up, which fails or leaves the machine where it is not in /etc/hosts.
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     with open(stack_path, "w", encoding="utf-8") as stack_file:
-        faulthandler.register(signal.SIGUSR1, file=stack_file)
+        faulthandler.register(signal.SIGUSR2, file=stack_file)
         answer = _attempt(_join_group, (rank, world_size, store_path, timeout_s))
         while True:
             pipe.send_bytes(answer)
