@@ -1,7 +1,8 @@
 """`TrainingArguments`: how a run optimises, parallelises, logs and saves; names as in HF and Megatron.
 
 A batch size counts preference pairs; a microbatch of n pairs is 2n rows. The global batch of an optimizer step is
-`per_device_train_batch_size * gradient_accumulation_steps * data_parallel_size` pairs.
+`per_device_train_batch_size * gradient_accumulation_steps * data_parallel_size` pairs, also with packing, which then
+chooses the number of microbatches and the pairs of each.
 """
 
 from __future__ import annotations
@@ -46,6 +47,12 @@ class OptimizationArguments:
     """Pairs in one evaluation microbatch; None takes the training value."""
     gradient_accumulation_steps: int = 1
     """Microbatches that each data-parallel rank adds up before an update."""
+    packing: bool = False
+    """Lay the pairs of an optimizer step end to end in rows, one row per microbatch: no padding between them."""
+    prefix_sharing: bool = False
+    """Compute the prompt of a packed pair once for both answers."""
+    pack_length: int | None = None
+    """Most positions of a packed row; None = the longest pair of the data set, so that no row is larger than it."""
     num_train_epochs: int = 1
     """Passes over the training pairs, each exact; used when `max_steps` is None."""
     max_steps: int | None = None
@@ -204,11 +211,25 @@ class TrainingArguments(OptimizationArguments, PrecisionArguments, ParallelArgum
             problems.append(f"min_lr ({self.min_lr}) must not exceed learning_rate ({self.learning_rate})")
         if self.warmup_ratio is not None and self.warmup_steps:
             problems.append("warmup_ratio and warmup_steps exclude each other; set one of them")
+        problems += self._packing_problems()
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             problems.append("sequence_parallel needs tensor_model_parallel_size >= 2")
         for target in self.report_to:
             if target not in REPORT_TARGETS:
                 problems.append(f"report_to must name only {', '.join(REPORT_TARGETS)}; got {target!r}")
+        return problems
+
+    def _packing_problems(self) -> list[str]:
+        problems = []
+        for name in ("prefix_sharing", "pack_length"):
+            value = getattr(self, name)
+            if value and not self.packing:
+                problems.append(f"{name} ({value}) is used by packed rows only; set packing to true or leave it out")
+        if self.packing and self.per_device_eval_batch_size is not None:
+            problems.append(
+                "per_device_eval_batch_size and packing exclude each other: a packed evaluation takes as many pairs "
+                "at a time as an optimizer step; leave one out"
+            )
         return problems
 
     @property

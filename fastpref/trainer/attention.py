@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
@@ -20,6 +19,12 @@ from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
 from fastpref.trainer.platform import current_device
+from fastpref.trainer.segment_attention import (
+    SegmentParams,
+    causal_attention,
+    flex_segment_attention,
+    segment_attention,
+)
 
 
 class SDPACoreAttention(MegatronModule):
@@ -27,7 +32,8 @@ class SDPACoreAttention(MegatronModule):
 
     A row of the batch is one sequence from position 0 on, padded at its end: under the causal rule no token
     sees the padding behind it, so no mask is needed. Grouped key/value heads are not copied. A layer whose
-    config has `window_size` sees that many positions back.
+    config has `window_size` sees that many positions back. A packed row comes with `SegmentParams`: its sequences are
+    attended to one by one, on a GPU in one FlexAttention call.
 
     Args:
         config: the model's configuration.
@@ -90,18 +96,19 @@ class SDPACoreAttention(MegatronModule):
             attention_mask: must be None.
             attn_mask_type: None or causal.
             attention_bias: must be None.
-            packed_seq_params: must be None.
+            packed_seq_params: None, or `SegmentParams` of the one row.
 
         Returns:
             [L, S, N * D] in the dtype of `query`. A sequence's output does not depend on the other sequences.
 
         Raises:
-            NotImplementedError: a mask, a bias or packed sequences were passed.
+            NotImplementedError: a mask, a bias or packed sequences of another kind were passed.
         """
+        other_packing = None if isinstance(packed_seq_params, SegmentParams) else packed_seq_params
         for name, got in (
             ("attention_mask", attention_mask),
             ("attention_bias", attention_bias),
-            ("packed_seq_params", packed_seq_params),
+            ("packed_seq_params", other_packing),
         ):
             if got is not None:
                 raise NotImplementedError(
@@ -110,25 +117,12 @@ class SDPACoreAttention(MegatronModule):
                 )
         if attn_mask_type not in (None, AttnMaskType.causal):
             raise NotImplementedError(f"attn_mask_type must be causal, got {attn_mask_type}")
-        query_SNLD, key_SGLD, value_SGLD = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        mask_LL = self._window_mask(query.size(0), query.device)
-        output_SNLD = F.scaled_dot_product_attention(
-            query_SNLD,
-            key_SGLD,
-            value_SGLD,
-            attn_mask=mask_LL,
-            is_causal=mask_LL is None,
-            scale=self.softmax_scale,
-            enable_gqa=query.size(2) != key.size(2),
-        )
-        return output_SNLD.permute(2, 0, 1, 3).flatten(2)
-
-    def _window_mask(self, length: int, device: torch.device) -> Tensor | None:
-        """The causal band of a sliding window; None where the window covers every position anyway."""
-        if self.window is None or length <= self.window:
-            return None
-        allowed_LL = torch.ones(length, length, dtype=torch.bool, device=device)
-        return allowed_LL.tril().triu(1 - self.window)
+        if not isinstance(packed_seq_params, SegmentParams):
+            return causal_attention(query, key, value, self.softmax_scale, self.window)
+        if query.is_cuda:
+            mask = packed_seq_params.block_mask(self.window)
+            return flex_segment_attention(query, key, value, mask, self.softmax_scale)
+        return segment_attention(query, key, value, packed_seq_params.segments, self.softmax_scale, self.window)
 
 
 class RMSNorm(torch.nn.Module):

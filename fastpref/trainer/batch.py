@@ -1,7 +1,7 @@
 """One microbatch of preference pairs, checked on the host and laid out for Megatron.
 
-Dims: B pairs, S = 2B sequences (all chosen first), L positions, T = L*S tokens in Megatron's order (position-major),
-R response rows.
+Dims: B pairs, S = 2B sequences (all chosen first), N rows of the model's input (S padded ones, or 1 packed one), L
+positions, T = L*N tokens in Megatron's order (position-major), R response rows.
 """
 
 from __future__ import annotations
@@ -13,16 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastpref.data import IGNORE_INDEX, Segments
 from fastpref.errors import DataError
-
-IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeadRequest:
     """What the language-model head needs to turn hidden states into sequence log-probs.
 
-    `labels_T`, `nll_labels_T` [T] follow the order of Megatron's hidden states flattened from [L, S, H]; `rows_R` are
+    `labels_T`, `nll_labels_T` [T] follow the order of Megatron's hidden states flattened from [L, N, H]; `rows_R` are
     the tokens that carry any label, grouped by sequence, with bounds `cu_rows` [S+1].
     """
 
@@ -44,19 +43,22 @@ class HeadRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class Microbatch:
-    """Tokens and labels of B pairs, right-padded, on the host: masks are read there without waiting for the device.
+    """Tokens and labels of B pairs on the host: masks are read there without waiting for the device.
 
-    `input_ids_SL`, `position_ids_SL`, `labels_SL` and `nll_labels_SL` are int64 [S, L]; `weights_B` is fp32 with 0 for
-    filler pairs, which count in nothing; `ref_logps_S` holds the reference's sums once they are known.
+    `input_ids_NL`, `position_ids_NL`, `labels_NL` and `nll_labels_NL` are int64 [N, L]: one right-padded row per
+    sequence, or one row of many sequences, which `segments` then locates. `weights_B` is fp32 with 0 for filler pairs,
+    which count in nothing; `used_B` are the positions that each pair takes, padding not counted; `ref_logps_S` holds
+    the reference's sums once they are known.
     """
 
-    input_ids_SL: Tensor
-    position_ids_SL: Tensor
-    labels_SL: Tensor
+    input_ids_NL: Tensor
+    position_ids_NL: Tensor
+    labels_NL: Tensor
     weights_B: Tensor
     pair_ids_B: Tensor
-    lengths_S: Tensor
-    nll_labels_SL: Tensor | None = None
+    used_B: Tensor
+    nll_labels_NL: Tensor | None = None
+    segments: Segments | None = None
     ref_logps_S: Tensor | None = None
 
     @classmethod
@@ -66,7 +68,8 @@ class Microbatch:
         Args:
             batch: `input_ids` and shifted `labels`, int64 [2n, L], rows chosen_0.. then rejected_0..; optional
                 `attention_mask` [2n, L] (1 on tokens, right-padded), `position_ids` [2n, L], `nll_labels` [2n, L],
-                `pair_weights` [n] and `pair_ids` [n].
+                `pair_weights` [n] and `pair_ids` [n]. Or a packed row as from `PackedCollator`: `segment_bounds`
+                [n, 4] and the others [1, L], without mask and positions, which follow from the bounds.
             vocab_size: bound of the token ids, when known.
 
         Raises:
@@ -77,7 +80,8 @@ class Microbatch:
                 raise DataError(f"batch has no {key!r}; keys found: {', '.join(sorted(batch))}")
         batch = {key: value.cpu() for key, value in batch.items() if isinstance(value, Tensor)}
         input_ids, labels = batch["input_ids"], batch["labels"]
-        if input_ids.dim() != 2 or input_ids.size(0) == 0 or input_ids.size(0) % 2:
+        segments = _segments(batch)
+        if segments is None and (input_ids.dim() != 2 or input_ids.size(0) == 0 or input_ids.size(0) % 2):
             raise DataError(
                 "input_ids must be [2n, L] with the n chosen rows first and the n rejected rows after them; "
                 f"got shape {tuple(input_ids.shape)}"
@@ -88,23 +92,24 @@ class Microbatch:
                 raise DataError(
                     f"{key} must have the shape of input_ids {tuple(input_ids.shape)}, got {tuple(value.shape)}"
                 )
-        num_pairs = input_ids.size(0) // 2
+        num_pairs = input_ids.size(0) // 2 if segments is None else len(segments.pairs)
         for key in ("pair_weights", "pair_ids"):
             value = batch.get(key)
             if value is not None and value.shape != (num_pairs,):
                 raise DataError(f"{key} must be [{num_pairs}], one per pair, got {tuple(value.shape)}")
         _check_ids(input_ids, vocab_size, "input_ids", ignore=None)
         _check_ids(labels, vocab_size, "labels", ignore=IGNORE_INDEX)
-        positions = batch.get("position_ids")
+        positions = batch.get("position_ids") if segments is None else segments.positions_L[None]
         weights, ids = batch.get("pair_weights"), batch.get("pair_ids")
         return cls(
-            input_ids_SL=input_ids.long(),
-            position_ids_SL=_positions(input_ids) if positions is None else positions.long(),
-            labels_SL=labels.long(),
+            input_ids_NL=input_ids.long(),
+            position_ids_NL=_positions(input_ids) if positions is None else positions.long(),
+            labels_NL=labels.long(),
             weights_B=torch.ones(num_pairs) if weights is None else weights.float(),
             pair_ids_B=torch.arange(num_pairs) if ids is None else ids.long(),
-            lengths_S=_lengths(input_ids, batch.get("attention_mask")),
-            nll_labels_SL=batch.get("nll_labels"),
+            used_B=_used(input_ids, batch.get("attention_mask"), segments),
+            nll_labels_NL=batch.get("nll_labels"),
+            segments=segments,
         )
 
     @property
@@ -115,12 +120,12 @@ class Microbatch:
     @property
     def seq_length(self) -> int:
         """L, padding included."""
-        return self.input_ids_SL.size(1)
+        return self.input_ids_NL.size(1)
 
     @property
     def counts_S(self) -> Tensor:
         """Labelled tokens of each sequence [S], fp32."""
-        return (self.labels_SL != IGNORE_INDEX).sum(1).float()
+        return self._per_sequence(self.labels_NL != IGNORE_INDEX).float()
 
     @property
     def nll_counts_S(self) -> Tensor:
@@ -129,11 +134,11 @@ class Microbatch:
         Raises:
             DataError: the batch came without `nll_labels`.
         """
-        if self.nll_labels_SL is None:
+        if self.nll_labels_NL is None:
             raise DataError(
                 "this loss needs the batch key nll_labels; use PreferenceCollator with the nll_mask it names"
             )
-        return (self.nll_labels_SL != IGNORE_INDEX).sum(1).float()
+        return self._per_sequence(self.nll_labels_NL != IGNORE_INDEX).float()
 
     def padded_to(self, seq_length: int) -> Microbatch:
         """Returns the microbatch right-padded to `seq_length` positions."""
@@ -142,42 +147,84 @@ class Microbatch:
             return self
         if extra < 0:
             raise DataError(f"seq_length {seq_length} is smaller than the batch, which has {self.seq_length} positions")
-        nll = self.nll_labels_SL
+        nll, segments = self.nll_labels_NL, self.segments
+        segments = None if segments is None else segments.padded_to(seq_length)
+        positions_NL = _positions(self.input_ids_NL, seq_length) if segments is None else segments.positions_L[None]
         return replace(
             self,
-            input_ids_SL=F.pad(self.input_ids_SL, (0, extra)),
-            position_ids_SL=torch.cat([self.position_ids_SL, _positions(self.input_ids_SL, seq_length)[:, -extra:]], 1),
-            labels_SL=F.pad(self.labels_SL, (0, extra), value=IGNORE_INDEX),
-            nll_labels_SL=None if nll is None else F.pad(nll, (0, extra), value=IGNORE_INDEX),
+            input_ids_NL=F.pad(self.input_ids_NL, (0, extra)),
+            position_ids_NL=torch.cat([self.position_ids_NL, positions_NL[:, -extra:]], 1),
+            labels_NL=F.pad(self.labels_NL, (0, extra), value=IGNORE_INDEX),
+            nll_labels_NL=None if nll is None else F.pad(nll, (0, extra), value=IGNORE_INDEX),
+            segments=segments,
         )
 
     def head_request(self) -> HeadRequest:
         """Rows and labels in Megatron's token order."""
-        num_seqs = self.labels_SL.size(0)
-        labelled_SL = self.labels_SL != IGNORE_INDEX
-        if self.nll_labels_SL is not None:
-            labelled_SL = labelled_SL | (self.nll_labels_SL != IGNORE_INDEX)
-        seq_R, position_R = labelled_SL.nonzero(as_tuple=True)
-        cu_rows = F.pad(labelled_SL.sum(1).cumsum(0), (1, 0))
+        labelled_NL = self.labels_NL != IGNORE_INDEX
+        if self.nll_labels_NL is not None:
+            labelled_NL = labelled_NL | (self.nll_labels_NL != IGNORE_INDEX)
+        row_R, position_R = labelled_NL.nonzero(as_tuple=True)
+        rows_R = position_R * labelled_NL.size(0) + row_R
+        by_sequence_R = self._owners_NL[labelled_NL].argsort(stable=True)
         return HeadRequest(
-            labels_T=self.labels_SL.t().reshape(-1),
-            nll_labels_T=None if self.nll_labels_SL is None else self.nll_labels_SL.t().reshape(-1),
-            rows_R=position_R * num_seqs + seq_R,
-            cu_rows=cu_rows,
+            labels_T=self.labels_NL.t().reshape(-1),
+            nll_labels_T=None if self.nll_labels_NL is None else self.nll_labels_NL.t().reshape(-1),
+            rows_R=rows_R[by_sequence_R],
+            cu_rows=F.pad(self._per_sequence(labelled_NL).cumsum(0), (1, 0)),
         )
 
+    @property
+    def _owners_NL(self) -> Tensor:
+        """The sequence that a label at each token counts for."""
+        if self.segments is not None:
+            return self.segments.owners_L[None]
+        return torch.arange(self.input_ids_NL.size(0))[:, None].expand_as(self.input_ids_NL)
 
-def _positions(input_ids_SL: Tensor, length: int | None = None) -> Tensor:
-    return torch.arange(length or input_ids_SL.size(1)).expand(input_ids_SL.size(0), -1)
+    def _per_sequence(self, chosen_NL: Tensor) -> Tensor:
+        """Counts the tokens marked True of each sequence [S]."""
+        return torch.bincount(self._owners_NL[chosen_NL], minlength=2 * self.num_pairs)
 
 
-def _lengths(input_ids_SL: Tensor, attention_mask_SL: Tensor | None) -> Tensor:
-    if attention_mask_SL is None:
-        return torch.full((input_ids_SL.size(0),), input_ids_SL.size(1))
-    mask_SL = attention_mask_SL.bool()
-    if (mask_SL[:, 1:] & ~mask_SL[:, :-1]).any():
+def _segments(batch: Mapping[str, Tensor]) -> Segments | None:
+    """Reads where a packed row's pairs lie; None for a padded batch."""
+    bounds = batch.get("segment_bounds")
+    if bounds is None:
+        return None
+    shape = batch["input_ids"].shape
+    if bounds.dim() != 2 or bounds.size(1) != 4 or len(shape) != 2 or shape[0] != 1:
+        raise DataError(
+            "a packed batch must have segment_bounds [n, 4] and input_ids [1, L], got "
+            f"{tuple(bounds.shape)} and {tuple(shape)}"
+        )
+    for key in ("attention_mask", "position_ids"):
+        if key in batch:
+            raise DataError(f"a packed batch must not have {key}, which follows from segment_bounds; leave it out")
+    try:
+        segments = Segments.from_bounds(bounds, shape[1])
+    except ValueError as error:
+        raise DataError(f"segment_bounds: {error}") from error
+    for key in ("labels", "nll_labels"):
+        value = batch.get(key)
+        if value is not None and value.shape == shape and (value[0, segments.num_used :] != IGNORE_INDEX).any():
+            raise DataError(f"{key} must be {IGNORE_INDEX} behind the last pair, from {segments.num_used} on")
+    return segments
+
+
+def _positions(input_ids_NL: Tensor, length: int | None = None) -> Tensor:
+    return torch.arange(length or input_ids_NL.size(1)).expand(input_ids_NL.size(0), -1)
+
+
+def _used(input_ids_NL: Tensor, attention_mask_NL: Tensor | None, segments: Segments | None) -> Tensor:
+    """Counts the positions of each pair that are no padding [B]."""
+    if segments is not None:
+        return torch.tensor([segment.stop - segment.start for segment in segments.pairs])
+    if attention_mask_NL is None:
+        return torch.full((input_ids_NL.size(0) // 2,), 2 * input_ids_NL.size(1))
+    mask_NL = attention_mask_NL.bool()
+    if (mask_NL[:, 1:] & ~mask_NL[:, :-1]).any():
         raise DataError("attention_mask must be 1 on a row's tokens and 0 on padding after them; pad on the right")
-    return mask_SL.sum(1)
+    return mask_NL.sum(1).view(2, -1).sum(0)
 
 
 def _check_ids(ids: Tensor, vocab_size: int | None, key: str, ignore: int | None) -> None:

@@ -23,6 +23,7 @@ from fastpref.trainer.feed import PairFeed
 from fastpref.trainer.head import TOKEN_STATS, HeadOptions, install_heads, unwrap
 from fastpref.trainer.metrics import metric_names
 from fastpref.trainer.optimizer import build_optimizer, build_scheduler, check_model, wrap_for_training
+from fastpref.trainer.packing import install_packing
 from fastpref.trainer.platform import initialize_distributed, initialize_model_parallel
 from fastpref.trainer.reference import build_reference
 from fastpref.trainer.step import MicrobatchResult, PreferenceSchedule
@@ -60,7 +61,8 @@ class DPOTrainer:
         args: all other settings.
         train_dataset: indexable pairs for `data_collator`: `fastpref.data.TokenizedPair` or anything it takes.
         eval_dataset: the same, for `evaluate`.
-        data_collator: list of items -> batch as in `Microbatch.from_dict`; default `PreferenceCollator`.
+        data_collator: list of items -> batch as in `Microbatch.from_dict`; default `PreferenceCollator`; with
+            packing it must be a `PackedCollator`, the default then.
         processing_class: tokenizer that is saved with an exported model and names the padding token.
 
     Raises:
@@ -98,6 +100,8 @@ class DPOTrainer:
             overlaps_grad_reduce=self.args.overlap_grad_reduce,
         )
         install_heads(self.model, options)
+        if self.args.packing:
+            install_packing(self.model, prefix_sharing=self.args.prefix_sharing)
         self.models_wrapped = wrap_for_training(model, self.args)
         self.schedule = PreferenceSchedule(self.train_config)
         self.metrics_keys = list(metric_names(self.train_config, bool(token_stats)))

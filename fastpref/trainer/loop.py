@@ -127,13 +127,18 @@ def check_combination(args: TrainingArguments, config: DPOConfig) -> None:
     """Refuses settings of loss and loop that do not fit.
 
     Raises:
-        ConfigError: a loss over the global batch with gradient accumulation.
+        ConfigError: a loss over the global batch with gradient accumulation or packing.
     """
     if config.needs_global_batch and args.gradient_accumulation_steps > 1:
         raise ConfigError(
             f"pref_loss {' + '.join(config.loss_names)} sorts the pairs of a whole batch, which must be in memory at "
             f"once: gradient_accumulation_steps must be 1, got {args.gradient_accumulation_steps}; raise "
             "per_device_train_batch_size or the number of ranks instead"
+        )
+    if config.needs_global_batch and args.packing:
+        raise ConfigError(
+            f"pref_loss {' + '.join(config.loss_names)} sorts the pairs of a whole batch, which packing deals to "
+            "several rows; set packing: false"
         )
 
 
@@ -166,6 +171,7 @@ def _fingerprint(trainer: DPOTrainer) -> dict[str, Any]:
     """Settings that must not change when a run continues; the layout may."""
     args = trainer.args
     names = (
+        *("packing", "prefix_sharing", "pack_length"),
         *("seed", "shuffle", "drop_last", "bf16", "fp16", "head_backward", "active_eps", "max_grad_norm"),
         *("learning_rate", "min_lr", "lr_scheduler_type", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
     )
@@ -285,6 +291,7 @@ class _Window:
             "perf/padded_tokens_per_second": totals["padded_tokens"] / seconds,
             "perf/response_fraction": totals["response_tokens"] / totals["padded_tokens"],
             "perf/padding_fraction": 1.0 - totals["real_tokens"] / totals["padded_tokens"],
+            "perf/positions_per_pair": totals["padded_tokens"] / totals["pairs"],
             "perf/step_seconds": seconds / len(steps),
             "perf/ref_seconds": totals["ref_seconds"] / len(steps),
             "perf/head_seconds": totals["head_seconds"] / len(steps),

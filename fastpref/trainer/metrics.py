@@ -57,11 +57,10 @@ class MetricWindow:
             self._sums += _as_table(result.metrics, self.names, self._sums.device)
         for batch in batches:
             is_real_B = batch.weights_B != 0
-            is_real_S = is_real_B.repeat(2)
             self._totals["pairs"] += float(is_real_B.sum())
-            self._totals["real_tokens"] += float(batch.lengths_S[is_real_S].sum())
-            self._totals["response_tokens"] += float(batch.counts_S[is_real_S].sum())
-            self._totals["padded_tokens"] += batch.input_ids_SL.numel()
+            self._totals["real_tokens"] += float(batch.used_B[is_real_B].sum())
+            self._totals["response_tokens"] += float(batch.counts_S[is_real_B.repeat(2)].sum())
+            self._totals["padded_tokens"] += batch.input_ids_NL.numel()
 
     def add_means(self, values: dict[str, float]) -> None:
         """Adds this rank's values of `MEANS`."""

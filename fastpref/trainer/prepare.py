@@ -16,6 +16,7 @@ import torch
 from fastpref.checkpoint import directory
 from fastpref.checkpoint.hf import read_config
 from fastpref.data import (
+    PackedCollator,
     PairSampler,
     PreferenceCollator,
     PreferenceDataset,
@@ -73,13 +74,10 @@ class PreparedRun:
         args = self.config.training
         return args.max_steps or args.num_train_epochs * self.steps_per_epoch
 
-    def collator(self) -> PreferenceCollator:
+    def collator(self) -> PreferenceCollator | PackedCollator:
         """Return what turns pairs into microbatches."""
-        return PreferenceCollator(
-            resolve_pad_token_id(self.tokenizer),
-            pad_to_multiple_of=self.config.data.pad_to_multiple_of,
-            nll_mask=default_collator(self.config.loss, self.tokenizer).nll_mask,
-        )
+        config, pad_token_id = self.config, resolve_pad_token_id(self.tokenizer)
+        return default_collator(config.loss, config.training, pad_token_id, config.data.pad_to_multiple_of)
 
 
 def prepare(config: RunConfig, world_size: int | None = None, *, for_training: bool = True) -> PreparedRun:

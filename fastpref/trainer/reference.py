@@ -14,6 +14,7 @@ from fastpref.trainer.arguments import TrainingArguments
 from fastpref.trainer.batch import Microbatch
 from fastpref.trainer.head import HeadOptions, install_heads, unwrap
 from fastpref.trainer.optimizer import check_model, to_precision
+from fastpref.trainer.packing import install_packing
 from fastpref.trainer.step import PreferenceSchedule, with_reference
 from fastpref.trainer.timing import DeviceTimer
 
@@ -24,11 +25,13 @@ class ReferenceModel:
     Args:
         models: chunks of the reference, not wrapped in DDP; their parameters are frozen and they stay in eval mode.
         config: the preference loss.
-        args: the run's settings (precision).
+        args: the run's settings (precision, packing).
     """
 
     def __init__(self, models: Sequence[torch.nn.Module], config: DPOConfig, args: TrainingArguments) -> None:
         install_heads(models, HeadOptions())
+        if args.packing:
+            install_packing(models, prefix_sharing=args.prefix_sharing)
         self.models = to_precision(models, args)
         for model in self.models:
             model.eval().requires_grad_(False)

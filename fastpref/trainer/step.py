@@ -36,6 +36,7 @@ from fastpref.losses import (
 )
 from fastpref.trainer.batch import Microbatch
 from fastpref.trainer.head import head_of, unwrap
+from fastpref.trainer.packing import packed_row
 from fastpref.trainer.platform import current_device
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
@@ -123,7 +124,7 @@ class PreferenceSchedule:
             model=list(models),
             num_microbatches=len(batches),
             seq_length=batches[0].seq_length,
-            micro_batch_size=2 * batches[0].num_pairs,
+            micro_batch_size=batches[0].input_ids_NL.size(0),
             forward_only=forward_only,
             collect_non_loss_data=collect_non_loss_data,
         )
@@ -177,7 +178,7 @@ class PreferenceSchedule:
         )
 
     def _stats(self, batch: Microbatch, scores_KS: Tensor) -> SequenceStats | None:
-        first = 1 if batch.nll_labels_SL is None else 2
+        first = 1 if batch.nll_labels_NL is None else 2
         if scores_KS.size(0) == first:
             return None
         entropy, hits, mean_logit = scores_KS[first:].detach()
@@ -220,11 +221,13 @@ def _forward_step(
     if head is not None:
         head.request = batch.head_request().to(device)
     try:
-        scores = model(
-            input_ids=batch.input_ids_SL.to(device, non_blocking=True),
-            position_ids=batch.position_ids_SL.to(device, non_blocking=True),
-            attention_mask=_attention_mask(model, batch.seq_length),
-        )
+        with packed_row(unwrap(model), batch.segments, device) as packed_seq_params:
+            scores = model(
+                input_ids=batch.input_ids_NL.to(device, non_blocking=True),
+                position_ids=batch.position_ids_NL.to(device, non_blocking=True),
+                attention_mask=_attention_mask(model, batch.seq_length),
+                packed_seq_params=packed_seq_params,
+            )
     finally:
         if head is not None:
             head.request = None

@@ -1,0 +1,152 @@
+"""Makes model chunks ready for packed rows, whoever built them.
+
+Design decisions:
+- A packed row goes through Megatron as one ordinary row; only the rotary angles and the core attention know better.
+- Both are changed in place and hold no parameters, so that checkpoints do not depend on packing.
+
+Dims: `L` positions, `N` query heads and `G` key/value heads of this rank, `D` head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from torch import Tensor
+
+from fastpref.data import Segments
+from fastpref.errors import ConfigError
+from fastpref.trainer.attention import SDPACoreAttention
+from fastpref.trainer.head import unwrap
+from fastpref.trainer.segment_attention import SegmentParams
+
+try:
+    import transformer_engine  # noqa: F401  (Megatron's module imports without it, its classes do not work)
+    from megatron.core.extensions.transformer_engine import TEDotProductAttention
+
+    TE_ATTENTION: tuple[type, ...] = (TEDotProductAttention,)
+except ImportError:
+    TE_ATTENTION = ()
+_VARLEN_CLASSES: dict[type, type] = {}
+
+
+class VarlenRows:
+    """Put in front of Transformer Engine's attention class: hands a packed row to its kernels as `thd` sequences."""
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: Any,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: [L, 1, N, D] of a packed row; anything Transformer Engine takes otherwise.
+            key: [L, 1, G, D].
+            value: like `key`.
+            attention_mask: as Transformer Engine takes it; None for a packed row.
+            attn_mask_type: causal.
+            attention_bias: as Transformer Engine takes it; None for a packed row.
+            packed_seq_params: `SegmentParams` without prefixes, or Megatron's own.
+
+        Returns:
+            [L, 1, N * D].
+        """
+        attend = super().forward  # type: ignore[misc]
+        if not isinstance(packed_seq_params, SegmentParams):
+            return attend(query, key, value, attention_mask, attn_mask_type, attention_bias, packed_seq_params)
+        parts = (x.squeeze(1) for x in (query, key, value))
+        output = attend(*parts, None, attn_mask_type, None, packed_seq_params.varlen)
+        return output.reshape(query.size(0), 1, -1)
+
+
+def install_packing(models: Sequence[torch.nn.Module], *, prefix_sharing: bool) -> None:
+    """Makes `models` take packed rows, in place; padded rows are answered as before.
+
+    Transformer Engine keeps its attention where nothing is shared; prefix sharing takes this library's.
+
+    Raises:
+        ConfigError: a chunk has other position embeddings than rotary ones, or an attention that cannot be packed.
+    """
+    for model in models:
+        chunk = unwrap(model)
+        if chunk.position_embedding_type != "rope" or chunk.config.multi_latent_attention:
+            raise ConfigError(
+                "packing needs rotary position embeddings and plain self-attention, got position_embedding_type "
+                f"{chunk.position_embedding_type!r}, multi_latent_attention {chunk.config.multi_latent_attention}; "
+                "set packing: false"
+            )
+        rotary = chunk.rotary_pos_emb
+        if not hasattr(rotary, "row_positions_L"):
+            rotary.row_positions_L = None
+            rotary.register_forward_hook(_select_angles)
+        for module in chunk.modules():
+            if isinstance(module, SelfAttention):
+                _install_attention(module, prefix_sharing)
+
+
+def _install_attention(attention: SelfAttention, prefix_sharing: bool) -> None:
+    core = attention.core_attention
+    if isinstance(core, (SDPACoreAttention, VarlenRows)):
+        return
+    if isinstance(core, TE_ATTENTION) and not prefix_sharing:
+        core.__class__ = _varlen_class(type(core))
+    elif isinstance(core, (DotProductAttention, *TE_ATTENTION)):
+        try:
+            attention.core_attention = SDPACoreAttention(
+                attention.config,
+                attention.layer_number,
+                attention.attn_mask_type,
+                attention.attention_type,
+                softmax_scale=attention.config.softmax_scale,
+            )
+        except NotImplementedError as error:
+            raise ConfigError(f"packing needs attention that the model's settings exclude: {error}") from error
+    else:
+        raise ConfigError(
+            f"packing needs Megatron's own core attention or this library's, got {type(core).__name__}; "
+            "set packing: false"
+        )
+
+
+def _varlen_class(base: type) -> type:
+    if base not in _VARLEN_CLASSES:
+        _VARLEN_CLASSES[base] = type(f"Varlen{base.__name__}", (VarlenRows, base), {})
+    return _VARLEN_CLASSES[base]
+
+
+def _select_angles(rotary: torch.nn.Module, _: object, angles: Tensor) -> Tensor | None:
+    """Forward hook of the rotary module: angles [P, 1, 1, D] of positions 0..P-1 to those of the row, [L, 1, 1, D]."""
+    positions_L = rotary.row_positions_L
+    return angles[positions_L] if isinstance(positions_L, Tensor) else None
+
+
+@contextmanager
+def packed_row(chunk: GPTModel, segments: Segments | None, device: torch.device) -> Iterator[SegmentParams | None]:
+    """Within it, `chunk` answers for the positions of a packed row; gives what to pass as `packed_seq_params`.
+
+    Raises:
+        ConfigError: the chunk was not made ready by `install_packing`.
+    """
+    if segments is None:
+        yield None
+        return
+    rotary = chunk.rotary_pos_emb
+    if not hasattr(rotary, "row_positions_L"):
+        raise ConfigError("a packed batch needs training.packing: true, which makes the model ready for it")
+    rotary.row_positions_L = segments.positions_L.to(device, non_blocking=True)
+    try:
+        yield SegmentParams.of(segments, device)
+    finally:
+        rotary.row_positions_L = None

@@ -1,0 +1,174 @@
+"""Causal attention over whole sequences and over the segments of a packed row.
+
+Dims: `L` positions, `S` rows of the batch, `N` query heads and `G` key/value heads of this rank, `D` head size.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from fastpref.data import Segments
+from fastpref.data.segments import may_attend
+
+
+@dataclass
+class SegmentParams(PackedSeqParams):
+    """A packed row on its way through Megatron to the attention modules, which find `segments` in it.
+
+    To Megatron it is an ordinary `sbhd` batch of one row whose rotary table has `max_seqlen_q` angles.
+    """
+
+    segments: Segments = field(kw_only=True)
+    device: torch.device = field(kw_only=True)
+    _block_masks: dict[int | None, BlockMask] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(cls, segments: Segments, device: torch.device) -> SegmentParams:
+        """Describe one row."""
+        longest = segments.longest
+        return cls(qkv_format="sbhd", max_seqlen_q=longest, max_seqlen_kv=longest, segments=segments, device=device)
+
+    @cached_property
+    def varlen(self) -> PackedSeqParams:
+        """Megatron's own description of a row without prefixes; the padding at its end counts as one more sequence."""
+        assert not self.segments.shares_prefixes, "variable-length kernels know no shared prefix"
+        bounds = [0, *(stop for segment in self.segments.pairs for stop in (segment.rejected, segment.stop))]
+        if self.segments.num_used < self.segments.length:
+            bounds.append(self.segments.length)
+        longest = max(stop - start for start, stop in itertools.pairwise(bounds))
+        cu_seqlens = torch.tensor(bounds, dtype=torch.int32).to(self.device, non_blocking=True)
+        return PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_kv=cu_seqlens,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+        )
+
+    def block_mask(self, window: int | None) -> BlockMask:
+        """Return the row's mask for FlexAttention, made once per microbatch and window."""
+        if window not in self._block_masks:
+            pairs_L, parts_L, positions_L = (
+                x.to(self.device, non_blocking=True)
+                for x in (self.segments.pairs_L, self.segments.parts_L, self.segments.positions_L)
+            )
+            rule = may_attend(pairs_L, parts_L, positions_L, window)
+            length = self.segments.length
+            self._block_masks[window] = _on(self.device.type, create_block_mask)(
+                lambda batch, head, query, key: rule(query, key), None, None, length, length, self.device
+            )
+        return self._block_masks[window]
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
+    """Attend causally without a score matrix; the queries are the last positions of the keys.
+
+    Args:
+        query: [Lq, S, N, D].
+        key: [Lk, S, G, D], Lk >= Lq, N a multiple of G; grouped heads are not copied.
+        value: like `key`.
+        scale: factor on the scores.
+        window: positions that a query sees, itself included; None for all.
+
+    Returns:
+        [Lq, S, N * D] in the dtype of `query`.
+    """
+    mask_LL = _band(query.size(0), key.size(0), window, query.device)
+    query_SNLD, key_SGLD, value_SGLD = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+    output_SNLD = F.scaled_dot_product_attention(
+        query_SNLD,
+        key_SGLD,
+        value_SGLD,
+        attn_mask=mask_LL,
+        is_causal=mask_LL is None,
+        scale=scale,
+        enable_gqa=query.size(2) != key.size(2),
+    )
+    return output_SNLD.permute(2, 0, 1, 3).flatten(2)
+
+
+def _band(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> Tensor | None:
+    """The allowed band [Lq, Lk]; None where plain causality from position 0 on says the same."""
+    offset = num_keys - num_queries
+    is_windowed = window is not None and num_keys > window
+    if offset == 0 and not is_windowed:
+        return None
+    allowed_LL = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(offset)
+    return allowed_LL.triu(offset + 1 - window) if is_windowed and window is not None else allowed_LL
+
+
+def segment_attention(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float, window: int | None
+) -> Tensor:
+    """Attend within each sequence of a packed row, one fused call per branch: nothing masked is computed between pairs.
+
+    Equals: attention under `segments.allowed_LL(window)`, with zeros on padding.
+
+    Args:
+        query: [L, 1, N, D].
+        key: [L, 1, G, D].
+        value: like `key`.
+        segments: of the row.
+        scale: factor on the scores.
+        window: positions of its own sequence that a query sees, itself included; None for all.
+
+    Returns:
+        [L, 1, N * D] in the dtype of `query`.
+    """
+    # One split has one backward pass; slices would each write a gradient of the whole row.
+    sizes = [size for start, _, rejected, stop in segments.pairs for size in (rejected - start, stop - rejected)]
+    sizes.append(segments.length - segments.num_used)
+    queries, keys, values = query.split(sizes), key.split(sizes), value.split(sizes)
+    outputs = []
+    for index, segment in enumerate(segments.pairs):
+        chosen, rejected = 2 * index, 2 * index + 1
+        outputs.append(causal_attention(queries[chosen], keys[chosen], values[chosen], scale, window))
+        seen = slice(0 if window is None else max(0, segment.num_prefix + 1 - window), segment.num_prefix)
+        branch_key, branch_value = keys[rejected], values[rejected]
+        if segment.num_prefix:
+            branch_key, branch_value = (torch.cat([x[chosen][seen], x[rejected]]) for x in (keys, values))
+        outputs.append(causal_attention(queries[rejected], branch_key, branch_value, scale, window))
+    outputs.append(torch.zeros_like(queries[-1]).flatten(2))
+    return torch.cat(outputs)
+
+
+def flex_segment_attention(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float) -> Tensor:
+    """Attend as `segment_attention` does, in one FlexAttention call that skips the blocks `mask` leaves empty.
+
+    Args:
+        query: [L, 1, N, D].
+        key: [L, 1, G, D].
+        value: like `key`.
+        mask: from `SegmentParams.block_mask`.
+        scale: factor on the scores.
+
+    Returns:
+        [L, 1, N * D] in the dtype of `query`; zeros on padding.
+    """
+    query_SNLD, key_SGLD, value_SGLD = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+    output_SNLD = _on(query.device.type, flex_attention)(
+        query_SNLD,
+        key_SGLD,
+        value_SGLD,
+        block_mask=mask,
+        scale=scale,
+        enable_gqa=query.size(2) != key.size(2),
+    )
+    return output_SNLD.permute(2, 0, 1, 3).flatten(2)
+
+
+@cache
+def _on(device_type: str, function: Any) -> Callable[..., Any]:
+    """Compile `function` for a GPU: FlexAttention then skips blocks, and its mask is never written out densely."""
+    # Rows differ in length from microbatch to microbatch.
+    return torch.compile(function, dynamic=True) if device_type == "cuda" else function
