@@ -8,12 +8,14 @@ Dims: `L` positions, `S` sequences, `D` head size, `H` hidden.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
@@ -56,6 +58,16 @@ class NormedResidualAdd(torch.nn.Module):
         return normed_add
 
 
+def keep_grad_mode(model: GPTModel) -> None:
+    """Make the layers of a chunk run `NormedResidualAdd` in the caller's grad mode; in place.
+
+    Megatron turns gradients on around its residual adds. Their norms would then keep activations of every layer while a
+    reference is scored, and of the first pass under full recomputation.
+    """
+    for layer in model.decoder.layers:
+        layer.bias_dropout_add_exec_handler = nullcontext
+
+
 def joint_inv_freq(arch: Architecture) -> Tensor:
     """Angles per position of the full layers, then of the sliding ones where these have their own; fp32.
 
@@ -65,6 +77,12 @@ def joint_inv_freq(arch: Architecture) -> Tensor:
     """
     ropes = [arch.rope] if arch.local_rope is None else [arch.rope, arch.local_rope]
     return torch.cat([rope.inv_freq(arch.head_dim) for rope in ropes])
+
+
+def angles_of_one(angles: Tensor, is_local: bool) -> Tensor:
+    """Take the angles [..., D] of one rope out of those [..., 2 D] of both."""
+    # (half of a head, rope, D / 2)
+    return angles.unflatten(-1, (2, 2, -1))[..., int(is_local), :].flatten(-2)
 
 
 class TwoRopeSelfAttention(SelfAttention):
@@ -77,9 +95,7 @@ class TwoRopeSelfAttention(SelfAttention):
         """Attend, as `SelfAttention` does; `rotary_pos_emb` is [L, 1 or S, 1, 2 D] of frequencies `joint_inv_freq`."""
         config = self.config
         is_local = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, self.layer_number)
-        # angles are doubled for the two halves of a head: (half, rope, D / 2)
-        angles = rotary_pos_emb.unflatten(-1, (2, 2, -1))[..., int(is_local), :].flatten(-2)
-        return super().forward(*args, rotary_pos_emb=angles, **kwargs)
+        return super().forward(*args, rotary_pos_emb=angles_of_one(rotary_pos_emb, is_local), **kwargs)
 
 
 class ScaledEmbedding(LanguageModelEmbedding):

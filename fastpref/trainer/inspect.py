@@ -162,7 +162,12 @@ def _activation_bytes(run: PreparedRun, stage: int, length: int) -> int:
     stream = arch.hidden_size // (tp if args.sequence_parallel else 1)
     # Counted with autograd's saved-tensor hooks on Megatron's local layers, where half-precision norms work in fp32.
     width = params_dtype(args).itemsize
-    layer = (6 if width == 4 else 8) * stream + (3 * queries + 3 * keys + 5 * arch.ffn_hidden_size) // tp
+    norm = 2 if width == 4 else 3 + arch.zero_centered_norms
+    layer = (2 + (4 if arch.sandwich_norms else 2) * norm) * stream
+    layer += (3 * queries + 3 * keys + 5 * arch.ffn_hidden_size) // tp
+    if arch.qk_norm:
+        # an fp32 key is normed where it lies, in the projection's output
+        layer += (norm * queries + (norm - (width == 4)) * keys) // tp
     if args.recompute_granularity == "full":
         elements = num_layers * stream * in_flight + layer
     else:

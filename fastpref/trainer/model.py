@@ -49,6 +49,7 @@ from fastpref.trainer.gemma import (
     TwoRopeSelfAttention,
     gelu_tanh,
     joint_inv_freq,
+    keep_grad_mode,
     scale_embedding,
 )
 from fastpref.trainer.moe import expert_layout_problems, expert_settings
@@ -289,6 +290,8 @@ def _build_chunk(arch: Architecture, options: ModelOptions, config: TransformerC
     model.real_vocab_size = arch.vocab_size
     if model.pre_process and arch.embedding_scale is not None:
         scale_embedding(model.embedding, arch.embedding_scale)
+    if arch.sandwich_norms:
+        keep_grad_mode(model)
     _mark_shards(model)
     return model
 

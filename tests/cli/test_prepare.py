@@ -175,9 +175,22 @@ def kept_bytes(config: dict, options: ModelOptions, num_tokens: int) -> int:
 
 
 @pytest.mark.parametrize("precision", ["", "training.bf16=true"])
-@pytest.mark.parametrize("recompute", ["null", "selective", "full"])
-def test_activation_estimate_is_what_autograd_keeps(project: Path, precision: str, recompute: str) -> None:
+@pytest.mark.parametrize(
+    ("model_type", "recompute"),
+    [
+        ("llama", "null"),
+        ("llama", "selective"),
+        ("llama", "full"),
+        ("qwen3", "null"),
+        ("gemma3_text", "null"),
+        ("gemma3_text", "full"),
+    ],
+)
+def test_activation_estimate_is_what_autograd_keeps(
+    project: Path, precision: str, model_type: str, recompute: str
+) -> None:
     sizes = {"hidden_size": 128, "intermediate_size": 320, "num_attention_heads": 8, "num_key_value_heads": 2}
+    sizes["head_dim"] = 16
     overrides = [
         f"training.recompute_granularity={recompute}",
         "data.pad_to_multiple_of=128",
@@ -185,7 +198,7 @@ def test_activation_estimate_is_what_autograd_keeps(project: Path, precision: st
     ]
 
     def estimate(num_layers: int) -> tuple[int, int]:
-        config = {**MODEL, **sizes, "num_hidden_layers": num_layers}
+        config = {**MODEL, **sizes, "model_type": model_type, "num_hidden_layers": num_layers}
         run = prepared(*overrides, f"model.config={json.dumps(config)}")
         dtype = torch.bfloat16 if precision else torch.float32
         granularity = None if recompute == "null" else recompute
