@@ -150,9 +150,7 @@ def check(config_path: Path, overrides: tuple[str, ...], world_size: int | None)
 
     config = _load(config_path, overrides)
     if world_size is None:
-        args = config.training
-        fewest = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
-        world_size = max(launched_world_size(), fewest)
+        world_size = max(launched_world_size(), config.training.layout.fewest_ranks)
     run = prepare(config, world_size)
     reports = {name: data.report for name, data in (("train", run.train), ("eval", run.eval)) if data is not None}
     _print(

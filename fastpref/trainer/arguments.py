@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from fastpref.errors import ConfigError
+from fastpref.trainer.layout import ParallelLayout, schedule_problems, size_problems
 
 Rule = tuple[str, Callable[[float], bool]]
 _AT_LEAST_ONE: Rule = ("a whole number >= 1", lambda value: value >= 1)
@@ -30,6 +31,7 @@ _RULES: dict[str, Rule] = {
     "adam_beta2": _FRACTION,
     "adam_epsilon": ("a finite number > 0", lambda value: value > 0),
     "active_eps": ("in (0, 1)", lambda value: 0 < value < 1),
+    "virtual_pipeline_model_parallel_size": (">= 2; leave it out for one chunk per stage", lambda value: value >= 2),
     "save_total_limit": (">= 2, so that one good checkpoint survives a bad one", lambda value: value >= 2),
 }
 LR_SCHEDULES = ("constant", "linear", "cosine", "inverse-square-root")
@@ -111,12 +113,16 @@ class ParallelArguments:
     """Ranks that share every layer's matrices and the vocabulary."""
     pipeline_model_parallel_size: int = 1
     """Stages that the layers are cut into."""
+    virtual_pipeline_model_parallel_size: int | None = None
+    """Model chunks on each stage, at least 2 (interleaved schedule: a shorter pipeline bubble); None for one."""
     sequence_parallel: bool = False
     """Split norms and dropout along the sequence over the tensor-parallel ranks."""
     use_distributed_optimizer: bool = False
     """Shard optimizer state over the data-parallel ranks."""
     overlap_grad_reduce: bool = False
     """Reduce gradients while the backward pass still runs."""
+    overlap_param_gather: bool = False
+    """Gather updated weights while the next forward pass already runs; needs the two settings above."""
     distributed_timeout_seconds: int = 600
     """How long a collective may take before the run fails."""
 
@@ -212,8 +218,12 @@ class TrainingArguments(OptimizationArguments, PrecisionArguments, ParallelArgum
         if self.warmup_ratio is not None and self.warmup_steps:
             problems.append("warmup_ratio and warmup_steps exclude each other; set one of them")
         problems += self._packing_problems()
-        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
-            problems.append("sequence_parallel needs tensor_model_parallel_size >= 2")
+        problems += size_problems(self.layout)
+        problems += schedule_problems(self.layout, self.gradient_accumulation_steps)
+        if self.overlap_param_gather and not (self.use_distributed_optimizer and self.overlap_grad_reduce):
+            problems.append(
+                "overlap_param_gather needs use_distributed_optimizer and overlap_grad_reduce; set both or leave it out"
+            )
         for target in self.report_to:
             if target not in REPORT_TARGETS:
                 problems.append(f"report_to must name only {', '.join(REPORT_TARGETS)}; got {target!r}")
@@ -231,6 +241,16 @@ class TrainingArguments(OptimizationArguments, PrecisionArguments, ParallelArgum
                 "at a time as an optimizer step; leave one out"
             )
         return problems
+
+    @property
+    def layout(self) -> ParallelLayout:
+        """The parallel sizes."""
+        return ParallelLayout(
+            tp=self.tensor_model_parallel_size,
+            pp=self.pipeline_model_parallel_size,
+            vpp=self.virtual_pipeline_model_parallel_size,
+            sequence_parallel=self.sequence_parallel,
+        )
 
     @property
     def eval_batch_pairs(self) -> int:

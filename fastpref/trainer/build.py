@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -12,6 +13,7 @@ from megatron.core.models.gpt import GPTModel
 from fastpref.checkpoint import directory
 from fastpref.errors import ConfigError, DataError
 from fastpref.trainer import loop, state
+from fastpref.trainer.arguments import ParallelArguments
 from fastpref.trainer.config_file import dump_run_config
 from fastpref.trainer.dpo_trainer import DPOTrainer, initialize_megatron
 from fastpref.trainer.model import ModelOptions, build_models, load_models, save_hf
@@ -77,10 +79,8 @@ def export_checkpoint(config: RunConfig, checkpoint: str, output: str | Path) ->
     """
     check_export_target(output)
     if launched_world_size() == 1:
-        alone = replace(
-            config.training, tensor_model_parallel_size=1, pipeline_model_parallel_size=1, sequence_parallel=False
-        )
-        config = replace(config, training=alone)
+        one_rank: dict[str, Any] = {field.name: field.default for field in fields(ParallelArguments)}
+        config = replace(config, training=replace(config.training, **one_rank))
     directory.candidates(loop.checkpoint_root(config.training), checkpoint)
     initialize_megatron(config.training)
     path = state.choose(loop.checkpoint_root(config.training), checkpoint)

@@ -21,10 +21,17 @@ from fastpref.trainer.arguments import TrainingArguments
 from fastpref.trainer.batch import Microbatch
 from fastpref.trainer.feed import PairFeed
 from fastpref.trainer.head import TOKEN_STATS, HeadOptions, install_heads, unwrap
+from fastpref.trainer.layout import ARGUMENT_NAMES
 from fastpref.trainer.metrics import metric_names
-from fastpref.trainer.optimizer import build_optimizer, build_scheduler, check_model, wrap_for_training
+from fastpref.trainer.optimizer import (
+    build_optimizer,
+    build_scheduler,
+    check_model,
+    sync_parameters,
+    wrap_for_training,
+)
 from fastpref.trainer.packing import install_packing
-from fastpref.trainer.platform import initialize_distributed, initialize_model_parallel
+from fastpref.trainer.platform import current_layout, initialize_distributed, initialize_model_parallel
 from fastpref.trainer.reference import build_reference
 from fastpref.trainer.step import MicrobatchResult, PreferenceSchedule
 
@@ -372,6 +379,7 @@ class DPOTrainer:
 
     def save_checkpoint(self, step: int) -> Path:
         """Saves everything that `resume_from_checkpoint` needs, under `output_dir/checkpoints`."""
+        sync_parameters(self.models_wrapped)
         return state.save(
             loop.checkpoint_root(self.args),
             self.models_wrapped,
@@ -390,20 +398,19 @@ def initialize_megatron(args: TrainingArguments) -> None:
     """Joins the process group and creates Megatron's parallel state for `args`; a state of the same layout is kept.
 
     Raises:
-        ConfigError: Megatron is initialised already, with another layout.
+        ConfigError: the sizes do not fit the number of ranks, or Megatron is initialised with another layout already.
     """
     initialize_distributed(args.distributed_timeout_seconds)
+    wanted = args.layout
     if not parallel_state.model_parallel_is_initialized():
+        timeout_s = args.distributed_timeout_seconds
         initialize_model_parallel(
-            args.tensor_model_parallel_size,
-            args.pipeline_model_parallel_size,
-            seed=args.seed,
-            timeout_s=args.distributed_timeout_seconds,
+            wanted.tp, wanted.pp, wanted.vpp, wanted.cp, wanted.ep, seed=args.seed, timeout_s=timeout_s
         )
-    found = {
-        "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
-        "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
-    }
-    for name, size in found.items():
-        if getattr(args, name) != size:
-            raise ConfigError(f"{name} is {getattr(args, name)} but Megatron's parallel state was made with {size}")
+    found = current_layout()
+    for field, name in ARGUMENT_NAMES.items():
+        if getattr(wanted, field) != getattr(found, field):
+            raise ConfigError(
+                f"{name} is {getattr(wanted, field)} but Megatron's parallel state was made with "
+                f"{getattr(found, field)}; use the sizes of the run in both places"
+            )

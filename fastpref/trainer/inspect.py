@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from fastpref.data import TokenizedPair
+from fastpref.trainer.arguments import TrainingArguments
 from fastpref.trainer.bridge.architecture import Architecture
 from fastpref.trainer.bridge.names import file_shapes, parameter_table
 from fastpref.trainer.optimizer import params_dtype
+from fastpref.trainer.pipeline import PipelinePlan, plan_pipeline
 from fastpref.trainer.prepare import PreparedRun
 
 
@@ -117,19 +119,20 @@ def _stage_memories(run: PreparedRun) -> Iterator[MemoryEstimate]:
     state_bytes = 8 if dtype == torch.float32 else 12
     shards = run.data_parallel_size if args.use_distributed_optimizer else 1
     length = longest_row(run)
-    for stage, parameters in enumerate(stage_parameters(run.architecture, args.tensor_model_parallel_size, num_stages)):
+    plan = plan_pipeline(run.architecture.num_layers, args.layout)
+    for stage, parameters in enumerate(stage_parameters(run.architecture, args.tensor_model_parallel_size, plan)):
         yield MemoryEstimate(
             parameters=parameters,
             weights=parameters * width,
             reference=parameters * width if run.config.loss.use_ref_model else 0,
             gradients=parameters * 4,
             optimizer=parameters * state_bytes // shards,
-            activations=_activation_bytes(run, stage, length),
+            activations=_activation_bytes(run, plan, stage, length),
             head=_head_bytes(run, length) if stage == num_stages - 1 else 0,
         )
 
 
-def stage_parameters(arch: Architecture, tp: int, pp: int) -> list[int]:
+def stage_parameters(arch: Architecture, tp: int, plan: PipelinePlan) -> list[int]:
     """Return the number of parameters of tensor-parallel rank 0 on each pipeline stage."""
     shapes = file_shapes(arch)
 
@@ -137,27 +140,25 @@ def stage_parameters(arch: Architecture, tp: int, pp: int) -> list[int]:
         whole = torch.empty(shapes[name], device="meta")
         return whole[start:stop] if dim == 0 else whole[:, start:stop]
 
-    totals = [0] * pp
+    totals = [0] * plan.num_stages
     for name, layout in parameter_table(arch).items():
         size = layout.shard(read, 0, tp).numel()
         if name.startswith("decoder.layers."):
-            totals[int(name.split(".")[2]) * pp // arch.num_layers] += size
+            totals[plan.layer_stages[int(name.split(".")[2])]] += size
         elif name.startswith("embedding."):
             totals[0] += size
             # a tied head on another stage is a copy
-            totals[-1] += size if arch.tie_embeddings and pp > 1 else 0
+            totals[-1] += size if arch.tie_embeddings and plan.num_stages > 1 else 0
         else:
             totals[-1] += size
     return totals
 
 
-def _activation_bytes(run: PreparedRun, stage: int, length: int) -> int:
+def _activation_bytes(run: PreparedRun, plan: PipelinePlan, stage: int, length: int) -> int:
     """Estimate what the layers of a stage keep, over the microbatches that are in flight at once."""
-    args, arch = run.config.training, run.architecture
-    tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
-    in_flight = min(pp - stage, args.gradient_accumulation_steps)
+    args, arch, tp = run.config.training, run.architecture, run.config.training.tensor_model_parallel_size
     num_tokens = 2 * args.per_device_train_batch_size * length
-    num_layers = arch.num_layers // pp
+    num_layers, in_flight = plan.stage_layers[stage], _microbatches_in_flight(args, stage)
     queries, keys = arch.num_heads * arch.head_dim, arch.num_query_groups * arch.head_dim
     stream = arch.hidden_size // (tp if args.sequence_parallel else 1)
     # Counted with autograd's saved-tensor hooks on Megatron's local layers, where half-precision norms work in fp32.
@@ -172,7 +173,17 @@ def _activation_bytes(run: PreparedRun, stage: int, length: int) -> int:
         elements = num_layers * stream * in_flight + layer
     else:
         elements = num_layers * layer * in_flight
-    return num_tokens * elements * width
+    return int(num_tokens * elements * width)
+
+
+def _microbatches_in_flight(args: TrainingArguments, stage: int) -> float:
+    """Microbatches whose activations a stage holds at once, as multiples of all its layers."""
+    pp, vpp, steps = args.layout.pp, args.layout.vpp, args.gradient_accumulation_steps
+    if vpp is None:
+        return min(pp - stage, steps)
+    # The interleaved schedule warms up with this many chunks of a microbatch before the first one goes back.
+    warmup_chunks = 2 * (pp - stage - 1) + (vpp - 1) * pp + 1
+    return min(warmup_chunks / vpp, steps)
 
 
 def _head_bytes(run: PreparedRun, length: int) -> int:

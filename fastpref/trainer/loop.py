@@ -26,7 +26,9 @@ from fastpref.trainer import state
 from fastpref.trainer.agreement import together
 from fastpref.trainer.arguments import TrainingArguments
 from fastpref.trainer.head import head_of, read_activity
+from fastpref.trainer.layout import ARGUMENT_NAMES
 from fastpref.trainer.metrics import MetricWindow
+from fastpref.trainer.optimizer import sync_parameters
 from fastpref.trainer.preemption import StopRequest
 from fastpref.trainer.reporting import RunReporter
 from fastpref.trainer.step import step_totals
@@ -92,6 +94,7 @@ def _train(trainer: DPOTrainer, stop: StopRequest) -> TrainResult:
                 window.restart_clock()
             if result.should_stop and not is_last:
                 return TrainResult(global_step=done, metrics=last, was_preempted=True)
+    sync_parameters(trainer.models_wrapped)
     return TrainResult(global_step=total_steps, metrics=last)
 
 
@@ -156,8 +159,7 @@ def run_state(trainer: DPOTrainer, step: int) -> dict[str, Any]:
         "bco_count": float(trainer.schedule.bco_count),
         "layout": {
             "world_size": torch.distributed.get_world_size(),
-            "tensor_model_parallel_size": trainer.args.tensor_model_parallel_size,
-            "pipeline_model_parallel_size": trainer.args.pipeline_model_parallel_size,
+            **{name: getattr(trainer.args.layout, field) for field, name in ARGUMENT_NAMES.items()},
         },
         "versions": {
             "fastpref": fastpref.__version__,
@@ -174,6 +176,8 @@ def _fingerprint(trainer: DPOTrainer) -> dict[str, Any]:
         *("packing", "prefix_sharing", "pack_length"),
         *("seed", "shuffle", "drop_last", "bf16", "fp16", "head_backward", "active_eps", "max_grad_norm"),
         *("learning_rate", "min_lr", "lr_scheduler_type", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
+        # Megatron stores the state of its two optimizers in different forms.
+        "use_distributed_optimizer",
     )
     loss = json.dumps(asdict(trainer.train_config), sort_keys=True)
     return {

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,7 +52,10 @@ from fastpref.trainer.gemma import (
     keep_grad_mode,
     scale_embedding,
 )
-from fastpref.trainer.moe import expert_layout_problems, expert_settings
+from fastpref.trainer.layout import model_problems, size_problems
+from fastpref.trainer.moe import expert_settings
+from fastpref.trainer.pipeline import PipelinePlan, plan_pipeline
+from fastpref.trainer.platform import current_layout
 
 try:
     import transformer_engine  # noqa: F401  (Megatron's module imports without it, its classes do not work)
@@ -77,6 +80,8 @@ class ModelOptions:
     """Longest sequence that will be used, in tokens; None takes the model's own limit."""
     moe_aux_loss_coeff: float | None = None
     """Weight of the load-balancing loss of experts; None takes `router_aux_loss_coef` of the model's config."""
+    pipeline_plan: PipelinePlan | None = None
+    """Layers of every pipeline chunk; None cuts them evenly."""
 
     def __post_init__(self) -> None:
         if self.params_dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -199,23 +204,8 @@ def _filled(arch: Architecture, options: ModelOptions, source: TensorSource) -> 
 
 
 def _check_layout(arch: Architecture, options: ModelOptions) -> None:
-    tp = parallel_state.get_tensor_model_parallel_world_size()
-    pp = parallel_state.get_pipeline_model_parallel_world_size()
-    vpp = parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1
-    problems = []
-    for name, size in (("num_attention_heads", arch.num_heads), ("intermediate_size", arch.ffn_hidden_size)):
-        if size % tp:
-            problems.append(f"tensor-parallel size {tp} must divide {name} {size}")
-    if arch.num_query_groups % tp and tp % arch.num_query_groups:
-        problems.append(
-            f"tensor-parallel size {tp} must divide num_key_value_heads {arch.num_query_groups}, or be a multiple"
-        )
-    if arch.num_layers % (pp * vpp):
-        problems.append(f"pipeline stages times chunks ({pp} * {vpp}) must divide num_hidden_layers {arch.num_layers}")
-    if options.sequence_parallel and tp == 1:
-        problems.append("sequence_parallel needs a tensor-parallel size >= 2")
-    ep = parallel_state.get_expert_model_parallel_world_size()
-    problems += expert_layout_problems(arch, tp=tp, ep=ep, sequence_parallel=options.sequence_parallel)
+    layout = replace(current_layout(), sequence_parallel=options.sequence_parallel)
+    problems = [*size_problems(layout), *model_problems(layout, arch)]
     longest = options.max_sequence_length
     if longest is not None and longest > arch.max_positions:
         problems.append(
@@ -228,6 +218,8 @@ def _check_layout(arch: Architecture, options: ModelOptions) -> None:
 def transformer_config(arch: Architecture, options: ModelOptions) -> TransformerConfig:
     """Describe `arch` to Megatron for the current parallel layout."""
     on_gpu, full = torch.cuda.is_available(), options.recompute_granularity == "full"
+    layout = current_layout()
+    plan = options.pipeline_plan or plan_pipeline(arch.num_layers, layout)
     return TransformerConfig(
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
@@ -252,10 +244,11 @@ def transformer_config(arch: Architecture, options: ModelOptions) -> Transformer
         pipeline_dtype=options.params_dtype,
         bf16=options.params_dtype == torch.bfloat16,
         fp16=options.params_dtype == torch.float16,
-        tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
-        pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
-        virtual_pipeline_model_parallel_size=parallel_state.get_virtual_pipeline_model_parallel_world_size(),
-        context_parallel_size=parallel_state.get_context_parallel_world_size(),
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp,
+        pipeline_model_parallel_layout=plan.megatron_layout(),
+        context_parallel_size=layout.cp,
         sequence_parallel=options.sequence_parallel,
         recompute_granularity=options.recompute_granularity,
         recompute_method="uniform" if full else None,
@@ -268,6 +261,9 @@ def transformer_config(arch: Architecture, options: ModelOptions) -> Transformer
         use_cpu_initialization=not on_gpu,
         # Freeing a sent tensor is NCCL's business; under gloo the send may still be reading it.
         deallocate_pipeline_outputs=on_gpu,
+        # Batched sends of the interleaved schedule meet the wrong receives where a stage's two neighbours are one rank.
+        overlap_p2p_comm=layout.vpp is not None,
+        batch_p2p_comm=layout.vpp is None,
     )
 
 

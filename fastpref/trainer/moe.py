@@ -13,7 +13,6 @@ Dims: N tokens of this rank, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from megatron.core import parallel_state
@@ -52,29 +51,3 @@ def expert_settings(arch: Architecture, aux_loss_coeff: float | None, *, grouped
         "expert_model_parallel_size": parallel_state.get_expert_model_parallel_world_size(),
         "expert_tensor_parallel_size": parallel_state.get_expert_tensor_parallel_world_size(),
     }
-
-
-def expert_layout_problems(arch: Architecture, *, tp: int, ep: int, sequence_parallel: bool) -> Iterator[str]:
-    """Yield what keeps the experts of a model from a parallel layout."""
-    experts = arch.experts
-    if experts is None:
-        if ep > 1:
-            yield f"expert_model_parallel_size must be 1 for {arch.model_type}, which has no experts, got {ep}"
-        return
-    if experts.num_experts % ep:
-        valid = [size for size in range(1, experts.num_experts + 1) if experts.num_experts % size == 0]
-        below, above = (
-            max(size for size in valid if size < ep),
-            min((size for size in valid if size > ep), default=None),
-        )
-        yield (
-            f"expert_model_parallel_size must divide the model's number of experts {experts.num_experts}, got {ep}; "
-            f"use {below}" + ("" if above is None else f" or {above}")
-        )
-    if ep == 1 and experts.ffn_hidden_size % tp:
-        yield f"tensor_model_parallel_size must divide an expert's width {experts.ffn_hidden_size}, got {tp}"
-    if tp > 1 and not sequence_parallel:
-        yield (
-            f"tensor_model_parallel_size {tp} needs sequence_parallel for a model with experts, or every rank would "
-            "send every token; set sequence_parallel: true"
-        )

@@ -25,7 +25,7 @@ def check_model(models: Sequence[GPTModel], args: TrainingArguments) -> None:
     """Requires that chunks were built with the settings that a run can only take from them.
 
     Raises:
-        ConfigError: precision, sequence parallelism or recomputation differ; lists every difference.
+        ConfigError: number of chunks, precision, sequence parallelism or recomputation differ; lists every difference.
     """
     wanted = {
         "params_dtype": params_dtype(args),
@@ -38,6 +38,11 @@ def check_model(models: Sequence[GPTModel], args: TrainingArguments) -> None:
         for name, value in wanted.items()
         if getattr(model.config, name) != value
     ]
+    if len(models) != (args.virtual_pipeline_model_parallel_size or 1):
+        problems.append(
+            f"the model has {len(models)} chunks on this rank, virtual_pipeline_model_parallel_size is "
+            f"{args.virtual_pipeline_model_parallel_size}"
+        )
     if problems:
         raise ConfigError("; ".join(problems) + ". Build the model with the settings of the run")
 
@@ -54,13 +59,15 @@ def wrap_for_training(models: Sequence[torch.nn.Module], args: TrainingArguments
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=args.overlap_grad_reduce,
+        overlap_param_gather=args.overlap_param_gather,
         use_distributed_optimizer=args.use_distributed_optimizer,
     )
     wrapped = []
     for index, model in enumerate(models):
         if isinstance(model, DistributedDataParallel):
-            if model.ddp_config.use_distributed_optimizer != args.use_distributed_optimizer:
-                raise ConfigError("use_distributed_optimizer differs between TrainingArguments and the chunks in DDP")
+            for name in ("use_distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather"):
+                if getattr(model.ddp_config, name) != getattr(args, name):
+                    raise ConfigError(f"{name} differs between TrainingArguments and the chunks in DDP; set both alike")
             wrapped.append(model)
             continue
         (model,) = to_precision([model], args)
@@ -84,6 +91,7 @@ def build_optimizer(models: Sequence[DistributedDataParallel], args: TrainingArg
         fp16=args.fp16,
         params_dtype=params_dtype(args),
         use_distributed_optimizer=args.use_distributed_optimizer,
+        overlap_param_gather=args.overlap_param_gather,
         # Megatron measures the norm only where it clips; an infinite limit measures and never clips.
         clip_grad=args.max_grad_norm or float("inf"),
         log_num_zeros_in_grad=args.log_num_zeros_in_grad,
@@ -123,6 +131,17 @@ def build_scheduler(optimizer: MegatronOptimizer, args: TrainingArguments, total
         wd_incr_steps=total_steps,
         wd_incr_style="constant",
     )
+
+
+def sync_parameters(models: Sequence[DistributedDataParallel]) -> None:
+    """Brings every rank the weights of the last update, which `overlap_param_gather` leaves to the next forward pass.
+
+    Whoever reads weights in another way than by a forward pass of `models` (a checkpoint, an export) calls it first, on
+    every rank; in every other setting the weights are complete already and nothing happens.
+    """
+    for model in models:
+        if model.ddp_config.overlap_param_gather:
+            model.start_param_sync(force_sync=True)
 
 
 def gradients_are_finite(models: Sequence[DistributedDataParallel]) -> bool:

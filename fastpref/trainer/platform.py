@@ -6,7 +6,6 @@ installed here (Transformer Engine, Apex) out of the log, and no other warning.
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 import warnings
@@ -24,9 +23,11 @@ with warnings.catch_warnings():
     from fastpref.trainer.cpu_platform import install_cpu_platform
 
 from fastpref.errors import ConfigError
+from fastpref.trainer.layout import ParallelLayout, size_problems, world_problems
 
 __all__ = [
     "current_device",
+    "current_layout",
     "destroy",
     "initialize_distributed",
     "initialize_model_parallel",
@@ -105,26 +106,17 @@ def initialize_model_parallel(
         timeout_s: seconds after which a collective in one of these groups fails.
 
     Raises:
-        ConfigError: a size is not positive, they do not divide the world size, or `vpp` is given without a
-            pipeline.
+        ConfigError: the sizes do not fit each other or the number of ranks; lists every problem.
         RuntimeError: there is no process group yet, or the parallel state exists already.
     """
     if not torch.distributed.is_initialized():
         raise RuntimeError("no process group: call initialize_distributed() first")
     if parallel_state.model_parallel_is_initialized():
         raise RuntimeError("model parallel state exists already: call destroy() before another layout")
-    sizes = {"tp": tp, "pp": pp, "cp": cp, "ep": ep, **({} if vpp is None else {"vpp": vpp})}
-    for name, size in sizes.items():
-        if size < 1:
-            raise ConfigError(f"{name} must be >= 1, got {size}")
-    world_size = torch.distributed.get_world_size()
-    if world_size % (tp * pp * cp) or world_size % (pp * ep):
-        raise ConfigError(
-            f"tp * pp * cp and pp * ep must divide the number of ranks, got tp={tp}, pp={pp}, cp={cp}, ep={ep} on "
-            f"{world_size} ranks; start a multiple of {pp * math.lcm(tp * cp, ep)} ranks or choose smaller sizes"
-        )
-    if vpp is not None and pp == 1:
-        raise ConfigError(f"vpp={vpp} needs a pipeline, got pp=1; set pp >= 2 or leave vpp unset")
+    layout = ParallelLayout(tp=tp, pp=pp, vpp=vpp, cp=cp, ep=ep)
+    problems = list(size_problems(layout)) or list(world_problems(layout, torch.distributed.get_world_size()))
+    if problems:
+        raise ConfigError("; ".join(problems))
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
@@ -137,6 +129,17 @@ def initialize_model_parallel(
     stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
     torch.manual_seed(stage_seed)
     tensor_parallel.model_parallel_cuda_manual_seed(stage_seed)
+
+
+def current_layout() -> ParallelLayout:
+    """Return the sizes of Megatron's parallel state, which must exist; it knows nothing of sequence parallelism."""
+    return ParallelLayout(
+        tp=parallel_state.get_tensor_model_parallel_world_size(),
+        pp=parallel_state.get_pipeline_model_parallel_world_size(),
+        vpp=parallel_state.get_virtual_pipeline_model_parallel_world_size(),
+        cp=parallel_state.get_context_parallel_world_size(),
+        ep=parallel_state.get_expert_model_parallel_world_size(),
+    )
 
 
 def destroy() -> None:

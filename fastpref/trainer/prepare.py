@@ -29,6 +29,7 @@ from fastpref.errors import ConfigError
 from fastpref.trainer import loop
 from fastpref.trainer.bridge.architecture import Architecture
 from fastpref.trainer.feed import default_collator
+from fastpref.trainer.layout import model_problems, world_problems
 from fastpref.trainer.run_config import RunConfig
 
 
@@ -52,8 +53,7 @@ class PreparedRun:
     @property
     def data_parallel_size(self) -> int:
         """Copies of the model that work on different pairs."""
-        args = self.config.training
-        return self.world_size // (args.tensor_model_parallel_size * args.pipeline_model_parallel_size)
+        return self.config.training.layout.data_parallel_size(self.world_size)
 
     @property
     def global_batch_pairs(self) -> int:
@@ -188,26 +188,9 @@ def _evaluation_problems(config: RunConfig, for_training: bool) -> Iterator[str]
 
 
 def _layout_problems(config: RunConfig, arch: Architecture, world_size: int) -> Iterator[str]:
-    args = config.training
-    tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
-    if world_size % (tp * pp):
-        yield (
-            "training.tensor_model_parallel_size * pipeline_model_parallel_size must divide the number of ranks, got "
-            f"{tp} * {pp} on {world_size}; start a multiple of {tp * pp} (torchrun --nproc-per-node) or lower them"
-        )
-    for name, size in (("num_attention_heads", arch.num_heads), ("intermediate_size", arch.ffn_hidden_size)):
-        if size % tp:
-            yield f"training.tensor_model_parallel_size must divide the model's {name}, got {tp} for {size}"
-    if arch.num_query_groups % tp and tp % arch.num_query_groups:
-        yield (
-            "training.tensor_model_parallel_size must divide the model's num_key_value_heads or be a multiple, got "
-            f"{tp} for {arch.num_query_groups}"
-        )
-    if arch.num_layers % pp:
-        yield (
-            "training.pipeline_model_parallel_size must divide the model's num_hidden_layers, got "
-            f"{pp} for {arch.num_layers}"
-        )
+    layout = config.training.layout
+    for problem in (*world_problems(layout, world_size), *model_problems(layout, arch)):
+        yield f"training: {problem}"
 
 
 def _reference_problems(config: RunConfig, arch: Architecture) -> Iterator[str]:

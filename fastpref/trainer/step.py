@@ -92,8 +92,11 @@ class PreferenceSchedule:
 
     def score(self, models: Sequence[torch.nn.Module], batches: Sequence[Microbatch]) -> list[Tensor | None]:
         """Reference sums [S] per microbatch, LD-DPO's weighting applied; None on every stage but the last."""
-        collected = self._run(models, batches, self._reference_func, forward_only=True, collect_non_loss_data=True)
-        return collected if collected else [None] * len(batches)
+        # The interleaved schedule runs microbatches in groups of pp; what fills the last group is scored for nothing.
+        fillers = -len(batches) % parallel_state.get_pipeline_model_parallel_world_size() if len(models) > 1 else 0
+        filled = [*batches, *[batches[-1]] * fillers]
+        collected = self._run(models, filled, self._reference_func, forward_only=True, collect_non_loss_data=True)
+        return collected[: len(batches)] if collected else [None] * len(batches)
 
     def evaluate(
         self, models: Sequence[torch.nn.Module], batches: Sequence[Microbatch], totals: StepTotals

@@ -13,7 +13,9 @@ from fastpref.testing.workers import RankPool
 from fastpref.trainer import inspect, platform
 from fastpref.trainer.bridge.architecture import Architecture
 from fastpref.trainer.config_file import load_run_config
+from fastpref.trainer.layout import ParallelLayout
 from fastpref.trainer.model import ModelOptions, build_models
+from fastpref.trainer.pipeline import plan_pipeline
 from fastpref.trainer.prepare import PreparedRun, launched_world_size, prepare
 
 
@@ -59,11 +61,36 @@ def test_prepare_refuses_an_output_that_is_a_file(project: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "world_size", "texts"),
     [
-        (("training.tensor_model_parallel_size=3",), 3, ["num_attention_heads, got 3 for 4"]),
-        (("training.tensor_model_parallel_size=3",), 3, ["num_key_value_heads or be a multiple, got 3 for 2"]),
-        (("training.tensor_model_parallel_size=16",), 16, ["intermediate_size, got 16 for 24"]),
-        (("training.pipeline_model_parallel_size=3",), 3, ["num_hidden_layers, got 3 for 2"]),
-        (("training.tensor_model_parallel_size=2",), 3, ["got 2 * 1 on 3; start a multiple of 2"]),
+        (
+            ("training.tensor_model_parallel_size=3",),
+            3,
+            ["divide num_attention_heads 4 and divide num_key_value_heads 2 or be", "got 3; nearest valid: 2 or 4"],
+        ),
+        (
+            ("training.tensor_model_parallel_size=16",),
+            16,
+            ["divide num_attention_heads 4 and divide intermediate_size 24, got 16; nearest valid: 4"],
+        ),
+        (
+            ("training.pipeline_model_parallel_size=3",),
+            3,
+            ["must not exceed num_hidden_layers 2, got 3; nearest valid: pipeline_model_parallel_size 2"],
+        ),
+        (
+            ("training.pipeline_model_parallel_size=2", "training.virtual_pipeline_model_parallel_size=2"),
+            2,
+            ["virtual_pipeline_model_parallel_size must not exceed num_hidden_layers 2, got 2 * 2; nearest valid: "],
+        ),
+        (
+            ("training.tensor_model_parallel_size=2", "training.pipeline_model_parallel_size=2"),
+            6,
+            ["tensor_model_parallel_size * pipeline_model_parallel_size = 2 * 2, got 6; start 4 or 8 (torchrun"],
+        ),
+        (
+            ("training.tensor_model_parallel_size=3", "training.pipeline_model_parallel_size=3"),
+            2,
+            ["a multiple of", "num_attention_heads 4", "num_hidden_layers 2"],
+        ),
         (("data.train=[]",), 1, ["data.train names no file"]),
         (
             ("data.eval=[]", "training.eval_steps=2"),
@@ -149,8 +176,9 @@ def built_parameters(config: dict, tp: int, pp: int) -> tuple[int, int]:
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2)])
 def test_stage_parameters_are_those_of_the_built_model(rank_pool_2: RankPool, tp: int, pp: int, tied: bool) -> None:
-    config = {**MODEL, "model_type": "qwen2", "vocab_size": 33, "tie_word_embeddings": tied}
-    expected = inspect.stage_parameters(Architecture.from_hf(config), tp, pp)
+    config = {**MODEL, "model_type": "qwen2", "vocab_size": 33, "num_hidden_layers": 3, "tie_word_embeddings": tied}
+    plan = plan_pipeline(config["num_hidden_layers"], ParallelLayout(pp=pp))
+    expected = inspect.stage_parameters(Architecture.from_hf(config), tp, plan)
     built = rank_pool_2.run(built_parameters, config, tp, pp)
     assert [expected[stage] for stage, _ in built] == [size for _, size in built]
 
@@ -218,7 +246,7 @@ def test_activation_estimate_is_what_autograd_keeps(
 def test_memory_estimate_adds_up(project: Path) -> None:
     fp32, bf16 = (inspect.estimate_memory(prepared(f"training.bf16={value}")) for value in ("false", "true"))
     size = fp32.parameters
-    assert size == sum(inspect.stage_parameters(Architecture.from_hf(MODEL), 1, 1))
+    assert size == sum(inspect.stage_parameters(Architecture.from_hf(MODEL), 1, plan_pipeline(2, ParallelLayout())))
     assert (fp32.weights, fp32.reference, fp32.gradients, fp32.optimizer) == (4 * size, 4 * size, 4 * size, 8 * size)
     assert (bf16.weights, bf16.reference, bf16.gradients, bf16.optimizer) == (2 * size, 2 * size, 4 * size, 12 * size)
     assert fp32.total == 20 * size + fp32.activations + fp32.head

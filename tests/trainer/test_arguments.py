@@ -22,6 +22,17 @@ from fastpref.trainer import TrainingArguments
         ({"bf16": True, "fp16": True}, "bf16 and fp16 exclude each other"),
         ({"warmup_steps": 3, "warmup_ratio": 0.1}, "exclude each other"),
         ({"sequence_parallel": True}, "tensor_model_parallel_size >= 2"),
+        ({"virtual_pipeline_model_parallel_size": 1}, "must be >= 2; leave it out for one chunk per stage, got 1"),
+        ({"virtual_pipeline_model_parallel_size": 2}, "needs pipeline_model_parallel_size >= 2, got 1"),
+        (
+            {
+                "pipeline_model_parallel_size": 4,
+                "virtual_pipeline_model_parallel_size": 2,
+                "gradient_accumulation_steps": 6,
+            },
+            "gradient_accumulation_steps must be a multiple of pipeline_model_parallel_size 4 .*valid: 4 or 8",
+        ),
+        ({"overlap_param_gather": True}, "needs use_distributed_optimizer and overlap_grad_reduce"),
         ({"save_total_limit": 1}, "save_total_limit must be >= 2"),
         ({"report_to": ("tensorbord",)}, "report_to must name only"),
         ({"head_backward": "actve"}, "head_backward must be one of auto, active, exact"),

@@ -300,15 +300,15 @@ def test_save_hf_fails_on_every_rank_when_the_disk_is_full(rank_pool_2: RankPool
         (
             Layout(tp=2),
             {"num_attention_heads": 3, "num_key_value_heads": 3},
-            "size 2 must divide num_attention_heads 3",
+            "must divide num_attention_heads 3 and .* num_key_value_heads 3 .*, got 2; nearest valid: 1",
         ),
-        (Layout(tp=2), {"intermediate_size": 81}, "size 2 must divide intermediate_size 81"),
-        (Layout(pp=2), {"num_hidden_layers": 3}, r"\(2 \* 1\) must divide num_hidden_layers 3"),
-        (Layout(pp=2, vpp=4), {}, r"\(2 \* 4\) must divide num_hidden_layers 4"),
         (Layout(ep=2), {}, "expert_model_parallel_size must be 1 for llama, which has no experts, got 2"),
-        (Layout(ep=2), {**MOE, "num_local_experts": 5}, r"must divide .* experts 5, got 2; use 1 or 5"),
+        (Layout(ep=2), {**MOE, "num_local_experts": 5}, r"must divide .* experts 5, got 2; nearest valid: 1 or 5"),
         (Layout(tp=2), MOE, "tensor_model_parallel_size 2 needs sequence_parallel for a model with experts"),
         (Layout(tp=2), {**MOE, "moe_intermediate_size": 25}, "must divide an expert's width 25, got 2"),
+        (Layout(tp=2), {"intermediate_size": 81}, "must divide intermediate_size 81, got 2; nearest valid: 1"),
+        (Layout(pp=2), {"num_hidden_layers": 1}, "must not exceed num_hidden_layers 1, got 2; nearest valid: .* 1"),
+        (Layout(pp=2, vpp=4), {}, r"must not exceed num_hidden_layers 4, got 2 \* 4; nearest valid: .* 1"),
     ],
 )
 def test_build_models_refuses_a_layout_that_does_not_fit(
@@ -322,7 +322,7 @@ def test_build_models_refuses_a_layout_that_does_not_fit(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sequence_parallel": True}, "sequence_parallel needs a tensor-parallel size >= 2"),
+        ({"sequence_parallel": True}, "sequence_parallel needs tensor_model_parallel_size >= 2"),
         ({"max_sequence_length": 129}, "max_sequence_length 129 is more than .* 128"),
         ({"max_sequence_length": 0}, "max_sequence_length must be >= 1"),
         ({"params_dtype": torch.float64}, "params_dtype must be"),

@@ -151,10 +151,10 @@ def test_layouts_follow_each_other_in_one_process_group(rank_pool_4: RankPool) -
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"tp": 0}, "tp must be >= 1, got 0"),
-        ({"tp": 2}, r"must divide the number of ranks, got tp=2, .* on 1 ranks; start a multiple of 2"),
-        ({"ep": 2}, "must divide the number of ranks"),
-        ({"vpp": 2}, "vpp=2 needs a pipeline, got pp=1"),
+        ({"tp": 0}, "tensor_model_parallel_size must be >= 1, got 0"),
+        ({"tp": 2}, r"number of ranks must be a multiple of tensor_model_parallel_size = 2, got 1; start 2 "),
+        ({"ep": 2}, "must be a multiple of expert_model_parallel_size = 2, got 1"),
+        ({"vpp": 2}, "parallel_size 2 needs pipeline_model_parallel_size >= 2, got 1"),
     ],
 )
 def test_initialize_model_parallel_refuses_sizes_that_do_not_fit(sizes: dict, message: str) -> None:
