@@ -87,6 +87,8 @@ class OptimizationArguments:
     """Global L2 norm to clip gradients to; 0 only measures the norm."""
     log_num_zeros_in_grad: bool = False
     """Count exact zeros in the gradient at every step (one more pass over it)."""
+    moe_aux_loss_coeff: float | None = None
+    """Weight of the load-balancing loss of experts, summed over layers; None takes the model's router_aux_loss_coef."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +117,8 @@ class ParallelArguments:
     """Stages that the layers are cut into."""
     virtual_pipeline_model_parallel_size: int | None = None
     """Model chunks on each stage, at least 2 (interleaved schedule: a shorter pipeline bubble); None for one."""
+    expert_model_parallel_size: int = 1
+    """Ranks that share out every layer's experts, taken from all ranks of a stage; with 1, tensor parallelism does."""
     sequence_parallel: bool = False
     """Split norms and dropout along the sequence over the tensor-parallel ranks."""
     use_distributed_optimizer: bool = False
@@ -249,6 +253,7 @@ class TrainingArguments(OptimizationArguments, PrecisionArguments, ParallelArgum
             tp=self.tensor_model_parallel_size,
             pp=self.pipeline_model_parallel_size,
             vpp=self.virtual_pipeline_model_parallel_size,
+            ep=self.expert_model_parallel_size,
             sequence_parallel=self.sequence_parallel,
         )
 

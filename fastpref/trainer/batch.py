@@ -47,8 +47,8 @@ class Microbatch:
 
     `input_ids_NL`, `position_ids_NL`, `labels_NL` and `nll_labels_NL` are int64 [N, L]: one right-padded row per
     sequence, or one row of many sequences, which `segments` then locates. `weights_B` is fp32 with 0 for filler pairs,
-    which count in nothing; `used_B` are the positions that each pair takes, padding not counted; `ref_logps_S` holds
-    the reference's sums once they are known.
+    which count in nothing; `used_B` are the positions that each pair takes, padding not counted; `padding_NL` is True
+    on positions of no pair; `ref_logps_S` holds the reference's sums once they are known.
     """
 
     input_ids_NL: Tensor
@@ -57,6 +57,7 @@ class Microbatch:
     weights_B: Tensor
     pair_ids_B: Tensor
     used_B: Tensor
+    padding_NL: Tensor
     nll_labels_NL: Tensor | None = None
     segments: Segments | None = None
     ref_logps_S: Tensor | None = None
@@ -108,6 +109,7 @@ class Microbatch:
             weights_B=torch.ones(num_pairs) if weights is None else weights.float(),
             pair_ids_B=torch.arange(num_pairs) if ids is None else ids.long(),
             used_B=_used(input_ids, batch.get("attention_mask"), segments),
+            padding_NL=_padding(input_ids, batch.get("attention_mask"), segments),
             nll_labels_NL=batch.get("nll_labels"),
             segments=segments,
         )
@@ -121,6 +123,17 @@ class Microbatch:
     def seq_length(self) -> int:
         """L, padding included."""
         return self.input_ids_NL.size(1)
+
+    @property
+    def uncounted_NL(self) -> Tensor:
+        """Tokens [N, L] that are padding or of a filler pair, True."""
+        is_filler_B = self.weights_B == 0
+        if self.segments is None:
+            return self.padding_NL | is_filler_B.repeat(2)[:, None]
+        uncounted_NL = self.padding_NL.clone()
+        for segment, is_filler in zip(self.segments.pairs, is_filler_B.tolist(), strict=True):
+            uncounted_NL[:, segment.start : segment.stop] |= is_filler
+        return uncounted_NL
 
     @property
     def counts_S(self) -> Tensor:
@@ -155,6 +168,7 @@ class Microbatch:
             input_ids_NL=F.pad(self.input_ids_NL, (0, extra)),
             position_ids_NL=torch.cat([self.position_ids_NL, positions_NL[:, -extra:]], 1),
             labels_NL=F.pad(self.labels_NL, (0, extra), value=IGNORE_INDEX),
+            padding_NL=F.pad(self.padding_NL, (0, extra), value=True),
             nll_labels_NL=None if nll is None else F.pad(nll, (0, extra), value=IGNORE_INDEX),
             segments=segments,
         )
@@ -225,6 +239,12 @@ def _used(input_ids_NL: Tensor, attention_mask_NL: Tensor | None, segments: Segm
     if (mask_NL[:, 1:] & ~mask_NL[:, :-1]).any():
         raise DataError("attention_mask must be 1 on a row's tokens and 0 on padding after them; pad on the right")
     return mask_NL.sum(1).view(2, -1).sum(0)
+
+
+def _padding(input_ids_NL: Tensor, attention_mask_NL: Tensor | None, segments: Segments | None) -> Tensor:
+    if segments is not None:
+        return torch.arange(input_ids_NL.size(1))[None] >= segments.num_used
+    return torch.zeros_like(input_ids_NL, dtype=torch.bool) if attention_mask_NL is None else attention_mask_NL == 0
 
 
 def _check_ids(ids: Tensor, vocab_size: int | None, key: str, ignore: int | None) -> None:

@@ -127,6 +127,7 @@ def _options(config: RunConfig) -> ModelOptions:
         params_dtype=params_dtype(args),
         sequence_parallel=args.sequence_parallel,
         recompute_granularity=args.recompute_granularity,
+        moe_aux_loss_coeff=args.moe_aux_loss_coeff,
     )
 
 

@@ -23,6 +23,7 @@ from fastpref.trainer.feed import PairFeed
 from fastpref.trainer.head import TOKEN_STATS, HeadOptions, install_heads, unwrap
 from fastpref.trainer.layout import ARGUMENT_NAMES
 from fastpref.trainer.metrics import metric_names
+from fastpref.trainer.moe import install_routers
 from fastpref.trainer.optimizer import (
     build_optimizer,
     build_scheduler,
@@ -109,6 +110,7 @@ class DPOTrainer:
         install_heads(self.model, options)
         if self.args.packing:
             install_packing(self.model, prefix_sharing=self.args.prefix_sharing)
+        self.balance = install_routers(self.model)
         self.models_wrapped = wrap_for_training(model, self.args)
         self.schedule = PreferenceSchedule(self.train_config)
         self.metrics_keys = list(metric_names(self.train_config, bool(token_stats)))

@@ -178,6 +178,7 @@ def _fingerprint(trainer: DPOTrainer) -> dict[str, Any]:
         *("learning_rate", "min_lr", "lr_scheduler_type", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
         # Megatron stores the state of its two optimizers in different forms.
         "use_distributed_optimizer",
+        "moe_aux_loss_coeff",
     )
     loss = json.dumps(asdict(trainer.train_config), sort_keys=True)
     return {
@@ -279,6 +280,8 @@ class _Window:
             seen |= read_activity(head)
         self._metrics.add_means(seen)
         metrics, totals = self._metrics.reduce()
+        if trainer.balance is not None:
+            metrics |= trainer.balance.read()
         norms = [step.grad_norm for step in steps if step.grad_norm is not None]
         if norms:
             metrics["grad_norm"] = sum(norms) / len(norms)

@@ -25,13 +25,16 @@ def check_model(models: Sequence[GPTModel], args: TrainingArguments) -> None:
     """Requires that chunks were built with the settings that a run can only take from them.
 
     Raises:
-        ConfigError: number of chunks, precision, sequence parallelism or recomputation differ; lists every difference.
+        ConfigError: number of chunks, precision, sequence parallelism, recomputation or the load-balancing loss differ;
+            lists every difference.
     """
     wanted = {
         "params_dtype": params_dtype(args),
         "sequence_parallel": args.sequence_parallel,
         "recompute_granularity": args.recompute_granularity,
     }
+    if args.moe_aux_loss_coeff is not None:
+        wanted["moe_aux_loss_coeff"] = args.moe_aux_loss_coeff
     problems = [
         f"{name}: the model was built with {getattr(model.config, name)}, TrainingArguments ask for {value}"
         for model in models[:1]

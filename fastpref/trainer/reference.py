@@ -6,6 +6,7 @@ import copy
 from collections.abc import Sequence
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 
 from fastpref.errors import ConfigError
@@ -83,10 +84,12 @@ def build_reference(
 
 def _frozen_copy(model: GPTModel) -> GPTModel:
     """A copy of a model chunk that shares what cannot be copied: its configuration and process groups."""
-    memo: dict[int, object] = {}
+    # Modules hold process groups, and so do objects of theirs that are no modules (token dispatchers).
+    shared = [model.config, *(parallel_state._global_process_group_list or [])]
+    memo: dict[int, object] = {id(value): value for value in shared if value is not None}
     for module in model.modules():
         for value in vars(module).values():
-            if isinstance(value, torch.distributed.ProcessGroup) or value is model.config:
+            if isinstance(value, torch.distributed.ProcessGroup):
                 memo[id(value)] = value
             if type(value).__name__ == "ProcessGroupCollection":
                 memo[id(value)] = value

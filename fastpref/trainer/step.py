@@ -230,6 +230,7 @@ def _forward_step(
                 position_ids=batch.position_ids_NL.to(device, non_blocking=True),
                 attention_mask=_attention_mask(model, batch.seq_length),
                 packed_seq_params=packed_seq_params,
+                padding_mask=_padding_mask(model, batch),
             )
     finally:
         if head is not None:
@@ -246,6 +247,19 @@ def _attention_mask(model: torch.nn.Module, seq_length: int) -> Tensor | None:
     if not any(isinstance(module, DotProductAttention) for module in chunk.modules()):
         return None
     return torch.ones(seq_length, seq_length, dtype=torch.bool, device=current_device()).triu(1)[None, None]
+
+
+def _padding_mask(model: torch.nn.Module, batch: Microbatch) -> Tensor | None:
+    """Tokens [N, L] that the load-balancing loss of experts leaves out, True; None for a model without experts."""
+    chunk = unwrap(model)
+    if chunk.config.num_moe_experts is None:
+        return None
+    mask_NL = batch.uncounted_NL
+    if chunk.config.sequence_parallel and not chunk.pre_process:
+        # Megatron cuts the mask along the sequence on the first stage only.
+        size = parallel_state.get_tensor_model_parallel_world_size()
+        mask_NL = mask_NL.chunk(size, dim=1)[parallel_state.get_tensor_model_parallel_rank()]
+    return mask_NL.to(current_device(), non_blocking=True)
 
 
 def with_reference(batches: Sequence[Microbatch], scores: Sequence[Tensor | None]) -> list[Microbatch]:
