@@ -34,5 +34,9 @@ class NonFiniteError(FastprefError, ArithmeticError):
     """A NaN or an infinity reached the loss or the gradient; no parameter was updated."""
 
 
+class PeerError(FastprefError, RuntimeError):
+    """Another rank of the job did not answer in time, or died."""
+
+
 class MissingDependencyError(FastprefError, ImportError):
     """An optional package is needed for what was asked; the message names the extra that brings it."""

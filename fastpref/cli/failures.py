@@ -17,6 +17,7 @@ from fastpref.errors import (
     FastprefError,
     MissingDependencyError,
     NonFiniteError,
+    PeerError,
 )
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -27,6 +28,7 @@ _KINDS: tuple[tuple[type[Exception], str, int], ...] = (
     (DataError, "data", 3),
     (CheckpointError, "checkpoint", 4),
     (NonFiniteError, "non-finite", 5),
+    (PeerError, "peer", 6),
     (FastprefError, "run", 1),
     (torch.distributed.DistError, "peer", 6),
 )
@@ -56,7 +58,8 @@ def describe(error: Exception) -> tuple[str, int] | None:
     """Return the message and the exit code of `error`; None for one that is our own bug."""
     for kind, name, code in _KINDS:
         if isinstance(error, kind):
-            return f"fastpref: {name} error: {error}", code
+            notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+            return f"fastpref: {name} error: {error}{notes}", code
     if isinstance(error, OSError) and error.errno in _DISK_FULL:
         return f"fastpref: no space left: {error}; free some and resume from the last checkpoint", 7
     if isinstance(error, ImportError) and error.name and not error.name.startswith("fastpref"):

@@ -32,6 +32,7 @@ from fastpref.trainer.optimizer import sync_parameters
 from fastpref.trainer.preemption import StopRequest
 from fastpref.trainer.reporting import RunReporter
 from fastpref.trainer.step import step_totals
+from fastpref.trainer.watch import PeerWatch
 
 if TYPE_CHECKING:
     from fastpref.trainer.dpo_trainer import DPOTrainer, StepResult
@@ -59,14 +60,15 @@ def train(trainer: DPOTrainer) -> TrainResult:
 
     Raises:
         NonFiniteError: a loss or gradient was not finite; the last checkpoint is intact.
+        PeerError: another rank died, or did not answer within `distributed_timeout_seconds`.
         CheckpointError: the checkpoint to resume from is unusable or belongs to another run, or another process runs in
             the output directory.
     """
-    with _held_directory(trainer.args), StopRequest() as stop:
-        return _train(trainer, stop)
+    with PeerWatch(Path(trainer.args.output_dir)) as watch, _held_directory(trainer.args), StopRequest() as stop:
+        return _train(trainer, watch, stop)
 
 
-def _train(trainer: DPOTrainer, stop: StopRequest) -> TrainResult:
+def _train(trainer: DPOTrainer, watch: PeerWatch, stop: StopRequest) -> TrainResult:
     args, total_steps = trainer.args, trainer.feed.total_steps
     trainer.create_optimizer_and_scheduler(total_steps)
     first_step = _resume(trainer)
@@ -77,7 +79,9 @@ def _train(trainer: DPOTrainer, stop: StopRequest) -> TrainResult:
             last |= _log(trainer, reporter, 0, evaluate(trainer))
         for step in range(first_step, total_steps):
             _seed_dropout(trainer, step)
+            watch.sign(step + 1, "reading data")
             batches = trainer.feed.train_batches(step)
+            watch.sign(step + 1, "training")
             result = trainer.run_step(trainer.models_wrapped, batches, step + 1, stop.is_made)
             if step == 0 and not result.skipped_iter:
                 trainer.check_initial_loss(result.loss)
@@ -87,9 +91,11 @@ def _train(trainer: DPOTrainer, stop: StopRequest) -> TrainResult:
             if is_last or done % args.logging_steps == 0:
                 last |= _log(trainer, reporter, done, window.close(done))
             if trainer.feed.eval_dataset is not None and (is_last or _is_due(done, args.eval_steps)):
+                watch.sign(done, "evaluating")
                 last |= _log(trainer, reporter, done, evaluate(trainer))
                 window.restart_clock()
             if (is_last and args.save_on_end) or _is_due(done, args.save_steps) or result.should_stop:
+                watch.sign(done, "saving")
                 _save(trainer, done)
                 window.restart_clock()
             if result.should_stop and not is_last:

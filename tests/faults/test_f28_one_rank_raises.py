@@ -1,0 +1,24 @@
+"""Fault 28: a rank that raises or dies ends the job on every rank, and the messages say which rank, when and why."""
+
+import signal
+from pathlib import Path
+
+from failing_peer import run
+
+
+def test_a_rank_that_raises(project: Path) -> None:
+    (code, said), (other_code, other_said) = run(project, "raises")
+    assert other_code == 3
+    assert "[rank 1] fastpref: data error: pairs.jsonl:7: the record is broken" in other_said
+    assert "(on rank 1 at step 2, reading data)" in other_said
+    assert code == 6
+    assert "fastpref: peer error: rank 0 got no answer at step 2, training, in " in said
+    assert "rank 1: step 2, reading data, " in said
+
+
+def test_a_rank_that_dies(project: Path) -> None:
+    (code, said), (other_code, _) = run(project, "dies")
+    assert other_code == -signal.SIGKILL and code == 6
+    assert "rank 1: step 2, reading data, " in said
+    assert "Error" in (project / "out" / "peer-failure-rank-0.txt").read_text()
+    assert not (project / "out" / "run.lock").exists()
