@@ -21,6 +21,7 @@ from typing import Any, cast
 import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
@@ -61,6 +62,17 @@ def expert_settings(arch: Architecture, aux_loss_coeff: float | None, *, grouped
         "expert_model_parallel_size": parallel_state.get_expert_model_parallel_world_size(),
         "expert_tensor_parallel_size": parallel_state.get_expert_tensor_parallel_world_size(),
     }
+
+
+def separate_experts(model: torch.nn.Module) -> None:
+    """Have the gradients of experts reduced, and their weights updated, apart from the rest in every layout.
+
+    Megatron does so only where expert-parallel ranks share them; a checkpoint would then fit one kind of layout.
+    """
+    for module in model.modules():
+        if isinstance(module, MoELayer):
+            for parameter in module.experts.parameters():
+                parameter.allreduce = False
 
 
 class BalanceMeter:

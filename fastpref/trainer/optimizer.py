@@ -14,6 +14,7 @@ from megatron.core.transformer.module import Float16Module
 from fastpref.errors import ConfigError
 from fastpref.trainer.arguments import TrainingArguments
 from fastpref.trainer.head import unwrap
+from fastpref.trainer.moe import separate_experts
 
 
 def params_dtype(args: TrainingArguments) -> torch.dtype:
@@ -74,6 +75,7 @@ def wrap_for_training(models: Sequence[torch.nn.Module], args: TrainingArguments
             wrapped.append(model)
             continue
         (model,) = to_precision([model], args)
+        separate_experts(model)
         config = unwrap(model).config
         # Later chunks communicate under computation anyway; bucketing them only adds launches.
         wrapped.append(DistributedDataParallel(config, ddp_config, model, disable_bucketing=index > 0))

@@ -36,8 +36,9 @@ from fastpref.errors import CheckpointError
 from fastpref.trainer.agreement import together
 from fastpref.trainer.head import unwrap
 
-# The optimizer's shards are stored by parameter, so that any layout can read them.
-_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+# The optimizer's shards are stored by parameter, so that any layout can read them; experts have an optimizer of their
+# own, whose shards then need no name of their own.
+_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
 def save(
