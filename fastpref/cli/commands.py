@@ -92,6 +92,26 @@ def train(config_path: Path, overrides: tuple[str, ...], export_dir: Path | None
     platform.destroy()
 
 
+@cli.command("score-ref")
+@run_arguments
+@click.option("--output", type=click.Path(path_type=Path), help="Cache to write.  [default: reference.cache]")
+def score_ref(config_path: Path, overrides: tuple[str, ...], output: Path | None) -> None:
+    """Score the training and evaluation pairs with the reference, for runs with reference.mode=precomputed.
+
+    A pass that was cut goes on where it stopped; a cache that is there and fits is left as it is.
+    """
+    from fastpref.trainer import build, platform
+
+    config = _load(config_path, overrides)
+    start = time.perf_counter()
+    cache, is_new = build.precompute_reference(config, output)
+    if torch.distributed.get_rank() == 0:
+        pairs = sum(plan.num_pairs for plan in cache.tables.values())
+        seconds = tables.duration(time.perf_counter() - start)
+        _print(f"Scored {pairs:,} pairs in {seconds}: {cache.path}" if is_new else f"{cache.path} is there and fits")
+    platform.destroy()
+
+
 @cli.command("eval")
 @run_arguments
 def evaluate(config_path: Path, overrides: tuple[str, ...]) -> None:
@@ -143,20 +163,23 @@ def export(config_path: Path, overrides: tuple[str, ...], checkpoint: str, outpu
 def check(config_path: Path, overrides: tuple[str, ...], world_size: int | None) -> None:
     """Validate everything that training would, and show what it would do; needs no GPU and loads no weights.
 
+    With reference.mode=precomputed it reads the weights' files once, to compare their hash with the cache's.
+
     Without --world-size the plan is for the ranks of the launcher, or the fewest that the layout needs.
     """
-    from fastpref.trainer import inspect
+    from fastpref.trainer import build, inspect
     from fastpref.trainer.prepare import launched_world_size, prepare
 
     config = _load(config_path, overrides)
     if world_size is None:
         world_size = max(launched_world_size(), config.training.layout.fewest_ranks)
     run = prepare(config, world_size)
+    reference = build.describe_reference(run)
     reports = {name: data.report for name, data in (("train", run.train), ("eval", run.eval)) if data is not None}
     _print(
         *(tables.pair(view, index) for index, view in enumerate(inspect.pair_views(run))),
         tables.data_report(reports),
-        tables.plan(run, inspect.layout_axes(run)),
+        tables.plan(run, inspect.layout_axes(run), reference),
         tables.memory(inspect.estimate_memory(run), inspect.full_logits_bytes(run)),
         f"{config_path} is valid.",
     )

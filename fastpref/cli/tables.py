@@ -87,7 +87,7 @@ def _lengths(stats: LengthStats) -> str:
     return f"{stats.min}-{stats.max}, mean {stats.mean:.1f}, 95% <= {stats.p95}"
 
 
-def plan(run: PreparedRun, axes: Sequence[LayoutAxis]) -> RenderableType:
+def plan(run: PreparedRun, axes: Sequence[LayoutAxis], reference: str) -> RenderableType:
     """Layout of the ranks, then batch and schedule."""
     layout = new_table(f"Layout (world size {run.world_size})", ("parallel", "ranks", "with rank 0"))
     for axis in axes:
@@ -104,6 +104,7 @@ def plan(run: PreparedRun, axes: Sequence[LayoutAxis]) -> RenderableType:
     batches.add_row("total steps", f"{run.total_steps:,}")
     batches.add_row("warm-up steps", f"{args.warmup_steps_of(run.total_steps):,}")
     batches.add_row("epochs", f"{run.total_steps / run.steps_per_epoch:.2f}")
+    batches.add_row("reference", reference)
     return Group(layout, batches)
 
 

@@ -9,7 +9,7 @@ from fastpref.data import strict_json
 from fastpref.data.dataset import PreferenceDataset
 from fastpref.errors import ConfigError, DataError, MissingDependencyError
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 _CONFIG_FILES = ("tokenizer_config.json", "config.json")
 
 
@@ -26,10 +26,8 @@ def load_tokenizer(path: str | Path) -> Any:
     directory = Path(path)
     if not directory.is_dir():
         raise ConfigError(f"tokenizer {str(path)!r} is no local directory; download it first and give its path")
-    if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
-        raise ConfigError(
-            f"tokenizer {str(path)!r} has none of {', '.join(_TOKENIZER_FILES)}; copy the tokenizer there"
-        )
+    if not any((directory / name).is_file() for name in TOKENIZER_FILES):
+        raise ConfigError(f"tokenizer {str(path)!r} has none of {', '.join(TOKENIZER_FILES)}; copy the tokenizer there")
     declared_class = _check_configs(directory)
     try:
         import transformers

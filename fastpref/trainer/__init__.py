@@ -12,6 +12,7 @@ except ImportError as error:
         f'fastpref.trainer needs {error.name}: pip install "fastpref[megatron]"', name=error.name
     ) from error
 
+from fastpref.checkpoint.reference_cache import ReferenceCache
 from fastpref.losses import DPOConfig
 from fastpref.trainer.arguments import TrainingArguments
 from fastpref.trainer.config_file import load_run_config
@@ -19,12 +20,14 @@ from fastpref.trainer.dpo_trainer import DPOTrainer, initialize_megatron
 from fastpref.trainer.loop import TrainResult
 from fastpref.trainer.model import ModelOptions, build_models, load_models, save_hf
 from fastpref.trainer.run_config import ModelConfig, ReferenceConfig, RunConfig
+from fastpref.trainer.scoring import score_reference
 
 __all__ = [
     "DPOConfig",
     "DPOTrainer",
     "ModelConfig",
     "ModelOptions",
+    "ReferenceCache",
     "ReferenceConfig",
     "RunConfig",
     "TrainResult",
@@ -34,4 +37,5 @@ __all__ = [
     "load_models",
     "load_run_config",
     "save_hf",
+    "score_reference",
 ]

@@ -107,7 +107,7 @@ class Microbatch:
             position_ids_NL=_positions(input_ids) if positions is None else positions.long(),
             labels_NL=labels.long(),
             weights_B=torch.ones(num_pairs) if weights is None else weights.float(),
-            pair_ids_B=torch.arange(num_pairs) if ids is None else ids.long(),
+            pair_ids_B=torch.full((num_pairs,), -1) if ids is None else ids.long(),
             used_B=_used(input_ids, batch.get("attention_mask"), segments),
             padding_NL=_padding(input_ids, batch.get("attention_mask"), segments),
             nll_labels_NL=batch.get("nll_labels"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -11,15 +13,20 @@ import torch
 from megatron.core.models.gpt import GPTModel
 
 from fastpref.checkpoint import directory
+from fastpref.checkpoint.reference_cache import ReferenceCache
+from fastpref.data import resolve_pad_token_id
 from fastpref.errors import ConfigError, DataError
 from fastpref.trainer import loop, state
+from fastpref.trainer.agreement import together
 from fastpref.trainer.arguments import ParallelArguments
 from fastpref.trainer.config_file import dump_run_config
 from fastpref.trainer.dpo_trainer import DPOTrainer, initialize_megatron
+from fastpref.trainer.identity import reference_identity
 from fastpref.trainer.model import ModelOptions, build_models, load_models, save_hf
 from fastpref.trainer.optimizer import params_dtype
 from fastpref.trainer.prepare import PreparedRun, hf_config_of, launched_world_size, prepare
 from fastpref.trainer.run_config import RunConfig
+from fastpref.trainer.scoring import from_rank_0, score_reference
 
 CONFIG_FILE = "config.yaml"
 
@@ -35,7 +42,7 @@ def build_trainer(config: RunConfig) -> DPOTrainer:
     run = prepare(config)
     initialize_megatron(config.training)
     _write_config(config)
-    return _build(run)
+    return _build(run, may_score=True)
 
 
 def build_evaluator(config: RunConfig) -> DPOTrainer:
@@ -50,7 +57,7 @@ def build_evaluator(config: RunConfig) -> DPOTrainer:
     """
     run = prepare(config, for_training=False)
     initialize_megatron(config.training)
-    trainer = _build(run)
+    trainer = _build(run, may_score=False)
     wanted = config.training.resume_from_checkpoint
     if wanted is not None:
         path = state.choose(loop.checkpoint_root(config.training), wanted)
@@ -58,6 +65,55 @@ def build_evaluator(config: RunConfig) -> DPOTrainer:
         saved = directory.read_state(path)
         trainer.schedule.bco_delta, trainer.schedule.bco_count = saved["bco_delta"], saved["bco_count"]
     return trainer
+
+
+def precompute_reference(config: RunConfig, output: str | Path | None = None) -> tuple[ReferenceCache, bool]:
+    """Score the training and evaluation pairs of a run with its reference, whatever `reference.mode` says.
+
+    Args:
+        config: the run.
+        output: directory of the cache; None takes `reference.cache`.
+
+    Returns:
+        The cache, and whether it was made now: one that is there and fits is left as it is.
+
+    Raises:
+        ConfigError: the loss reads no reference; see `prepare`.
+        DataError: see `prepare`; or the ranks read different data.
+        CheckpointError: a model directory is unusable, or the directory holds the cache of another run.
+        NonFiniteError: a log-prob is NaN or infinite.
+    """
+    if not config.loss.use_ref_model:
+        raise ConfigError(
+            f"pref_loss {' + '.join(config.loss.loss_names)} reads no reference; there is nothing to score"
+        )
+    run = prepare(config, saves=False)
+    initialize_megatron(config.training)
+    _require_equal_data(run)
+    path = Path(output or config.reference_cache)
+    identity = reference_identity(run)
+    if from_rank_0(path.exists, "looking for the reference cache"):
+        return _open_cache(path, run, identity), False
+    return _score(path, run, identity), True
+
+
+def describe_reference(run: PreparedRun) -> str:
+    """Say where a training run would take the reference's log-probs from; loads no weights, joins no group.
+
+    Raises:
+        CheckpointError: there is a cache, of another run; or the model directory is unusable.
+    """
+    config = run.config
+    if not config.loss.use_ref_model:
+        return "none, the loss reads none"
+    if not config.precomputes_reference:
+        return "a frozen copy of the policy" if _is_policy(config) else f"the model {config.reference_path}"
+    path = config.reference_cache
+    if not path.exists():
+        pairs = sum(len(dataset) for dataset in run.datasets.values())
+        return f"precomputed: training first scores {pairs:,} pairs into {path}"
+    ReferenceCache(path).require(run.datasets, reference_identity(run))
+    return f"precomputed in {path}, which fits"
 
 
 def export_checkpoint(config: RunConfig, checkpoint: str, output: str | Path) -> Path:
@@ -106,19 +162,53 @@ def check_export_target(output: str | Path) -> None:
         raise ConfigError(f"the export directory {str(path)!r} exists and is not empty; choose a new one or remove it")
 
 
-def _build(run: PreparedRun) -> DPOTrainer:
+def _build(run: PreparedRun, *, may_score: bool) -> DPOTrainer:
     config = run.config
     _require_equal_data(run)
+    # First, so that a reference that is only scored is gone before the policy takes memory.
+    reference = _cached_reference(run, may_score) if config.precomputes_reference else _reference(config)
     return DPOTrainer(
         model=_policy(config),
         train_config=config.loss,
-        ref_model=_reference(config),
+        ref_model=reference,
         args=config.training,
         train_dataset=run.train,
         eval_dataset=run.eval,
         data_collator=run.collator(),
         processing_class=run.tokenizer,
     )
+
+
+def _cached_reference(run: PreparedRun, may_score: bool) -> ReferenceCache:
+    path, identity = run.config.reference_cache, reference_identity(run)
+    if not may_score or from_rank_0(path.exists, "looking for the reference cache"):
+        return _open_cache(path, run, identity)
+    return _score(path, run, identity)
+
+
+def _open_cache(path: Path, run: PreparedRun, identity: Mapping[str, Any]) -> ReferenceCache:
+    def open_cache() -> ReferenceCache:
+        cache = ReferenceCache(path, starts_at_policy=_is_policy(run.config))
+        cache.require(run.datasets, identity)
+        return cache
+
+    return together(open_cache, "opening the reference cache")
+
+
+def _score(path: Path, run: PreparedRun, identity: Mapping[str, Any]) -> ReferenceCache:
+    """Score with weights that are gone when this returns."""
+    score_reference(
+        _reference(run.config) or _policy(run.config),
+        list(run.datasets.values()),
+        path,
+        run.config.training,
+        identity=identity,
+        pad_token_id=resolve_pad_token_id(run.tokenizer),
+    )
+    gc.collect()  # modules refer to each other in circles
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return _open_cache(path, run, identity)
 
 
 def _options(config: RunConfig) -> ModelOptions:
@@ -138,11 +228,14 @@ def _policy(config: RunConfig) -> list[GPTModel]:
 
 
 def _reference(config: RunConfig) -> list[GPTModel] | None:
-    """Return the reference's own weights; None where the trainer copies the policy."""
-    path = None if config.reference is None else config.reference.path
-    if path is None or (config.model.path is not None and Path(path).samefile(config.model.path)):
-        return None
-    return load_models(path, _options(config))
+    """Return the reference's own weights; None where they are the policy's."""
+    return None if _is_policy(config) else load_models(str(config.reference_path), _options(config))
+
+
+def _is_policy(config: RunConfig) -> bool:
+    """Whether the reference has the policy's first weights."""
+    path = config.reference_path
+    return path is None or (config.model.path is not None and Path(path).samefile(config.model.path))
 
 
 def _require_equal_data(run: PreparedRun) -> None:

@@ -14,6 +14,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
+from fastpref.checkpoint.reference_cache import ReferenceCache
 from fastpref.errors import ConfigError, DataError, FastprefError, NonFiniteError
 from fastpref.losses import DPOConfig, PairLogps, expected_initial_loss, preference_loss
 from fastpref.trainer import guard, loop, state
@@ -33,7 +34,7 @@ from fastpref.trainer.optimizer import (
 )
 from fastpref.trainer.packing import install_packing
 from fastpref.trainer.platform import current_layout, initialize_distributed, initialize_model_parallel
-from fastpref.trainer.reference import build_reference
+from fastpref.trainer.reference import MAX_DRIFT, PrecomputedReference, build_reference, drift_per_token
 from fastpref.trainer.step import MicrobatchResult, PreferenceSchedule
 
 if TYPE_CHECKING:
@@ -65,7 +66,8 @@ class DPOTrainer:
         model: this rank's chunks of the policy (one, or one per virtual pipeline stage); Megatron's parallel state must
             exist (`initialize_megatron(args)`), as it must to build them. They are wrapped in Megatron's DDP.
         train_config: the preference loss; default DPO at beta 0.1.
-        ref_model: chunks of the reference; None copies the policy as it is now where the loss reads a reference.
+        ref_model: chunks of the reference, or a `ReferenceCache` of its scores for both data sets; None copies the
+            policy as it is now where the loss reads a reference.
         args: all other settings.
         train_dataset: indexable pairs for `data_collator`: `fastpref.data.TokenizedPair` or anything it takes.
         eval_dataset: the same, for `evaluate`.
@@ -81,7 +83,7 @@ class DPOTrainer:
         self,
         model: Sequence[torch.nn.Module] | None = None,
         train_config: DPOConfig | None = None,
-        ref_model: Sequence[torch.nn.Module] | None = None,
+        ref_model: Sequence[torch.nn.Module] | ReferenceCache | None = None,
         args: TrainingArguments | None = None,
         *,
         train_dataset: Any = None,
@@ -98,8 +100,12 @@ class DPOTrainer:
         loop.check_combination(self.args, self.train_config)
         self.model = [unwrap(chunk) for chunk in model]
         check_model(self.model, self.args)
-        self.reference = build_reference(self.model, ref_model, self.train_config, self.args)
-        self.starts_at_reference = ref_model is None and self.reference is not None
+        datasets = {"training pairs": train_dataset, "evaluation pairs": eval_dataset}
+        datasets = {name: dataset for name, dataset in datasets.items() if dataset is not None}
+        self.reference = build_reference(self.model, ref_model, self.train_config, self.args, datasets)
+        self.starts_at_reference = self.reference is not None and (
+            ref_model.starts_at_policy if isinstance(ref_model, ReferenceCache) else ref_model is None
+        )
         token_stats = TOKEN_STATS if self.args.log_token_stats else ()
         options = HeadOptions(
             token_stats=token_stats,
@@ -130,7 +136,7 @@ class DPOTrainer:
 
     @property
     def ref_models(self) -> list[torch.nn.Module] | None:
-        """Chunks of the reference, or None where the loss reads none."""
+        """Chunks of the reference; None where the loss reads none or its scores are precomputed."""
         return None if self.reference is None else self.reference.models
 
     def train(self) -> loop.TrainResult:
@@ -195,6 +201,10 @@ class DPOTrainer:
         loss = torch.tensor(step.loss)
         return loss, metrics, step.skipped_iter, step.grad_norm, step.num_zeros_in_grad
 
+    def attach_reference(self, batches: Sequence[Microbatch], dataset: Any) -> list[Microbatch]:
+        """Returns microbatches of `dataset` with the log-probs of the reference, where the loss reads one."""
+        return list(batches) if self.reference is None else self.reference.attach(batches, dataset)
+
     def run_step(
         self,
         models: Sequence[DistributedDataParallel],
@@ -215,8 +225,7 @@ class DPOTrainer:
                 have been skipped just before; nothing was updated.
         """
         optimizer = self.optimizer
-        if self.reference is not None:
-            batches = self.reference.attach(batches)
+        batches = self.attach_reference(batches, self.feed.train_dataset)
         for model in models:
             model.train()
             model.zero_grad_buffer()
@@ -361,21 +370,36 @@ class DPOTrainer:
         output = preference_loss(DPOConfig(beta=self.train_config.beta, pref_loss="orpo"), logps)
         return output.losses, output.chosen_rewards, output.rejected_rewards
 
-    def check_initial_loss(self, loss: float) -> None:
-        """Requires the loss of the first step that policy == reference implies.
+    def check_first_step(self, step: StepResult) -> None:
+        """Requires what policy == reference implies for the first step; every rank calls it.
+
+        With a model in memory both passes see the same batches, and the loss must be what its formula gives at zero
+        margin. A cache was scored in other batches and maybe in another layout, so that sums differ by rounding: there
+        the log-probs themselves must agree, within `MAX_DRIFT` per token.
 
         Raises:
             FastprefError: policy and reference do not agree on the first batch.
         """
+        config = self.model[0].config
+        if not (self.args.check_initial_loss and self.starts_at_reference):
+            return
+        if config.hidden_dropout or config.attention_dropout:
+            return
+        if isinstance(self.reference, PrecomputedReference):
+            drift, most = drift_per_token(step.results), MAX_DRIFT[config.params_dtype]
+            if drift > most:
+                raise FastprefError(
+                    f"policy and reference start equal, so their log-probs may differ by at most {most:g} per token "
+                    f"before the first update, but they differ by {drift:.3g}: the cache {self.reference.cache.path} "
+                    "was scored by other code or hardware, or the model answers differently in training and evaluation "
+                    "mode. Score the reference again, or set check_initial_loss: false"
+                )
+            return
         expected = expected_initial_loss(self.train_config)
-        if not (self.args.check_initial_loss and self.starts_at_reference) or expected is None:
-            return
-        if self.model[0].config.hidden_dropout or self.model[0].config.attention_dropout:
-            return
-        if abs(loss - expected) > 1e-5 * max(1.0, abs(expected)):
+        if expected is not None and abs(step.loss - expected) > 1e-5 * max(1.0, abs(expected)):
             raise FastprefError(
-                f"policy and reference start equal, so the first loss must be {expected:.6f}, but it is {loss:.6f}: "
-                "the model answers differently in training and evaluation mode. Fix the model, or set "
+                f"policy and reference start equal, so the first loss must be {expected:.6f}, but it is {step.loss:.6f}"
+                ": the model answers differently in training and evaluation mode. Fix the model, or set "
                 "check_initial_loss: false"
             )
 

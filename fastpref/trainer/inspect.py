@@ -55,7 +55,7 @@ class MemoryEstimate:
     weights: int
     """The policy."""
     reference: int
-    """A second copy of the weights, where the loss reads a reference."""
+    """A second copy of the weights, where the loss reads a reference that is not precomputed."""
     gradients: int
     """The fp32 buffer that gradients are summed in."""
     optimizer: int
@@ -120,11 +120,12 @@ def _stage_memories(run: PreparedRun) -> Iterator[MemoryEstimate]:
     shards = run.data_parallel_size if args.use_distributed_optimizer else 1
     length = longest_row(run)
     plan = plan_pipeline(run.architecture.num_layers, args.layout)
+    has_model = run.config.loss.use_ref_model and not run.config.precomputes_reference
     for stage, parameters in enumerate(stage_parameters(run.architecture, args.tensor_model_parallel_size, plan)):
         yield MemoryEstimate(
             parameters=parameters,
             weights=parameters * width,
-            reference=parameters * width if run.config.loss.use_ref_model else 0,
+            reference=parameters * width if has_model else 0,
             gradients=parameters * 4,
             optimizer=parameters * state_bytes // shards,
             activations=_activation_bytes(run, plan, stage, length),

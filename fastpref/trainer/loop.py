@@ -84,7 +84,7 @@ def _train(trainer: DPOTrainer, watch: PeerWatch, stop: StopRequest) -> TrainRes
             watch.sign(step + 1, "training")
             result = trainer.run_step(trainer.models_wrapped, batches, step + 1, stop.is_made)
             if step == 0 and not result.skipped_iter:
-                trainer.check_initial_loss(result.loss)
+                trainer.check_first_step(result)
             window.add(result)
             reporter.advance()
             done, is_last = step + 1, step + 1 == total_steps
@@ -123,8 +123,7 @@ def evaluate(trainer: DPOTrainer, eval_dataset: Any = None) -> dict[str, float]:
     totals = step_totals(itertools.chain.from_iterable(trainer.feed.eval_batches(dataset)), trainer.train_config)
     with torch.no_grad():
         for batches in trainer.feed.eval_batches(dataset):
-            if trainer.reference is not None:
-                batches = trainer.reference.attach(batches)
+            batches = trainer.attach_reference(batches, dataset)
             window.add(batches, trainer.schedule.evaluate(trainer.models_wrapped, batches, totals))
     for model in trainer.models_wrapped:
         model.train()

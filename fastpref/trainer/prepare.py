@@ -51,6 +51,12 @@ class PreparedRun:
     """Evaluation pairs; None where the file names none."""
 
     @property
+    def datasets(self) -> dict[str, PreferenceDataset]:
+        """The data sets that are there, by what they are called in a message."""
+        found = {"training pairs": self.train, "evaluation pairs": self.eval}
+        return {name: dataset for name, dataset in found.items() if dataset is not None}
+
+    @property
     def data_parallel_size(self) -> int:
         """Copies of the model that work on different pairs."""
         return self.config.training.layout.data_parallel_size(self.world_size)
@@ -80,13 +86,16 @@ class PreparedRun:
         return default_collator(config.loss, config.training, pad_token_id, config.data.pad_to_multiple_of)
 
 
-def prepare(config: RunConfig, world_size: int | None = None, *, for_training: bool = True) -> PreparedRun:
+def prepare(
+    config: RunConfig, world_size: int | None = None, *, for_training: bool = True, saves: bool = True
+) -> PreparedRun:
     """Validate a run against its files, and read and tokenise its data.
 
     Args:
         config: the run.
         world_size: ranks to plan for; None takes those of the process group or the launcher.
         for_training: False is for evaluation alone: training data, schedule and output directory are not looked at.
+        saves: whether training saves checkpoints; if not, those of an earlier run may be in the output directory.
 
     Raises:
         ConfigError: paths, layout, batches, token ids or settings do not fit each other.
@@ -95,7 +104,7 @@ def prepare(config: RunConfig, world_size: int | None = None, *, for_training: b
     """
     world_size = launched_world_size() if world_size is None else world_size
     train_paths = config.data.train_paths if for_training else ()
-    _raise_if([*_path_problems(config, for_training), *_evaluation_problems(config, for_training)])
+    _raise_if([*_path_problems(config, for_training, saves), *_evaluation_problems(config, for_training)])
     if config.training.resume_from_checkpoint is not None:
         directory.candidates(loop.checkpoint_root(config.training), config.training.resume_from_checkpoint)
     loop.check_combination(config.training, config.loss)
@@ -137,7 +146,7 @@ def hf_config_of(config: RunConfig) -> dict[str, Any]:
     return dict(config.model.config)
 
 
-def _path_problems(config: RunConfig, for_training: bool) -> Iterator[str]:
+def _path_problems(config: RunConfig, for_training: bool, saves: bool) -> Iterator[str]:
     directories = {
         "model.path": config.model.path,
         "model.tokenizer": config.model.tokenizer,
@@ -148,7 +157,7 @@ def _path_problems(config: RunConfig, for_training: bool) -> Iterator[str]:
     given = [(key, path) for key, path in directories.items() if path is not None]
     unusable = [
         f"{key}: {path!r} begins with ~, which only a shell expands, or holds a NUL; write the path out"
-        for key, path in [*given, *files, ("training.output_dir", config.training.output_dir)]
+        for key, path in [*given, *files, *_new_directories(config).items()]
         if path.startswith("~") or "\0" in path
     ]
     if unusable:
@@ -161,14 +170,21 @@ def _path_problems(config: RunConfig, for_training: bool) -> Iterator[str]:
     for key, path in files:
         if not Path(path).exists():
             yield f"{key}: {path!r} does not exist; {relative_to}"
-    if for_training:
+    for key, path in _new_directories(config).items():
+        if Path(path).exists() and not Path(path).is_dir():
+            yield f"{key}: {path!r} exists and is not a directory"
+    if for_training and saves:
         yield from _output_problems(config)
+
+
+def _new_directories(config: RunConfig) -> dict[str, str]:
+    """Directories that the run makes where they are not there."""
+    cache = {"reference.cache": str(config.reference_cache)} if config.precomputes_reference else {}
+    return {"training.output_dir": config.training.output_dir, **cache}
 
 
 def _output_problems(config: RunConfig) -> Iterator[str]:
     output, args = Path(config.training.output_dir), config.training
-    if output.exists() and not output.is_dir():
-        yield f"training.output_dir: {str(output)!r} exists and is not a directory"
     steps = directory.finished_steps(loop.checkpoint_root(args))
     if args.resume_from_checkpoint is None and steps:
         yield (

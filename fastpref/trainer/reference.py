@@ -1,23 +1,39 @@
-"""The frozen reference model: where it comes from and how its log-probs reach a step."""
+"""The reference: a frozen model or its cached scores, and how its log-probs reach a step.
+
+Dims: B pairs, S = 2B sequences, N pairs of a data set, 6 columns of a cache.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
+from torch import Tensor
 
-from fastpref.errors import ConfigError
+from fastpref.checkpoint.reference_cache import ReferenceCache
+from fastpref.errors import ConfigError, DataError
 from fastpref.losses import DPOConfig
+from fastpref.trainer.agreement import together
 from fastpref.trainer.arguments import TrainingArguments
 from fastpref.trainer.batch import Microbatch
 from fastpref.trainer.head import HeadOptions, install_heads, unwrap
+from fastpref.trainer.metrics import owns_results
 from fastpref.trainer.optimizer import check_model, to_precision
 from fastpref.trainer.packing import install_packing
-from fastpref.trainer.step import PreferenceSchedule, with_reference
+from fastpref.trainer.platform import current_device
+from fastpref.trainer.step import MicrobatchResult, PreferenceSchedule, with_reference
 from fastpref.trainer.timing import DeviceTimer
+
+MAX_DRIFT = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
+"""Mean distance, in nat per token, that rounding may put between two passes of one model in other batches and layouts.
+
+Far above what another batch makes of a real model, and below what other weights make; docs/reference-cache.md has the
+measurements.
+"""
 
 
 class ReferenceModel:
@@ -39,31 +55,140 @@ class ReferenceModel:
         self._schedule = PreferenceSchedule(config)
         self.timer = DeviceTimer()
 
-    def attach(self, batches: Sequence[Microbatch]) -> list[Microbatch]:
-        """Returns the microbatches with their reference sums, known on the last pipeline stage only."""
+    def attach(self, batches: Sequence[Microbatch], dataset: Any) -> list[Microbatch]:
+        """Returns the microbatches with their reference sums, known on the last pipeline stage only.
+
+        A model scores any pairs, so `dataset` is not looked at.
+        """
         self.timer.start()
         with torch.no_grad():
             scores = self._schedule.score(self.models, batches)
         self.timer.stop()
         return with_reference(batches, scores)
 
+    def score_columns(self, batches: Sequence[Microbatch]) -> list[Tensor | None]:
+        """Returns what the head answers, [K, S] per microbatch; None on every stage but the last."""
+        with torch.no_grad():
+            return self._schedule.score_columns(self.models, batches)
+
+
+class PrecomputedReference:
+    """Looks microbatches up in a cache; holds no weights.
+
+    Memory: 24 bytes per pair of the data sets, on the host of every rank.
+
+    Args:
+        cache: the scores.
+        config: the preference loss.
+        datasets: the data sets whose pairs will be asked for, by what they are called in a message.
+
+    Raises:
+        ConfigError: a data set has no hash to find its scores by.
+        CheckpointError: the cache does not hold these data sets, or is damaged.
+    """
+
+    models = None
+
+    def __init__(self, cache: ReferenceCache, config: DPOConfig, datasets: Mapping[str, Any]) -> None:
+        for name, dataset in datasets.items():
+            if not hasattr(dataset, "sha256"):
+                raise ConfigError(
+                    f"{name}: a reference cache is found by the hash of the data, which {type(dataset).__name__} does "
+                    "not have; wrap the pairs in fastpref.data.PreferenceDataset"
+                )
+        together(lambda: cache.require(datasets), "checking the reference cache")
+        self.cache = cache
+        self._rows = together(
+            lambda: {dataset.sha256: cache.read(dataset) for dataset in datasets.values()},
+            "reading the reference cache",
+        )
+        self._schedule = PreferenceSchedule(config)
+        self.timer = DeviceTimer()
+
+    def attach(self, batches: Sequence[Microbatch], dataset: Any) -> list[Microbatch]:
+        """Returns the microbatches with their cached sums, on the last pipeline stage only.
+
+        Args:
+            batches: microbatches whose `pair_ids_B` are positions in `dataset`; -1 only at weight 0.
+            dataset: where their pairs come from.
+
+        Raises:
+            ConfigError: the cache was not opened for this data set.
+            DataError: a pair is not in the data set, or has other numbers of response tokens than when it was scored.
+        """
+        rows_N6 = self._rows.get(getattr(dataset, "sha256", ""))
+        if rows_N6 is None:
+            raise ConfigError(
+                f"the reference is precomputed in {self.cache.path}, which knows nothing of this data set; evaluate "
+                "the data set that the trainer was made with, or train with a reference model"
+            )
+        self.timer.start()
+        # Every rank looks up and checks, so that the stages of a pipeline fail together.
+        sums = [self._response_sums(batch, rows_N6, dataset) for batch in batches]
+        self.timer.stop()
+        if not parallel_state.is_pipeline_last_stage(ignore_virtual=True):
+            return list(batches)
+        return with_reference(batches, [logps_S.to(current_device(), non_blocking=True) for logps_S in sums])
+
+    def _response_sums(self, batch: Microbatch, rows_N6: Tensor, dataset: Any) -> Tensor:
+        ids_B = batch.pair_ids_B
+        is_filler_B = (ids_B < 0) & (batch.weights_B == 0)
+        outside_B = ((ids_B < 0) & ~is_filler_B) | (ids_B >= len(rows_N6))
+        if outside_B.any():
+            raise DataError(
+                f"a batch has the pair id {int(ids_B[outside_B][0])}; with a precomputed reference `pair_ids` must be "
+                f"positions in the data set, 0 to {len(rows_N6) - 1}"
+            )
+        rows_B6 = rows_N6[ids_B.clamp(min=0)]
+        logps_2S, counts_S = rows_B6[:, :4].t().reshape(2, -1), rows_B6[:, 4:].t().flatten()
+        differs_B = ((counts_S != batch.counts_S).view(2, -1).any(0)) & ~is_filler_B
+        if differs_B.any():
+            index = int(differs_B.nonzero()[0])
+            now, then = (counts.view(2, -1)[:, index].int().tolist() for counts in (batch.counts_S, counts_S))
+            source = getattr(dataset[int(ids_B[index])], "source", "") or f"pair {int(ids_B[index])}"
+            raise DataError(
+                f"{source}: chosen and rejected have {now[0]} and {now[1]} response tokens, but {then[0]} and "
+                f"{then[1]} when the reference was precomputed; batches must hold the tokens and labels of the data set"
+            )
+        # As the head answers: minus the sum over the shared tokens is the second column.
+        return self._schedule.response_sums(logps_2S * logps_2S.new_tensor([[1.0], [-1.0]]))
+
+
+def drift_per_token(results: Sequence[MicrobatchResult]) -> float:
+    """Mean distance of policy and reference, in nat per response token, over the pairs of a step and all ranks.
+
+    Equals: `sum(|logps - ref_logps|) / sum(tokens)` over sequences.
+    """
+    totals = torch.zeros(2, dtype=torch.float64, device=current_device())
+    for result in results if owns_results() else ():
+        assert result.batch.ref_logps_S is not None
+        is_real_S = (result.batch.weights_B != 0).repeat(2).to(totals.device)
+        totals[0] += (result.logps_S - result.batch.ref_logps_S)[is_real_S].abs().double().sum()
+        totals[1] += result.batch.counts_S.to(totals.device)[is_real_S].double().sum()
+    torch.distributed.all_reduce(totals)
+    distance, tokens = totals.tolist()
+    return distance / tokens
+
 
 def build_reference(
     policy: Sequence[torch.nn.Module],
-    ref_model: Sequence[torch.nn.Module] | None,
+    ref_model: Sequence[torch.nn.Module] | ReferenceCache | None,
     config: DPOConfig,
     args: TrainingArguments,
-) -> ReferenceModel | None:
+    datasets: Mapping[str, Any],
+) -> ReferenceModel | PrecomputedReference | None:
     """The reference that `config` needs: the given one, or a copy of the policy as it is now.
 
     Args:
         policy: bare chunks of the policy.
-        ref_model: chunks of the reference, or None for the copy.
+        ref_model: chunks of the reference, its precomputed scores, or None for the copy.
         config: the preference loss.
         args: the run's settings.
+        datasets: the run's data sets, by what they are called in a message.
 
     Raises:
         ConfigError: a reference is given to a reference-free loss, or its chunks do not match the policy's.
+        CheckpointError: the precomputed scores are damaged, or not those of these data sets.
     """
     if not config.use_ref_model:
         if ref_model is not None:
@@ -72,6 +197,8 @@ def build_reference(
                 "leave it out or choose another loss"
             )
         return None
+    if isinstance(ref_model, ReferenceCache):
+        return PrecomputedReference(ref_model, config, datasets)
     if ref_model is None:
         return ReferenceModel([_frozen_copy(unwrap(model)) for model in policy], config, args)
     if len(ref_model) != len(policy):

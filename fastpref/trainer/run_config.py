@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from fastpref.data.config import DataConfig
 from fastpref.errors import ConfigError
@@ -39,8 +40,21 @@ class ModelConfig:
 class ReferenceConfig:
     """The frozen reference of losses that read one."""
 
+    mode: Literal["model", "precomputed"] = "model"
+    """model: a frozen model in memory. precomputed: its log-probs, scored once before training."""
     path: str | None = None
     """Model directory with the policy's architecture; None starts from the policy's own first weights."""
+    cache: str | None = None
+    """Directory of the precomputed log-probs; None takes `reference-cache` in `training.output_dir`."""
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("model", "precomputed"):
+            raise ConfigError(f"mode must be model or precomputed, got {self.mode!r}")
+        if self.cache is not None and self.mode != "precomputed":
+            raise ConfigError(
+                f"cache ({self.cache!r}) is read in mode precomputed only, got mode {self.mode!r}; set "
+                "mode: precomputed, or remove cache"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,3 +82,20 @@ class RunConfig:
                 f"reference is given, but pref_loss {' + '.join(self.loss.loss_names)} reads none; "
                 "remove the section or choose another loss"
             )
+
+    @property
+    def reference_path(self) -> str | None:
+        """Model directory of the reference; None for random first weights of the policy."""
+        given = None if self.reference is None else self.reference.path
+        return given or self.model.path
+
+    @property
+    def precomputes_reference(self) -> bool:
+        """Whether training reads the reference's log-probs from a cache."""
+        return self.reference is not None and self.reference.mode == "precomputed"
+
+    @property
+    def reference_cache(self) -> Path:
+        """Directory of the precomputed log-probs, whether the run uses them or not."""
+        given = None if self.reference is None else self.reference.cache
+        return Path(given or Path(self.training.output_dir) / "reference-cache")

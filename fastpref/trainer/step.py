@@ -92,10 +92,15 @@ class PreferenceSchedule:
 
     def score(self, models: Sequence[torch.nn.Module], batches: Sequence[Microbatch]) -> list[Tensor | None]:
         """Reference sums [S] per microbatch, LD-DPO's weighting applied; None on every stage but the last."""
+        columns = self.score_columns(models, batches)
+        return [None if scores_KS is None else self.response_sums(scores_KS) for scores_KS in columns]
+
+    def score_columns(self, models: Sequence[torch.nn.Module], batches: Sequence[Microbatch]) -> list[Tensor | None]:
+        """Everything that the head answers, [K, S] per microbatch; None on every stage but the last."""
         # The interleaved schedule runs microbatches in groups of pp; what fills the last group is scored for nothing.
         fillers = -len(batches) % parallel_state.get_pipeline_model_parallel_world_size() if len(models) > 1 else 0
         filled = [*batches, *[batches[-1]] * fillers]
-        collected = self._run(models, filled, self._reference_func, forward_only=True, collect_non_loss_data=True)
+        collected = self._run(models, filled, _columns_func, forward_only=True, collect_non_loss_data=True)
         return collected[: len(batches)] if collected else [None] * len(batches)
 
     def evaluate(
@@ -132,10 +137,7 @@ class PreferenceSchedule:
             collect_non_loss_data=collect_non_loss_data,
         )
 
-    def _reference_func(self, batch: Microbatch, scores_KS: Tensor, non_loss_data: bool = True) -> Tensor:
-        return self._response_sums(scores_KS)
-
-    def _response_sums(self, scores_KS: Tensor) -> Tensor:
+    def response_sums(self, scores_KS: Tensor) -> Tensor:
         """Response log-prob sums [S]; under LD-DPO the second column holds minus the sum over the shared length."""
         if self.config.ld_alpha is None:
             return scores_KS[0]
@@ -144,7 +146,7 @@ class PreferenceSchedule:
     def _loss_func(
         self, totals: StepTotals, num_microbatches: int, batch: Microbatch, scores_KS: Tensor
     ) -> tuple[Tensor, MicrobatchResult]:
-        logps_S = self._response_sums(scores_KS)
+        logps_S = self.response_sums(scores_KS)
         pairs = self._pair_logps(batch, scores_KS, logps_S)
         weights_B = batch.weights_B.to(logps_S.device)
         gather, offset = _pair_gather(self.config)
@@ -260,6 +262,10 @@ def _padding_mask(model: torch.nn.Module, batch: Microbatch) -> Tensor | None:
         size = parallel_state.get_tensor_model_parallel_world_size()
         mask_NL = mask_NL.chunk(size, dim=1)[parallel_state.get_tensor_model_parallel_rank()]
     return mask_NL.to(current_device(), non_blocking=True)
+
+
+def _columns_func(batch: Microbatch, scores_KS: Tensor, non_loss_data: bool = True) -> Tensor:
+    return scores_KS
 
 
 def with_reference(batches: Sequence[Microbatch], scores: Sequence[Tensor | None]) -> list[Microbatch]:
