@@ -137,6 +137,11 @@ def as_in_files(model_type: str, name: str, tensor: torch.Tensor) -> dict[str, t
 
 
 def answer_fp64(model: torch.nn.Module, problem: Problem) -> Answer:
+    return answer(in_fp64(model), Problem(problem.input_ids_SL, problem.weights_SLV.double()))
+
+
+def in_fp64(model: torch.nn.Module) -> torch.nn.Module:
+    """A copy of a model that computes in fp64 throughout."""
     exact = copy.deepcopy(model).double()
     for module in exact.modules():
         kind = type(module).__name__
@@ -145,7 +150,7 @@ def answer_fp64(model: torch.nn.Module, problem: Problem) -> Answer:
             module.forward = (_zero_centered_norm_fp64 if kind.startswith("Gemma") else _rms_norm_fp64).__get__(module)
         if kind.endswith("TopKRouter"):
             module.forward = _router_fp64.__get__(module)
-    return answer(exact, Problem(problem.input_ids_SL, problem.weights_SLV.double()))
+    return exact
 
 
 def _rms_norm_fp64(self: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:

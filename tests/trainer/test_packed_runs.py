@@ -74,6 +74,22 @@ def test_packed_runs_equal_the_padded_run(args, name: str) -> None:
         assert first["perf/positions_per_pair"] < theirs["perf/positions_per_pair"]
 
 
+def test_packed_run_of_gemma_equals_the_padded_run(args) -> None:
+    """Two ropes and windows shorter than the rows, at the positions of each sequence."""
+    gemma = {
+        "model_type": "gemma3_text",
+        **{"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3},
+        **{"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 64},
+        **{"sliding_window": 4, "sliding_window_pattern": 2, "initializer_range": 0.2},
+    }
+
+    def gemma_run(**settings) -> DPOTrainer:
+        return run(build_models(gemma, seed=1), None, DPOConfig(), args(**settings))
+
+    packed = gemma_run(packing=True, prefix_sharing=True, pack_length=64)
+    assert_same_run(packed, gemma_run(), build_models(gemma, seed=1))
+
+
 @pytest.mark.parametrize("granularity", ["full", "selective"])
 def test_packed_run_with_recomputation_equals_the_padded_run(args, granularity: str) -> None:
     settings = {"packing": True, "prefix_sharing": True, "recompute_granularity": granularity}
