@@ -49,6 +49,8 @@ MODEL: dict[str, Any] = {
     "initializer_range": 0.2,
 }
 
+GEMMA: dict[str, Any] = {**MODEL, "model_type": "gemma3_text", "sliding_window": 4, "sliding_window_pattern": 2}
+
 
 class Tolerance(NamedTuple):
     """Largest differences of a layout from one process in the same number format.

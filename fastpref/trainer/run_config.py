@@ -18,7 +18,7 @@ class ModelConfig:
     """The policy: a Hugging Face model directory, or random weights of a given architecture."""
 
     path: str | None = None
-    """Directory with `config.json` and safetensors weights (families: `fastpref.trainer.bridge.architecture.FAMILIES`)."""
+    """Directory with `config.json` and safetensors weights of one of `bridge.architecture.FAMILIES`."""
     config: Mapping[str, Any] | None = None
     """Contents of a `config.json`, for random weights drawn from `training.seed`; excludes `path`."""
     tokenizer: str | None = None

@@ -8,7 +8,17 @@ from typing import Any
 import pytest
 import torch
 
-from fastpref.testing.layout_parity import LAYOUTS, MODEL, STEPS, TOLERANCES, ShortRun, difference, train, untimed
+from fastpref.testing.layout_parity import (
+    GEMMA,
+    LAYOUTS,
+    MODEL,
+    STEPS,
+    TOLERANCES,
+    ShortRun,
+    difference,
+    train,
+    untimed,
+)
 from fastpref.testing.tiny import tiny_pairs
 from fastpref.testing.workers import RankPool
 from fastpref.trainer import DPOConfig, DPOTrainer, TrainingArguments, initialize_megatron, load_models
@@ -84,6 +94,14 @@ def test_tied_head_and_padded_vocabulary_train_like_one_process(trains_like_one:
     """The last stage and the first share one weight; 67 ids on two ranks leave one row that must never count; DDP waits
     for a gradient of every parameter, where the head's is in `main_grad` already and an embedding's is not."""
     trains_like_one(*LAYOUTS[name], policy=TIED)
+
+
+@pytest.mark.parametrize(
+    "name", ["TP2-SP recompute", "PP2-VPP2", "DP2 overlapped reduce and gather", "TP2 x PP2", "TP2-SP x PP2-VPP2"]
+)
+def test_gemma_trains_like_one_process(trains_like_one: Compare, name: str) -> None:
+    """A scaled and tied embedding, norms behind every branch, two ropes."""
+    trains_like_one(*LAYOUTS[name], policy=GEMMA)
 
 
 @pytest.mark.parametrize("head_layers", [1.0, 9.0], ids=["one-layer-on-the-last", "none-on-the-last"])

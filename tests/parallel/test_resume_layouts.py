@@ -9,7 +9,7 @@ import torch
 
 from fastpref.errors import CheckpointError
 from fastpref.losses import DPOConfig
-from fastpref.testing.layout_parity import LAYOUTS, MODEL, TOLERANCES, ShortRun, exported, train, untimed
+from fastpref.testing.layout_parity import GEMMA, LAYOUTS, MODEL, TOLERANCES, ShortRun, exported, train, untimed
 from fastpref.testing.workers import RankPool
 from fastpref.trainer import TrainingArguments, build_models, initialize_megatron
 from fastpref.trainer.platform import destroy
@@ -18,10 +18,10 @@ from fastpref.trainer.state import load_weights
 CHECKPOINT = "checkpoints/step-2"
 
 
-def short_run(name: str | None, **settings) -> ShortRun:
+def short_run(name: str | None, model: dict = MODEL, **settings) -> ShortRun:
     """A run in one of `LAYOUTS`, five layers deep so that stages differ; None is one process."""
     layout = {} if name is None else LAYOUTS[name][1]
-    policy = {**MODEL, "num_hidden_layers": 5}
+    policy = {**model, "num_hidden_layers": 5}
     return ShortRun(loss=DPOConfig(), settings={**layout, **settings}, policy=policy)
 
 
@@ -43,21 +43,22 @@ def test_resume_in_the_same_layout_is_bitwise(rank_pool_2: RankPool, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "head_layers"),
+    ("model", "before", "after", "head_layers"),
     [
-        ("DP2 overlapped reduce and gather", None, 0.0),
-        ("TP2", "PP2-VPP2", 0.0),
-        ("PP2-VPP2", "TP2", 0.0),
-        ("PP2", "PP2-VPP2", 9.0),
+        (MODEL, "DP2 overlapped reduce and gather", None, 0.0),
+        (MODEL, "TP2", "PP2-VPP2", 0.0),
+        (MODEL, "PP2-VPP2", "TP2", 0.0),
+        (MODEL, "PP2", "PP2-VPP2", 9.0),
+        (GEMMA, "TP2-SP", "PP2-VPP2", 0.0),
     ],
 )
 def test_resume_in_another_layout(
-    rank_pool_2: RankPool, tmp_path: Path, before: str, after: str | None, head_layers: float
+    rank_pool_2: RankPool, tmp_path: Path, model: dict, before: str, after: str | None, head_layers: float
 ) -> None:
-    whole = rank_pool_2.run(train, short_run(before, save_steps=2), str(tmp_path / "run"))[0]
+    whole = rank_pool_2.run(train, short_run(before, model, save_steps=2), str(tmp_path / "run"))[0]
     checkpoint = str(tmp_path / "run" / CHECKPOINT)
     sharded = {} if after is not None else {"use_distributed_optimizer": True}
-    again = replace(short_run(after, resume_from_checkpoint=checkpoint, **sharded), head_layers=head_layers)
+    again = replace(short_run(after, model, resume_from_checkpoint=checkpoint, **sharded), head_layers=head_layers)
     if after is None:
         resumed = train(again, str(tmp_path / "again"))
     else:
