@@ -180,6 +180,7 @@ def check(config_path: Path, overrides: tuple[str, ...], world_size: int | None)
         *(tables.pair(view, index) for index, view in enumerate(inspect.pair_views(run))),
         tables.data_report(reports),
         tables.plan(run, inspect.layout_axes(run), reference),
+        tables.stages(inspect.stage_loads(run), config.training.pipeline_balance),
         tables.memory(inspect.estimate_memory(run), inspect.full_logits_bytes(run)),
         f"{config_path} is valid.",
     )

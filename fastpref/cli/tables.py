@@ -13,7 +13,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from fastpref.data import DataReport, LengthStats
-    from fastpref.trainer.inspect import LayoutAxis, MemoryEstimate, PairView
+    from fastpref.trainer.inspect import LayoutAxis, MemoryEstimate, PairView, StageLoad
     from fastpref.trainer.prepare import PreparedRun
 
 _PROMPT_TOKENS, _ANSWER_TOKENS = 48, 96
@@ -106,6 +106,19 @@ def plan(run: PreparedRun, axes: Sequence[LayoutAxis], reference: str) -> Render
     batches.add_row("epochs", f"{run.total_steps / run.steps_per_epoch:.2f}")
     batches.add_row("reference", reference)
     return Group(layout, batches)
+
+
+def stages(loads: Sequence[StageLoad], balance: str) -> Table | None:
+    """Layers and work of every pipeline stage; None without a pipeline."""
+    if len(loads) == 1:
+        return None
+    table = new_table(f"Pipeline stages ({balance})", ("stage", "layers", "head, in layers (estimate)", "work"))
+    for stage, load in enumerate(loads):
+        head = f"{load.head_layers:.2f}" if load.head_layers else ""
+        table.add_row(str(stage), str(load.layers), head, f"{load.share:.1%}")
+    waiting = 1.0 - 1.0 / (len(loads) * max(load.share for load in loads))
+    table.add_row("waiting for the slowest", "", "", f"{waiting:.1%}", style="dim")
+    return table
 
 
 def memory(estimate: MemoryEstimate, full_logits: int) -> Table:

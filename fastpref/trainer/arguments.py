@@ -36,6 +36,7 @@ _RULES: dict[str, Rule] = {
 }
 LR_SCHEDULES = ("constant", "linear", "cosine", "inverse-square-root")
 HEAD_BACKWARDS = ("auto", "active", "exact", "recompute", "cached")
+PIPELINE_BALANCES = ("even", "head_cost")
 REPORT_TARGETS = ("tensorboard", "wandb")
 
 
@@ -119,6 +120,8 @@ class ParallelArguments:
     """Model chunks on each stage, at least 2 (interleaved schedule: a shorter pipeline bubble); None for one."""
     expert_model_parallel_size: int = 1
     """Ranks that share out every layer's experts, taken from all ranks of a stage; with 1, tensor parallelism does."""
+    pipeline_balance: Literal["even", "head_cost"] = "even"
+    """How the layers are cut into stages: equally many, or fewer on the last, which also computes the vocabulary."""
     sequence_parallel: bool = False
     """Split norms and dropout along the sequence over the tensor-parallel ranks."""
     use_distributed_optimizer: bool = False
@@ -224,6 +227,12 @@ class TrainingArguments(OptimizationArguments, PrecisionArguments, ParallelArgum
         problems += self._packing_problems()
         problems += size_problems(self.layout)
         problems += schedule_problems(self.layout, self.gradient_accumulation_steps)
+        if self.pipeline_balance not in PIPELINE_BALANCES:
+            problems.append(
+                f"pipeline_balance must be one of {', '.join(PIPELINE_BALANCES)}; got {self.pipeline_balance!r}"
+            )
+        if self.pipeline_balance == "head_cost" and self.pipeline_model_parallel_size == 1:
+            problems.append("pipeline_balance head_cost needs pipeline_model_parallel_size >= 2, got 1; leave it out")
         if self.overlap_param_gather and not (self.use_distributed_optimizer and self.overlap_grad_reduce):
             problems.append(
                 "overlap_param_gather needs use_distributed_optimizer and overlap_grad_reduce; set both or leave it out"

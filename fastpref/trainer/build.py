@@ -24,6 +24,7 @@ from fastpref.trainer.dpo_trainer import DPOTrainer, initialize_megatron
 from fastpref.trainer.identity import reference_identity
 from fastpref.trainer.model import ModelOptions, build_models, load_models, save_hf
 from fastpref.trainer.optimizer import params_dtype
+from fastpref.trainer.pipeline import PipelinePlan
 from fastpref.trainer.prepare import PreparedRun, hf_config_of, launched_world_size, prepare
 from fastpref.trainer.run_config import RunConfig
 from fastpref.trainer.scoring import from_rank_0, score_reference
@@ -166,9 +167,11 @@ def _build(run: PreparedRun, *, may_score: bool) -> DPOTrainer:
     config = run.config
     _require_equal_data(run)
     # First, so that a reference that is only scored is gone before the policy takes memory.
-    reference = _cached_reference(run, may_score) if config.precomputes_reference else _reference(config)
+    reference = (
+        _cached_reference(run, may_score) if config.precomputes_reference else _reference(config, run.pipeline_plan)
+    )
     return DPOTrainer(
-        model=_policy(config),
+        model=_policy(config, run.pipeline_plan),
         train_config=config.loss,
         ref_model=reference,
         args=config.training,
@@ -198,7 +201,7 @@ def _open_cache(path: Path, run: PreparedRun, identity: Mapping[str, Any]) -> Re
 def _score(path: Path, run: PreparedRun, identity: Mapping[str, Any]) -> ReferenceCache:
     """Score with weights that are gone when this returns."""
     score_reference(
-        _reference(run.config) or _policy(run.config),
+        _reference(run.config, run.pipeline_plan) or _policy(run.config, run.pipeline_plan),
         list(run.datasets.values()),
         path,
         run.config.training,
@@ -211,25 +214,26 @@ def _score(path: Path, run: PreparedRun, identity: Mapping[str, Any]) -> Referen
     return _open_cache(path, run, identity)
 
 
-def _options(config: RunConfig) -> ModelOptions:
+def _options(config: RunConfig, plan: PipelinePlan | None) -> ModelOptions:
     args = config.training
     return ModelOptions(
         params_dtype=params_dtype(args),
         sequence_parallel=args.sequence_parallel,
         recompute_granularity=args.recompute_granularity,
         moe_aux_loss_coeff=args.moe_aux_loss_coeff,
+        pipeline_plan=plan,
     )
 
 
-def _policy(config: RunConfig) -> list[GPTModel]:
+def _policy(config: RunConfig, plan: PipelinePlan | None = None) -> list[GPTModel]:
     if config.model.path is not None:
-        return load_models(config.model.path, _options(config))
-    return build_models(hf_config_of(config), _options(config), seed=config.training.seed)
+        return load_models(config.model.path, _options(config, plan))
+    return build_models(hf_config_of(config), _options(config, plan), seed=config.training.seed)
 
 
-def _reference(config: RunConfig) -> list[GPTModel] | None:
+def _reference(config: RunConfig, plan: PipelinePlan) -> list[GPTModel] | None:
     """Return the reference's own weights; None where they are the policy's."""
-    return None if _is_policy(config) else load_models(str(config.reference_path), _options(config))
+    return None if _is_policy(config) else load_models(str(config.reference_path), _options(config, plan))
 
 
 def _is_policy(config: RunConfig) -> bool:

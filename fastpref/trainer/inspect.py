@@ -16,7 +16,7 @@ from fastpref.trainer.arguments import TrainingArguments
 from fastpref.trainer.bridge.architecture import Architecture
 from fastpref.trainer.bridge.names import file_shapes, parameter_table
 from fastpref.trainer.optimizer import params_dtype
-from fastpref.trainer.pipeline import PipelinePlan, plan_pipeline
+from fastpref.trainer.pipeline import PipelinePlan, stage_shares
 from fastpref.trainer.prepare import PreparedRun
 
 
@@ -44,6 +44,18 @@ class LayoutAxis:
     """Ranks along it."""
     ranks_with_0: tuple[int, ...]
     """The ranks that rank 0 shares it with, itself included."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageLoad:
+    """Work of one pipeline stage in a training step."""
+
+    layers: int
+    """Layers that it holds."""
+    head_layers: float
+    """Estimated cost of the vocabulary head, in layers; 0 on every stage but the last."""
+    share: float
+    """Fraction of the step's operations; the largest one sets the pace of all stages."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +110,16 @@ def layout_axes(run: PreparedRun) -> list[LayoutAxis]:
     return axes
 
 
+def stage_loads(run: PreparedRun) -> list[StageLoad]:
+    """Return what each pipeline stage has to compute in a step."""
+    plan, last = run.pipeline_plan, run.pipeline_plan.num_stages - 1
+    shares = stage_shares(plan, run.head_layers)
+    return [
+        StageLoad(layers=layers, head_layers=run.head_layers if stage == last else 0.0, share=shares[stage])
+        for stage, layers in enumerate(plan.stage_layers)
+    ]
+
+
 def longest_row(run: PreparedRun) -> int:
     """Return the positions of the longest padded row of any microbatch."""
     datasets = [dataset for dataset in (run.train, run.eval) if dataset is not None]
@@ -119,7 +141,7 @@ def _stage_memories(run: PreparedRun) -> Iterator[MemoryEstimate]:
     state_bytes = 8 if dtype == torch.float32 else 12
     shards = run.data_parallel_size if args.use_distributed_optimizer else 1
     length = longest_row(run)
-    plan = plan_pipeline(run.architecture.num_layers, args.layout)
+    plan = run.pipeline_plan
     has_model = run.config.loss.use_ref_model and not run.config.precomputes_reference
     for stage, parameters in enumerate(stage_parameters(run.architecture, args.tensor_model_parallel_size, plan)):
         yield MemoryEstimate(

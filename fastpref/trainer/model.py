@@ -284,6 +284,7 @@ def _build_chunk(arch: Architecture, options: ModelOptions, config: TransformerC
     # Megatron's own scaling fixes three of Llama's four constants.
     model.rotary_pos_emb.inv_freq = joint_inv_freq(arch).to(model.rotary_pos_emb.inv_freq.device)
     model.real_vocab_size = arch.vocab_size
+    model.pipeline_plan = options.pipeline_plan
     if model.pre_process and arch.embedding_scale is not None:
         scale_embedding(model.embedding, arch.embedding_scale)
     if arch.sandwich_norms:

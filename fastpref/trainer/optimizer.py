@@ -42,6 +42,8 @@ def check_model(models: Sequence[GPTModel], args: TrainingArguments) -> None:
         for name, value in wanted.items()
         if getattr(model.config, name) != value
     ]
+    if args.pipeline_balance == "head_cost" and getattr(models[0], "pipeline_plan", None) is None:
+        problems.append("pipeline_balance is head_cost, but the model was built without a ModelOptions.pipeline_plan")
     if len(models) != (args.virtual_pipeline_model_parallel_size or 1):
         problems.append(
             f"the model has {len(models)} chunks on this rank, virtual_pipeline_model_parallel_size is "

@@ -2,25 +2,26 @@
 
 The last stage also computes the vocabulary head. With a large vocabulary and long answers that is the work of several
 layers, and a stage that takes longer than the others makes all of them wait: `plan_pipeline` can give it fewer layers.
-
-Letters: H hidden, F feed-forward, V vocabulary, N heads, G key/value heads, D head size, L positions of a row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
+from fastpref.data import IGNORE_INDEX, PackedCollator, PreferenceCollator, TokenizedPair
+from fastpref.kernels import plan_name
+from fastpref.trainer.arguments import TrainingArguments
+from fastpref.trainer.bridge.architecture import Architecture
 from fastpref.trainer.layout import ParallelLayout
-
-if TYPE_CHECKING:
-    from fastpref.trainer.arguments import TrainingArguments
-    from fastpref.trainer.bridge.architecture import Architecture
+from fastpref.trainer.optimizer import params_dtype
 
 # Columns that an active backward pass visits, as a fraction of the vocabulary: not known before the run, measured
 # between 0.09 (a trained model) and 0.66 (a flat one) by `bench`.
 ACTIVE_FRACTION = 0.25
+# Pairs that tell the shape of a data set's rows.
+SAMPLE_PAIRS = 1024
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,38 @@ def plan_pipeline(num_layers: int, layout: ParallelLayout, head_layers: float = 
     return PipelinePlan(layout.pp, tuple(counts))
 
 
-def layer_flops(arch: Architecture, row_length: int) -> float:
-    """Floating-point operations of one layer's forward pass for one token of a row of `row_length` positions."""
+class RowShape(NamedTuple):
+    """Rows of a data set as the model sees them: positions that a token attends over, and scored positions in all."""
+
+    length: float
+    scored_fraction: float
+
+
+def row_shape(
+    pairs: Sequence[TokenizedPair], collator: PreferenceCollator | PackedCollator, pairs_per_microbatch: int
+) -> RowShape:
+    """Measure the rows that `collator` makes of the first pairs."""
+    pairs = pairs[:SAMPLE_PAIRS]
+    sides = [labels for pair in pairs for labels in (pair.chosen_labels, pair.rejected_labels)]
+    num_scored = sum(len(labels) - labels.count(IGNORE_INDEX) for labels in sides)
+    if isinstance(collator, PackedCollator):
+        num_positions = sum(map(collator.cost, pairs))
+        return RowShape(sum(map(len, sides)) / len(sides), num_scored / num_positions)
+    groups = [pairs[start : start + pairs_per_microbatch] for start in range(0, len(pairs), pairs_per_microbatch)]
+    num_positions = sum(collator(group)["input_ids"].numel() for group in groups)
+    return RowShape(num_positions / len(sides), num_scored / num_positions)
+
+
+def layer_flops(arch: Architecture, row_length: float) -> float:
+    """Floating-point operations of a layer's forward pass for one token of a row, in the mean over the layers."""
     queries, keys = arch.num_heads * arch.head_dim, arch.num_query_groups * arch.head_dim
-    matrices = arch.hidden_size * (2 * queries + 2 * keys + 3 * arch.ffn_hidden_size)
+    widths = [
+        arch.experts.experts_per_token * arch.experts.ffn_hidden_size
+        if arch.experts is not None and arch.has_experts(layer)
+        else arch.ffn_hidden_size
+        for layer in range(arch.num_layers)
+    ]
+    matrices = arch.hidden_size * (2 * queries + 2 * keys + 3 * sum(widths) / len(widths))
     # a causal query meets half of its row, once for the scores and once for the values
     return 2.0 * matrices + 2.0 * row_length * queries
 
@@ -81,33 +110,29 @@ def head_flops(arch: Architecture) -> float:
     return 2.0 * arch.hidden_size * arch.vocab_size
 
 
-def head_in_layers(
-    arch: Architecture, args: TrainingArguments, row_length: int, scored_fraction: float, *, has_reference: bool
-) -> float:
+def head_in_layers(arch: Architecture, args: TrainingArguments, rows: RowShape, *, has_reference: bool) -> float:
     """Cost of the vocabulary head over a training step, in layers.
 
     Args:
         arch: the model.
         args: how both go backward.
-        row_length: positions of a typical row.
-        scored_fraction: labelled tokens over all positions; the head computes only these.
+        rows: of the data; the head computes only their scored tokens.
         has_reference: a forward pass under the reference precedes every step.
 
     Source: the usual count of 2 operations per weight and token forward, 4 backward, 2 more for what is recomputed.
     """
     forward = 2.0 if has_reference else 1.0
     layer_passes = forward + (3.0 if args.recompute_granularity == "full" else 2.0)
-    is_active = args.head_backward == "active" or (args.head_backward == "auto" and (args.bf16 or args.fp16))
+    is_active = plan_name(args.head_backward, params_dtype(args)) == "active"
     # The cached plan keeps its logits; every other one makes them again.
     backward = 2.0 if args.head_backward == "cached" else 3.0
     head_passes = forward + backward * (ACTIVE_FRACTION if is_active else 1.0)
-    head = head_flops(arch) * head_passes * scored_fraction
-    return head / (layer_flops(arch, row_length) * layer_passes)
+    head = head_flops(arch) * head_passes * rows.scored_fraction
+    return head / (layer_flops(arch, rows.length) * layer_passes)
 
 
 def stage_shares(plan: PipelinePlan, head_layers: float) -> list[float]:
     """Fraction of a step's operations on each stage; equal fractions are the best that a pipeline can do."""
-    loads: Sequence[float] = [
-        count + (head_layers if stage == plan.num_stages - 1 else 0.0) for stage, count in enumerate(plan.stage_layers)
-    ]
+    last = plan.num_stages - 1
+    loads = [count + (head_layers if stage == last else 0.0) for stage, count in enumerate(plan.stage_layers)]
     return [load / sum(loads) for load in loads]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from fastpref.trainer import loop
 from fastpref.trainer.bridge.architecture import Architecture
 from fastpref.trainer.feed import default_collator
 from fastpref.trainer.layout import model_problems, world_problems
+from fastpref.trainer.pipeline import SAMPLE_PAIRS, PipelinePlan, head_in_layers, plan_pipeline, row_shape
 from fastpref.trainer.run_config import RunConfig
 
 
@@ -79,6 +81,23 @@ class PreparedRun:
         """Optimizer steps of the whole run."""
         args = self.config.training
         return args.max_steps or args.num_train_epochs * self.steps_per_epoch
+
+    @cached_property
+    def head_layers(self) -> float:
+        """Cost of the vocabulary head in a step on this data, in layers."""
+        dataset = self.eval if self.train is None else self.train
+        assert dataset is not None, "a prepared run has data"
+        args = self.config.training
+        rows = row_shape(dataset[:SAMPLE_PAIRS], self.collator(), args.per_device_train_batch_size)
+        has_reference = self.config.loss.use_ref_model and not self.config.precomputes_reference
+        return head_in_layers(self.architecture, args, rows, has_reference=has_reference)
+
+    @property
+    def pipeline_plan(self) -> PipelinePlan:
+        """Layers of every pipeline chunk."""
+        args = self.config.training
+        head_layers = self.head_layers if args.pipeline_balance == "head_cost" else 0.0
+        return plan_pipeline(self.architecture.num_layers, args.layout, head_layers)
 
     def collator(self) -> PreferenceCollator | PackedCollator:
         """Return what turns pairs into microbatches."""

@@ -8,6 +8,9 @@ import pytest
 import torch
 from tiny_project import MODEL, write_pairs
 
+from fastpref.trainer.layout import ParallelLayout
+from fastpref.trainer.pipeline import plan_pipeline
+
 
 def squeezed(text: str) -> str:
     return re.sub(r"\s+", " ", text)
@@ -56,6 +59,24 @@ def test_check_plans_for_more_ranks_than_are_present(project: Path, run_cli) -> 
     assert "steps per epoch 2" in output
     fewest = squeezed(run_cli("check", "run.yaml", *layout).output)
     assert "Layout (world size 4)" in fewest
+
+
+def test_check_shows_what_the_head_costs_the_last_stage(project: Path, run_cli) -> None:
+    model = json.dumps({**MODEL, "num_hidden_layers": 6, "vocab_size": 512})
+    settings = [f"model.config={model}", "training.pipeline_model_parallel_size=2"]
+    even = squeezed(run_cli("check", "run.yaml", *settings).output)
+    balanced = squeezed(run_cli("check", "run.yaml", *settings, "training.pipeline_balance=head_cost").output)
+    head_layers = float(re.search(r"Pipeline stages \(even\) .* 1 3 (\S+) \d", even)[1])
+    # 7 of 32 positions are scored; the head makes its logits twice: 5 passes against a layer's 4
+    layer = 2 * 16 * (2 * 16 + 2 * 8 + 3 * 24) + 2 * 16 * 16
+    assert head_layers == pytest.approx(2 * 16 * 512 * 7 / 32 * 5 / (4 * layer), abs=0.006)
+    share = (3 + head_layers) / (6 + head_layers)
+    assert f"1 3 {head_layers:.2f} {share:.1%}" in even
+    assert f"waiting for the slowest {1 - 1 / (2 * share):.1%}" in even
+    last = plan_pipeline(6, ParallelLayout(pp=2), head_layers).stage_layers[1]
+    assert last < 3
+    assert re.search(rf"Pipeline stages \(head_cost\) .* 0 {6 - last} .* 1 {last} {head_layers:.2f} ", balanced)
+    assert "Pipeline stages" not in run_cli("check", "run.yaml").output
 
 
 def test_check_refuses_a_world_that_the_layout_does_not_divide(project: Path, run_cli) -> None:
