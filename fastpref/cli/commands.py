@@ -17,6 +17,7 @@ import fastpref
 from fastpref.cli import tables
 from fastpref.cli.failures import ReportingGroup
 from fastpref.cli.kernel_commands import kernels
+from fastpref.errors import ConfigError
 
 if TYPE_CHECKING:
     from fastpref.trainer import RunConfig
@@ -62,13 +63,16 @@ cli.add_command(kernels)
 @cli.command()
 @run_arguments
 @click.option("--export", "export_dir", type=click.Path(path_type=Path), help="Then write the model here, in HF form.")
-def train(config_path: Path, overrides: tuple[str, ...], export_dir: Path | None) -> None:
+@click.option("--merge", is_flag=True, help="Export the whole model of a lora run, not its adapters alone.")
+def train(config_path: Path, overrides: tuple[str, ...], export_dir: Path | None, merge: bool) -> None:
     """Train, and end with a table of what changed."""
     from fastpref.trainer import build, platform
 
     config = _load(config_path, overrides)
     if export_dir is not None:
-        build.check_export_target(export_dir)
+        build.check_export(config, export_dir, merge=merge)
+    elif merge:
+        raise ConfigError("--merge is about what --export writes; give --export a directory, or leave --merge out")
     trainer = build.build_trainer(config)
     start = time.perf_counter()
     result = trainer.train()
@@ -82,7 +86,7 @@ def train(config_path: Path, overrides: tuple[str, ...], export_dir: Path | None
         platform.destroy()
         raise SystemExit(PREEMPTED)
     if export_dir is not None:
-        build.export_trained(trainer, config, export_dir)
+        build.export_models(trainer.model, config, export_dir, merge=merge)
     if trainer.is_main_process:
         written = _written(config, result.global_step, export_dir)
         _print(
@@ -143,15 +147,17 @@ def evaluate(config_path: Path, overrides: tuple[str, ...]) -> None:
 @run_arguments
 @click.option("--checkpoint", default="latest", show_default=True, help="A directory, latest or latest-valid.")
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="New directory of the model.")
-def export(config_path: Path, overrides: tuple[str, ...], checkpoint: str, output: Path) -> None:
+@click.option("--merge", is_flag=True, help="Write the whole model of a lora run, not its adapters alone.")
+def export(config_path: Path, overrides: tuple[str, ...], checkpoint: str, output: Path, merge: bool) -> None:
     """Write a training checkpoint as a Hugging Face model directory with its tokenizer.
 
-    One process is enough: the parallel sizes of CONFIG are then not used.
+    A run with a lora section gives a peft adapter directory, or with --merge a model with the adapters added in. One
+    process is enough: the parallel sizes of CONFIG are then not used.
     """
     from fastpref.trainer import build, platform
 
     config = _load(config_path, overrides)
-    path = build.export_checkpoint(config, checkpoint, output)
+    path = build.export_checkpoint(config, checkpoint, output, merge=merge)
     if torch.distributed.get_rank() == 0:
         _print(f"Wrote {path} to {output}")
     platform.destroy()

@@ -124,7 +124,8 @@ def stages(loads: Sequence[StageLoad], balance: str) -> Table | None:
 def memory(estimate: MemoryEstimate, full_logits: int) -> Table:
     """Memory of the rank that needs most."""
     table = new_table("Memory of the largest rank", ("", "size"))
-    table.add_row(f"weights ({estimate.parameters / 1e6:,.1f} M parameters)", _size(estimate.weights))
+    trained = "" if estimate.trainable == estimate.parameters else f", {estimate.trainable / 1e6:,.3f} M trained"
+    table.add_row(f"weights ({estimate.parameters / 1e6:,.1f} M parameters{trained})", _size(estimate.weights))
     for name in ("reference", "gradients", "optimizer"):
         table.add_row(name, _size(getattr(estimate, name)))
     table.add_row("activations (estimate)", _size(estimate.activations))

@@ -18,6 +18,8 @@ from fastpref.trainer.arguments import TrainingArguments
 from fastpref.trainer.config_file import load_run_config
 from fastpref.trainer.dpo_trainer import DPOTrainer, initialize_megatron
 from fastpref.trainer.loop import TrainResult
+from fastpref.trainer.lora import add_lora, save_adapter
+from fastpref.trainer.lora_config import LoraConfig
 from fastpref.trainer.model import ModelOptions, build_models, load_models, save_hf
 from fastpref.trainer.run_config import ModelConfig, ReferenceConfig, RunConfig
 from fastpref.trainer.scoring import score_reference
@@ -25,6 +27,7 @@ from fastpref.trainer.scoring import score_reference
 __all__ = [
     "DPOConfig",
     "DPOTrainer",
+    "LoraConfig",
     "ModelConfig",
     "ModelOptions",
     "ReferenceCache",
@@ -32,10 +35,12 @@ __all__ = [
     "RunConfig",
     "TrainResult",
     "TrainingArguments",
+    "add_lora",
     "build_models",
     "initialize_megatron",
     "load_models",
     "load_run_config",
+    "save_adapter",
     "save_hf",
     "score_reference",
 ]

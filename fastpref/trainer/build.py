@@ -22,10 +22,11 @@ from fastpref.trainer.arguments import ParallelArguments
 from fastpref.trainer.config_file import dump_run_config
 from fastpref.trainer.dpo_trainer import DPOTrainer, initialize_megatron
 from fastpref.trainer.identity import reference_identity
+from fastpref.trainer.lora import add_lora, save_adapter
 from fastpref.trainer.model import ModelOptions, build_models, load_models, save_hf
 from fastpref.trainer.optimizer import params_dtype
 from fastpref.trainer.pipeline import PipelinePlan
-from fastpref.trainer.prepare import PreparedRun, hf_config_of, launched_world_size, prepare
+from fastpref.trainer.prepare import PreparedRun, hf_config_of, launched_world_size, prepare, reference_is_policy
 from fastpref.trainer.run_config import RunConfig
 from fastpref.trainer.scoring import from_rank_0, score_reference
 
@@ -108,7 +109,9 @@ def describe_reference(run: PreparedRun) -> str:
     if not config.loss.use_ref_model:
         return "none, the loss reads none"
     if not config.precomputes_reference:
-        return "a frozen copy of the policy" if _is_policy(config) else f"the model {config.reference_path}"
+        if not reference_is_policy(config):
+            return f"the model {config.reference_path}"
+        return "a frozen copy of the policy" if config.lora is None else "the policy with its adapters off"
     path = config.reference_cache
     if not path.exists():
         pairs = sum(len(dataset) for dataset in run.datasets.values())
@@ -117,8 +120,8 @@ def describe_reference(run: PreparedRun) -> str:
     return f"precomputed in {path}, which fits"
 
 
-def export_checkpoint(config: RunConfig, checkpoint: str, output: str | Path) -> Path:
-    """Write the weights of a training checkpoint as a Hugging Face model directory with the tokenizer.
+def export_checkpoint(config: RunConfig, checkpoint: str, output: str | Path, *, merge: bool = False) -> Path:
+    """Write a training checkpoint as a Hugging Face model directory with the tokenizer, or adapters as peft does.
 
     A single process takes any checkpoint: weights do not depend on the layout that saved them.
 
@@ -126,15 +129,16 @@ def export_checkpoint(config: RunConfig, checkpoint: str, output: str | Path) ->
         config: the run that saved the checkpoint.
         checkpoint: its directory, or "latest".
         output: the new directory; it must not exist, or be empty.
+        merge: write the whole model of a `lora` run, with the adapters added in, and not the adapters alone.
 
     Returns:
         The checkpoint that was read.
 
     Raises:
-        ConfigError: the output is not empty, or the settings do not fit.
+        ConfigError: the output is not empty, the settings do not fit, or there is nothing to merge.
         CheckpointError: the checkpoint or the model directory is unusable.
     """
-    check_export_target(output)
+    check_export(config, output, merge=merge)
     if launched_world_size() == 1:
         one_rank: dict[str, Any] = {field.name: field.default for field in fields(ParallelArguments)}
         config = replace(config, training=replace(config.training, **one_rank))
@@ -143,21 +147,28 @@ def export_checkpoint(config: RunConfig, checkpoint: str, output: str | Path) ->
     path = state.choose(loop.checkpoint_root(config.training), checkpoint)
     models = _policy(config)
     state.load_weights(path, models)
-    save_hf(models, output, hf_config_of(config), config.model.tokenizer_path)
+    export_models(models, config, output, merge=merge)
     return path
 
 
-def export_trained(trainer: DPOTrainer, config: RunConfig, output: str | Path) -> None:
-    """Write the weights of a trainer as a Hugging Face model directory with the tokenizer."""
-    save_hf(trainer.model, output, hf_config_of(config), config.model.tokenizer_path)
+def export_models(models: list[GPTModel], config: RunConfig, output: str | Path, *, merge: bool = False) -> None:
+    """Write trained models: the adapters of a `lora` run for peft; else, or with `merge`, whole, with the tokenizer."""
+    if config.lora is not None and not merge:
+        save_adapter(models, output, config.model.path)
+    else:
+        save_hf(models, output, hf_config_of(config), config.model.tokenizer_path)
 
 
-def check_export_target(output: str | Path) -> None:
+def check_export(config: RunConfig, output: str | Path, *, merge: bool = False) -> None:
     """Refuse early what an export would refuse at its end.
 
     Raises:
-        ConfigError: `output` exists and is not an empty directory.
+        ConfigError: `output` exists and is not an empty directory, or there is nothing to merge.
     """
+    if merge and config.lora is None:
+        raise ConfigError(
+            "merging is for runs with a `lora` section, and this one trains the weights; leave --merge out"
+        )
     path = Path(output)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ConfigError(f"the export directory {str(path)!r} exists and is not empty; choose a new one or remove it")
@@ -191,7 +202,7 @@ def _cached_reference(run: PreparedRun, may_score: bool) -> ReferenceCache:
 
 def _open_cache(path: Path, run: PreparedRun, identity: Mapping[str, Any]) -> ReferenceCache:
     def open_cache() -> ReferenceCache:
-        cache = ReferenceCache(path, starts_at_policy=_is_policy(run.config))
+        cache = ReferenceCache(path, starts_at_policy=reference_is_policy(run.config))
         cache.require(run.datasets, identity)
         return cache
 
@@ -201,7 +212,7 @@ def _open_cache(path: Path, run: PreparedRun, identity: Mapping[str, Any]) -> Re
 def _score(path: Path, run: PreparedRun, identity: Mapping[str, Any]) -> ReferenceCache:
     """Score with weights that are gone when this returns."""
     score_reference(
-        _reference(run.config, run.pipeline_plan) or _policy(run.config, run.pipeline_plan),
+        _reference(run.config, run.pipeline_plan) or _base(run.config, run.pipeline_plan),
         list(run.datasets.values()),
         path,
         run.config.training,
@@ -225,21 +236,23 @@ def _options(config: RunConfig, plan: PipelinePlan | None) -> ModelOptions:
     )
 
 
-def _policy(config: RunConfig, plan: PipelinePlan | None = None) -> list[GPTModel]:
+def _base(config: RunConfig, plan: PipelinePlan | None) -> list[GPTModel]:
+    """Return the policy's first weights, without adapters."""
     if config.model.path is not None:
         return load_models(config.model.path, _options(config, plan))
     return build_models(hf_config_of(config), _options(config, plan), seed=config.training.seed)
 
 
+def _policy(config: RunConfig, plan: PipelinePlan | None = None) -> list[GPTModel]:
+    models = _base(config, plan)
+    if config.lora is not None:
+        add_lora(models, hf_config_of(config), config.lora, seed=config.training.seed)
+    return models
+
+
 def _reference(config: RunConfig, plan: PipelinePlan) -> list[GPTModel] | None:
     """Return the reference's own weights; None where they are the policy's."""
-    return None if _is_policy(config) else load_models(str(config.reference_path), _options(config, plan))
-
-
-def _is_policy(config: RunConfig) -> bool:
-    """Whether the reference has the policy's first weights."""
-    path = config.reference_path
-    return path is None or (config.model.path is not None and Path(path).samefile(config.model.path))
+    return None if reference_is_policy(config) else load_models(str(config.reference_path), _options(config, plan))
 
 
 def _require_equal_data(run: PreparedRun) -> None:

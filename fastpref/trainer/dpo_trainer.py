@@ -23,6 +23,7 @@ from fastpref.trainer.batch import Microbatch
 from fastpref.trainer.feed import PairFeed
 from fastpref.trainer.head import TOKEN_STATS, HeadOptions, install_heads, unwrap
 from fastpref.trainer.layout import ARGUMENT_NAMES
+from fastpref.trainer.lora import lora_of
 from fastpref.trainer.metrics import metric_names
 from fastpref.trainer.moe import install_routers
 from fastpref.trainer.optimizer import (
@@ -66,8 +67,9 @@ class DPOTrainer:
         model: this rank's chunks of the policy (one, or one per virtual pipeline stage); Megatron's parallel state must
             exist (`initialize_megatron(args)`), as it must to build them. They are wrapped in Megatron's DDP.
         train_config: the preference loss; default DPO at beta 0.1.
-        ref_model: chunks of the reference, or a `ReferenceCache` of its scores for both data sets; None copies the
-            policy as it is now where the loss reads a reference.
+        ref_model: chunks of the reference, or a `ReferenceCache` of its scores for both data sets; None takes it from
+            the policy where the loss reads a reference: a copy as it is now, or, where `add_lora` gave it adapters, the
+            policy itself with adapters off.
         args: all other settings.
         train_dataset: indexable pairs for `data_collator`: `fastpref.data.TokenizedPair` or anything it takes.
         eval_dataset: the same, for `evaluate`.
@@ -103,7 +105,9 @@ class DPOTrainer:
         datasets = {"training pairs": train_dataset, "evaluation pairs": eval_dataset}
         datasets = {name: dataset for name, dataset in datasets.items() if dataset is not None}
         self.reference = build_reference(self.model, ref_model, self.train_config, self.args, datasets)
-        self.starts_at_reference = self.reference is not None and (
+        lora = lora_of(self.model)
+        starts_at_base = lora is None or lora.config.path is None
+        self.starts_at_reference = (self.reference is not None and starts_at_base) and (
             ref_model.starts_at_policy if isinstance(ref_model, ReferenceCache) else ref_model is None
         )
         token_stats = TOKEN_STATS if self.args.log_token_stats else ()

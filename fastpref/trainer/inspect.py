@@ -13,11 +13,14 @@ from torch import Tensor
 
 from fastpref.data import TokenizedPair
 from fastpref.trainer.arguments import TrainingArguments
+from fastpref.trainer.bridge.adapters import adapter_table
 from fastpref.trainer.bridge.architecture import Architecture
-from fastpref.trainer.bridge.names import file_shapes, parameter_table
+from fastpref.trainer.bridge.layouts import Layout
+from fastpref.trainer.bridge.names import parameter_table
+from fastpref.trainer.lora_config import LoraConfig
 from fastpref.trainer.optimizer import params_dtype
 from fastpref.trainer.pipeline import PipelinePlan, stage_shares
-from fastpref.trainer.prepare import PreparedRun
+from fastpref.trainer.prepare import PreparedRun, reference_is_policy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,10 +67,13 @@ class MemoryEstimate:
 
     parameters: int
     """Parameters on the rank (a number, not bytes)."""
+    trainable: int
+    """Those of them that are trained: all, or the adapters' (a number, not bytes)."""
     weights: int
     """The policy."""
     reference: int
-    """A second copy of the weights, where the loss reads a reference that is not precomputed."""
+    """A second copy of the weights, where the loss reads a reference that is neither precomputed nor the policy with
+    adapters off."""
     gradients: int
     """The fp32 buffer that gradients are summed in."""
     optimizer: int
@@ -136,20 +142,25 @@ def estimate_memory(run: PreparedRun) -> MemoryEstimate:
 
 def _stage_memories(run: PreparedRun) -> Iterator[MemoryEstimate]:
     args, dtype = run.config.training, params_dtype(run.config.training)
-    num_stages, width = args.pipeline_model_parallel_size, dtype.itemsize
+    tp, num_stages, lora = args.tensor_model_parallel_size, args.pipeline_model_parallel_size, run.config.lora
+    width = dtype.itemsize
     # fp32 parameters are their own master copy
     state_bytes = 8 if dtype == torch.float32 else 12
     shards = run.data_parallel_size if args.use_distributed_optimizer else 1
     length = longest_row(run)
     plan = run.pipeline_plan
+    adapters = [0] * num_stages if lora is None else stage_adapters(run.architecture, lora, tp, plan)
     has_model = run.config.loss.use_ref_model and not run.config.precomputes_reference
-    for stage, parameters in enumerate(stage_parameters(run.architecture, args.tensor_model_parallel_size, plan)):
+    has_copy = has_model and (lora is None or not reference_is_policy(run.config))
+    for stage, parameters in enumerate(stage_parameters(run.architecture, tp, plan)):
+        trainable = parameters if lora is None else adapters[stage]
         yield MemoryEstimate(
-            parameters=parameters,
-            weights=parameters * width,
-            reference=parameters * width if has_model else 0,
-            gradients=parameters * 4,
-            optimizer=parameters * state_bytes // shards,
+            parameters=parameters + adapters[stage],
+            trainable=trainable,
+            weights=(parameters + adapters[stage]) * width,
+            reference=parameters * width if has_copy else 0,
+            gradients=trainable * 4,
+            optimizer=trainable * state_bytes // shards,
             activations=_activation_bytes(run, plan, stage, length),
             head=_head_bytes(run, length) if stage == num_stages - 1 else 0,
         )
@@ -157,15 +168,9 @@ def _stage_memories(run: PreparedRun) -> Iterator[MemoryEstimate]:
 
 def stage_parameters(arch: Architecture, tp: int, plan: PipelinePlan) -> list[int]:
     """Return the number of parameters of tensor-parallel rank 0 on each pipeline stage."""
-    shapes = file_shapes(arch)
-
-    def read(name: str, dim: int, start: int, stop: int | None) -> Tensor:
-        whole = torch.empty(shapes[name], device="meta")
-        return whole[start:stop] if dim == 0 else whole[:, start:stop]
-
     totals = [0] * plan.num_stages
     for name, layout in parameter_table(arch).items():
-        size = layout.shard(read, 0, tp).numel()
+        size = _shard_size(layout, tp)
         if name.startswith("decoder.layers."):
             totals[plan.layer_stages[int(name.split(".")[2])]] += size
         elif name.startswith("embedding."):
@@ -175,6 +180,22 @@ def stage_parameters(arch: Architecture, tp: int, plan: PipelinePlan) -> list[in
         else:
             totals[-1] += size
     return totals
+
+
+def stage_adapters(arch: Architecture, lora: LoraConfig, tp: int, plan: PipelinePlan) -> list[int]:
+    """Return the number of adapter parameters of tensor-parallel rank 0 on each pipeline stage."""
+    totals = [0] * plan.num_stages
+    for name, layout in adapter_table(arch, lora).items():
+        totals[plan.layer_stages[int(name.split(".")[2])]] += _shard_size(layout, tp)
+    return totals
+
+
+def _shard_size(layout: Layout, tp: int) -> int:
+    def read(name: str, dim: int, start: int, stop: int | None) -> Tensor:
+        whole = torch.empty(layout.shapes[name], device="meta")
+        return whole[start:stop] if dim == 0 else whole[:, start:stop]
+
+    return layout.shard(read, 0, tp).numel()
 
 
 def _activation_bytes(run: PreparedRun, plan: PipelinePlan, stage: int, length: int) -> int:
@@ -215,7 +236,9 @@ def _head_bytes(run: PreparedRun, length: int) -> int:
     num_rows = 2 * args.per_device_train_batch_size * length
     width, columns = params_dtype(args).itemsize, -(-arch.vocab_size // args.tensor_model_parallel_size)
     rows = num_rows * arch.hidden_size * (2 * width + 4)
-    return rows + columns * arch.hidden_size * width + 2 * 1024 * min(columns, 8192) * 4
+    # a frozen head has no gradient
+    d_weight = 0 if run.config.lora is not None else columns * arch.hidden_size * width
+    return rows + d_weight + 2 * 1024 * min(columns, 8192) * 4
 
 
 def full_logits_bytes(run: PreparedRun) -> int:

@@ -27,6 +27,7 @@ from fastpref.trainer.agreement import together
 from fastpref.trainer.arguments import TrainingArguments
 from fastpref.trainer.head import head_of, read_activity
 from fastpref.trainer.layout import ARGUMENT_NAMES
+from fastpref.trainer.lora import lora_of
 from fastpref.trainer.metrics import MetricWindow
 from fastpref.trainer.optimizer import sync_parameters
 from fastpref.trainer.preemption import StopRequest
@@ -186,7 +187,9 @@ def _fingerprint(trainer: DPOTrainer) -> dict[str, Any]:
         "moe_aux_loss_coeff",
     )
     loss = json.dumps(asdict(trainer.train_config), sort_keys=True)
+    lora = lora_of(trainer.model)
     return {
+        **({} if lora is None else lora.fingerprint),
         **{name: getattr(args, name) for name in names},
         "global_batch_pairs": trainer.feed.global_batch_pairs,
         "total_steps": trainer.feed.total_steps,
@@ -235,9 +238,11 @@ def _save(trainer: DPOTrainer, step: int) -> None:
 
 def _seed_dropout(trainer: DPOTrainer, step: int) -> None:
     """Makes a step's dropout a function of (seed, step), as the data order is; free where nothing is dropped."""
-    config = trainer.model[0].config
-    if config.hidden_dropout or config.attention_dropout:
+    config, lora = trainer.model[0].config, lora_of(trainer.model)
+    if config.hidden_dropout or config.attention_dropout or (lora is not None and lora.config.lora_dropout):
         seed = trainer.args.seed + 1_000_003 * (step + 1) + 101 * parallel_state.get_data_parallel_rank()
+        # stages hold other layers, which must not draw the same masks
+        seed += 10_000_019 * parallel_state.get_pipeline_model_parallel_rank()
         torch.manual_seed(seed)
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
 

@@ -36,14 +36,7 @@ from fastpref.checkpoint.hf import ModelDirectory, read_config
 from fastpref.errors import CheckpointError, ConfigError
 from fastpref.trainer.attention import RMSNorm, SDPACoreAttention
 from fastpref.trainer.bridge.architecture import Architecture
-from fastpref.trainer.bridge.transfer import (
-    RandomTensors,
-    TensorSource,
-    agree,
-    load_parameters,
-    parameters_of,
-    save_parameters,
-)
+from fastpref.trainer.bridge.transfer import RandomTensors, TensorSource, agree, load_parameters, save_parameters
 from fastpref.trainer.gemma import (
     NormedResidualAdd,
     TwoRopeSelfAttention,
@@ -53,6 +46,7 @@ from fastpref.trainer.gemma import (
     scale_embedding,
 )
 from fastpref.trainer.layout import model_problems, size_problems
+from fastpref.trainer.lora import MergedParameters
 from fastpref.trainer.moe import expert_settings
 from fastpref.trainer.pipeline import PipelinePlan, plan_pipeline
 from fastpref.trainer.platform import current_layout
@@ -159,6 +153,8 @@ def save_hf(
 ) -> None:
     """Write a model directory that transformers can load; what `load_models` read comes back bit for bit.
 
+    Adapters (`add_lora`) are added into the weights that they stand beside.
+
     Args:
         models: this rank's chunks, bare or inside Megatron's wrappers.
         out_dir: the new directory, which appears when it is complete; it must not exist, or be empty.
@@ -179,8 +175,8 @@ def save_hf(
     key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
     config[key] = str(dtype).removeprefix("torch.")
     companions = None if tokenizer_dir is None else Path(tokenizer_dir)
-    arch, parameters = Architecture.from_hf(config), parameters_of(chunks)
-    save_parameters(parameters, arch, Path(out_dir), config, companions, dtype, max_shard_bytes)
+    arch = Architecture.from_hf(config)
+    save_parameters(MergedParameters(chunks), arch, Path(out_dir), config, companions, dtype, max_shard_bytes)
 
 
 class _Files:

@@ -28,6 +28,7 @@ from fastpref.data import (
 )
 from fastpref.errors import ConfigError
 from fastpref.trainer import loop
+from fastpref.trainer.bridge.adapters import AdapterFiles, adapted_linears
 from fastpref.trainer.bridge.architecture import Architecture
 from fastpref.trainer.feed import default_collator
 from fastpref.trainer.layout import model_problems, world_problems
@@ -129,6 +130,7 @@ def prepare(
     loop.check_combination(config.training, config.loss)
     architecture = Architecture.from_hf(hf_config_of(config))
     _raise_if([*_layout_problems(config, architecture, world_size), *_reference_problems(config, architecture)])
+    _check_lora(config, architecture)
     tokenizer = load_tokenizer(config.model.tokenizer_path)
     run = PreparedRun(
         config=config,
@@ -165,11 +167,18 @@ def hf_config_of(config: RunConfig) -> dict[str, Any]:
     return dict(config.model.config)
 
 
+def reference_is_policy(config: RunConfig) -> bool:
+    """Whether the reference has the policy's first weights, adapters aside."""
+    path = config.reference_path
+    return path is None or (config.model.path is not None and Path(path).samefile(config.model.path))
+
+
 def _path_problems(config: RunConfig, for_training: bool, saves: bool) -> Iterator[str]:
     directories = {
         "model.path": config.model.path,
         "model.tokenizer": config.model.tokenizer,
         "reference.path": None if config.reference is None else config.reference.path,
+        "lora.path": None if config.lora is None else config.lora.path,
     }
     files = [("data.train", path) for path in config.data.train_paths if for_training]
     files += [("data.eval", path) for path in config.data.eval_paths]
@@ -237,6 +246,13 @@ def _reference_problems(config: RunConfig, arch: Architecture) -> Iterator[str]:
         # neither changes what the weights compute
         if ours != theirs and field.name not in ("init_std", "max_positions"):
             yield f"reference.path: {field.name} must be the policy's, {ours!r}, got {theirs!r}"
+
+
+def _check_lora(config: RunConfig, arch: Architecture) -> None:
+    if config.lora is not None:
+        adapted_linears(arch, config.lora)
+        if config.lora.path is not None:
+            AdapterFiles(config.lora.path, arch, config.lora)
 
 
 def _check_lengths(dataset: PreferenceDataset, max_positions: int) -> None:

@@ -20,7 +20,8 @@ from fastpref.losses import DPOConfig
 from fastpref.trainer.agreement import together
 from fastpref.trainer.arguments import TrainingArguments
 from fastpref.trainer.batch import Microbatch
-from fastpref.trainer.head import HeadOptions, install_heads, unwrap
+from fastpref.trainer.head import ActivityMeter, HeadOptions, head_of, install_heads, unwrap
+from fastpref.trainer.lora import adapters_off, lora_of
 from fastpref.trainer.metrics import owns_results
 from fastpref.trainer.optimizer import check_model, to_precision
 from fastpref.trainer.packing import install_packing
@@ -40,18 +41,21 @@ class ReferenceModel:
     """Scores microbatches under frozen weights, with the same fused forward as the policy's.
 
     Args:
-        models: chunks of the reference, not wrapped in DDP; their parameters are frozen and they stay in eval mode.
+        models: chunks of the reference, not wrapped in DDP: with parameters of their own, which are frozen and stay in
+            eval mode, or `AdaptersOff`.
         config: the preference loss.
         args: the run's settings (precision, packing).
     """
 
     def __init__(self, models: Sequence[torch.nn.Module], config: DPOConfig, args: TrainingArguments) -> None:
-        install_heads(models, HeadOptions())
-        if args.packing:
-            install_packing(models, prefix_sharing=args.prefix_sharing)
-        self.models = to_precision(models, args)
-        for model in self.models:
-            model.eval().requires_grad_(False)
+        self.models = list(models)
+        if not isinstance(models[0], AdaptersOff):
+            install_heads(models, HeadOptions())
+            if args.packing:
+                install_packing(models, prefix_sharing=args.prefix_sharing)
+            self.models = to_precision(models, args)
+            for model in self.models:
+                model.eval().requires_grad_(False)
         self._schedule = PreferenceSchedule(config)
         self.timer = DeviceTimer()
 
@@ -170,6 +174,33 @@ def drift_per_token(results: Sequence[MicrobatchResult]) -> float:
     return distance / tokens
 
 
+class AdaptersOff(torch.nn.Module):
+    """A policy chunk seen without its adapters and without dropout; it shares all weights with the policy.
+
+    Args:
+        policy: the chunk, bare or in a precision wrapper.
+    """
+
+    def __init__(self, policy: torch.nn.Module) -> None:
+        super().__init__()
+        self.module = policy
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the chunk computed before adapters were added; its modes and its head's meters stay as they were."""
+        chunk, head, was_training = unwrap(self), head_of(self), self.module.training
+        if head is not None:
+            kept = head.options, head.timer, head.activity
+            head.options, head.timer, head.activity = HeadOptions(), DeviceTimer(), ActivityMeter()
+        self.module.eval()
+        try:
+            with adapters_off(chunk):
+                return self.module(*args, **kwargs)
+        finally:
+            self.module.train(was_training)
+            if head is not None:
+                head.options, head.timer, head.activity = kept
+
+
 def build_reference(
     policy: Sequence[torch.nn.Module],
     ref_model: Sequence[torch.nn.Module] | ReferenceCache | None,
@@ -177,11 +208,11 @@ def build_reference(
     args: TrainingArguments,
     datasets: Mapping[str, Any],
 ) -> ReferenceModel | PrecomputedReference | None:
-    """The reference that `config` needs: the given one, or a copy of the policy as it is now.
+    """The reference that `config` needs: the given one, the policy with adapters off, or a copy of it as it is now.
 
     Args:
         policy: bare chunks of the policy.
-        ref_model: chunks of the reference, its precomputed scores, or None for the copy.
+        ref_model: chunks of the reference, its precomputed scores, or None to take it from the policy.
         config: the preference loss.
         args: the run's settings.
         datasets: the run's data sets, by what they are called in a message.
@@ -199,6 +230,8 @@ def build_reference(
         return None
     if isinstance(ref_model, ReferenceCache):
         return PrecomputedReference(ref_model, config, datasets)
+    if ref_model is None and lora_of(policy) is not None:
+        return ReferenceModel([AdaptersOff(model) for model in to_precision(policy, args)], config, args)
     if ref_model is None:
         return ReferenceModel([_frozen_copy(unwrap(model)) for model in policy], config, args)
     if len(ref_model) != len(policy):

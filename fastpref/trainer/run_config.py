@@ -11,6 +11,7 @@ from fastpref.data.config import DataConfig
 from fastpref.errors import ConfigError
 from fastpref.losses import DPOConfig
 from fastpref.trainer.arguments import TrainingArguments
+from fastpref.trainer.lora_config import LoraConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +74,8 @@ class RunConfig:
     """The preference loss and its options."""
     reference: ReferenceConfig | None = None
     """The reference; None takes the policy's first weights where the loss reads one."""
+    lora: LoraConfig | None = None
+    """Train adapters instead of the weights; None trains the weights."""
     training: TrainingArguments = field(default_factory=TrainingArguments)
     """Optimisation, precision, parallel layout, logging and saving."""
 

@@ -1,5 +1,8 @@
 """Saving and resuming a run: Megatron's distributed checkpoint inside a directory that is published by rename.
 
+A run that trains adapters saves them and not the weights that it never changes, which resuming reads from where the run
+did and compares by checksum.
+
 Data order and dropout streams are functions of (seed, step), so a checkpoint holds weights, optimizer state, the
 schedule's position and a few numbers; nothing about readers or generators needs to be restored.
 """
@@ -9,7 +12,7 @@ from __future__ import annotations
 import queue
 import uuid
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,7 @@ from fastpref.checkpoint.manifest import (
 from fastpref.errors import CheckpointError
 from fastpref.trainer.agreement import together
 from fastpref.trainer.head import unwrap
+from fastpref.trainer.lora import LORA_FINGERPRINT, fill_weights, lora_of, sharded_weights
 
 # The optimizer's shards are stored by parameter, so that any layout can read them; experts have an optimizer of their
 # own, whose shards then need no name of their own.
@@ -168,15 +172,12 @@ def load(
     """
     state = directory.read_state(path)
     saved = state.get("fingerprint", {})
-    differing = [key for key in sorted({*saved, *fingerprint}) if saved.get(key) != fingerprint.get(key)]
-    if differing:
-        lines = "; ".join(f"{key}: saved {saved.get(key)!r}, now {fingerprint.get(key)!r}" for key in differing)
-        raise CheckpointError(f"{path} belongs to another run: {lines}. Use the saved settings or start a new run")
+    _require_same(path, saved, fingerprint, {*saved, *fingerprint})
     payload = {**_sharded_state(models, optimizer, is_loading=True), "scheduler": scheduler.state_dict()}
     loaded = _read(payload, path)
     with torch.no_grad():
         for index, model in enumerate(models):
-            unwrap(model).load_state_dict(loaded[f"model{index}"])
+            fill_weights(unwrap(model), loaded[f"model{index}"])
         optimizer.load_state_dict(loaded["optimizer"])
     scheduler.load_state_dict(loaded["scheduler"])
     return state
@@ -189,10 +190,20 @@ def load_weights(path: Path, models: Sequence[torch.nn.Module]) -> None:
         CheckpointError: the checkpoint cannot be read or holds another model.
     """
     chunks = [unwrap(model) for model in models]
-    loaded = _read({f"model{index}": chunk.sharded_state_dict() for index, chunk in enumerate(chunks)}, path)
+    lora = lora_of(chunks)
+    fingerprint = {} if lora is None else lora.fingerprint
+    _require_same(path, directory.read_state(path).get("fingerprint", {}), fingerprint, LORA_FINGERPRINT)
+    loaded = _read({f"model{index}": sharded_weights(chunk) for index, chunk in enumerate(chunks)}, path)
     with torch.no_grad():
         for index, chunk in enumerate(chunks):
-            chunk.load_state_dict(loaded[f"model{index}"])
+            fill_weights(chunk, loaded[f"model{index}"])
+
+
+def _require_same(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any], keys: Collection[str]) -> None:
+    differing = [key for key in sorted(keys) if saved.get(key) != now.get(key)]
+    if differing:
+        lines = "; ".join(f"{key}: saved {saved.get(key)!r}, now {now.get(key)!r}" for key in differing)
+        raise CheckpointError(f"{path} belongs to another run: {lines}. Use the saved settings or start a new run")
 
 
 def _read(payload: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -207,5 +218,5 @@ def _sharded_state(
     models: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer, *, is_loading: bool
 ) -> dict[str, Any]:
     metadata = {**_METADATA, "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-    chunks = {f"model{i}": unwrap(model).sharded_state_dict(metadata=metadata) for i, model in enumerate(models)}
+    chunks = {f"model{i}": sharded_weights(unwrap(model), metadata) for i, model in enumerate(models)}
     return {**chunks, "optimizer": optimizer.sharded_state_dict(chunks, is_loading=is_loading, metadata=metadata)}

@@ -117,6 +117,8 @@ def answer(model: torch.nn.Module, problem: Problem) -> Answer:
     ((logits * problem.weights_SLV).sum() / 2).backward()
     gradients: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         gradients |= as_in_files(model.config.model_type, name, parameter.grad)
     return Answer(logits.detach(), gradients)
 

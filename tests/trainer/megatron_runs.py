@@ -24,7 +24,8 @@ from megatron.core.tensor_parallel import (
 
 from fastpref.checkpoint.hf import ModelDirectory
 from fastpref.errors import ConfigError
-from fastpref.trainer import platform
+from fastpref.trainer import LoraConfig, add_lora, platform, save_adapter
+from fastpref.trainer.lora import lora_of
 from fastpref.trainer.model import ModelOptions, build_models, load_models, save_hf
 
 
@@ -61,15 +62,44 @@ def answer(path: str, out: str, layout: Layout, problem: Problem, options: Model
     """
     with parallel(layout):
         chunks = load_models(path, options)
-        config = chunks[0].config
-        config.finalize_model_grads_func = finalize_model_grads
-        models = [DistributedDataParallel(config, DistributedDataParallelConfig(), chunk) for chunk in chunks]
-        logits = _forward_backward(models, problem)
-        for model in models:
-            for parameter in model.parameters():
+        logits = _forward_backward_into_parameters(chunks, problem)
+        save_hf(chunks, out, path)
+    return logits
+
+
+def answer_lora(
+    path: str, lora: LoraConfig, out: str, layout: Layout, problem: Problem, options: ModelOptions
+) -> torch.Tensor | None:
+    """As `answer`, for the adapters of `lora.path` on the model of `path`; `out` becomes an adapter directory."""
+    with parallel(layout):
+        chunks = load_models(path, options)
+        add_lora(chunks, path, lora, seed=0)
+        logits = _forward_backward_into_parameters(chunks, problem)
+        save_adapter(chunks, out)
+    return logits
+
+
+def _forward_backward_into_parameters(chunks: list, problem: Problem) -> torch.Tensor | None:
+    """The logits of the last stage; trained parameters become their gradients."""
+    config = chunks[0].config
+    config.finalize_model_grads_func = finalize_model_grads
+    models = [DistributedDataParallel(config, DistributedDataParallelConfig(), chunk) for chunk in chunks]
+    logits = _forward_backward(models, problem)
+    for model in models:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
                 parameter.data.copy_(parameter.main_grad)
-        save_hf(models, out, path)
     return torch.cat(logits)[..., : problem.weights_SLV.size(-1)] if logits else None
+
+
+def reexport_lora(path: str, lora: LoraConfig, out: str, layout: Layout) -> str:
+    """Write the adapters and the merged model to `out`; returns the checksum of the frozen weights."""
+    with parallel(layout):
+        chunks = load_models(path)
+        add_lora(chunks, path, lora, seed=7)
+        save_adapter(chunks, f"{out}/adapter", path)
+        save_hf(chunks, f"{out}/merged", path)
+        return lora_of(chunks).base_checksum
 
 
 def _forward_backward(models: list, problem: Problem) -> list[torch.Tensor]:
@@ -139,6 +169,16 @@ def load_error(path: str, layout: Layout) -> str:
     return "no error"
 
 
+def lora_error(path: str, lora: LoraConfig, layout: Layout) -> str:
+    """The message of the error that adding adapters raises on this rank."""
+    with parallel(layout):
+        try:
+            add_lora(load_models(path), path, lora, seed=0)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
 def save_error(path: str, out: str, layout: Layout, max_file_bytes: int | None = None) -> str:
     """The message of the error that exporting raises on this rank, when no file may pass `max_file_bytes`."""
     with parallel(layout):
@@ -175,8 +215,11 @@ def last_vocab_row(config: dict) -> tuple[int, int, float]:
         return model.vocab_size, model.real_vocab_size, rows[-1].abs().max().item()
 
 
-def counted_parameters(config: dict, layout: Layout) -> int:
+def counted_parameters(config: dict, layout: Layout, lora: LoraConfig | None = None) -> int:
     """Number of values that Megatron's gradient norm takes from this tensor-parallel rank."""
     with parallel(layout):
         (model,) = build_models(config, ModelOptions(sequence_parallel=layout.sp), seed=0)
-        return sum(p.numel() for p in model.parameters() if param_is_not_tensor_parallel_duplicate(p))
+        if lora is not None:
+            add_lora([model], config, lora, seed=0)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return sum(p.numel() for p in trained if param_is_not_tensor_parallel_duplicate(p))

@@ -239,5 +239,6 @@ def test_dump_keeps_the_order_of_the_sections(tmp_path: Path) -> None:
         "data:",
         "loss:",
         "reference: null",
+        "lora: null",
         "training:",
     ]
