@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 
+from bench import packing as packing_bench
 from bench import report
 from bench.implementations import IMPLEMENTATIONS
 from bench.measure import Row, check, in_child, probe, surroundings, time_in_turns
@@ -22,7 +23,7 @@ from bench.plots import draw
 from bench.workloads import NAMES, ROOT
 
 RESULTS = Path(__file__).parent / "results"
-WORKERS = {function.__name__: function for function in (check, time_in_turns)}
+WORKERS = {function.__name__: function for function in (check, time_in_turns, packing_bench.measure)}
 SWEEPS = {
     "vocab": [f"synthetic-v{2**power}-r512-f50" for power in range(14, 21)],
     "fraction": [
@@ -98,6 +99,40 @@ def plot(images: Path, out: Path | None) -> None:
             continue
         draw(rows, axis, images / f"bench-head-{axis}.png")
         click.echo(images / f"bench-head-{axis}.png")
+
+
+@main.command()
+@click.option("--model", default=str(ROOT / "runs" / "models" / "smollm2"), help="Hugging Face model directory.")
+@click.option("--data", default=str(ROOT / "examples" / "data_real" / "pairs.jsonl"), help="Preference pairs.")
+@click.option("--name", default="smollm2-135m", show_default=True, help="Part of the name of the file of results.")
+@click.option("--pairs", default=8, show_default=True, help="Pairs of an optimizer step.")
+@click.option("--microbatch", default=2, show_default=True, help="Pairs of a padded microbatch.")
+@click.option("--pack-length", default=1024, show_default=True, help="Most positions of a packed row.")
+@click.option("--passes", default=2, show_default=True, help="Timed steps of each kind of rows.")
+@click.option("--threads", default=2, show_default=True, help="OMP_NUM_THREADS of the measuring process.")
+@click.option("--out", type=click.Path(path_type=Path), help="Directory of the results.  [default: bench/results]")
+@click.option("--dry", is_flag=True, help="Measure in this process.")
+def packing(
+    model: str,
+    data: str,
+    name: str,
+    pairs: int,
+    microbatch: int,
+    pack_length: int,
+    passes: int,
+    threads: int,
+    out: Path | None,
+    dry: bool,
+) -> None:
+    """Trainer steps on padded, packed, and packed and shared rows."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    run = operator.call if dry else in_child
+    row = run(packing_bench.measure, model, data, pairs, microbatch, pack_length, passes)
+    row |= surroundings() | {"command": shlex.join(["python", "-m", "bench", *sys.argv[1:]])}
+    file = (out or RESULTS) / f"packing-{name}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(row, indent=1) + "\n")
+    click.echo(packing_bench.table(row))
 
 
 @main.command(hidden=True)

@@ -175,6 +175,7 @@ def check(config_path: Path, overrides: tuple[str, ...], world_size: int | None)
     """
     from fastpref.trainer import build, inspect
     from fastpref.trainer.prepare import launched_world_size, prepare
+    from fastpref.trainer.row_usage import row_usages
 
     config = _load(config_path, overrides)
     if world_size is None:
@@ -187,6 +188,7 @@ def check(config_path: Path, overrides: tuple[str, ...], world_size: int | None)
         tables.data_report(reports),
         tables.plan(run, inspect.layout_axes(run), reference),
         tables.stages(inspect.stage_loads(run), config.training.pipeline_balance),
+        tables.rows(row_usages(run)),
         tables.memory(inspect.estimate_memory(run), inspect.full_logits_bytes(run)),
         f"{config_path} is valid.",
     )

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fastpref.data import DataReport, LengthStats
     from fastpref.trainer.inspect import LayoutAxis, MemoryEstimate, PairView, StageLoad
     from fastpref.trainer.prepare import PreparedRun
+    from fastpref.trainer.row_usage import RowUsage
 
 _PROMPT_TOKENS, _ANSWER_TOKENS = 48, 96
 _MAIN_METRICS = (
@@ -118,6 +119,16 @@ def stages(loads: Sequence[StageLoad], balance: str) -> Table | None:
         table.add_row(str(stage), str(load.layers), head, f"{load.share:.1%}")
     waiting = 1.0 - 1.0 / (len(loads) * max(load.share for load in loads))
     table.add_row("waiting for the slowest", "", "", f"{waiting:.1%}", style="dim")
+    return table
+
+
+def rows(usages: Sequence[RowUsage]) -> Table:
+    """What each way of laying out rows computes; the run's own is marked."""
+    table = new_table("Rows", ("", "rows/step", "positions/pair", "padding"))
+    for usage in usages:
+        cells = [f"{usage.rows_per_step:,.1f}", f"{usage.positions_per_pair:,.1f}", f"{usage.padding_fraction:.1%}"]
+        name = f"{usage.kind} (this run)" if usage.is_used else usage.kind
+        table.add_row(name, *cells, style="bold" if usage.is_used else None)
     return table
 
 

@@ -135,6 +135,13 @@ def longest_row(run: PreparedRun) -> int:
     return -(-longest // multiple) * multiple
 
 
+def microbatch_positions(run: PreparedRun) -> int:
+    """Return the positions of the largest microbatch: one packed row, or padded rows as long as the longest."""
+    capacities = [run.row_capacity(dataset) for dataset in (run.train, run.eval) if dataset is not None]
+    packed = [capacity for capacity in capacities if capacity is not None]
+    return max(packed) if packed else 2 * run.config.training.per_device_train_batch_size * longest_row(run)
+
+
 def estimate_memory(run: PreparedRun) -> MemoryEstimate:
     """Estimate the memory of the rank that needs most while it trains."""
     return max(_stage_memories(run), key=lambda memory: memory.total)
@@ -147,7 +154,7 @@ def _stage_memories(run: PreparedRun) -> Iterator[MemoryEstimate]:
     # fp32 parameters are their own master copy
     state_bytes = 8 if dtype == torch.float32 else 12
     shards = run.data_parallel_size if args.use_distributed_optimizer else 1
-    length = longest_row(run)
+    num_tokens = microbatch_positions(run)
     plan = run.pipeline_plan
     adapters = [0] * num_stages if lora is None else stage_adapters(run.architecture, lora, tp, plan)
     has_model = run.config.loss.use_ref_model and not run.config.precomputes_reference
@@ -161,8 +168,8 @@ def _stage_memories(run: PreparedRun) -> Iterator[MemoryEstimate]:
             reference=parameters * width if has_copy else 0,
             gradients=trainable * 4,
             optimizer=trainable * state_bytes // shards,
-            activations=_activation_bytes(run, plan, stage, length),
-            head=_head_bytes(run, length) if stage == num_stages - 1 else 0,
+            activations=_activation_bytes(run, plan, stage, num_tokens),
+            head=_head_bytes(run, num_tokens) if stage == num_stages - 1 else 0,
         )
 
 
@@ -198,10 +205,9 @@ def _shard_size(layout: Layout, tp: int) -> int:
     return layout.shard(read, 0, tp).numel()
 
 
-def _activation_bytes(run: PreparedRun, plan: PipelinePlan, stage: int, length: int) -> int:
+def _activation_bytes(run: PreparedRun, plan: PipelinePlan, stage: int, num_tokens: int) -> int:
     """Estimate what the layers of a stage keep, over the microbatches that are in flight at once."""
     args, arch, tp = run.config.training, run.architecture, run.config.training.tensor_model_parallel_size
-    num_tokens = 2 * args.per_device_train_batch_size * length
     num_layers, in_flight = plan.stage_layers[stage], _microbatches_in_flight(args, stage)
     queries, keys = arch.num_heads * arch.head_dim, arch.num_query_groups * arch.head_dim
     stream = arch.hidden_size // (tp if args.sequence_parallel else 1)
@@ -222,7 +228,9 @@ def _activation_bytes(run: PreparedRun, plan: PipelinePlan, stage: int, length: 
 
 def _microbatches_in_flight(args: TrainingArguments, stage: int) -> float:
     """Microbatches whose activations a stage holds at once, as multiples of all its layers."""
-    pp, vpp, steps = args.layout.pp, args.layout.vpp, args.gradient_accumulation_steps
+    pp, vpp = args.layout.pp, args.layout.vpp
+    # with packing the number of microbatches follows from the pairs: at most one pair each
+    steps = args.gradient_accumulation_steps * (args.per_device_train_batch_size if args.packing else 1)
     if vpp is None:
         return min(pp - stage, steps)
     # The interleaved schedule warms up with this many chunks of a microbatch before the first one goes back.
@@ -230,12 +238,11 @@ def _microbatches_in_flight(args: TrainingArguments, stage: int) -> float:
     return min(warmup_chunks / vpp, steps)
 
 
-def _head_bytes(run: PreparedRun, length: int) -> int:
+def _head_bytes(run: PreparedRun, num_tokens: int) -> int:
     """Estimate the fused head: gathered rows, their gradient, the weight's gradient and one tile of logits."""
     args, arch = run.config.training, run.architecture
-    num_rows = 2 * args.per_device_train_batch_size * length
     width, columns = params_dtype(args).itemsize, -(-arch.vocab_size // args.tensor_model_parallel_size)
-    rows = num_rows * arch.hidden_size * (2 * width + 4)
+    rows = num_tokens * arch.hidden_size * (2 * width + 4)
     # a frozen head has no gradient
     d_weight = 0 if run.config.lora is not None else columns * arch.hidden_size * width
     return rows + d_weight + 2 * 1024 * min(columns, 8192) * 4
@@ -245,4 +252,4 @@ def full_logits_bytes(run: PreparedRun) -> int:
     """Return what the fp32 logits of one microbatch would take on a rank, which the fused head never holds."""
     args = run.config.training
     columns = -(-run.architecture.vocab_size // args.tensor_model_parallel_size)
-    return 2 * args.per_device_train_batch_size * longest_row(run) * columns * 4
+    return microbatch_positions(run) * columns * 4

@@ -30,7 +30,7 @@ from fastpref.errors import ConfigError
 from fastpref.trainer import loop
 from fastpref.trainer.bridge.adapters import AdapterFiles, adapted_linears
 from fastpref.trainer.bridge.architecture import Architecture
-from fastpref.trainer.feed import default_collator
+from fastpref.trainer.feed import default_collator, row_capacity
 from fastpref.trainer.layout import model_problems, world_problems
 from fastpref.trainer.pipeline import SAMPLE_PAIRS, PipelinePlan, head_in_layers, plan_pipeline, row_shape
 from fastpref.trainer.run_config import RunConfig
@@ -105,6 +105,18 @@ class PreparedRun:
         config, pad_token_id = self.config, resolve_pad_token_id(self.tokenizer)
         return default_collator(config.loss, config.training, pad_token_id, config.data.pad_to_multiple_of)
 
+    def row_capacity(self, dataset: PreferenceDataset) -> int | None:
+        """Return the most positions of a packed row of `dataset`; None without packing.
+
+        Raises:
+            ConfigError: `pack_length` is no multiple of what rows are padded to.
+            DataError: a pair does not fit into a row.
+        """
+        collator = self.collator()
+        if not isinstance(collator, PackedCollator):
+            return None
+        return row_capacity(dataset, collator, self.config.training.pack_length)
+
 
 def prepare(
     config: RunConfig, world_size: int | None = None, *, for_training: bool = True, saves: bool = True
@@ -144,6 +156,7 @@ def prepare(
         if dataset is not None:
             check_token_ids(dataset, architecture.vocab_size, resolve_pad_token_id(tokenizer))
             _check_lengths(dataset, architecture.max_positions)
+            run.row_capacity(dataset)
     if for_training:
         _check_schedule(run)
     return run

@@ -119,3 +119,26 @@ def test_check_escapes_control_characters(project: Path, run_cli, monkeypatch: p
     output = run_cli("check", "run.yaml").output
     assert "\x1b" not in output
     assert "\\x1b[31m\\n" in output
+
+
+def test_check_shows_what_padding_costs(project: Path, run_cli) -> None:
+    """10 pairs of 6 prompt and 3 and 4 answer tokens in steps of 4, rows padded to multiples of 8."""
+    output = squeezed(run_cli("check", "run.yaml").output)
+    # two rows of 16 for 8 + 9 tokens; two pairs of a short last step are missing
+    assert "padded (this run) 8.0 38.4 55.7%" in output
+    packed = ["training.packing=true", "training.prefix_sharing=true", "training.pack_length=48"]
+    output = squeezed(run_cli("check", "run.yaml", *packed).output)
+    # 17 positions a pair alone, of which two fill a row to 34 of 40; 12 with the prompt shared
+    assert "packed 1.7 20.0 15.0%" in output
+    assert "packed, prompt shared (this run) 1.0 12.0 0.0%" in output
+
+
+def test_check_names_a_pair_that_does_not_fit_a_packed_row(project: Path, run_cli) -> None:
+    result = run_cli("check", "run.yaml", "training.packing=true", "training.pack_length=16")
+    assert result.exit_code == 3
+    message = squeezed(result.stderr)
+    assert "pairs.jsonl:1: the pair takes 17 positions of a packed row and a row has pack_length=16" in message
+    assert "raise pack_length to 24 or more, set prefix_sharing: true, or lower data.max_length" in message
+    result = run_cli("check", "run.yaml", "training.packing=true", "training.pack_length=20")
+    assert result.exit_code == 2
+    assert "pack_length must be a multiple of pad_to_multiple_of=8, got 20" in squeezed(result.stderr)

@@ -1,0 +1,70 @@
+"""Packed rows in every layout of two ranks train like padded rows in one process."""
+
+from pathlib import Path
+
+import pytest
+from test_layouts import LOSSES, PAIRS, POLICY, Layout, assert_same_run, train
+
+from fastpref.testing.workers import RankPool
+from fastpref.trainer import DPOConfig, DPOTrainer, TrainingArguments, initialize_megatron, load_models
+from fastpref.trainer.platform import destroy
+
+LAYOUTS = {
+    "dp2": (Layout(distributed_optimizer=True), 2),
+    "tp2": (Layout(tp=2), 1),
+    "tp2-sp": (Layout(tp=2, sp=True), 1),
+    "pp2": (Layout(pp=2), 1),
+}
+PACKED = {
+    "packed": {"packing": True, "pack_length": 48},
+    "shared": {"packing": True, "prefix_sharing": True, "pack_length": 48},
+}
+
+
+@pytest.fixture(scope="module")
+def padded(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict], Path]:
+    directory = tmp_path_factory.mktemp("padded")
+    return train(Layout(), 1, LOSSES["ipo+sft"], str(directory)), directory
+
+
+@pytest.mark.parametrize("packing", PACKED)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_packed_ranks_train_like_one_padded(
+    rank_pool_2: RankPool, padded, tmp_path: Path, name: str, packing: str
+) -> None:
+    expected, directory = padded
+    layout, dp = LAYOUTS[name]
+    logs = rank_pool_2.run(train, layout, dp, LOSSES["ipo+sft"], str(tmp_path), 2, None, PACKED[packing])
+    assert_same_run(logs[0], expected, tmp_path, directory)
+
+
+def short_step(dp: int, output_dir: str, options: dict) -> tuple[list[dict], list[list[float]]]:
+    """5 pairs in batches of 4: the second step has one pair. Returns the log and the weights of its microbatches."""
+    args = TrainingArguments(
+        output_dir=output_dir,
+        per_device_train_batch_size=4 // dp,
+        learning_rate=5e-3,
+        max_steps=2,
+        logging_steps=1,
+        report_to=(),
+        disable_progress=True,
+        save_on_end=False,
+        **options,
+    )
+    initialize_megatron(args)
+    try:
+        trainer = DPOTrainer(load_models(POLICY), DPOConfig(pref_loss="orpo"), None, args, train_dataset=PAIRS[:5])
+        trainer.train()
+        return trainer.log_history, [batch.weights_B.tolist() for batch in trainer.feed.train_batches(1)]
+    finally:
+        destroy()
+
+
+def test_a_rank_without_a_pair_runs_a_filler_at_weight_0(rank_pool_2: RankPool, tmp_path: Path) -> None:
+    options = {"packing": True, "prefix_sharing": True}
+    ranks = rank_pool_2.run(short_step, 2, str(tmp_path / "two"), options)
+    expected, _ = short_step(1, str(tmp_path / "one"), {})
+    assert sorted(weights for _, weights in ranks) == [[[0.0]], [[1.0]]]
+    for record, theirs in zip(ranks[0][0], expected, strict=True):
+        for name in ("loss", "grad_norm", "rewards/margins", "logps/chosen"):
+            assert record[name] == pytest.approx(theirs[name], rel=2e-5, abs=2e-6), name
