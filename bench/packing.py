@@ -108,7 +108,7 @@ def _shape(feed: PairFeed, steps: int) -> dict[str, float]:
     """What the timed steps compute, per step and per pair."""
     batches = [batch for step in range(1, steps) for batch in feed.train_batches(step)]
     computed = sum(batch.input_ids_NL.numel() for batch in batches)
-    used = sum(float(batch.used_B[batch.weights_B != 0].sum()) for batch in batches)
+    used = sum(int((~batch.uncounted_NL).sum()) for batch in batches)
     pairs = sum(int((batch.weights_B != 0).sum()) for batch in batches)
     return {
         "microbatches": len(batches) / (steps - 1),

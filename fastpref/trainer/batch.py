@@ -47,8 +47,8 @@ class Microbatch:
 
     `input_ids_NL`, `position_ids_NL`, `labels_NL` and `nll_labels_NL` are int64 [N, L]: one right-padded row per
     sequence, or one row of many sequences, which `segments` then locates. `weights_B` is fp32 with 0 for filler pairs,
-    which count in nothing; `used_B` are the positions that each pair takes, padding not counted; `padding_NL` is True
-    on positions of no pair; `ref_logps_S` holds the reference's sums once they are known.
+    which count in nothing; `padding_NL` is True on positions of no pair; `ref_logps_S` holds the reference's sums once
+    they are known.
     """
 
     input_ids_NL: Tensor
@@ -56,7 +56,6 @@ class Microbatch:
     labels_NL: Tensor
     weights_B: Tensor
     pair_ids_B: Tensor
-    used_B: Tensor
     padding_NL: Tensor
     nll_labels_NL: Tensor | None = None
     segments: Segments | None = None
@@ -108,7 +107,6 @@ class Microbatch:
             labels_NL=labels.long(),
             weights_B=torch.ones(num_pairs) if weights is None else weights.float(),
             pair_ids_B=torch.full((num_pairs,), -1) if ids is None else ids.long(),
-            used_B=_used(input_ids, batch.get("attention_mask"), segments),
             padding_NL=_padding(input_ids, batch.get("attention_mask"), segments),
             nll_labels_NL=batch.get("nll_labels"),
             segments=segments,
@@ -130,10 +128,7 @@ class Microbatch:
         is_filler_B = self.weights_B == 0
         if self.segments is None:
             return self.padding_NL | is_filler_B.repeat(2)[:, None]
-        uncounted_NL = self.padding_NL.clone()
-        for segment, is_filler in zip(self.segments.pairs, is_filler_B.tolist(), strict=True):
-            uncounted_NL[:, segment.start : segment.stop] |= is_filler
-        return uncounted_NL
+        return F.pad(is_filler_B, (0, 1), value=True)[self.segments.pairs_L][None]
 
     @property
     def counts_S(self) -> Tensor:
@@ -229,22 +224,15 @@ def _positions(input_ids_NL: Tensor, length: int | None = None) -> Tensor:
     return torch.arange(length or input_ids_NL.size(1)).expand(input_ids_NL.size(0), -1)
 
 
-def _used(input_ids_NL: Tensor, attention_mask_NL: Tensor | None, segments: Segments | None) -> Tensor:
-    """Counts the positions of each pair that are no padding [B]."""
+def _padding(input_ids_NL: Tensor, attention_mask_NL: Tensor | None, segments: Segments | None) -> Tensor:
     if segments is not None:
-        return torch.tensor([segment.stop - segment.start for segment in segments.pairs])
+        return torch.arange(segments.length)[None] >= segments.num_used
     if attention_mask_NL is None:
-        return torch.full((input_ids_NL.size(0) // 2,), 2 * input_ids_NL.size(1))
+        return torch.zeros_like(input_ids_NL, dtype=torch.bool)
     mask_NL = attention_mask_NL.bool()
     if (mask_NL[:, 1:] & ~mask_NL[:, :-1]).any():
         raise DataError("attention_mask must be 1 on a row's tokens and 0 on padding after them; pad on the right")
-    return mask_NL.sum(1).view(2, -1).sum(0)
-
-
-def _padding(input_ids_NL: Tensor, attention_mask_NL: Tensor | None, segments: Segments | None) -> Tensor:
-    if segments is not None:
-        return torch.arange(input_ids_NL.size(1))[None] >= segments.num_used
-    return torch.zeros_like(input_ids_NL, dtype=torch.bool) if attention_mask_NL is None else attention_mask_NL == 0
+    return ~mask_NL
 
 
 def _check_ids(ids: Tensor, vocab_size: int | None, key: str, ignore: int | None) -> None:

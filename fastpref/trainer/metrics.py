@@ -58,7 +58,7 @@ class MetricWindow:
         for batch in batches:
             is_real_B = batch.weights_B != 0
             self._totals["pairs"] += float(is_real_B.sum())
-            self._totals["real_tokens"] += float(batch.used_B[is_real_B].sum())
+            self._totals["real_tokens"] += float((~batch.uncounted_NL).sum())
             self._totals["response_tokens"] += float(batch.counts_S[is_real_B.repeat(2)].sum())
             self._totals["padded_tokens"] += batch.input_ids_NL.numel()
 

@@ -73,13 +73,15 @@ def _rows(
             for rank in range(dp):
                 yield from _padded_rows([dataset[i] for i in batch[rank::dp]], dataset[batch[0]], run, size, multiple)
         return
+    layout = args.layout
+    multiple_of = run.data_parallel_size * (layout.pp if layout.vpp else 1)
     packed_args = replace(args, packing=True, prefix_sharing=kind == KINDS[2], per_device_eval_batch_size=None)
     collator = default_collator(run.config.loss, packed_args, 0, multiple)
     assert isinstance(collator, PackedCollator)
     capacity = row_capacity(dataset, collator, args.pack_length)
     for batch in batches:
         costs = [collator.cost(dataset[index]) for index in batch]
-        for row in plan_rows(costs, capacity, multiple_of=run.data_parallel_size, seed=args.seed):
+        for row in plan_rows(costs, capacity, multiple_of=multiple_of, seed=args.seed):
             used = sum(costs[index] for index in row)
             yield -(-(used or min(costs)) // multiple) * multiple, used
 

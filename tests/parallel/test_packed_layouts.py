@@ -1,41 +1,42 @@
 """Packed rows in every layout of two ranks train like padded rows in one process."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_layouts import LOSSES, PAIRS, POLICY, Layout, assert_same_run, train
+import torch
 
+from fastpref.testing.layout_parity import LAYOUTS, TOLERANCES, ShortRun, difference, train
+from fastpref.testing.tiny import tiny_pairs
 from fastpref.testing.workers import RankPool
 from fastpref.trainer import DPOConfig, DPOTrainer, TrainingArguments, initialize_megatron, load_models
 from fastpref.trainer.platform import destroy
 
-LAYOUTS = {
-    "dp2": (Layout(distributed_optimizer=True), 2),
-    "tp2": (Layout(tp=2), 1),
-    "tp2-sp": (Layout(tp=2, sp=True), 1),
-    "pp2": (Layout(pp=2), 1),
-}
+POLICY = Path(__file__).resolve().parents[1] / "golden" / "policy_init"
+PAIRS = tiny_pairs(22, seed=11)
 PACKED = {
     "packed": {"packing": True, "pack_length": 48},
     "shared": {"packing": True, "prefix_sharing": True, "pack_length": 48},
 }
+RUN = ShortRun(loss=DPOConfig())
 
 
 @pytest.fixture(scope="module")
 def padded(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict], Path]:
     directory = tmp_path_factory.mktemp("padded")
-    return train(Layout(), 1, LOSSES["ipo+sft"], str(directory)), directory
+    return train(RUN, str(directory)), directory
 
 
 @pytest.mark.parametrize("packing", PACKED)
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", ["DP2 sharded optimizer", "TP2", "TP2-SP recompute", "PP2", "PP2-VPP2"])
 def test_packed_ranks_train_like_one_padded(
     rank_pool_2: RankPool, padded, tmp_path: Path, name: str, packing: str
 ) -> None:
-    expected, directory = padded
-    layout, dp = LAYOUTS[name]
-    logs = rank_pool_2.run(train, layout, dp, LOSSES["ipo+sft"], str(tmp_path), 2, None, PACKED[packing])
-    assert_same_run(logs[0], expected, tmp_path, directory)
+    settings = {**LAYOUTS[name][1], **PACKED[packing]}
+    logs = rank_pool_2.run(train, replace(RUN, settings=settings), str(tmp_path))
+    found = difference(logs[0], padded[0], tmp_path, padded[1])
+    assert found.within(TOLERANCES[torch.float32]), found
+    assert logs[0][0]["perf/positions_per_pair"] < padded[0][0]["perf/positions_per_pair"]
 
 
 def short_step(dp: int, output_dir: str, options: dict) -> tuple[list[dict], list[list[float]]]:
