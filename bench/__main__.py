@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import operator
 import os
@@ -20,10 +21,17 @@ from bench.implementations import IMPLEMENTATIONS
 from bench.measure import Row, check, in_child, probe, surroundings, time_in_turns
 from bench.oracle import verdict
 from bench.plots import draw
-from bench.workloads import NAMES, ROOT
+from bench.workloads import MODELS, NAMES, ROOT
 
 RESULTS = Path(__file__).parent / "results"
-WORKERS = {function.__name__: function for function in (check, time_in_turns, packing_bench.measure)}
+# By name, as the trainer takes seconds to import and the head does not need it.
+WORKERS = {
+    "check": "bench.measure",
+    "time_in_turns": "bench.measure",
+    "measure": "bench.packing",
+    "time_steps": "bench.reference",
+    "measure_memory": "bench.reference",
+}
 SWEEPS = {
     "vocab": [f"synthetic-v{2**power}-r512-f50" for power in range(14, 21)],
     "fraction": [
@@ -71,6 +79,33 @@ def sweep(context: click.Context, axis: str, only: str, repeats: int, threads: i
     """Synthetic heads: vocabularies of 16k to 1M, or 10 to 100 % of 1024 positions in the response."""
     for workload in SWEEPS[axis]:
         context.invoke(head, workload=workload, only=only, repeats=repeats, threads=threads, out=out, dry=False)
+
+
+@main.command()
+@click.option("--model", default="smollm2-135m", show_default=True, type=click.Choice([*MODELS, "dry"]))
+@click.option("--precision", default="fp32", show_default=True, type=click.Choice(["fp32", "bf16"]))
+@click.option("--pairs", default=4, show_default=True, help="Pairs of one step, from examples/data_real.")
+@click.option("--max-length", default=256, show_default=True, help="Longest sequence in tokens.")
+@click.option("--repeats", default=5, show_default=True, help="Timed steps of each kind after one that warms up.")
+@click.option("--threads", default=2, show_default=True, help="OMP_NUM_THREADS of the measuring processes.")
+@click.option("--out", type=click.Path(path_type=Path), help="Directory of the row.  [default: bench/results]")
+def reference(
+    model: str, precision: str, pairs: int, max_length: int, repeats: int, threads: int, out: Path | None
+) -> None:
+    """Training steps with the reference in memory and with precomputed log-probs: time and memory."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    setting = (model, pairs, max_length, precision)
+    from bench.reference import KINDS, measure_memory, time_steps
+
+    row = in_child(time_steps, *setting, repeats)
+    row["memory"] = {kind: in_child(measure_memory, kind, *setting) for kind in KINDS}
+    row |= {"precision": precision} | surroundings() | {"command": shlex.join(["python", "-m", "bench", *sys.argv[1:]])}
+    file = (out or RESULTS) / f"reference-{model}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(row, indent=1) + "\n")
+    for kind in KINDS:
+        seconds, memory = median(row["times"][kind]["wall_s"]), row["memory"][kind]
+        click.echo(f"{kind}: {seconds:.2f} s a step, {memory['resident_mib']:.0f} MiB, peak {memory['peak_mib']:.0f}")
 
 
 @main.command()
@@ -140,7 +175,8 @@ def packing(
 @click.argument("arguments")
 def worker(function: str, arguments: str) -> None:
     """One measurement in this process; its row is the last line printed."""
-    print(json.dumps(WORKERS[function](*json.loads(arguments))))
+    called = getattr(importlib.import_module(WORKERS[function]), function)
+    print(json.dumps(called(*json.loads(arguments))))
 
 
 def measure_head(workload: str, names: list[str], repeats: int, out: Path, run: Callable[..., Row]) -> None:

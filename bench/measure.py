@@ -38,9 +38,9 @@ def check(workload: str, name: str) -> Row:
     call(implementation, warm_up, warm_up.hidden_SLH, warm_up.weight_VH)
     _return_memory()
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-    before_mib = _status_mib("VmRSS")
+    before_mib = status_mib("VmRSS")
     result = call(implementation, case, case.hidden_SLH, case.weight_VH)
-    peak_mib = _status_mib("VmHWM") - before_mib
+    peak_mib = status_mib("VmHWM") - before_mib
     expected = truth(case)
     properties = case.shape | {"active_fraction": round(float(expected["active_fraction"]), 4)}
     peak = {"extra_peak_mib": round(peak_mib, 1), "threads": torch.get_num_threads()}
@@ -88,7 +88,7 @@ def probe(name: str) -> str | None:
 
 
 def in_child(function: Callable[..., Row], *arguments: Any) -> Row:
-    """Call a function of this module in a new Python process.
+    """Call a worker of `python -m bench` in a new Python process.
 
     Raises:
         RuntimeError: the process failed; with the last line it wrote.
@@ -140,7 +140,8 @@ def _return_memory() -> None:
     ctypes.CDLL(None).malloc_trim(0)
 
 
-def _status_mib(field: str) -> float:
+def status_mib(field: str) -> float:
+    """Return a size of this process, as VmRSS or VmHWM, in MiB."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
             return int(line.split()[1]) / 1024

@@ -32,8 +32,7 @@ from fastpref.trainer.timing import DeviceTimer
 MAX_DRIFT = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 """Mean distance, in nat per token, that rounding may put between two passes of one model in other batches and layouts.
 
-Far above what another batch makes of a real model, and below what other weights make; docs/reference-cache.md has the
-measurements.
+Far above what other batches make of a real model, measured in docs/reference-cache.md: room for other layouts and GPUs.
 """
 
 
