@@ -104,8 +104,11 @@ def reference(
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(row, indent=1) + "\n")
     for kind in KINDS:
-        seconds, memory = median(row["times"][kind]["wall_s"]), row["memory"][kind]
-        click.echo(f"{kind}: {seconds:.2f} s a step, {memory['resident_mib']:.0f} MiB, peak {memory['peak_mib']:.0f}")
+        (wall, cpu), memory = map(median, row["times"][kind].values()), row["memory"][kind]
+        click.echo(
+            f"{kind}: {wall:.2f} s a step ({cpu:.2f} s of CPU), {memory['resident_mib']:.0f} MiB resident, "
+            f"peak {memory['peak_mib']:.0f} MiB"
+        )
 
 
 @main.command()
