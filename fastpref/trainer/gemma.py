@@ -99,7 +99,11 @@ class TwoRopeSelfAttention(SelfAttention):
 
 
 class ScaledEmbedding(LanguageModelEmbedding):
-    """Embeddings times a constant."""
+    """Embeddings times a constant.
+
+    The padding token's row is an ordinary one. transformers gives it no gradient as an input, which differs only where
+    that token stands in a text; Gemma's `<pad>` never does, and behind a row's end it gets no gradient either.
+    """
 
     scale: float
 
