@@ -115,12 +115,16 @@ def answer(model: torch.nn.Module, problem: Problem) -> Answer:
     model.zero_grad()
     # the mean over microbatches
     ((logits * problem.weights_SLV).sum() / 2).backward()
+    return Answer(logits.detach(), gradients_of(model))
+
+
+def gradients_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     gradients: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         gradients |= as_in_files(model.config.model_type, name, parameter.grad)
-    return Answer(logits.detach(), gradients)
+    return gradients
 
 
 def as_in_files(model_type: str, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
