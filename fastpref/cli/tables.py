@@ -137,6 +137,9 @@ def memory(estimate: MemoryEstimate, full_logits: int) -> Table:
     table = new_table("Memory of the largest rank", ("", "size"))
     trained = "" if estimate.trainable == estimate.parameters else f", {estimate.trainable / 1e6:,.3f} M trained"
     table.add_row(f"weights ({estimate.parameters / 1e6:,.1f} M parameters{trained})", _size(estimate.weights))
+    if estimate.active_parameters < estimate.model_parameters:
+        whole, active = (f"{size / 1e6:,.1f} M" for size in (estimate.model_parameters, estimate.active_parameters))
+        table.add_row("whole model", f"{whole} parameters, {active} per token")
     for name in ("reference", "gradients", "optimizer"):
         table.add_row(name, _size(getattr(estimate, name)))
     table.add_row("activations (estimate)", _size(estimate.activations))

@@ -5,6 +5,7 @@ Dims: `H` hidden, `V` vocabulary, `R` response rows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,7 +17,8 @@ from fastpref.trainer.arguments import TrainingArguments
 from fastpref.trainer.bridge.adapters import adapter_table
 from fastpref.trainer.bridge.architecture import Architecture
 from fastpref.trainer.bridge.layouts import Layout
-from fastpref.trainer.bridge.names import parameter_table
+from fastpref.trainer.bridge.names import is_expert, parameter_table
+from fastpref.trainer.layout import ParallelLayout
 from fastpref.trainer.lora_config import LoraConfig
 from fastpref.trainer.optimizer import params_dtype
 from fastpref.trainer.pipeline import PipelinePlan, stage_shares
@@ -42,7 +44,7 @@ class LayoutAxis:
     """One way in which the ranks share the work."""
 
     name: str
-    """tensor, pipeline or data."""
+    """tensor, data, pipeline or expert."""
     size: int
     """Ranks along it."""
     ranks_with_0: tuple[int, ...]
@@ -69,6 +71,10 @@ class MemoryEstimate:
     """Parameters on the rank (a number, not bytes)."""
     trainable: int
     """Those of them that are trained: all, or the adapters' (a number, not bytes)."""
+    model_parameters: int
+    """Parameters of the whole model."""
+    active_parameters: int
+    """Those that one token passes: of the experts of a layer, the ones that it is sent to."""
     weights: int
     """The policy."""
     reference: int
@@ -113,6 +119,10 @@ def layout_axes(run: PreparedRun) -> list[LayoutAxis]:
     ):
         axes.append(LayoutAxis(name=name, size=size, ranks_with_0=tuple(range(0, stride * size, stride))))
         stride *= size
+    if args.expert_model_parallel_size > 1:
+        # experts are shared out among neighbours, whatever else these ranks share
+        ranks = tuple(range(args.expert_model_parallel_size))
+        axes.append(LayoutAxis(name="expert", size=len(ranks), ranks_with_0=ranks))
     return axes
 
 
@@ -153,40 +163,62 @@ def _stage_memories(run: PreparedRun) -> Iterator[MemoryEstimate]:
     width = dtype.itemsize
     # fp32 parameters are their own master copy
     state_bytes = 8 if dtype == torch.float32 else 12
-    shards = run.data_parallel_size if args.use_distributed_optimizer else 1
+    shards = expert_shards = 1
+    if args.use_distributed_optimizer:
+        shards, expert_shards = run.data_parallel_size, args.layout.expert_copies(run.world_size)
     num_tokens = microbatch_positions(run)
     plan = run.pipeline_plan
     adapters = [0] * num_stages if lora is None else stage_adapters(run.architecture, lora, tp, plan)
     has_model = run.config.loss.use_ref_model and not run.config.precomputes_reference
     has_copy = has_model and (lora is None or not reference_is_policy(run.config))
-    for stage, parameters in enumerate(stage_parameters(run.architecture, tp, plan)):
-        trainable = parameters if lora is None else adapters[stage]
+    whole, active = model_parameters(run.architecture)
+    for stage, (shared, experts) in enumerate(stage_parameters(run.architecture, args.layout, plan)):
+        parameters = shared + experts
+        if lora is not None:
+            shared, experts = adapters[stage], 0
         yield MemoryEstimate(
             parameters=parameters + adapters[stage],
-            trainable=trainable,
+            trainable=shared + experts,
+            model_parameters=whole,
+            active_parameters=active,
             weights=(parameters + adapters[stage]) * width,
             reference=parameters * width if has_copy else 0,
-            gradients=trainable * 4,
-            optimizer=trainable * state_bytes // shards,
+            gradients=(shared + experts) * 4,
+            optimizer=shared * state_bytes // shards + experts * state_bytes // expert_shards,
             activations=_activation_bytes(run, plan, stage, num_tokens),
             head=_head_bytes(run, num_tokens) if stage == num_stages - 1 else 0,
         )
 
 
-def stage_parameters(arch: Architecture, tp: int, plan: PipelinePlan) -> list[int]:
-    """Return the number of parameters of tensor-parallel rank 0 on each pipeline stage."""
-    totals = [0] * plan.num_stages
-    for name, layout in parameter_table(arch).items():
-        size = _shard_size(layout, tp)
+def model_parameters(arch: Architecture) -> tuple[int, int]:
+    """Return the parameters of the model, and how many of them one token passes."""
+    shared = experts = 0
+    for name, tensors in parameter_table(arch).items():
+        size = sum(math.prod(shape) for shape in tensors.shapes.values())
+        if is_expert(name):
+            experts += size
+        else:
+            shared += size
+    if arch.experts is None:
+        return shared, shared
+    return shared + experts, shared + experts * arch.experts.experts_per_token // arch.experts.num_experts
+
+
+def stage_parameters(arch: Architecture, layout: ParallelLayout, plan: PipelinePlan) -> list[tuple[int, int]]:
+    """Return the parameters of the first rank of each pipeline stage: those that every token passes, and experts."""
+    totals, experts = [0] * plan.num_stages, [0] * plan.num_stages
+    for name, tensors in parameter_table(arch).items():
+        size = _shard_size(tensors, layout.expert_tp if is_expert(name) else layout.tp)
         if name.startswith("decoder.layers."):
-            totals[plan.layer_stages[int(name.split(".")[2])]] += size
+            kind = experts if is_expert(name) else totals
+            kind[plan.layer_stages[int(name.split(".")[2])]] += size
         elif name.startswith("embedding."):
             totals[0] += size
             # a tied head on another stage is a copy
             totals[-1] += size if arch.tie_embeddings and plan.num_stages > 1 else 0
         else:
             totals[-1] += size
-    return totals
+    return [(shared, all_experts // layout.ep) for shared, all_experts in zip(totals, experts, strict=True)]
 
 
 def stage_adapters(arch: Architecture, lora: LoraConfig, tp: int, plan: PipelinePlan) -> list[int]:
@@ -207,23 +239,43 @@ def _shard_size(layout: Layout, tp: int) -> int:
 
 def _activation_bytes(run: PreparedRun, plan: PipelinePlan, stage: int, num_tokens: int) -> int:
     """Estimate what the layers of a stage keep, over the microbatches that are in flight at once."""
-    args, arch, tp = run.config.training, run.architecture, run.config.training.tensor_model_parallel_size
-    num_layers, in_flight = plan.stage_layers[stage], _microbatches_in_flight(args, stage)
+    args, arch = run.config.training, run.architecture
+    in_flight = _microbatches_in_flight(args, stage)
+    numbers = [number for number, owner in enumerate(plan.layer_stages) if owner == stage]
+    layers = [_layer_bytes(args, arch, has_experts=arch.has_experts(number)) for number in numbers]
+    if args.recompute_granularity == "full":
+        stream = arch.hidden_size // (args.layout.tp if args.sequence_parallel else 1)
+        kept = len(layers) * stream * params_dtype(args).itemsize * in_flight + max(layers, default=0)
+    else:
+        kept = sum(layers) * in_flight
+    return int(num_tokens * kept)
+
+
+def _layer_bytes(args: TrainingArguments, arch: Architecture, *, has_experts: bool) -> int:
+    """Estimate what one layer keeps of a token."""
+    tp = args.layout.tp
     queries, keys = arch.num_heads * arch.head_dim, arch.num_query_groups * arch.head_dim
     stream = arch.hidden_size // (tp if args.sequence_parallel else 1)
     # Counted with autograd's saved-tensor hooks on Megatron's local layers, where half-precision norms work in fp32.
     width = params_dtype(args).itemsize
     norm = 2 if width == 4 else 3 + arch.zero_centered_norms
     layer = (2 + (4 if arch.sandwich_norms else 2) * norm) * stream
-    layer += (3 * queries + 3 * keys + 5 * arch.ffn_hidden_size) // tp
+    layer += (3 * queries + 3 * keys + (0 if has_experts else 5 * arch.ffn_hidden_size)) // tp
     if arch.qk_norm:
         # an fp32 key is normed where it lies, in the projection's output
         layer += (norm * queries + (norm - (width == 4)) * keys) // tp
-    if args.recompute_granularity == "full":
-        elements = num_layers * stream * in_flight + layer
-    else:
-        elements = num_layers * layer * in_flight
-    return int(num_tokens * elements * width)
+    return layer * width + (_expert_bytes(args, arch) if has_experts else 0)
+
+
+def _expert_bytes(args: TrainingArguments, arch: Architecture) -> int:
+    """Estimate what experts that are chosen evenly keep of a token, and the router, whose numbers are fp32."""
+    experts, tp = arch.experts, args.layout.tp
+    assert experts is not None
+    inner = 6 * experts.ffn_hidden_size // tp
+    # split experts see every token of the tensor-parallel ranks, whole ones each token once
+    stream = arch.hidden_size // (tp if args.layout.ep > 1 else 1)
+    routing = 9 * experts.num_experts + 32 * experts.experts_per_token
+    return experts.experts_per_token * (stream + inner) * params_dtype(args).itemsize + routing
 
 
 def _microbatches_in_flight(args: TrainingArguments, stage: int) -> float:

@@ -56,6 +56,15 @@ class ParallelLayout:
         """Smallest number of ranks that the layout fits."""
         return math.lcm(self.row_ranks, self.pp * self.ep)
 
+    @property
+    def expert_tp(self) -> int:
+        """Ranks that share one expert: experts that are shared out whole are not split."""
+        return self.tp if self.ep == 1 else 1
+
+    def expert_copies(self, world_size: int) -> int:
+        """Copies of an expert among `world_size` ranks."""
+        return world_size // (self.pp * self.ep * self.expert_tp)
+
     def data_parallel_size(self, world_size: int) -> int:
         """Copies of the model among `world_size` ranks that work on different pairs."""
         return world_size // self.row_ranks

@@ -123,7 +123,7 @@ def initialize_model_parallel(
         virtual_pipeline_model_parallel_size=vpp,
         context_parallel_size=cp,
         expert_model_parallel_size=ep,
-        expert_tensor_parallel_size=tp if ep == 1 else 1,
+        expert_tensor_parallel_size=layout.expert_tp,
         distributed_timeout_minutes=timeout_s / 60.0,
     )
     stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()

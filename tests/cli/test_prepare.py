@@ -161,13 +161,13 @@ def test_launched_world_size(monkeypatch: pytest.MonkeyPatch) -> None:
         launched_world_size()
 
 
-def built_parameters(config: dict, tp: int, pp: int) -> tuple[int, int]:
+def built_parameters(config: dict, layout: ParallelLayout) -> tuple[int, int]:
     """(pipeline stage, parameters) of this rank."""
     platform.initialize_distributed()
-    platform.initialize_model_parallel(tp, pp)
+    platform.initialize_model_parallel(layout.tp, layout.pp, ep=layout.ep)
     try:
-        (model,) = build_models(config, seed=0)
-        stage = torch.distributed.get_rank() // tp
+        (model,) = build_models(config, ModelOptions(sequence_parallel=layout.sequence_parallel), seed=0)
+        stage = torch.distributed.get_rank() * layout.pp // torch.distributed.get_world_size()
         return stage, sum(parameter.numel() for parameter in model.parameters())
     finally:
         platform.destroy()
@@ -178,9 +178,32 @@ def built_parameters(config: dict, tp: int, pp: int) -> tuple[int, int]:
 def test_stage_parameters_are_those_of_the_built_model(rank_pool_2: RankPool, tp: int, pp: int, tied: bool) -> None:
     config = {**MODEL, "model_type": "qwen2", "vocab_size": 33, "num_hidden_layers": 3, "tie_word_embeddings": tied}
     plan = plan_pipeline(config["num_hidden_layers"], ParallelLayout(pp=pp))
-    expected = inspect.stage_parameters(Architecture.from_hf(config), tp, plan)
-    built = rank_pool_2.run(built_parameters, config, tp, pp)
-    assert [expected[stage] for stage, _ in built] == [size for _, size in built]
+    layout = ParallelLayout(tp=tp, pp=pp)
+    expected = inspect.stage_parameters(Architecture.from_hf(config), layout, plan)
+    built = rank_pool_2.run(built_parameters, config, layout)
+    assert [sum(expected[stage]) for stage, _ in built] == [size for _, size in built]
+
+
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True}
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [ParallelLayout(ep=2), ParallelLayout(tp=2, ep=2, sequence_parallel=True), ParallelLayout(pp=2)],
+    ids=["ep2", "tp2-ep2", "pp2"],
+)
+def test_stage_parameters_of_experts_are_those_of_the_built_model(
+    rank_pool_2: RankPool, layout: ParallelLayout
+) -> None:
+    config = {**MODEL, **EXPERTS, "model_type": "qwen3_moe"}
+    arch = Architecture.from_hf(config)
+    expected = inspect.stage_parameters(arch, layout, plan_pipeline(config["num_hidden_layers"], layout))
+    built = rank_pool_2.run(built_parameters, config, layout)
+    assert [sum(expected[stage]) for stage, _ in built] == [size for _, size in built]
+    whole, active = inspect.model_parameters(arch)
+    experts = 2 * 4 * 3 * 48 * config["hidden_size"]
+    assert active == whole - experts // 2
+    assert sum(stage_experts for _, stage_experts in expected) * layout.ep == experts
 
 
 def kept_bytes(config: dict, options: ModelOptions, num_tokens: int) -> int:
@@ -212,6 +235,8 @@ def kept_bytes(config: dict, options: ModelOptions, num_tokens: int) -> int:
         ("qwen3", "null"),
         ("gemma3_text", "null"),
         ("gemma3_text", "full"),
+        ("qwen3_moe", "null"),
+        ("qwen3_moe", "full"),
     ],
 )
 def test_activation_estimate_is_what_autograd_keeps(
@@ -219,6 +244,9 @@ def test_activation_estimate_is_what_autograd_keeps(
 ) -> None:
     sizes = {"hidden_size": 128, "intermediate_size": 320, "num_attention_heads": 8, "num_key_value_heads": 2}
     sizes["head_dim"] = 16
+    if model_type == "qwen3_moe":
+        # Megatron's own tally of load-balancing losses is made for the first model of a process
+        sizes |= {**EXPERTS, "router_aux_loss_coef": 0.0}
     overrides = [
         f"training.recompute_granularity={recompute}",
         "data.pad_to_multiple_of=128",
@@ -246,7 +274,9 @@ def test_activation_estimate_is_what_autograd_keeps(
 def test_memory_estimate_adds_up(project: Path) -> None:
     fp32, bf16 = (inspect.estimate_memory(prepared(f"training.bf16={value}")) for value in ("false", "true"))
     size = fp32.parameters
-    assert size == sum(inspect.stage_parameters(Architecture.from_hf(MODEL), 1, plan_pipeline(2, ParallelLayout())))
+    layout = ParallelLayout()
+    ((shared, experts),) = inspect.stage_parameters(Architecture.from_hf(MODEL), layout, plan_pipeline(2, layout))
+    assert (size, size, size, 0) == (shared, fp32.model_parameters, fp32.active_parameters, experts)
     assert (fp32.weights, fp32.reference, fp32.gradients, fp32.optimizer) == (4 * size, 4 * size, 4 * size, 8 * size)
     assert (bf16.weights, bf16.reference, bf16.gradients, bf16.optimizer) == (2 * size, 2 * size, 4 * size, 12 * size)
     assert fp32.total == 20 * size + fp32.activations + fp32.head

@@ -77,7 +77,7 @@ def test_gradients_hold_the_load_balancing_loss(
     )
     trainer = DPOTrainer(load_models(path, options), DPOConfig(beta=BETA), None, args)
     trainer.create_optimizer_and_scheduler(1)
-    batches = trainer.reference.attach(microbatches())
+    batches = trainer.reference.attach(microbatches(), None)
     for chunk in trainer.models_wrapped:
         chunk.train()
         chunk.zero_grad_buffer()
@@ -103,7 +103,7 @@ def test_reference_and_evaluation_add_nothing_to_the_balance(quiet_args, tmp_pat
     args = quiet_args(moe_aux_loss_coeff=COEFFICIENT)
     pairs = tiny_pairs(4, seed=4)
     trainer = DPOTrainer(load_models(path, options), DPOConfig(), None, args, train_dataset=pairs, eval_dataset=pairs)
-    trainer.reference.attach(microbatches())
+    trainer.reference.attach(microbatches(), None)
     assert set(trainer.evaluate()) >= {"eval_loss"}
     assert trainer.balance.read() == {}
 
