@@ -167,7 +167,7 @@ def check_export(config: RunConfig, output: str | Path, *, merge: bool = False) 
     """
     if merge and config.lora is None:
         raise ConfigError(
-            "merging is for runs with a `lora` section, and this one trains the weights; leave --merge out"
+            "merging needs a `lora` section, and this run trains the weights themselves; leave --merge out"
         )
     path = Path(output)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):

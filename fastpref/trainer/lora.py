@@ -238,9 +238,11 @@ def save_adapter(models: Sequence[torch.nn.Module], out_dir: str | Path, base: s
     if applied is None:
         raise ConfigError("the model has no adapters; save_hf writes whole models")
     table = files.adapter_table(applied.arch, applied.config)
-    parameters = parameters_of([unwrap(model) for model in models])
-    mine = {name: parameter for name, parameter in parameters.items() if name in table}
-    files.save_adapter(mine, applied.arch, applied.config, out_dir, base)
+    chunks = [unwrap(model) for model in models]
+    mine = {name: parameter for name, parameter in parameters_of(chunks).items() if name in table}
+    # a pipeline stage that holds the head alone has no adapter
+    dtype = next(chunks[0].parameters()).dtype
+    files.save_adapter(mine, applied.arch, applied.config, out_dir, base, dtype)
 
 
 class MergedParameters(Mapping[str, Tensor]):

@@ -18,6 +18,7 @@ from fastpref.trainer import LoraConfig, ModelOptions, add_lora, build_models, l
 from fastpref.trainer.bridge.architecture import Architecture
 from fastpref.trainer.lora import adapters_of, adapters_off, lora_of
 from fastpref.trainer.lora_config import TARGETS
+from fastpref.trainer.pipeline import PipelinePlan
 
 peft = pytest.importorskip("peft", reason="peft, the oracle of the adapters, is not installed")
 
@@ -92,6 +93,11 @@ def test_lora_on_two_ranks_equals_peft(
     rank_pool_2: RankPool, variant: str, subset: str, layout: Layout, tmp_path: Path
 ) -> None:
     check(rank_pool_2.run, variant, SUBSETS[subset], layout, tmp_path, ModelOptions(sequence_parallel=layout.sp))
+
+
+def test_lora_with_a_stage_of_the_head_alone_equals_peft(rank_pool_2: RankPool, tmp_path: Path) -> None:
+    options = ModelOptions(pipeline_plan=PipelinePlan(2, (4, 0)))
+    check(rank_pool_2.run, "llama", TARGETS, Layout(pp=2), tmp_path, options)
 
 
 @pytest.mark.parametrize("layout", [Layout(tp=4), Layout(tp=2, pp=2, sp=True)], ids=str)
@@ -286,6 +292,16 @@ def test_dropout_keeps_the_expected_output(one_rank) -> None:
 def test_lora_config_refuses_what_cannot_work(settings: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         LoraConfig(**settings)
+
+
+@pytest.mark.parametrize("variant", ["mixtral", "qwen3-moe"])
+def test_add_lora_refuses_experts_by_name(variant: str, one_rank) -> None:
+    config = next(c for c in hf_oracle.VARIANTS.values() if c.model_type == variant.replace("-", "_")).to_dict()
+    models = build_models(config, seed=0)
+    with pytest.raises(ConfigError, match=r"lora\.target_modules: gate_proj, up_proj, down_proj cannot be adapted in"):
+        add_lora(models, config, LoraConfig(r=2), seed=0)
+    add_lora(models, config, LoraConfig(r=2, target_modules=("q_proj", "o_proj")), seed=0)
+    assert len(adapters_of(models[0])) == 2 * config["num_hidden_layers"]
 
 
 def test_add_lora_refuses_a_second_time(one_rank) -> None:

@@ -272,22 +272,27 @@ def _setting_problems(config: Mapping[str, Any], lora: LoraConfig) -> Iterator[s
 
 
 def save_adapter(
-    parameters: Mapping[str, Tensor], arch: Architecture, lora: LoraConfig, path: str | Path, base: str | None
+    parameters: Mapping[str, Tensor],
+    arch: Architecture,
+    lora: LoraConfig,
+    path: str | Path,
+    base: str | None,
+    dtype: torch.dtype,
 ) -> None:
     """Write an adapter directory that `peft.PeftModel.from_pretrained` loads; every rank of the job calls it.
 
     Args:
-        parameters: this rank's adapter parameters by their name in `adapter_table`, all of one dtype.
+        parameters: this rank's adapter parameters by their name in `adapter_table`.
         arch: the model.
         lora: the settings of the adapters.
         path: the new directory; it must not exist, or be empty.
         base: where the base model lies, for the adapter's config.
+        dtype: number format of the file.
 
     Raises:
         CheckpointError: `path` is not empty, or rank 0 could not write it.
         OSError: on rank 0, the disk is full or not writable.
     """
-    dtype = next(iter(parameters.values())).dtype
     specs = [TensorSpec(name, dtype, shape) for name, shape in adapter_shapes(arch, lora).items()]
     config = {
         "base_model_name_or_path": base,
