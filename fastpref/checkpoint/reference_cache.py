@@ -105,7 +105,9 @@ class ReferenceCache:
     def __init__(self, path: str | Path, *, starts_at_policy: bool = False) -> None:
         self.path, self.starts_at_policy = Path(path), starts_at_policy
         if not (self.path / MANIFEST_FILE).is_file():
-            raise CheckpointError(f"{path} is no reference cache: it has no {MANIFEST_FILE}; make it with score-ref")
+            raise CheckpointError(
+                f"{path} is no reference cache: it has no {MANIFEST_FILE}; score-ref makes one where nothing is yet"
+            )
         self._records = read_manifest(self.path)
         self._refuse_damaged(listing_problems(self.path, self._records))
         if INDEX_FILE not in self._records:

@@ -1,6 +1,8 @@
 """`fastpref score-ref`, and `train`, `eval` and `check` with reference.mode=precomputed."""
 
 import json
+import resource
+import signal
 from functools import partial
 from pathlib import Path
 
@@ -98,6 +100,30 @@ def test_cut_score_ref_goes_on(project: Path, run_cli, monkeypatch) -> None:
     assert {path.name for path in project.iterdir() if "cache" in path.name} == {"cache"}
 
 
+def test_full_disk_leaves_what_is_whole_and_the_pass_goes_on(project: Path, run_cli) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))
+    try:
+        result = run_cli("score-ref", "run.yaml", "--output", "cache")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert result.exit_code == 7, result.output
+    assert "writing the reference cache failed" in result.stderr
+    assert not (project / "cache").exists()
+    assert run_cli("score-ref", "run.yaml", "--output", "cache").exit_code == 0
+    assert run_cli("check", "run.yaml", SHARED).exit_code == 0
+
+
+def test_adapters_train_from_the_cache_of_their_base(scored: Path, run_cli) -> None:
+    settings = ["train", "run.yaml", "lora={r: 4}"]
+    online = run_cli(*settings, "training.output_dir=online")
+    assert online.exit_code == 0, online.output
+    assert run_cli(*settings, SHARED, "training.output_dir=cached").exit_code == 0
+    assert_same_metrics(scored / "cached", scored / "online")
+
+
 @pytest.mark.parametrize(
     ("change", "field"),
     [
@@ -145,7 +171,7 @@ def test_cache_of_other_weights_is_refused(project: Path, run_cli) -> None:
 def test_eval_does_not_make_a_cache(project: Path, run_cli) -> None:
     result = run_cli("eval", "run.yaml", SHARED)
     assert result.exit_code == 4
-    assert "cache is no reference cache: it has no MANIFEST.json; make it with score-ref" in result.stderr
+    assert "cache is no reference cache: it has no MANIFEST.json; score-ref makes one where nothing is" in result.stderr
 
 
 def test_damaged_cache_stops_training(scored: Path, run_cli) -> None:
