@@ -120,6 +120,8 @@ class ParallelArguments:
     """Model chunks on each stage, at least 2 (interleaved schedule: a shorter pipeline bubble); None for one."""
     expert_model_parallel_size: int = 1
     """Ranks that share out every layer's experts, taken from all ranks of a stage; with 1, tensor parallelism does."""
+    context_parallel_size: int = 1
+    """Ranks that share every row along its length, for rows too long for one of them; padded rows only."""
     pipeline_balance: Literal["even", "head_cost"] = "even"
     """How the layers are cut into stages: equally many, or fewer on the last, which also computes the vocabulary."""
     sequence_parallel: bool = False
@@ -248,6 +250,11 @@ class TrainingArguments(OptimizationArguments, PrecisionArguments, ParallelArgum
             value = getattr(self, name)
             if value and not self.packing:
                 problems.append(f"{name} ({value}) is used by packed rows only; set packing to true or leave it out")
+        if self.packing and self.context_parallel_size > 1:
+            problems.append(
+                f"packing and context_parallel_size {self.context_parallel_size} exclude each other: only padded rows "
+                "are shared by ranks; set packing: false or context_parallel_size: 1"
+            )
         if self.packing and self.per_device_eval_batch_size is not None:
             problems.append(
                 "per_device_eval_batch_size and packing exclude each other: a packed evaluation takes as many pairs "
@@ -262,6 +269,7 @@ class TrainingArguments(OptimizationArguments, PrecisionArguments, ParallelArgum
             tp=self.tensor_model_parallel_size,
             pp=self.pipeline_model_parallel_size,
             vpp=self.virtual_pipeline_model_parallel_size,
+            cp=self.context_parallel_size,
             ep=self.expert_model_parallel_size,
             sequence_parallel=self.sequence_parallel,
         )

@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
+from fastpref.trainer.context_parallel import context_attention
 from fastpref.trainer.platform import current_device
 from fastpref.trainer.segment_attention import (
     SegmentParams,
@@ -45,7 +46,7 @@ class SDPACoreAttention(MegatronModule):
         pg_collection: unused; heads arrive split over the tensor-parallel ranks.
 
     Raises:
-        NotImplementedError: context parallelism, dropout, another mask or softmax type.
+        NotImplementedError: dropout, another mask or softmax type.
     """
 
     def __init__(
@@ -60,7 +61,6 @@ class SDPACoreAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         refused = {
-            "context_parallel_size": (config.context_parallel_size, 1),
             "attention_dropout": (config.attention_dropout, 0.0),
             "softmax_type": (config.softmax_type, "vanilla"),
             "attn_mask_type": (attn_mask_type, AttnMaskType.causal),
@@ -118,7 +118,8 @@ class SDPACoreAttention(MegatronModule):
         if attn_mask_type not in (None, AttnMaskType.causal):
             raise NotImplementedError(f"attn_mask_type must be causal, got {attn_mask_type}")
         if not isinstance(packed_seq_params, SegmentParams):
-            return causal_attention(query, key, value, self.softmax_scale, self.window)
+            attend = causal_attention if self.config.context_parallel_size == 1 else context_attention
+            return attend(query, key, value, self.softmax_scale, self.window)
         if query.is_cuda:
             mask = packed_seq_params.block_mask(self.window)
             return flex_segment_attention(query, key, value, mask, self.softmax_scale)

@@ -168,6 +168,18 @@ class Microbatch:
             segments=segments,
         )
 
+    def at_positions(self, positions_l: Tensor) -> Microbatch:
+        """Returns some positions [l] of every padded row, which then are the whole row to the model."""
+        assert self.segments is None, "packed rows are not shared by context-parallel ranks"
+        nll = self.nll_labels_NL
+        return replace(
+            self,
+            input_ids_NL=self.input_ids_NL[:, positions_l],
+            position_ids_NL=self.position_ids_NL[:, positions_l],
+            labels_NL=self.labels_NL[:, positions_l],
+            nll_labels_NL=None if nll is None else nll[:, positions_l],
+        )
+
     def head_request(self) -> HeadRequest:
         """Rows and labels in Megatron's token order."""
         labelled_NL = self.labels_NL != IGNORE_INDEX

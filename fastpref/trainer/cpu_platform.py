@@ -108,6 +108,8 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
         device = kwargs.get("device")
         if device is not None and torch.device(device).type == "cuda":
             kwargs["device"] = CPU
+        # Pages are pinned for copies to a GPU, and only a GPU's driver can pin them.
+        kwargs.pop("pin_memory", None)
         return factory(*args, **kwargs)
 
     return create

@@ -25,6 +25,7 @@ from torch import Tensor
 from fastpref.errors import ConfigError
 from fastpref.kernels import linear_logps, plan_name
 from fastpref.trainer.batch import HeadRequest
+from fastpref.trainer.context_parallel import sum_over_context_ranks
 from fastpref.trainer.platform import current_device
 from fastpref.trainer.timing import DeviceTimer
 
@@ -128,7 +129,7 @@ class LogpsHead(ColumnParallelLinear):
         if scores.logps.requires_grad and input_.requires_grad:
             scores.logps.register_hook(lambda _: self.timer.start())
             input_.register_hook(lambda _: self.timer.stop())
-        return torch.stack(columns, dim=1), None
+        return sum_over_context_ranks(torch.stack(columns, dim=1)), None
 
 
 def _main_grad(weight_VH: Tensor) -> Tensor | None:

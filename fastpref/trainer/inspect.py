@@ -44,7 +44,7 @@ class LayoutAxis:
     """One way in which the ranks share the work."""
 
     name: str
-    """tensor, data, pipeline or expert."""
+    """tensor, context, data, pipeline or expert."""
     size: int
     """Ranks along it."""
     ranks_with_0: tuple[int, ...]
@@ -114,6 +114,7 @@ def layout_axes(run: PreparedRun) -> list[LayoutAxis]:
     axes, stride = [], 1
     for name, size in (
         ("tensor", args.tensor_model_parallel_size),
+        ("context", args.context_parallel_size),
         ("data", dp),
         ("pipeline", args.pipeline_model_parallel_size),
     ):
@@ -165,8 +166,9 @@ def _stage_memories(run: PreparedRun) -> Iterator[MemoryEstimate]:
     state_bytes = 8 if dtype == torch.float32 else 12
     shards = expert_shards = 1
     if args.use_distributed_optimizer:
-        shards, expert_shards = run.data_parallel_size, args.layout.expert_copies(run.world_size)
-    num_tokens = microbatch_positions(run)
+        shards = run.data_parallel_size * args.context_parallel_size
+        expert_shards = args.layout.expert_copies(run.world_size)
+    num_tokens = microbatch_positions(run) // args.context_parallel_size
     plan = run.pipeline_plan
     adapters = [0] * num_stages if lora is None else stage_adapters(run.architecture, lora, tp, plan)
     has_model = run.config.loss.use_ref_model and not run.config.precomputes_reference

@@ -240,7 +240,8 @@ def _seed_dropout(trainer: DPOTrainer, step: int) -> None:
     """Makes a step's dropout a function of (seed, step), as the data order is; free where nothing is dropped."""
     config, lora = trainer.model[0].config, lora_of(trainer.model)
     if config.hidden_dropout or config.attention_dropout or (lora is not None and lora.config.lora_dropout):
-        seed = trainer.args.seed + 1_000_003 * (step + 1) + 101 * parallel_state.get_data_parallel_rank()
+        rank = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+        seed = trainer.args.seed + 1_000_003 * (step + 1) + 101 * rank
         # stages hold other layers, which must not draw the same masks
         seed += 10_000_019 * parallel_state.get_pipeline_model_parallel_rank()
         torch.manual_seed(seed)

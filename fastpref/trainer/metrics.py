@@ -43,7 +43,8 @@ def metric_names(config: DPOConfig, token_stats: bool) -> tuple[str, ...]:
 class MetricWindow:
     """Sums of metrics, tokens and seconds since the last `reduce`.
 
-    Every rank adds what it has; only ranks that own results count (last pipeline stage, first tensor-parallel rank),
+    Every rank adds what it has; only ranks that own results count (last pipeline stage, first tensor- and
+    context-parallel rank),
     so that one sum over the world gives the total.
     """
 
@@ -94,6 +95,7 @@ def owns_results() -> bool:
     return (
         parallel_state.is_pipeline_last_stage(ignore_virtual=True)
         and parallel_state.get_tensor_model_parallel_rank() == 0
+        and parallel_state.get_context_parallel_rank() == 0
     )
 
 

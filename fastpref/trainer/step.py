@@ -35,6 +35,7 @@ from fastpref.losses import (
     weighted_sum,
 )
 from fastpref.trainer.batch import Microbatch
+from fastpref.trainer.context_parallel import local_positions, row_multiple
 from fastpref.trainer.head import head_of, unwrap
 from fastpref.trainer.packing import packed_row
 from fastpref.trainer.platform import current_device
@@ -210,18 +211,20 @@ def step_totals(batches: Iterable[Microbatch], config: DPOConfig) -> StepTotals:
 
 
 def aligned(batches: Sequence[Microbatch]) -> list[Microbatch]:
-    """Pads microbatches as the layout demands: to one length across a pipeline, to a multiple of the TP size."""
-    tp = parallel_state.get_tensor_model_parallel_world_size()
+    """Pads microbatches as the layout demands: to one length across a pipeline, to what its ranks can share."""
+    multiple = row_multiple()
     pp = parallel_state.get_pipeline_model_parallel_world_size()
     longest = max(batch.seq_length for batch in batches)
     lengths = [longest if pp > 1 else batch.seq_length for batch in batches]
-    return [batch.padded_to(-(-length // tp) * tp) for batch, length in zip(batches, lengths, strict=True)]
+    return [batch.padded_to(-(-length // multiple) * multiple) for batch, length in zip(batches, lengths, strict=True)]
 
 
 def _forward_step(
     loss_func: Callable, batches: Iterator[Microbatch], model: torch.nn.Module
 ) -> tuple[Tensor, Callable]:
-    batch, device = next(batches), current_device()
+    whole, device = next(batches), current_device()
+    positions_l = local_positions(whole.seq_length)
+    batch = whole if positions_l is None else whole.at_positions(positions_l)
     head = head_of(model)
     if head is not None:
         head.request = batch.head_request().to(device)
@@ -232,12 +235,12 @@ def _forward_step(
                 position_ids=batch.position_ids_NL.to(device, non_blocking=True),
                 attention_mask=_attention_mask(model, batch.seq_length),
                 packed_seq_params=packed_seq_params,
-                padding_mask=_padding_mask(model, batch),
+                padding_mask=_padding_mask(model, whole, positions_l),
             )
     finally:
         if head is not None:
             head.request = None
-    return scores, partial(loss_func, batch)
+    return scores, partial(loss_func, whole)
 
 
 def _attention_mask(model: torch.nn.Module, seq_length: int) -> Tensor | None:
@@ -251,12 +254,15 @@ def _attention_mask(model: torch.nn.Module, seq_length: int) -> Tensor | None:
     return torch.ones(seq_length, seq_length, dtype=torch.bool, device=current_device()).triu(1)[None, None]
 
 
-def _padding_mask(model: torch.nn.Module, batch: Microbatch) -> Tensor | None:
-    """Tokens [N, L] that the load-balancing loss of experts leaves out, True; None for a model without experts."""
+def _padding_mask(model: torch.nn.Module, batch: Microbatch, positions_l: Tensor | None) -> Tensor | None:
+    """Tokens [N, L] that the load-balancing loss of experts leaves out, True; None for a model without experts.
+
+    Only those at `positions_l` where this rank holds no others.
+    """
     chunk = unwrap(model)
     if chunk.config.num_moe_experts is None:
         return None
-    mask_NL = batch.uncounted_NL
+    mask_NL = batch.uncounted_NL if positions_l is None else batch.uncounted_NL[:, positions_l]
     if chunk.config.sequence_parallel and not chunk.pre_process:
         # Megatron cuts the mask along the sequence on the first stage only.
         size = parallel_state.get_tensor_model_parallel_world_size()

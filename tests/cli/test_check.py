@@ -29,7 +29,7 @@ def test_check_shows_the_plan(project: Path, run_cli) -> None:
         "pairs kept 10 of 10 4 of 4",
         "prompt tokens 6-6, mean 6.0, 95% <= 6",
         "rejected tokens 4-4, mean 4.0",
-        "tensor 1 0 data 1 0 pipeline 1 0",
+        "tensor 1 0 context 1 0 data 1 0 pipeline 1 0",
         "global batch 4 pairs = 2 per rank x 2 accumulated x 1 data-parallel",
         "steps per epoch 3",
         "total steps 3",
@@ -54,7 +54,7 @@ def test_check_plans_for_more_ranks_than_are_present(project: Path, run_cli) -> 
     result = run_cli("check", "run.yaml", *layout, "--world-size", "8")
     output = squeezed(result.output)
     assert "Layout (world size 8)" in output
-    assert "tensor 2 0, 1 data 2 0, 2 pipeline 2 0, 4" in output
+    assert "tensor 2 0, 1 context 1 0 data 2 0, 2 pipeline 2 0, 4" in output
     assert "global batch 8 pairs = 2 per rank x 2 accumulated x 2 data-parallel" in output
     assert "steps per epoch 2" in output
     fewest = squeezed(run_cli("check", "run.yaml", *layout).output)

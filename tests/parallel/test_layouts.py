@@ -9,11 +9,14 @@ import pytest
 import torch
 
 from fastpref.testing.layout_parity import (
+    EXPERT_LAYOUTS,
+    EXPERTS,
     GEMMA,
     LAYOUTS,
     MODEL,
     STEPS,
     TOLERANCES,
+    WINDOWED,
     ShortRun,
     difference,
     train,
@@ -81,7 +84,7 @@ def test_layout_trains_like_one_process(trains_like_one: Compare, name: str) -> 
     assert all(log == every_rank[0] for log in every_rank)
 
 
-@pytest.mark.parametrize("name", ["TP2-SP", "PP2-VPP2", "DP2 sharded optimizer"])
+@pytest.mark.parametrize("name", ["TP2-SP", "PP2-VPP2", "CP2", "DP2 sharded optimizer"])
 @pytest.mark.parametrize("loss", ["orpo", "ipo+sft"])
 def test_other_losses_train_like_one_process(trains_like_one: Compare, name: str, loss: str) -> None:
     trains_like_one(*LAYOUTS[name], loss)
@@ -102,6 +105,21 @@ def test_tied_head_and_padded_vocabulary_train_like_one_process(trains_like_one:
 def test_gemma_trains_like_one_process(trains_like_one: Compare, name: str) -> None:
     """A scaled and tied embedding, norms behind every branch, two ropes."""
     trains_like_one(*LAYOUTS[name], policy=GEMMA)
+
+
+@pytest.mark.parametrize("name", EXPERT_LAYOUTS)
+def test_expert_layout_trains_like_one_process(trains_like_one: Compare, name: str) -> None:
+    trains_like_one(*EXPERT_LAYOUTS[name], policy=EXPERTS)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [WINDOWED, GEMMA, TIED, {**EXPERTS, "router_aux_loss_coef": 0.01}],
+    ids=["windowed", "gemma", "tied", "experts"],
+)
+def test_context_parallel_models_train_like_one_process(trains_like_one: Compare, policy: dict) -> None:
+    """Windows of 4 positions end within a chunk and reach into the one before; experts balance over all of a row."""
+    trains_like_one(*LAYOUTS["CP2"], policy=policy)
 
 
 @pytest.mark.parametrize("head_layers", [1.0, 9.0], ids=["one-layer-on-the-last", "none-on-the-last"])

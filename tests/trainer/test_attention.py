@@ -101,7 +101,6 @@ def test_core_attention_refuses_what_it_does_not_do() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"context_parallel_size": 2}, "context_parallel_size must be 1 without Transformer Engine, got 2"),
         ({"attention_dropout": 0.1}, r"attention_dropout must be 0\.0 .* got 0\.1"),
         ({"softmax_type": "off-by-one"}, "softmax_type must be 'vanilla'"),
     ],
