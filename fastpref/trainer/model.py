@@ -48,7 +48,7 @@ from fastpref.trainer.gemma import (
 from fastpref.trainer.layout import model_problems, size_problems
 from fastpref.trainer.lora import MergedParameters
 from fastpref.trainer.moe import expert_settings
-from fastpref.trainer.pipeline import PipelinePlan, plan_pipeline
+from fastpref.trainer.pipeline import PipelinePlan, expert_stage_problems, plan_pipeline
 from fastpref.trainer.platform import current_layout
 
 try:
@@ -207,6 +207,9 @@ def _check_layout(arch: Architecture, options: ModelOptions) -> None:
         problems.append(
             f"max_sequence_length {longest} is more than the model's max_position_embeddings {arch.max_positions}"
         )
+    if not problems:
+        plan = options.pipeline_plan or plan_pipeline(arch.num_layers, layout)
+        problems += expert_stage_problems(plan, arch)
     if problems:
         raise ConfigError("; ".join(problems))
 
@@ -297,7 +300,8 @@ def _mark_shards(model: GPTModel) -> None:
     split_dims = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
     for module in model.modules():
         dim = split_dims.get(type(module))
-        if dim is not None and module.weight is not None:
+        # Megatron-Core 0.19 marks a weight that it does not initialise, too.
+        if dim is not None and module.weight is not None and not hasattr(module.weight, "tensor_model_parallel"):
             set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dim, stride=1)
 
 

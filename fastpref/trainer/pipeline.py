@@ -6,7 +6,7 @@ layers, and a stage that takes longer than the others makes all of them wait: `p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -67,6 +67,17 @@ def plan_pipeline(num_layers: int, layout: ParallelLayout, head_layers: float = 
         loads[chunk] += 1.0
         counts[chunk] += 1
     return PipelinePlan(layout.pp, tuple(counts))
+
+
+def expert_stage_problems(plan: PipelinePlan, arch: Architecture) -> Iterator[str]:
+    """Yield which stages hold no layer with experts while others do: their optimizers would wait for each other."""
+    with_experts = {stage for layer, stage in enumerate(plan.layer_stages) if arch.has_experts(layer)}
+    without = sorted(set(range(plan.num_stages)) - with_experts)
+    if with_experts and without:
+        yield (
+            f"every pipeline stage must hold a layer with experts, got none on stages {without} of {plan.num_stages} "
+            f"(layers per stage: {list(plan.stage_layers)}); lower pipeline_model_parallel_size"
+        )
 
 
 class RowShape(NamedTuple):

@@ -32,7 +32,14 @@ from fastpref.trainer.bridge.adapters import AdapterFiles, adapted_linears
 from fastpref.trainer.bridge.architecture import Architecture
 from fastpref.trainer.feed import default_collator, row_capacity
 from fastpref.trainer.layout import model_problems, world_problems
-from fastpref.trainer.pipeline import SAMPLE_PAIRS, PipelinePlan, head_in_layers, plan_pipeline, row_shape
+from fastpref.trainer.pipeline import (
+    SAMPLE_PAIRS,
+    PipelinePlan,
+    expert_stage_problems,
+    head_in_layers,
+    plan_pipeline,
+    row_shape,
+)
 from fastpref.trainer.run_config import RunConfig
 
 
@@ -157,6 +164,7 @@ def prepare(
             check_token_ids(dataset, architecture.vocab_size, resolve_pad_token_id(tokenizer))
             _check_lengths(dataset, architecture.max_positions)
             run.row_capacity(dataset)
+    _raise_if([f"training: {problem}" for problem in expert_stage_problems(run.pipeline_plan, architecture)])
     if for_training:
         _check_schedule(run)
     return run

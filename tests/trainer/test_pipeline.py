@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastpref.trainer.bridge.architecture import Architecture
 from fastpref.trainer.layout import ParallelLayout
-from fastpref.trainer.pipeline import plan_pipeline, stage_shares
+from fastpref.trainer.pipeline import expert_stage_problems, plan_pipeline, stage_shares
 
 
 @pytest.mark.parametrize(
@@ -48,3 +49,15 @@ def test_stage_shares_count_the_head() -> None:
     plan = plan_pipeline(6, ParallelLayout(pp=2))
     assert stage_shares(plan, 2.0) == pytest.approx([3 / 8, 5 / 8])
     assert stage_shares(plan_pipeline(6, ParallelLayout(pp=2), 2.0), 2.0) == pytest.approx([0.5, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("dense", "stages", "found"), [([], 4, []), ([0, 1], 2, [0]), ([0, 2], 2, []), ([0, 1, 2], 4, [0, 1, 2])]
+)
+def test_every_stage_of_a_mixture_must_hold_experts(dense: list[int], stages: int, found: list[int]) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "vocab_size": 64, "max_position_embeddings": 64}
+    config = {**sizes, "model_type": "qwen3_moe", "num_hidden_layers": 4, "num_attention_heads": 4}
+    arch = Architecture.from_hf({**config, "mlp_only_layers": dense})
+    problems = list(expert_stage_problems(plan_pipeline(4, ParallelLayout(pp=stages)), arch))
+    assert len(problems) == bool(found)
+    assert all(f"got none on stages {found} of {stages} (layers per stage: [" in problem for problem in problems)
