@@ -4,8 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+from tiny_project import MODEL
 
+from fastpref.trainer import TrainingArguments, build_models, initialize_megatron, save_hf
 from fastpref.trainer.config_file import load_run_config
+from fastpref.trainer.platform import destroy
 from fastpref.trainer.prepare import prepare
 from fastpref.trainer.row_usage import KINDS, row_usages
 
@@ -38,3 +41,28 @@ def test_row_usages_leave_out_rows_that_pairs_do_not_fit(project: Path) -> None:
     usages = row_usages(prepare(load_run_config("run.yaml", overrides)))
     # 12 positions with the prompt shared, 17 without
     assert [usage.kind for usage in usages] == ["padded", "packed, prompt shared"]
+
+
+def logged(run_cli, *overrides: str) -> list[dict]:
+    output = f"out-{len(list(Path().glob('out-*')))}"
+    result = run_cli("train", "run.yaml", *overrides, f"training.output_dir={output}")
+    assert result.exit_code == 0, result.output
+    return [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("settings", [("reference.mode=precomputed",), ("lora.r=4",)], ids=["precomputed", "lora"])
+def test_packed_runs_with_other_references_equal_padded_ones(project: Path, run_cli, settings: tuple[str, ...]) -> None:
+    model = project / "model"
+    initialize_megatron(TrainingArguments())
+    try:
+        save_hf(build_models(MODEL, seed=3), model, MODEL)
+    finally:
+        destroy()
+    tokenizer = load_run_config("run.yaml").model.tokenizer
+    common = (f"model={{path: {model}, tokenizer: {tokenizer}}}", *settings)
+    padded = logged(run_cli, *common)
+    packed = logged(run_cli, *common, *SETTINGS["packed, prompt shared"])
+    assert len(padded) == len(packed) > 3
+    for record, expected in zip(packed, padded, strict=True):
+        for name in {"loss", "eval_loss", "grad_norm", "rewards/margins", "eval_logps/chosen"} & set(expected):
+            assert record[name] == pytest.approx(expected[name], rel=2e-5, abs=2e-6), name

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastpref.testing.layout_parity import LAYOUTS, TOLERANCES, ShortRun, difference, train
+from fastpref.testing.layout_parity import LAYOUTS, MODEL, TOLERANCES, ShortRun, difference, train
 from fastpref.testing.tiny import tiny_pairs
 from fastpref.testing.workers import RankPool
 from fastpref.trainer import DPOConfig, DPOTrainer, TrainingArguments, initialize_megatron, load_models
@@ -37,6 +37,25 @@ def test_packed_ranks_train_like_one_padded(
     found = difference(logs[0], padded[0], tmp_path, padded[1])
     assert found.within(TOLERANCES[torch.float32]), found
     assert logs[0][0]["perf/positions_per_pair"] < padded[0][0]["perf/positions_per_pair"]
+
+
+def test_packed_gemma_trains_like_padded_gemma(tmp_path: Path) -> None:
+    """Two rotary bases, one of them on layers with sliding windows."""
+    gemma = {
+        **MODEL,
+        "model_type": "gemma3_text",
+        "sliding_window": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "rope_theta": 1e6,
+        "rope_local_base_freq": 1e4,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": 8,
+    }
+    expected = train(replace(RUN, policy=gemma), str(tmp_path / "padded"))
+    for name, settings in PACKED.items():
+        log = train(replace(RUN, policy=gemma, settings=settings), str(tmp_path / name))
+        found = difference(log, expected, tmp_path / name, tmp_path / "padded")
+        assert found.within(TOLERANCES[torch.float32]), found
 
 
 def short_step(dp: int, output_dir: str, options: dict) -> tuple[list[dict], list[list[float]]]:
