@@ -263,6 +263,9 @@ def _layer_bytes(args: TrainingArguments, arch: Architecture, *, has_experts: bo
     norm = 2 if width == 4 else 3 + arch.zero_centered_norms
     layer = (2 + (4 if arch.sandwich_norms else 2) * norm) * stream
     layer += (3 * queries + 3 * keys + (0 if has_experts else 5 * arch.ffn_hidden_size)) // tp
+    if args.packing:
+        # the sequences' outputs put into one row, and at most every key and value behind its prefix
+        layer += (queries + 2 * keys * args.prefix_sharing) // tp
     if arch.qk_norm:
         # an fp32 key is normed where it lies, in the projection's output
         layer += (norm * queries + (norm - (width == 4)) * keys) // tp

@@ -4,10 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_project import MODEL
 
-from fastpref.trainer import TrainingArguments, build_models, initialize_megatron, save_hf
+from fastpref.data import Segment, Segments
+from fastpref.trainer import TrainingArguments, build_models, initialize_megatron, inspect, save_hf
 from fastpref.trainer.config_file import load_run_config
+from fastpref.trainer.packing import install_packing, packed_row
 from fastpref.trainer.platform import destroy
 from fastpref.trainer.prepare import prepare
 from fastpref.trainer.row_usage import KINDS, row_usages
@@ -41,6 +44,52 @@ def test_row_usages_leave_out_rows_that_pairs_do_not_fit(project: Path) -> None:
     usages = row_usages(prepare(load_run_config("run.yaml", overrides)))
     # 12 positions with the prompt shared, 17 without
     assert [usage.kind for usage in usages] == ["padded", "packed, prompt shared"]
+
+
+def kept_bytes(config: dict, segments: Segments) -> int:
+    """Bytes that autograd keeps of a packed row for the backward pass of the layers, parameters aside."""
+    (model,) = build_models(config, seed=0)
+    install_packing([model], prefix_sharing=segments.shares_prefixes)
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    ids = torch.zeros(1, segments.length, dtype=torch.int64)
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with hooks, packed_row(model, segments, ids.device) as params:
+        output = model.decoder(
+            hidden_states=model.embedding(ids, ids),
+            attention_mask=None,
+            rotary_pos_emb=model.rotary_pos_emb(segments.longest),
+            packed_seq_params=params,
+        )
+    del output
+    return sum(tensor.untyped_storage().nbytes() for pointer, tensor in kept.items() if pointer not in parameters)
+
+
+@pytest.mark.parametrize(("prefix", "low"), [(0, 0.97), (75, 0.93)])
+def test_activation_estimate_of_a_packed_row_is_what_autograd_keeps(project: Path, prefix: int, low: float) -> None:
+    """With prefixes a little more is kept than counted: the mask of each rejected branch."""
+    sizes = {"hidden_size": 128, "intermediate_size": 320, "num_attention_heads": 8, "num_key_value_heads": 2}
+    settings = ["training.packing=true", "training.pack_length=1024", f"training.prefix_sharing={prefix > 0}".lower()]
+    rejected = (256 + prefix) // 2
+    pairs = tuple(Segment(start, start + prefix, start + rejected, start + 256) for start in range(0, 1024, 256))
+    segments = Segments(pairs, 1024)
+
+    def both(num_layers: int) -> tuple[int, int]:
+        config = {**MODEL, **sizes, "num_hidden_layers": num_layers}
+        run = prepare(load_run_config("run.yaml", (*settings, f"model.config={json.dumps(config)}")))
+        return inspect.estimate_memory(run).activations, kept_bytes(config, segments)
+
+    initialize_megatron(TrainingArguments())
+    try:
+        (few, few_kept), (many, many_kept) = both(2), both(6)
+    finally:
+        destroy()
+    assert low <= (many - few) / (many_kept - few_kept) <= 1.03
 
 
 def logged(run_cli, *overrides: str) -> list[dict]:
