@@ -1,0 +1,156 @@
+"""Train the same small models in every layout of ranks, and compare each run with one process.
+
+    python examples/parity_layouts.py               # about ten minutes on two CPU cores; needs no files and no network
+    python examples/parity_layouts.py --only CP     # the layouts whose name holds CP
+
+- Three steps of eight pairs, DPO and ORPO, fp32, on 2 and 4 ranks over gloo: padded rows, packed rows, and packed rows
+  that share their prompts; a dense, a tied, a sliding-window and a mixture-of-experts model.
+- fp32 rule, the same for all: every metric of every step within 2e-5 of max(|value|, 1), every tensor's update within
+  1e-3 of its norm. bf16 rule: no further from one process in bf16 than that is from one process in fp32.
+- Exits with 1 if any layout breaks its rule.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from fastpref.losses import DPOConfig
+from fastpref.testing.layout_parity import (
+    EXPERT_LAYOUTS,
+    EXPERTS,
+    GEMMA,
+    LAYOUTS,
+    MODEL,
+    TOLERANCES,
+    WINDOWED,
+    Difference,
+    ShortRun,
+    Tolerance,
+    difference,
+    train,
+)
+from fastpref.testing.workers import RankPool
+
+LOSSES = {"DPO": DPOConfig(), "ORPO": DPOConfig(pref_loss="orpo")}
+FORMS: dict[str, dict[str, Any]] = {
+    "padded": {},
+    "packed": {"packing": True},
+    "packed, shared": {"packing": True, "prefix_sharing": True},
+}
+MODELS = {
+    "dense": MODEL,
+    "tied": {**MODEL, "tie_word_embeddings": True},
+    "windowed": WINDOWED,
+    "Gemma 3": GEMMA,
+    "experts": EXPERTS,
+}
+# What every model but the dense one is tried in, beside the layouts of experts.
+MODEL_LAYOUTS = ("TP2-SP", "PP2-VPP2", "CP2", "DP2 overlapped reduce and gather", "TP2-SP x PP2-VPP2")
+BF16_LAYOUTS = ("TP2", "TP2-SP", "PP2", "PP2-VPP2", "CP2", "DP2 overlapped reduce and gather")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One comparison."""
+
+    layout: str
+    ranks: int
+    model: str
+    loss: str
+    form: str
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def run(self, settings: dict[str, Any]) -> ShortRun:
+        """The run with `settings` beside what the form asks for."""
+        return ShortRun(loss=LOSSES[self.loss], policy=MODELS[self.model], settings={**FORMS[self.form], **settings})
+
+
+def cases() -> Iterator[Case]:
+    """Every comparison, those of two ranks first."""
+    for ranks in (2, 4):
+        for name, (size, settings) in LAYOUTS.items():
+            if size != ranks:
+                continue
+            for form in FORMS if "context_parallel_size" not in settings else ("padded",):
+                for loss in LOSSES:
+                    yield Case(layout=name, ranks=size, model="dense", loss=loss, form=form, settings=settings)
+            for model in ("tied", "windowed", "Gemma 3") if name in MODEL_LAYOUTS else ():
+                yield Case(layout=name, ranks=size, model=model, loss="DPO", form="padded", settings=settings)
+            if name in BF16_LAYOUTS:
+                half = {**settings, "bf16": True}
+                yield Case(layout=f"{name}, bf16", ranks=size, model="dense", loss="DPO", form="padded", settings=half)
+        for name, (size, settings) in EXPERT_LAYOUTS.items():
+            if size == ranks:
+                yield Case(layout=name, ranks=size, model="experts", loss="DPO", form="padded", settings=settings)
+
+
+class OneProcess:
+    """The runs that layouts are compared with, each made once."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._done: dict[str, tuple[list[dict[str, float]], Path]] = {}
+
+    def __call__(self, run: ShortRun) -> tuple[list[dict[str, float]], Path]:
+        """Log and directory of `run` in this process."""
+        if repr(run) not in self._done:
+            directory = self.root / f"one-{len(self._done)}"
+            self._done[repr(run)] = train(run, str(directory)), directory
+        return self._done[repr(run)]
+
+
+def compare(case: Case, pool: RankPool, one_process: OneProcess, directory: Path) -> tuple[Difference, Tolerance]:
+    """Run a case on the pool's ranks: how far it is from one process, and how far it may be."""
+    is_half = case.settings.get("bf16", False)
+    expected, expected_dir = one_process(case.run({"bf16": True} if is_half else {}))
+    log = pool.run(train, case.run(case.settings), str(directory))[0]
+    tolerance = TOLERANCES[torch.float32]
+    if is_half:
+        exact, exact_dir = one_process(replace(case, settings={}).run({}))
+        own = difference(expected, exact, expected_dir, exact_dir)
+        tolerance = Tolerance(metric=max(own.loss, own.grad_norm, own.metrics), update=own.updates)
+    return difference(log, expected, directory, expected_dir), tolerance
+
+
+def main() -> None:
+    """Run every case and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="run the layouts whose name holds this text")
+    parser.add_argument("--output", type=Path, help="also write the differences here, as JSON")
+    options = parser.parse_args()
+    table = Table("layout", "ranks", "model", "loss", "rows", "loss", "grad_norm", "metrics", "updates", "")
+    records, failed = [], 0
+    chosen = [case for case in cases() if options.only in case.layout]
+    with tempfile.TemporaryDirectory() as root, RankPool(2, 120.0) as two, RankPool(4, 120.0) as four:
+        one_process = OneProcess(Path(root))
+        for index, case in enumerate(chosen):
+            pool = two if case.ranks == 2 else four
+            found, tolerance = compare(case, pool, one_process, Path(root) / f"case-{index}")
+            agrees = found.within(tolerance)
+            failed += not agrees
+            numbers = (f"{value:.1e}" for value in found[:4])
+            verdict = "[green]same[/]" if agrees else f"[bold red]differs: {found.worst}[/]"
+            table.add_row(case.layout, str(case.ranks), case.model, case.loss, case.form, *numbers, verdict)
+            records.append({"layout": case.layout, "ranks": case.ranks, "model": case.model, "loss": case.loss})
+            records[-1] |= {"rows": case.form, **found._asdict(), "tolerance": tolerance._asdict(), "agrees": agrees}
+    Console().print(table)
+    Console().print(f"{len(chosen) - failed} of {len(chosen)} runs in parallel train like one process")
+    if options.output is not None:
+        options.output.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+    if failed:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
