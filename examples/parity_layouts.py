@@ -6,7 +6,8 @@
 - Three steps of eight pairs, DPO and ORPO, fp32, on 2 and 4 ranks over gloo: padded rows, packed rows, and packed rows
   that share their prompts; a dense, a tied, a sliding-window and a mixture-of-experts model.
 - fp32 rule, the same for all: every metric of every step within 2e-5 of max(|value|, 1), every tensor's update within
-  1e-3 of its norm. bf16 rule: no further from one process in bf16 than that is from one process in fp32.
+  1e-3 of its norm. bf16 rule: from one process in bf16 at most twice as far as that is from one process in fp32, since
+  the rounding errors of the two may point in opposite directions.
 - Exits with 1 if any layout breaks its rule.
 """
 
@@ -23,6 +24,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from fastpref.losses import DPOConfig
@@ -119,7 +121,7 @@ def compare(case: Case, pool: RankPool, one_process: OneProcess, directory: Path
     if is_half:
         exact, exact_dir = one_process(replace(case, settings={}).run({}))
         own = difference(expected, exact, expected_dir, exact_dir)
-        tolerance = Tolerance(metric=max(own.loss, own.grad_norm, own.metrics), update=own.updates)
+        tolerance = Tolerance(metric=2 * max(own.loss, own.grad_norm, own.metrics), update=2 * own.updates)
     return difference(log, expected, directory, expected_dir), tolerance
 
 
@@ -134,7 +136,7 @@ def main() -> None:
     chosen = [case for case in cases() if options.only in case.layout]
     with tempfile.TemporaryDirectory() as root, RankPool(2, 120.0) as two, RankPool(4, 120.0) as four:
         one_process = OneProcess(Path(root))
-        for index, case in enumerate(chosen):
+        for index, case in enumerate(track(chosen, "comparing", console=Console(stderr=True))):
             pool = two if case.ranks == 2 else four
             found, tolerance = compare(case, pool, one_process, Path(root) / f"case-{index}")
             agrees = found.within(tolerance)
