@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +14,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
 from fastpref.checkpoint.reference_cache import ReferenceCache
-from fastpref.errors import ConfigError, DataError, FastprefError, NonFiniteError
-from fastpref.losses import DPOConfig, PairLogps, expected_initial_loss, preference_loss
+from fastpref.errors import ConfigError, DataError, NonFiniteError
+from fastpref.losses import DPOConfig, PairLogps, preference_loss
 from fastpref.trainer import guard, loop, state
 from fastpref.trainer.arguments import TrainingArguments
 from fastpref.trainer.batch import Microbatch
@@ -35,29 +34,11 @@ from fastpref.trainer.optimizer import (
 )
 from fastpref.trainer.packing import install_packing
 from fastpref.trainer.platform import current_layout, initialize_distributed, initialize_model_parallel
-from fastpref.trainer.reference import MAX_DRIFT, PrecomputedReference, build_reference, drift_per_token
-from fastpref.trainer.step import MicrobatchResult, PreferenceSchedule
+from fastpref.trainer.reference import build_reference
+from fastpref.trainer.step import PreferenceSchedule, StepResult
 
 if TYPE_CHECKING:
     from fastpref.trainer.run_config import RunConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepResult:
-    """One optimizer step: its microbatches, their results on the last stage, and what the optimizer said."""
-
-    batches: Sequence[Microbatch]
-    results: Sequence[MicrobatchResult]
-    loss: float
-    skipped_iter: int
-    grad_norm: float | None
-    num_zeros_in_grad: int | None
-    learning_rate: float
-    should_stop: bool = False
-
-    def without_tensors(self) -> StepResult:
-        """The step's numbers alone, so that a window of steps holds no activations."""
-        return replace(self, batches=(), results=())
 
 
 class DPOTrainer:
@@ -373,39 +354,6 @@ class DPOTrainer:
         )
         output = preference_loss(DPOConfig(beta=self.train_config.beta, pref_loss="orpo"), logps)
         return output.losses, output.chosen_rewards, output.rejected_rewards
-
-    def check_first_step(self, step: StepResult) -> None:
-        """Requires what policy == reference implies for the first step; every rank calls it.
-
-        With a model in memory both passes see the same batches, and the loss must be what its formula gives at zero
-        margin. A cache was scored in other batches and maybe in another layout, so that sums differ by rounding: there
-        the log-probs themselves must agree, within `MAX_DRIFT` per token.
-
-        Raises:
-            FastprefError: policy and reference do not agree on the first batch.
-        """
-        config = self.model[0].config
-        if not (self.args.check_initial_loss and self.starts_at_reference):
-            return
-        if config.hidden_dropout or config.attention_dropout:
-            return
-        if isinstance(self.reference, PrecomputedReference):
-            drift, most = drift_per_token(step.results), MAX_DRIFT[config.params_dtype]
-            if drift > most:
-                raise FastprefError(
-                    f"policy and reference start equal, so their log-probs may differ by at most {most:g} per token "
-                    f"before the first update, but they differ by {drift:.3g}: the cache {self.reference.cache.path} "
-                    "was scored by other code or hardware, or the model answers differently in training and evaluation "
-                    "mode. Score the reference again, or set check_initial_loss: false"
-                )
-            return
-        expected = expected_initial_loss(self.train_config)
-        if expected is not None and abs(step.loss - expected) > 1e-5 * max(1.0, abs(expected)):
-            raise FastprefError(
-                f"policy and reference start equal, so the first loss must be {expected:.6f}, but it is {step.loss:.6f}"
-                ": the model answers differently in training and evaluation mode. Fix the model, or set "
-                "check_initial_loss: false"
-            )
 
     def save_checkpoint(self, step: int) -> Path:
         """Saves everything that `resume_from_checkpoint` needs, under `output_dir/checkpoints`."""

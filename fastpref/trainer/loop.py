@@ -25,6 +25,7 @@ from fastpref.losses import DPOConfig
 from fastpref.trainer import state
 from fastpref.trainer.agreement import together
 from fastpref.trainer.arguments import TrainingArguments
+from fastpref.trainer.first_step import check_first_step
 from fastpref.trainer.head import head_of, read_activity
 from fastpref.trainer.layout import ARGUMENT_NAMES
 from fastpref.trainer.lora import lora_of
@@ -32,11 +33,11 @@ from fastpref.trainer.metrics import MetricWindow
 from fastpref.trainer.optimizer import sync_parameters
 from fastpref.trainer.preemption import StopRequest
 from fastpref.trainer.reporting import RunReporter
-from fastpref.trainer.step import step_totals
+from fastpref.trainer.step import StepResult, step_totals
 from fastpref.trainer.watch import PeerWatch
 
 if TYPE_CHECKING:
-    from fastpref.trainer.dpo_trainer import DPOTrainer, StepResult
+    from fastpref.trainer.dpo_trainer import DPOTrainer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +85,9 @@ def _train(trainer: DPOTrainer, watch: PeerWatch, stop: StopRequest) -> TrainRes
             batches = trainer.feed.train_batches(step)
             watch.sign(step + 1, "training")
             result = trainer.run_step(trainer.models_wrapped, batches, step + 1, stop.is_made)
-            if step == 0 and not result.skipped_iter:
-                trainer.check_first_step(result)
+            if step == 0 and not result.skipped_iter and args.check_initial_loss and trainer.starts_at_reference:
+                assert trainer.reference is not None
+                check_first_step(result, trainer.reference, trainer.train_config, trainer.model[0].config)
             window.add(result)
             reporter.advance()
             done, is_last = step + 1, step + 1 == total_steps

@@ -65,6 +65,24 @@ class MicrobatchResult:
     nonfinite_B: Tensor
 
 
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """One optimizer step: its microbatches, their results on the last stage, and what the optimizer said."""
+
+    batches: Sequence[Microbatch]
+    results: Sequence[MicrobatchResult]
+    loss: float
+    skipped_iter: int
+    grad_norm: float | None
+    num_zeros_in_grad: int | None
+    learning_rate: float
+    should_stop: bool = False
+
+    def without_tensors(self) -> StepResult:
+        """The step's numbers alone, so that a window of steps holds no activations."""
+        return replace(self, batches=(), results=())
+
+
 class PreferenceSchedule:
     """Runs microbatches through model chunks and turns their scores into losses.
 
