@@ -146,8 +146,10 @@ def main() -> None:
             table.add_row(case.layout, str(case.ranks), case.model, case.loss, case.form, *numbers, verdict)
             records.append({"layout": case.layout, "ranks": case.ranks, "model": case.model, "loss": case.loss})
             records[-1] |= {"rows": case.form, **found._asdict(), "tolerance": tolerance._asdict(), "agrees": agrees}
-    Console().print(table)
-    Console().print(f"{len(chosen) - failed} of {len(chosen)} runs in parallel train like one process")
+    # a file or a pipe has no width of its own
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    console.print(table)
+    console.print(f"{len(chosen) - failed} of {len(chosen)} runs in parallel train like one process")
     if options.output is not None:
         options.output.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
     if failed:
