@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -15,6 +16,7 @@ from fastpref.errors import ConfigError
 from fastpref.trainer.arguments import TrainingArguments
 from fastpref.trainer.head import unwrap
 from fastpref.trainer.moe import separate_experts
+from fastpref.trainer.platform import before_destroy
 
 
 def params_dtype(args: TrainingArguments) -> torch.dtype:
@@ -80,8 +82,21 @@ def wrap_for_training(models: Sequence[torch.nn.Module], args: TrainingArguments
         separate_experts(model)
         config = unwrap(model).config
         # Later chunks communicate under computation anyway; bucketing them only adds launches.
-        wrapped.append(DistributedDataParallel(config, ddp_config, model, disable_bucketing=index > 0))
+        ddp = DistributedDataParallel(config, ddp_config, model, disable_bucketing=index > 0)
+        before_destroy(partial(_let_go, ddp))
+        wrapped.append(ddp)
     return wrapped
+
+
+def _let_go(model: DistributedDataParallel) -> None:
+    """Cuts the ties that would keep a model, and with it the threads of its process groups, for ever.
+
+    Autograd's accumulators hold the hooks of DDP and the shards of the distributed optimizer hold the accumulators,
+    where no garbage collector looks; DDP holds the former and the model's configuration the latter.
+    """
+    model.grad_accs.clear()
+    config = unwrap(model).config
+    config.grad_scale_func = config.finalize_model_grads_func = config.no_sync_func = config.grad_sync_func = None
 
 
 def build_optimizer(models: Sequence[DistributedDataParallel], args: TrainingArguments) -> MegatronOptimizer:

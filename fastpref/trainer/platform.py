@@ -6,9 +6,11 @@ installed here (Transformer Engine, Apex) out of the log, and no other warning.
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
@@ -38,6 +40,7 @@ __all__ = [
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 _owns_process_group = False
+_farewells: list[Callable[[], None]] = []
 
 
 def current_device() -> torch.device:
@@ -142,15 +145,24 @@ def current_layout() -> ParallelLayout:
     )
 
 
+def before_destroy(action: Callable[[], None]) -> None:
+    """Have `destroy` call `action` first, once."""
+    _farewells.append(action)
+
+
 def destroy() -> None:
     """Undo `initialize_model_parallel`, and `initialize_distributed` where it created the process group."""
     global _owns_process_group
+    while _farewells:
+        _farewells.pop()()
     if parallel_state.model_parallel_is_initialized():
         # Megatron forgets its groups without closing them: sockets and threads would add up over many layouts.
         groups = parallel_state._global_process_group_list or []
         for group in dict.fromkeys(group for group in groups if group is not None):
             torch.distributed.destroy_process_group(group)
         parallel_state.destroy_model_parallel()
+        # A group's threads end with its last reference, and models that hold one are full of cycles.
+        gc.collect()
     if _owns_process_group and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     _owns_process_group = False
