@@ -31,6 +31,8 @@ WORKERS = {
     "measure": "bench.packing",
     "time_steps": "bench.reference",
     "measure_memory": "bench.reference",
+    "take_steps": "bench.scaling",
+    "take_steps_on_ranks": "bench.scaling",
 }
 SWEEPS = {
     "vocab": [f"synthetic-v{2**power}-r512-f50" for power in range(14, 21)],
@@ -171,6 +173,26 @@ def packing(
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(row, indent=1) + "\n")
     click.echo(packing_bench.table(row))
+
+
+@main.command()
+@click.option("--repeats", default=3, show_default=True, help="Timed steps after one that warms up.")
+@click.option("--out", type=click.Path(path_type=Path), help="Directory of the row.  [default: bench/results]")
+def scaling(repeats: int, out: Path | None) -> None:
+    """Trainer steps over vocabulary, row length and two ranks, one thread each, beside a count of operations."""
+    from bench import scaling as steps
+
+    os.environ["OMP_NUM_THREADS"] = "1"
+    row: Row = {
+        "vocab": {size: in_child(steps.take_steps, size, steps.BASE_LENGTH, repeats) for size in steps.VOCAB_SIZES},
+        "length": {length: in_child(steps.take_steps, steps.BASE_VOCAB, length, repeats) for length in steps.LENGTHS},
+        "ranks": in_child(steps.take_steps_on_ranks, repeats),
+    }
+    row |= surroundings() | {"command": shlex.join(["python", "-m", "bench", *sys.argv[1:]])}
+    file = (out or RESULTS) / "scaling.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(row, indent=1) + "\n")
+    click.echo(steps.table(json.loads(file.read_text())))
 
 
 @main.command(hidden=True)

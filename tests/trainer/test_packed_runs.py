@@ -128,7 +128,7 @@ def scores_of(trainer: DPOTrainer, batches: list[Microbatch]) -> dict[int, tuple
 
 
 def test_packed_rows_answer_what_padded_rows_answer(args) -> None:
-    """In bf16 too: to the rounding of the format, as the answers of two padded batches differ."""
+
     collate = PreferenceCollator(0)
     padded = [Microbatch.from_dict(collate(PAIRS[start : start + 4])) for start in (0, 4)]
     for prefix_sharing in (False, True):
