@@ -65,7 +65,13 @@ def _stay(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
 
 
 class _HostStream:
-    """The one stream of a CPU, and an event on it: whatever was asked for before has happened."""
+    """The one stream of a CPU, and an event on it: whatever was asked for before has happened.
+
+    It takes the place of a class, which other libraries name in their annotations.
+    """
+
+    def __init__(self, device: object = None, priority: int = 0) -> None:
+        """Take what a CUDA stream takes; there is nothing to choose."""
 
     def wait_stream(self, stream: _HostStream) -> None:
         """Return."""
@@ -83,9 +89,8 @@ def _replace_device_queries() -> None:
     torch.cuda.current_device = _current_device  # type: ignore[assignment]
     torch.cuda.synchronize = lambda device=None: None
     # Experts copy token counts to the host on a stream of their own; Megatron-Core 0.19 waits for CUDA graphs on one.
-    stream = _HostStream()
-    torch.cuda.Stream = lambda *args, **kwargs: stream  # type: ignore[assignment,misc]
-    torch.cuda.current_stream = lambda device=None: stream  # type: ignore[assignment,return-value]
+    torch.cuda.Stream = _HostStream  # type: ignore[assignment,misc]
+    torch.cuda.current_stream = _HostStream  # type: ignore[assignment]
     torch.cuda.stream = contextlib.nullcontext  # type: ignore[assignment]
     torch.Tensor.cuda = _stay  # type: ignore[method-assign,assignment]
     # `with torch.device(...)` knows factories by identity and lists them once: the originals, which the wrappers call.

@@ -291,3 +291,10 @@ def test_cpu_platform_keeps_device_contexts() -> None:
     )
     result = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "{'meta'}"
+
+
+def test_other_libraries_import_after_the_cpu_platform() -> None:
+    """They name classes of `torch.cuda` in annotations, which are evaluated on import."""
+    code = "from fastpref.trainer import platform\nplatform.initialize_distributed()\nimport transformers.activations"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
