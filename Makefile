@@ -15,7 +15,7 @@ NEXT := $(abspath $(VENV))/megatron-next
 # With an NVIDIA driver pip takes the CUDA build of torch that fits it; otherwise the pinned CPU set-up.
 CONSTRAINTS := $(if $(shell command -v nvidia-smi),requirements/gpu-constraints.txt,requirements/cpu-constraints.txt)
 
-.PHONY: demo test test-megatron-next lint types env clean parity parity-trl
+.PHONY: demo test faults test-megatron-next lint types env clean parity parity-trl
 
 env: $(READY)
 
@@ -38,6 +38,10 @@ lint: $(READY)
 
 types: $(READY)
 	$(BIN)/mypy
+
+# The numbered faults, with what came of each.
+faults: $(READY)
+	$(BIN)/python tests/faults
 
 # Every parallel layout against one process, 3 steps each; about ten minutes.
 parity: $(READY)
