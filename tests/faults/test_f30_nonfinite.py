@@ -60,8 +60,8 @@ class Poison:
         return self._now and self._where == where
 
     def _spoiled(self, attach):
-        def spoil(batches):
-            batches = attach(batches)
+        def spoil(batches, dataset):
+            batches = attach(batches, dataset)
             if self._is_on("loss"):
                 batches[0].ref_logps_S[1] = float("nan")
             return batches

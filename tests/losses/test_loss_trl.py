@@ -75,9 +75,12 @@ def run_trl(batch: TokenBatch, loss_types: list[str], options: dict) -> tuple[Te
             log_probs=batch.logps, entropy=batch.entropy, mean_logits=batch.mean_logits, is_top1=batch.is_top1
         )
 
+    # A module: where peft is installed TRL looks through wrappers for an adapter.
+    policy = torch.nn.Module()
+    policy.is_gradient_checkpointing = False
     accelerator = SimpleNamespace(device="cpu", gather=lambda value: value, gather_for_metrics=lambda value: value)
     trainer = SimpleNamespace(
-        model=SimpleNamespace(training=True, is_gradient_checkpointing=False),
+        model=policy,
         ref_model=lambda **_: SimpleNamespace(log_probs=batch.ref_logps),
         accelerator=accelerator,
         args=SimpleNamespace(discopop_tau=options.get("discopop_tau"), gradient_checkpointing_kwargs=None),
