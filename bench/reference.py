@@ -17,7 +17,7 @@ import torch
 from bench.measure import Row, status_mib
 from bench.workloads import MODELS, ROOT
 from fastpref.data import DataConfig, PreferenceDataset, load_dataset, load_tokenizer
-from fastpref.testing.tiny import VOCAB_SIZE, tiny_pairs
+from fastpref.testing.tiny import TINY_LLAMA, tiny_pairs
 from fastpref.trainer import (
     DPOConfig,
     DPOTrainer,
@@ -34,16 +34,6 @@ from fastpref.trainer.reference import MAX_DRIFT, PrecomputedReference, build_re
 
 PAIRS = ROOT / "examples" / "data_real" / "pairs.jsonl"
 KINDS = ("model", "precomputed")
-DRY_MODEL = {
-    "model_type": "llama",
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-}
 
 
 class Setting:
@@ -76,7 +66,7 @@ class Setting:
         """The model's chunks."""
         options = ModelOptions(params_dtype=params_dtype(self.args))
         if self.model == "dry":
-            return list(build_models(DRY_MODEL, options, seed=0))
+            return list(build_models(TINY_LLAMA, options, seed=0))
         return list(load_models(ROOT / "runs" / "models" / MODELS[self.model], options))
 
     def score(self) -> float:

@@ -16,6 +16,7 @@ import torch
 
 from bench.measure import Row, status_mib
 from fastpref.data import TokenizedPair
+from fastpref.testing.tiny import pair_of
 from fastpref.testing.workers import RankPool
 from fastpref.trainer import DPOConfig, DPOTrainer, TrainingArguments, build_models, initialize_megatron, platform
 from fastpref.trainer.bridge.architecture import Architecture
@@ -101,19 +102,7 @@ def _pairs(vocab_size: int, length: int) -> list[TokenizedPair]:
     pairs = []
     for pair_id in range(NUM_PAIRS):
         prompt, *answers = torch.randint(vocab_size, (3, half + 1), generator=generator).tolist()
-        prompt = prompt[:half]
-        labels = [-100] * half
-        chosen, rejected = answers
-        pairs.append(
-            TokenizedPair(
-                pair_id=pair_id,
-                chosen_input_ids=prompt + chosen,
-                chosen_labels=labels + chosen,
-                rejected_input_ids=prompt + rejected,
-                rejected_labels=labels + rejected,
-                source=f"random:{pair_id}",
-            )
-        )
+        pairs.append(pair_of(pair_id, prompt[:half], *answers))
     return pairs
 
 

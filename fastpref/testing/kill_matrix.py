@@ -23,23 +23,13 @@ from rich.console import Console
 from rich.table import Table
 
 from fastpref.checkpoint import directory
-from fastpref.testing.tiny import VOCAB_SIZE, tiny_pairs
+from fastpref.testing.tiny import TINY_LLAMA, tiny_pairs
 from fastpref.testing.workers import RankPool, WorkerError
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "dp2": {"use_distributed_optimizer": True},
     "tp2": {"tensor_model_parallel_size": 2},
     "pp2": {"pipeline_model_parallel_size": 2},
-}
-MODEL = {
-    "model_type": "llama",
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
 }
 STEPS = 4
 SAVE_STEPS = 2
@@ -104,7 +94,9 @@ def train(output_dir: str, layout: str, crash: Crash | None, resume: bool) -> tu
     mine = crash if crash is not None and crash.rank == torch.distributed.get_rank() else None
     audit = _Audit(root, None if mine is None else mine.save_event)
     try:
-        trainer = DPOTrainer(build_models(MODEL, seed=0), DPOConfig(), None, args, train_dataset=tiny_pairs(14, seed=2))
+        trainer = DPOTrainer(
+            build_models(TINY_LLAMA, seed=0), DPOConfig(), None, args, train_dataset=tiny_pairs(14, seed=2)
+        )
         run_step = trainer.run_step
 
         def run_step_or_die(models: Any, batches: Any, step: int | None, stop_requested: bool) -> Any:
@@ -114,21 +106,20 @@ def train(output_dir: str, layout: str, crash: Crash | None, resume: bool) -> tu
 
         trainer.run_step = run_step_or_die  # type: ignore[method-assign,assignment]
         trainer.train()
-        return _digest([*trainer.model[0].parameters(), *_tensors(trainer.optimizer.state_dict())]), audit.stop()
+        return _digest([*trainer.model[0].parameters(), *_optimizer_tensors(trainer.optimizer)]), audit.stop()
     finally:
         audit.stop()
         platform.destroy()
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for key in sorted(value, key=str):
-            yield from _tensors(value[key])
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
+def _optimizer_tensors(optimizer: Any) -> Iterator[torch.Tensor]:
+    """This rank's master weights and moments; a sharded optimizer leaves them out of its `state_dict`."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for group in part.optimizer.param_groups:
+            for parameter in group["params"]:
+                yield parameter
+                state = part.optimizer.state[parameter]
+                yield from (state[name] for name in sorted(state) if isinstance(state[name], torch.Tensor))
 
 
 def _digest(tensors: Sequence[torch.Tensor]) -> str:

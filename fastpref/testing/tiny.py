@@ -14,6 +14,32 @@ from fastpref.data import TokenizedPair
 VOCAB_SIZE = 64
 
 
+TINY_LLAMA = {
+    "model_type": "llama",
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+"""A `config.json` for random weights."""
+
+
+def pair_of(pair_id: int, prompt: list[int], chosen: list[int], rejected: list[int]) -> TokenizedPair:
+    """A pair of these token ids, whose source is its number."""
+    masked = [-100] * len(prompt)
+    return TokenizedPair(
+        pair_id=pair_id,
+        chosen_input_ids=prompt + chosen,
+        chosen_labels=masked + chosen,
+        rejected_input_ids=prompt + rejected,
+        rejected_labels=masked + rejected,
+        source=f"tiny:{pair_id}",
+    )
+
+
 def tiny_pairs(num_pairs: int, seed: int = 0, vocab_size: int = VOCAB_SIZE) -> list[TokenizedPair]:
     """Random pairs with prompts of 2-6 and answers of 1-9 tokens."""
     rng = random.Random(seed)
@@ -21,17 +47,7 @@ def tiny_pairs(num_pairs: int, seed: int = 0, vocab_size: int = VOCAB_SIZE) -> l
     for pair_id in range(num_pairs):
         prompt = [rng.randrange(vocab_size) for _ in range(rng.randint(2, 6))]
         chosen, rejected = ([rng.randrange(vocab_size) for _ in range(rng.randint(1, 9))] for _ in range(2))
-        masked = [-100] * len(prompt)
-        pairs.append(
-            TokenizedPair(
-                pair_id=pair_id,
-                chosen_input_ids=prompt + chosen,
-                chosen_labels=masked + chosen,
-                rejected_input_ids=prompt + rejected,
-                rejected_labels=masked + rejected,
-                source=f"tiny:{pair_id}",
-            )
-        )
+        pairs.append(pair_of(pair_id, prompt, chosen, rejected))
     return pairs
 
 
