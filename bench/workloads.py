@@ -27,14 +27,10 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = ROOT / "runs" / "bench"
 MODELS = {"gemma3-270m": "gemma3", "smollm2-135m": "smollm2"}
-PAIR_FILES = (ROOT.parent / "shared" / "data" / "dpo_en_demo.json", ROOT / "examples" / "data_real" / "pairs.jsonl")
+PAIRS = ROOT / "examples" / "data_real" / "head_pairs.jsonl"
 NAMES = (*MODELS, "random-init", "dry")
 IGNORE = -100
 BETA = 0.1
-NUM_PAIRS = 8
-MIN_TOKENS, MAX_TOKENS = 280, 380
-"""Longest side of a chosen pair: 8 pairs are then about 6k padded positions and few of them padding."""
-TARGET_ROWS = 1650
 SLOPE, SPREAD, PEAK = 1.45, 2.5, 11.0
 BLOCK_ROWS = 64
 
@@ -162,12 +158,12 @@ def _head_weight(model_dir: Path) -> Tensor:
 
 
 def _hidden_states(model_dir: Path) -> tuple[Tensor, Tensor]:
-    """Run the model on `NUM_PAIRS` real pairs: hidden [S, L, H] after the final norm, labels [S, L]."""
+    """Run the model on real pairs: hidden [S, L, H] after the final norm, labels [S, L]."""
     from transformers import AutoModel, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     model = AutoModel.from_pretrained(model_dir, dtype=torch.float32)
-    pairs = _choose_pairs([_tokenize(tokenizer, *texts) for texts in _texts()])
+    pairs = [_tokenize(tokenizer, *texts) for texts in _texts()]
     sequences = [pair[side] for side in (0, 1) for pair in pairs]
     length = max(len(tokens) for tokens, _ in sequences) - 1
     hidden_SLH = torch.zeros(len(sequences), length, model.config.hidden_size)
@@ -181,17 +177,11 @@ def _hidden_states(model_dir: Path) -> tuple[Tensor, Tensor]:
 
 
 def _texts() -> Iterator[tuple[str, str, str]]:
-    """Prompt, chosen and rejected text of every pair in the first data file that is there."""
-    file = next(path for path in PAIR_FILES if path.exists())
-    text = file.read_text(encoding="utf-8")
-    records = json.loads(text) if file.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
-    for record in records:
-        turns = record.get("conversations") or record["prompt"]
-        prompt = "\n\n".join(turn.get("value") or turn["content"] for turn in turns)
-        chosen, rejected = (record[side] for side in ("chosen", "rejected"))
-        if isinstance(chosen, list):
-            chosen, rejected = chosen[0], rejected[0]
-        yield prompt, *(side.get("value") or side["content"] for side in (chosen, rejected))
+    """Prompt, chosen and rejected text of every pair."""
+    for line in PAIRS.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        prompt = "\n\n".join(message["content"] for message in record["prompt"])
+        yield prompt, record["chosen"][0]["content"], record["rejected"][0]["content"]
 
 
 def _tokenize(tokenizer: Any, prompt: str, chosen: str, rejected: str) -> tuple[tuple[list[int], int], ...]:
@@ -199,20 +189,6 @@ def _tokenize(tokenizer: Any, prompt: str, chosen: str, rejected: str) -> tuple[
     prompt_ids = tokenizer(prompt + "\n\n")["input_ids"]
     sides = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (chosen, rejected))
     return tuple((prompt_ids + ids + [tokenizer.eos_token_id], len(prompt_ids)) for ids in sides)
-
-
-def _choose_pairs(pairs: list[Any]) -> list[Any]:
-    """Pairs of alike length; of those in the order of their response tokens, a window with nearest to `TARGET_ROWS`."""
-
-    def rows(pair: Any) -> int:
-        return sum(len(tokens) - prompt_length for tokens, prompt_length in pair)
-
-    alike = [pair for pair in pairs if MIN_TOKENS <= max(len(tokens) for tokens, _ in pair) <= MAX_TOKENS]
-    if len(alike) < NUM_PAIRS:
-        raise ValueError(f"{len(alike)} pairs have {MIN_TOKENS} to {MAX_TOKENS} tokens, {NUM_PAIRS} are needed")
-    alike.sort(key=rows)
-    windows = [alike[start : start + NUM_PAIRS] for start in range(len(alike) - NUM_PAIRS + 1)]
-    return min(windows, key=lambda window: abs(sum(map(rows, window)) - TARGET_ROWS))
 
 
 def _random_init(like: Case) -> tuple[Tensor, Tensor, Tensor]:
