@@ -17,7 +17,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -84,17 +84,23 @@ def cases() -> Iterator[Case]:
         for name, (size, settings) in LAYOUTS.items():
             if size != ranks:
                 continue
-            for form in FORMS if "context_parallel_size" not in settings else ("padded",):
+            for form in FORMS:
                 for loss in LOSSES:
                     yield Case(layout=name, ranks=size, model="dense", loss=loss, form=form, settings=settings)
             for model in ("tied", "windowed", "Gemma 3") if name in MODEL_LAYOUTS else ():
-                yield Case(layout=name, ranks=size, model=model, loss="DPO", form="padded", settings=settings)
+                for form in forms_of(settings):
+                    yield Case(layout=name, ranks=size, model=model, loss="DPO", form=form, settings=settings)
             if name in BF16_LAYOUTS:
                 half = {**settings, "bf16": True}
                 yield Case(layout=f"{name}, bf16", ranks=size, model="dense", loss="DPO", form="padded", settings=half)
         for name, (size, settings) in EXPERT_LAYOUTS.items():
-            if size == ranks:
-                yield Case(layout=name, ranks=size, model="experts", loss="DPO", form="padded", settings=settings)
+            for form in forms_of(settings) if size == ranks else ():
+                yield Case(layout=name, ranks=size, model="experts", loss="DPO", form=form, settings=settings)
+
+
+def forms_of(settings: dict[str, Any]) -> Iterable[str]:
+    """Rows that models other than the dense one are tried on: all of them where ranks cut rows in mid-sequence."""
+    return FORMS if "context_parallel_size" in settings else ("padded",)
 
 
 class OneProcess:

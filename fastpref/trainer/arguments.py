@@ -121,7 +121,7 @@ class ParallelArguments:
     expert_model_parallel_size: int = 1
     """Ranks that share out every layer's experts, taken from all ranks of a stage; with 1, tensor parallelism does."""
     context_parallel_size: int = 1
-    """Ranks that share every row along its length, for rows too long for one of them; padded rows only."""
+    """Ranks that share every row along its length, for rows too long for one of them."""
     pipeline_balance: Literal["even", "head_cost"] = "even"
     """How the layers are cut into stages: equally many, or fewer on the last, which also computes the vocabulary."""
     sequence_parallel: bool = False
@@ -250,11 +250,6 @@ class TrainingArguments(OptimizationArguments, PrecisionArguments, ParallelArgum
             value = getattr(self, name)
             if value and not self.packing:
                 problems.append(f"{name} ({value}) is used by packed rows only; set packing to true or leave it out")
-        if self.packing and self.context_parallel_size > 1:
-            problems.append(
-                f"packing and context_parallel_size {self.context_parallel_size} exclude each other: only padded rows "
-                "are shared by ranks; set packing: false or context_parallel_size: 1"
-            )
         if self.packing and self.per_device_eval_batch_size is not None:
             problems.append(
                 "per_device_eval_batch_size and packing exclude each other: a packed evaluation takes as many pairs "

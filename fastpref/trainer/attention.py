@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
-from fastpref.trainer.context_parallel import context_attention
+from fastpref.trainer.context_parallel import context_attention, whole_row
 from fastpref.trainer.platform import current_device
 from fastpref.trainer.segment_attention import (
     SegmentParams,
@@ -41,7 +41,7 @@ class SDPACoreAttention(MegatronModule):
         layer_number: 1-based number of the layer in the whole model.
         attn_mask_type: must be causal.
         attention_type: must be "self".
-        cp_comm_type: unused without context parallelism.
+        cp_comm_type: unused; context parallelism gathers keys and values.
         softmax_scale: factor on the scores; None for 1/sqrt(head size).
         pg_collection: unused; heads arrive split over the tensor-parallel ranks.
 
@@ -117,13 +117,17 @@ class SDPACoreAttention(MegatronModule):
                 )
         if attn_mask_type not in (None, AttnMaskType.causal):
             raise NotImplementedError(f"attn_mask_type must be causal, got {attn_mask_type}")
+        is_shared = self.config.context_parallel_size > 1
         if not isinstance(packed_seq_params, SegmentParams):
-            attend = causal_attention if self.config.context_parallel_size == 1 else context_attention
+            attend = context_attention if is_shared else causal_attention
             return attend(query, key, value, self.softmax_scale, self.window)
+        if is_shared:
+            key, value = whole_row(key), whole_row(value)
         if query.is_cuda:
             mask = packed_seq_params.block_mask(self.window)
             return flex_segment_attention(query, key, value, mask, self.softmax_scale)
-        return segment_attention(query, key, value, packed_seq_params.segments, self.softmax_scale, self.window)
+        segments, chunks = packed_seq_params.segments, packed_seq_params.chunks
+        return segment_attention(query, key, value, segments, self.softmax_scale, self.window, chunks)
 
 
 class RMSNorm(torch.nn.Module):

@@ -1,7 +1,7 @@
 """One microbatch of preference pairs, checked on the host and laid out for Megatron.
 
 Dims: B pairs, S = 2B sequences (all chosen first), N rows of the model's input (S padded ones, or 1 packed one), L
-positions, T = L*N tokens in Megatron's order (position-major), R response rows.
+positions, l of them on this rank, T = l*N tokens in Megatron's order (position-major), R response rows.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fastpref.errors import DataError
 class HeadRequest:
     """What the language-model head needs to turn hidden states into sequence log-probs.
 
-    `labels_T`, `nll_labels_T` [T] follow the order of Megatron's hidden states flattened from [L, N, H]; `rows_R` are
+    `labels_T`, `nll_labels_T` [T] follow the order of Megatron's hidden states flattened from [l, N, H]; `rows_R` are
     the tokens that carry any label, grouped by sequence, with bounds `cu_rows` [S+1].
     """
 
@@ -168,31 +168,21 @@ class Microbatch:
             segments=segments,
         )
 
-    def at_positions(self, positions_l: Tensor) -> Microbatch:
-        """Returns some positions [l] of every padded row, which then are the whole row to the model."""
-        assert self.segments is None, "packed rows are not shared by context-parallel ranks"
-        nll = self.nll_labels_NL
-        return replace(
-            self,
-            input_ids_NL=self.input_ids_NL[:, positions_l],
-            position_ids_NL=self.position_ids_NL[:, positions_l],
-            labels_NL=self.labels_NL[:, positions_l],
-            nll_labels_NL=None if nll is None else nll[:, positions_l],
-        )
-
-    def head_request(self) -> HeadRequest:
-        """Rows and labels in Megatron's token order."""
-        labelled_NL = self.labels_NL != IGNORE_INDEX
-        if self.nll_labels_NL is not None:
-            labelled_NL = labelled_NL | (self.nll_labels_NL != IGNORE_INDEX)
-        row_R, position_R = labelled_NL.nonzero(as_tuple=True)
-        rows_R = position_R * labelled_NL.size(0) + row_R
-        by_sequence_R = self._owners_NL[labelled_NL].argsort(stable=True)
+    def head_request(self, held_l: Tensor | slice = slice(None)) -> HeadRequest:
+        """Rows and labels in Megatron's token order, of the positions `held_l` of every row."""
+        labels_Nl = self.labels_NL[:, held_l]
+        nll_labels_Nl = None if self.nll_labels_NL is None else self.nll_labels_NL[:, held_l]
+        labelled_Nl = labels_Nl != IGNORE_INDEX
+        if nll_labels_Nl is not None:
+            labelled_Nl = labelled_Nl | (nll_labels_Nl != IGNORE_INDEX)
+        row_R, position_R = labelled_Nl.nonzero(as_tuple=True)
+        rows_R = position_R * labelled_Nl.size(0) + row_R
+        owners_R = self._owners_NL[:, held_l][labelled_Nl]
         return HeadRequest(
-            labels_T=self.labels_NL.t().reshape(-1),
-            nll_labels_T=None if self.nll_labels_NL is None else self.nll_labels_NL.t().reshape(-1),
-            rows_R=rows_R[by_sequence_R],
-            cu_rows=F.pad(self._per_sequence(labelled_NL).cumsum(0), (1, 0)),
+            labels_T=labels_Nl.t().reshape(-1),
+            nll_labels_T=None if nll_labels_Nl is None else nll_labels_Nl.t().reshape(-1),
+            rows_R=rows_R[owners_R.argsort(stable=True)],
+            cu_rows=F.pad(torch.bincount(owners_R, minlength=2 * self.num_pairs).cumsum(0), (1, 0)),
         )
 
     @property

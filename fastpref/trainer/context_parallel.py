@@ -5,6 +5,7 @@ Design decisions:
   have the same number of scores to compute. Megatron cuts the rotary angles the same way.
 - Keys and values are gathered, queries stay. Their gradients come back by a reduce-scatter. With grouped heads that is
   little to send, and each of a rank's two chunks is one fused attention call.
+- A packed row is cut by its positions, wherever its sequences begin: `segment_attention` takes queries of a part of it.
 - The head scores the rows that a rank holds. What leaves it are sums per sequence, added up over the ranks; the loss is
   then formed alike on each of them.
 
@@ -25,17 +26,23 @@ from torch import Tensor
 from fastpref.trainer.segment_attention import causal_attention
 
 
-def local_positions(length: int) -> Tensor | None:
-    """Return the positions [L/C] of a row that this rank holds; None where it holds all of them.
+def local_chunks(length: int) -> tuple[range, ...]:
+    """Return the positions of a row that this rank holds: its two chunks, or one of all where nobody shares the row.
 
     Args:
-        length: L, a multiple of 2C.
+        length: L, a multiple of 2C where C > 1.
     """
     size, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
     if size == 1:
-        return None
-    chunks = torch.arange(length).chunk(2 * size)
-    return torch.cat([chunks[rank], chunks[2 * size - 1 - rank]])
+        return (range(length),)
+    chunk_length = length // (2 * size)
+    return tuple(range(index * chunk_length, (index + 1) * chunk_length) for index in (rank, 2 * size - 1 - rank))
+
+
+def local_positions(length: int) -> Tensor | slice:
+    """Return an index of the positions that this rank holds of a row: [L/C], or a slice where it holds all of them."""
+    chunks = local_chunks(length)
+    return slice(None) if len(chunks) == 1 else torch.cat([torch.arange(chunk.start, chunk.stop) for chunk in chunks])
 
 
 def row_multiple() -> int:
@@ -66,19 +73,20 @@ def context_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, w
 
     Memory: keys and values of the whole row, [L, S, G, D] each.
     """
-    size, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
-    key, value = _whole_row(key, size), _whole_row(value, size)
-    chunk_length = query.size(0) // 2
+    key, value = whole_row(key), whole_row(value)
     outputs = []
-    for chunk, queries in zip((rank, 2 * size - 1 - rank), query.chunk(2), strict=True):
-        stop = (chunk + 1) * chunk_length
-        start = 0 if window is None else max(0, stop - chunk_length - window + 1)
-        outputs.append(causal_attention(queries, key[start:stop], value[start:stop], scale, window))
+    for chunk, queries in zip(local_chunks(key.size(0)), query.chunk(2), strict=True):
+        seen = slice(0 if window is None else max(0, chunk.start - window + 1), chunk.stop)
+        outputs.append(causal_attention(queries, key[seen], value[seen], scale, window))
     return torch.cat(outputs)
 
 
-def _whole_row(x: Tensor, size: int) -> Tensor:
-    """Gather [L/C, ...] of every rank and put the chunks in the order of the row: [L, ...]."""
+def whole_row(x: Tensor) -> Tensor:
+    """Gather [L/C, ...] of every rank and put the chunks in the order of the row: [L, ...].
+
+    Every rank must use the result in its backward pass, which adds up the gradients of all of them.
+    """
+    size = parallel_state.get_context_parallel_world_size()
     gathered = gather_from_sequence_parallel_region(x, group=parallel_state.get_context_parallel_group())
     chunks = gathered.chunk(2 * size)
     # Rank r brought chunks r and 2C-1-r, one behind the other.

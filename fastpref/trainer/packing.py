@@ -2,9 +2,10 @@
 
 Design decisions:
 - A packed row goes through Megatron as one ordinary row; only the rotary angles and the core attention know better.
+  Context-parallel ranks cut it as one, too.
 - Both are changed in place and hold no parameters, so that checkpoints do not depend on packing.
 
-Dims: `L` positions, `N` query heads and `G` key/value heads of this rank, `D` head size.
+Dims: `L` positions, `l` of them on this rank, `N` query heads and `G` key/value heads of this rank, `D` head size.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor
 from fastpref.data import Segments
 from fastpref.errors import ConfigError
 from fastpref.trainer.attention import SDPACoreAttention
+from fastpref.trainer.context_parallel import local_chunks, local_positions
 from fastpref.trainer.head import unwrap
 from fastpref.trainer.segment_attention import SegmentParams
 
@@ -74,7 +76,8 @@ class VarlenRows:
 def install_packing(models: Sequence[torch.nn.Module], *, prefix_sharing: bool) -> None:
     """Makes `models` take packed rows, in place; padded rows are answered as before.
 
-    Transformer Engine keeps its attention where nothing is shared; prefix sharing takes this library's.
+    Transformer Engine keeps its attention where nothing is shared; prefix sharing takes this library's. So does context
+    parallelism, under which Transformer Engine would have every sequence cut evenly, and not the row.
 
     Raises:
         ConfigError: a chunk has other position embeddings than rotary ones, or an attention that cannot be packed.
@@ -88,8 +91,9 @@ def install_packing(models: Sequence[torch.nn.Module], *, prefix_sharing: bool) 
                 "set packing: false"
             )
         rotary = chunk.rotary_pos_emb
-        if not hasattr(rotary, "row_positions_L"):
-            rotary.row_positions_L = None
+        if not hasattr(rotary, "row_positions_l"):
+            rotary.row_positions_l = None
+            rotary.register_forward_pre_hook(_keep_angles_whole, with_kwargs=True)
             rotary.register_forward_hook(_select_angles)
         for module in chunk.modules():
             if isinstance(module, SelfAttention):
@@ -100,7 +104,7 @@ def _install_attention(attention: SelfAttention, prefix_sharing: bool) -> None:
     core = attention.core_attention
     if isinstance(core, (SDPACoreAttention, VarlenRows)):
         return
-    if isinstance(core, TE_ATTENTION) and not prefix_sharing:
+    if isinstance(core, TE_ATTENTION) and not prefix_sharing and attention.config.context_parallel_size == 1:
         core.__class__ = _varlen_class(type(core))
     elif isinstance(core, (DotProductAttention, *TE_ATTENTION)):
         try:
@@ -126,10 +130,15 @@ def _varlen_class(base: type) -> type:
     return _VARLEN_CLASSES[base]
 
 
+def _keep_angles_whole(rotary: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    """Forward pre-hook of the rotary module: Megatron must not cut the angles by places in the row for its ranks."""
+    return None if rotary.row_positions_l is None else (args, {**kwargs, "packed_seq": True})
+
+
 def _select_angles(rotary: torch.nn.Module, _: object, angles: Tensor) -> Tensor | None:
-    """Forward hook of the rotary module: angles [P, 1, 1, D] of positions 0..P-1 to those of the row, [L, 1, 1, D]."""
-    positions_L = rotary.row_positions_L
-    return angles[positions_L] if isinstance(positions_L, Tensor) else None
+    """Forward hook of the rotary module: angles [P, 1, 1, D] of positions 0..P-1 to those of the row, [l, 1, 1, D]."""
+    positions_l = rotary.row_positions_l
+    return angles[positions_l] if isinstance(positions_l, Tensor) else None
 
 
 @contextmanager
@@ -143,10 +152,11 @@ def packed_row(chunk: GPTModel, segments: Segments | None, device: torch.device)
         yield None
         return
     rotary = chunk.rotary_pos_emb
-    if not hasattr(rotary, "row_positions_L"):
+    if not hasattr(rotary, "row_positions_l"):
         raise ConfigError("a packed batch needs training.packing: true, which makes the model ready for it")
-    rotary.row_positions_L = segments.positions_L.to(device, non_blocking=True)
+    positions_l = segments.positions_L[local_positions(segments.length)]
+    rotary.row_positions_l = positions_l.to(device, non_blocking=True)
     try:
-        yield SegmentParams.of(segments, device)
+        yield SegmentParams.of(segments, device, local_chunks(segments.length))
     finally:
-        rotary.row_positions_L = None
+        rotary.row_positions_l = None

@@ -6,7 +6,7 @@ Dims: `L` positions, `S` rows of the batch, `N` query heads and `G` key/value he
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Any
@@ -25,18 +25,27 @@ from fastpref.data.segments import may_attend
 class SegmentParams(PackedSeqParams):
     """A packed row on its way through Megatron to the attention modules, which find `segments` in it.
 
-    To Megatron it is an ordinary `sbhd` batch of one row whose rotary table has `max_seqlen_q` angles.
+    To Megatron it is an ordinary `sbhd` batch of one row whose rotary table has `max_seqlen_q` angles. `chunks` are the
+    positions of the row that this rank holds.
     """
 
     segments: Segments = field(kw_only=True)
+    chunks: tuple[range, ...] = field(kw_only=True)
     device: torch.device = field(kw_only=True)
     _block_masks: dict[int | None, BlockMask] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def of(cls, segments: Segments, device: torch.device) -> SegmentParams:
-        """Describe one row."""
+    def of(cls, segments: Segments, device: torch.device, chunks: tuple[range, ...] | None = None) -> SegmentParams:
+        """Describe one row; `chunks` None where this rank holds all of it."""
         longest = segments.longest
-        return cls(qkv_format="sbhd", max_seqlen_q=longest, max_seqlen_kv=longest, segments=segments, device=device)
+        return cls(
+            qkv_format="sbhd",
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+            segments=segments,
+            chunks=chunks or (range(segments.length),),
+            device=device,
+        )
 
     @cached_property
     def varlen(self) -> PackedSeqParams:
@@ -56,16 +65,21 @@ class SegmentParams(PackedSeqParams):
         )
 
     def block_mask(self, window: int | None) -> BlockMask:
-        """Return the row's mask for FlexAttention, made once per microbatch and window."""
+        """Return the mask of this rank's queries for FlexAttention, made once per microbatch and window."""
         if window not in self._block_masks:
-            pairs_L, parts_L, positions_L = (
+            held_l = torch.cat([torch.arange(chunk.start, chunk.stop) for chunk in self.chunks])
+            pairs_L, parts_L, positions_L, held_l = (
                 x.to(self.device, non_blocking=True)
-                for x in (self.segments.pairs_L, self.segments.parts_L, self.segments.positions_L)
+                for x in (self.segments.pairs_L, self.segments.parts_L, self.segments.positions_L, held_l)
             )
             rule = may_attend(pairs_L, parts_L, positions_L, window)
-            length = self.segments.length
             self._block_masks[window] = _on(self.device.type, create_block_mask)(
-                lambda batch, head, query, key: rule(query, key), None, None, length, length, self.device
+                lambda batch, head, query, key: rule(held_l[query], key),
+                None,
+                None,
+                len(held_l),
+                self.segments.length,
+                self.device,
             )
         return self._block_masks[window]
 
@@ -108,38 +122,62 @@ def _band(num_queries: int, num_keys: int, window: int | None, device: torch.dev
 
 
 def segment_attention(
-    query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    scale: float,
+    window: int | None,
+    chunks: tuple[range, ...] | None = None,
 ) -> Tensor:
     """Attend within each sequence of a packed row, one fused call per branch: nothing masked is computed between pairs.
 
-    Equals: attention under `segments.allowed_LL(window)`, with zeros on padding.
+    Equals: attention under the rows `chunks` of `segments.allowed_LL(window)`, with zeros on padding.
 
     Args:
-        query: [L, 1, N, D].
-        key: [L, 1, G, D].
+        query: [l, 1, N, D], the positions `chunks` of the row, one behind the other.
+        key: [L, 1, G, D], of the whole row.
         value: like `key`.
         segments: of the row.
         scale: factor on the scores.
         window: positions of its own sequence that a query sees, itself included; None for all.
+        chunks: parts of the row; None for all of it.
 
     Returns:
-        [L, 1, N * D] in the dtype of `query`.
+        [l, 1, N * D] in the dtype of `query`. Its gradient reaches all three tensors, if only as zeros.
     """
+    chunks = chunks or (range(segments.length),)
     # One split has one backward pass; slices would each write a gradient of the whole row.
-    sizes = [size for start, _, rejected, stop in segments.pairs for size in (rejected - start, stop - rejected)]
-    sizes.append(segments.length - segments.num_used)
-    queries, keys, values = query.split(sizes), key.split(sizes), value.split(sizes)
+    bounds = [bound for segment in segments.pairs for bound in (segment.start, segment.rejected)]
+    bounds += [segments.num_used, segments.length]
+    keys, values = key.split(_sizes(bounds)), value.split(_sizes(bounds))
     outputs = []
-    for index, segment in enumerate(segments.pairs):
-        chosen, rejected = 2 * index, 2 * index + 1
-        outputs.append(causal_attention(queries[chosen], keys[chosen], values[chosen], scale, window))
-        seen = slice(0 if window is None else max(0, segment.num_prefix + 1 - window), segment.num_prefix)
-        branch_key, branch_value = keys[rejected], values[rejected]
-        if segment.num_prefix:
-            branch_key, branch_value = (torch.cat([x[chosen][seen], x[rejected]]) for x in (keys, values))
-        outputs.append(causal_attention(queries[rejected], branch_key, branch_value, scale, window))
-    outputs.append(torch.zeros_like(queries[-1]).flatten(2))
-    return torch.cat(outputs)
+    for chunk, chunk_query in zip(chunks, query.split([len(chunk) for chunk in chunks]), strict=True):
+        held = [min(max(bound, chunk.start), chunk.stop) for bound in bounds]
+        *queries, padding = chunk_query.split(_sizes(held))
+        for part, part_query in enumerate(queries):
+            if not len(part_query):
+                continue
+            num_prefix = segments.pairs[part // 2].num_prefix if part % 2 else 0
+            # Places in the part. Below 0 a rejected branch goes on in its prefix, with which the part before begins.
+            start, stop = held[part] - bounds[part], held[part + 1] - bounds[part]
+            first = -num_prefix if window is None else max(start - window + 1, -num_prefix)
+            part_key, part_value = (x[part][max(first, 0) : stop] for x in (keys, values))
+            if first < 0:
+                seen = slice(num_prefix + first, num_prefix)
+                part_key = torch.cat([keys[part - 1][seen], part_key])
+                part_value = torch.cat([values[part - 1][seen], part_value])
+            outputs.append(causal_attention(part_query, part_key, part_value, scale, window))
+        outputs.append(torch.zeros_like(padding).flatten(2))
+    output = torch.cat(outputs)
+    if len(outputs) > len(chunks):
+        return output
+    # Nothing but padding here; the ranks that share the row still wait for each other in the backward pass.
+    return output + sum(x[:0].sum() for x in (query, key, value))
+
+
+def _sizes(bounds: Sequence[int]) -> list[int]:
+    return [stop - start for start, stop in itertools.pairwise(bounds)]
 
 
 def flex_segment_attention(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float) -> Tensor:

@@ -6,7 +6,7 @@ Design decisions:
   the whole optimizer step. Megatron divides by the microbatch count and averages over data parallel; both are undone.
 - Metrics leave as (sum, weight) pairs, so that means over windows and ranks are exact.
 
-Dims: B pairs, S = 2B sequences, K score columns.
+Dims: B pairs, S = 2B sequences, K score columns, N rows of L positions, l of these on this rank.
 """
 
 from __future__ import annotations
@@ -240,25 +240,25 @@ def aligned(batches: Sequence[Microbatch]) -> list[Microbatch]:
 def _forward_step(
     loss_func: Callable, batches: Iterator[Microbatch], model: torch.nn.Module
 ) -> tuple[Tensor, Callable]:
-    whole, device = next(batches), current_device()
-    positions_l = local_positions(whole.seq_length)
-    batch = whole if positions_l is None else whole.at_positions(positions_l)
+    batch, device = next(batches), current_device()
+    held_l = local_positions(batch.seq_length)
+    input_ids_Nl = batch.input_ids_NL[:, held_l]
     head = head_of(model)
     if head is not None:
-        head.request = batch.head_request().to(device)
+        head.request = batch.head_request(held_l).to(device)
     try:
         with packed_row(unwrap(model), batch.segments, device) as packed_seq_params:
             scores = model(
-                input_ids=batch.input_ids_NL.to(device, non_blocking=True),
-                position_ids=batch.position_ids_NL.to(device, non_blocking=True),
-                attention_mask=_attention_mask(model, batch.seq_length),
+                input_ids=input_ids_Nl.to(device, non_blocking=True),
+                position_ids=batch.position_ids_NL[:, held_l].to(device, non_blocking=True),
+                attention_mask=_attention_mask(model, input_ids_Nl.size(1)),
                 packed_seq_params=packed_seq_params,
-                padding_mask=_padding_mask(model, whole, positions_l),
+                padding_mask=_padding_mask(model, batch, held_l),
             )
     finally:
         if head is not None:
             head.request = None
-    return scores, partial(loss_func, whole)
+    return scores, partial(loss_func, batch)
 
 
 def _attention_mask(model: torch.nn.Module, seq_length: int) -> Tensor | None:
@@ -272,20 +272,17 @@ def _attention_mask(model: torch.nn.Module, seq_length: int) -> Tensor | None:
     return torch.ones(seq_length, seq_length, dtype=torch.bool, device=current_device()).triu(1)[None, None]
 
 
-def _padding_mask(model: torch.nn.Module, batch: Microbatch, positions_l: Tensor | None) -> Tensor | None:
-    """Tokens [N, L] that the load-balancing loss of experts leaves out, True; None for a model without experts.
-
-    Only those at `positions_l` where this rank holds no others.
-    """
+def _padding_mask(model: torch.nn.Module, batch: Microbatch, held_l: Tensor | slice) -> Tensor | None:
+    """Tokens [N, l] that the load-balancing loss of experts leaves out, True; None for a model without experts."""
     chunk = unwrap(model)
     if chunk.config.num_moe_experts is None:
         return None
-    mask_NL = batch.uncounted_NL if positions_l is None else batch.uncounted_NL[:, positions_l]
+    mask_Nl = batch.uncounted_NL[:, held_l]
     if chunk.config.sequence_parallel and not chunk.pre_process:
         # Megatron cuts the mask along the sequence on the first stage only.
         size = parallel_state.get_tensor_model_parallel_world_size()
-        mask_NL = mask_NL.chunk(size, dim=1)[parallel_state.get_tensor_model_parallel_rank()]
-    return mask_NL.to(current_device(), non_blocking=True)
+        mask_Nl = mask_Nl.chunk(size, dim=1)[parallel_state.get_tensor_model_parallel_rank()]
+    return mask_Nl.to(current_device(), non_blocking=True)
 
 
 def _columns_func(batch: Microbatch, scores_KS: Tensor, non_loss_data: bool = True) -> Tensor:

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastpref.testing.layout_parity import LAYOUTS, MODEL, TOLERANCES, ShortRun, difference, train
-from fastpref.testing.tiny import tiny_pairs
+from fastpref.data import PackedCollator, PreferenceCollator
+from fastpref.testing.layout_parity import GEMMA, LAYOUTS, TOLERANCES, ShortRun, difference, train
+from fastpref.testing.tiny import pair_of, tiny_pairs
 from fastpref.testing.workers import RankPool
 from fastpref.trainer import DPOConfig, DPOTrainer, TrainingArguments, initialize_megatron, load_models
 from fastpref.trainer.platform import destroy
@@ -28,7 +29,7 @@ def padded(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict], Path]:
 
 
 @pytest.mark.parametrize("packing", PACKED)
-@pytest.mark.parametrize("name", ["DP2 sharded optimizer", "TP2", "TP2-SP recompute", "PP2", "PP2-VPP2"])
+@pytest.mark.parametrize("name", ["DP2 sharded optimizer", "TP2", "TP2-SP recompute", "PP2", "PP2-VPP2", "CP2"])
 def test_packed_ranks_train_like_one_padded(
     rank_pool_2: RankPool, padded, tmp_path: Path, name: str, packing: str
 ) -> None:
@@ -39,23 +40,54 @@ def test_packed_ranks_train_like_one_padded(
     assert logs[0][0]["perf/positions_per_pair"] < padded[0][0]["perf/positions_per_pair"]
 
 
-def test_packed_gemma_trains_like_padded_gemma(tmp_path: Path) -> None:
-    """Two rotary bases, one of them on layers with sliding windows."""
-    gemma = {
-        **MODEL,
-        "model_type": "gemma3_text",
-        "sliding_window": 4,
-        "layer_types": ["sliding_attention", "full_attention"] * 2,
-        "rope_theta": 1e6,
-        "rope_local_base_freq": 1e4,
-        "hidden_activation": "gelu_pytorch_tanh",
-        "query_pre_attn_scalar": 8,
-    }
-    expected = train(replace(RUN, policy=gemma), str(tmp_path / "padded"))
+def test_packed_gemma_trains_like_padded_gemma(rank_pool_2: RankPool, tmp_path: Path) -> None:
+    """Two rotary bases, one of them on layers with sliding windows, which reach over the ends of a rank's chunks."""
+    # a larger scale of the scores than Gemma's makes attention sharp enough to tell masks apart
+    policy = {**GEMMA, "query_pre_attn_scalar": 8}
+    gemma = replace(RUN, policy=policy, loss=DPOConfig(pref_loss="orpo"))
+    expected = train(gemma, str(tmp_path / "padded"))
     for name, settings in PACKED.items():
-        log = train(replace(RUN, policy=gemma, settings=settings), str(tmp_path / name))
+        log = train(replace(gemma, settings=settings), str(tmp_path / name))
         found = difference(log, expected, tmp_path / name, tmp_path / "padded")
         assert found.within(TOLERANCES[torch.float32]), found
+    two = replace(gemma, settings={**LAYOUTS["CP2"][1], **PACKED["shared"]})
+    (log, _) = rank_pool_2.run(train, two, str(tmp_path / "cp2"))
+    found = difference(log, expected, tmp_path / "cp2", tmp_path / "padded")
+    assert found.within(TOLERANCES[torch.float32]), found
+
+
+def row_of_padding(output_dir: str, options: dict) -> list[dict]:
+    """Two steps on one short pair in a row of 64 positions; returns the log."""
+    args = TrainingArguments(
+        output_dir=output_dir,
+        max_steps=2,
+        learning_rate=5e-3,
+        logging_steps=1,
+        report_to=(),
+        disable_progress=True,
+        save_on_end=False,
+        packing=True,
+        # the weights wait for a gradient on every rank
+        overlap_grad_reduce=True,
+        **options,
+    )
+    initialize_megatron(args)
+    try:
+        collator = PackedCollator(PreferenceCollator(0, pad_to_multiple_of=64), prefix_sharing=False)
+        pairs = [pair_of(0, [1, 2, 3], [4, 5, 6, 7], [8, 9])]
+        trainer = DPOTrainer(load_models(POLICY), DPOConfig(), None, args, train_dataset=pairs, data_collator=collator)
+        trainer.train()
+        return trainer.log_history
+    finally:
+        destroy()
+
+
+def test_a_context_rank_with_padding_alone_takes_part(rank_pool_2: RankPool, tmp_path: Path) -> None:
+    """The pair's 10 positions lie in the first of four chunks, and the second rank holds the two in the middle."""
+    log, _ = rank_pool_2.run(row_of_padding, str(tmp_path / "two"), {"context_parallel_size": 2})
+    for record, theirs in zip(log, row_of_padding(str(tmp_path / "one"), {}), strict=True):
+        for name in ("loss", "grad_norm", "rewards/margins", "logps/chosen"):
+            assert record[name] == pytest.approx(theirs[name], rel=2e-5, abs=2e-6), name
 
 
 def short_step(dp: int, output_dir: str, options: dict) -> tuple[list[dict], list[list[float]]]:

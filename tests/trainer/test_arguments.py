@@ -32,7 +32,6 @@ from fastpref.trainer import TrainingArguments
             },
             "gradient_accumulation_steps must be a multiple of pipeline_model_parallel_size 4 .*valid: 4 or 8",
         ),
-        ({"packing": True, "context_parallel_size": 2}, "packing and context_parallel_size 2 exclude each other"),
         ({"pipeline_balance": "odd"}, "pipeline_balance must be one of even, head_cost; got 'odd'"),
         ({"pipeline_balance": "head_cost"}, "head_cost needs pipeline_model_parallel_size >= 2, got 1"),
         ({"overlap_param_gather": True}, "needs use_distributed_optimizer and overlap_grad_reduce"),

@@ -55,6 +55,37 @@ def test_segment_attention_equals_the_dense_mask(segments: Segments, window: int
     torch.testing.assert_close(flexed, exact[0], rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize(
+    "segments", [SHARED.padded_to(40), ALONE, ALONE.padded_to(120)], ids=["shared", "alone", "short"]
+)
+def test_segment_attention_of_parts_of_a_row_equals_the_dense_mask(
+    segments: Segments, ranks: int, window: int | None
+) -> None:
+    """As context-parallel ranks hold it. Ranks of the short row hold padding alone, and still take part backward."""
+    tensors = inputs(segments.length, 2, torch.float64)
+    allowed_LL = segments.allowed_LL(window)
+    exact = with_gradients(lambda q, k, v: dense_attention(q, k, v, allowed_LL), tensors)
+    parts = torch.arange(segments.length).chunk(2 * ranks)
+    length = segments.length // (2 * ranks)
+    output = torch.zeros_like(exact[0])
+    for rank in range(ranks):
+        chunks = tuple(range(index * length, (index + 1) * length) for index in (rank, 2 * ranks - 1 - rank))
+        held_l = torch.cat([parts[rank], parts[2 * ranks - 1 - rank]])
+        params = SegmentParams.of(segments, torch.device("cpu"), chunks)
+        query, key, value = tensors
+        part = segment_attention(query[held_l], key, value, segments, SCALE, window, chunks)
+        assert all(gradient is not None for gradient in torch.autograd.grad(part.sum(), tensors, retain_graph=True))
+        output = output.index_copy(0, held_l, part)
+        flexed = flex_segment_attention(
+            query.detach()[held_l], key.detach(), value.detach(), params.block_mask(window), SCALE
+        )
+        torch.testing.assert_close(flexed, exact[0][held_l], rtol=0, atol=1e-13)
+    for ours, truth in zip(with_gradients(lambda *_: output, tensors), exact, strict=True):
+        torch.testing.assert_close(ours, truth, rtol=0, atol=1e-13)
+
+
 def test_segment_attention_gives_padding_zeros_and_no_gradient() -> None:
     tensors = inputs(SHARED.length, 2, torch.float32)
     for tensor in tensors:
