@@ -248,6 +248,8 @@ def transformer_config(arch: Architecture, options: ModelOptions) -> Transformer
         virtual_pipeline_model_parallel_size=layout.vpp,
         pipeline_model_parallel_layout=plan.megatron_layout(),
         context_parallel_size=layout.cp,
+        # Transformer Engine's own choice, a ring of point-to-point sends, knows no sliding windows.
+        cp_comm_type=None if arch.sliding_window is None else "all_gather",
         sequence_parallel=options.sequence_parallel,
         recompute_granularity=options.recompute_granularity,
         recompute_method="uniform" if full else None,
