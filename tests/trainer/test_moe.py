@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastpref.data import PackedCollator, PreferenceCollator
 from fastpref.errors import ConfigError
+from fastpref.testing.numerics import assert_within_rule
 from fastpref.testing.tiny import tiny_pairs
 from fastpref.trainer import DPOConfig, DPOTrainer, ModelOptions, load_models, save_hf
 from fastpref.trainer.batch import Microbatch
@@ -95,6 +96,60 @@ def test_gradients_hold_the_load_balancing_loss(
     metrics = trainer.balance.read()
     assert metrics["moe/load_balancing_loss"] == pytest.approx(balance, rel=1e-5)
     assert trainer.balance.read() == {}
+
+
+def plain_experts(x_TH: Tensor, router_EH: Tensor, experts: list[list[Tensor]], top_k: int) -> Tensor:
+    """Every expert on every token, times its share: the router in fp32 at least, all else in the dtype of `x_TH`."""
+    wide = torch.promote_types(x_TH.dtype, torch.float32)
+    values_TK, chosen_TK = (x_TH.to(wide) @ router_EH.to(wide).t()).softmax(-1).topk(top_k)
+    shares_TE = torch.zeros(len(x_TH), len(router_EH), dtype=wide)
+    shares_TE = shares_TE.scatter(1, chosen_TK, values_TK / values_TK.sum(-1, keepdim=True)).to(x_TH.dtype)
+    linear, output_TH = torch.nn.functional.linear, torch.zeros_like(x_TH)
+    for share_T, (gate_FH, up_FH, down_HF) in zip(shares_TE.unbind(1), experts, strict=True):
+        inner_TF = torch.nn.functional.silu(linear(x_TH, gate_FH)) * linear(x_TH, up_FH)
+        output_TH = output_TH + share_T[:, None] * linear(inner_TF, down_HF)
+    return output_TH
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("variant", "block", "parts"),
+    [
+        ("qwen3-moe", "mlp", ("gate_proj", "up_proj", "down_proj")),
+        ("mixtral", "block_sparse_moe", ("w1", "w3", "w2")),
+    ],
+)
+def test_experts_in_16_bits_are_as_accurate_as_plain_pytorch(
+    one_rank, tmp_path: Path, variant: str, block: str, parts: tuple[str, ...], dtype: torch.dtype
+) -> None:
+    """A layer of experts alone, so that no rounding before it moves a token to another expert."""
+    path = hf_oracle.save(hf_oracle.make_model(variant).to(dtype), tmp_path / "model")
+    prefix, tensors = f"model.layers.0.{block}", hf_oracle.read_tensors(path)
+    num_experts = len(tensors[f"{prefix}.gate.weight"])
+    names = [f"{prefix}.experts.{index}.{part}.weight" for index in range(num_experts) for part in parts]
+    generator = torch.Generator().manual_seed(2)
+    x_TH = torch.randn(64, 48, generator=generator).to(dtype)
+    weights_TH = torch.randn(64, 48, generator=generator).to(dtype)
+    (model,) = load_models(path, ModelOptions(params_dtype=dtype))
+    layer = model.decoder.layers[0].mlp
+    found = []
+    for wide in (dtype, torch.float64):
+        leaves = [x_TH, tensors[f"{prefix}.gate.weight"], *(tensors[name] for name in names)]
+        x, router, *rest = leaves = [leaf.detach().to(wide).requires_grad_() for leaf in leaves]
+        output_TH = plain_experts(
+            x, router, [rest[i : i + 3] for i in range(0, len(rest), 3)], layer.config.moe_router_topk
+        )
+        found.append([output_TH, *torch.autograd.grad((output_TH * weights_TH.to(wide)).sum(), leaves)])
+    x_T1H = x_TH[:, None].clone().requires_grad_()
+    output_T1H, _ = layer(x_T1H)
+    output_T1H.backward(weights_TH[:, None])
+    for parameter in model.parameters():
+        parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    save_hf([model], tmp_path / "gradients", path)
+    gradients = hf_oracle.read_tensors(tmp_path / "gradients")
+    got = [output_T1H[:, 0], x_T1H.grad[:, 0], gradients[f"{prefix}.gate.weight"], *(gradients[name] for name in names)]
+    for index, (ours, plain, exact) in enumerate(zip(got, *found, strict=True)):
+        assert_within_rule(ours, plain, exact, kind="gradient" if index else "output")
 
 
 def test_reference_and_evaluation_add_nothing_to_the_balance(quiet_args, tmp_path: Path) -> None:
