@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from bench import plots, report
-from bench.__main__ import RESULTS
+from bench.commands.shared import RESULTS
 from bench.workloads import NAMES
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "benchmarks.md"

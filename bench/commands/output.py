@@ -1,0 +1,41 @@
+"""`table` and `plot`: what the stored rows say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from bench import report
+from bench.commands.head import SWEEPS
+from bench.commands.shared import out_option
+from bench.plots import draw
+from bench.workloads import NAMES, ROOT
+
+
+@click.command()
+@click.option("--into", type=click.Path(path_type=Path), help="Put the tables into this document instead of printing.")
+@out_option
+def table(into: Path | None, out: Path) -> None:
+    """Markdown tables of the workloads measured so far, sweeps excepted."""
+    files = [(name, out / f"head-{name}.json") for name in NAMES]
+    tables = "\n".join(report.table(name, report.read_rows(file)) for name, file in files if file.exists())
+    if into is None:
+        click.echo(tables)
+    else:
+        into.write_text(report.replace_tables(into.read_text(encoding="utf-8"), tables), encoding="utf-8")
+
+
+@click.command()
+@click.option("--images", type=click.Path(path_type=Path), default=ROOT / "docs" / "images", help="Where figures go.")
+@out_option
+def plot(images: Path, out: Path) -> None:
+    """Figures of the sweeps measured so far."""
+    for axis, workloads in SWEEPS.items():
+        files = [out / f"head-{workload}.json" for workload in workloads]
+        rows = [report.read_rows(file) for file in files if file.exists()]
+        if not rows:
+            click.echo(f"no rows; measure with: python -m bench sweep {axis}")
+            continue
+        draw(rows, axis, images / f"bench-head-{axis}.png")
+        click.echo(images / f"bench-head-{axis}.png")
