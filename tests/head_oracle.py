@@ -17,10 +17,10 @@ OUTPUTS = ("logps", "nll", *STATS)
 
 
 @contextmanager
-def tiles(block_rows: int = 8, bwd_rows: int = 16, columns: int = 32) -> Iterator[None]:
+def tiles(block_rows: int = 8, bwd_rows: int = 16, columns: int = 32, multiple: int = 1) -> Iterator[None]:
     """PyTorch's engine with tiles so small that a handful of rows and columns crosses many of them."""
     with (
-        mock.patch.object(torch_tiles, "CPU_TILES", torch_tiles.TileShape(block_rows, bwd_rows, columns)),
+        mock.patch.object(torch_tiles, "CPU_TILES", torch_tiles.TileShape(block_rows, bwd_rows, columns, multiple)),
         mock.patch.object(native, "supports", lambda dtype: False),
     ):
         yield

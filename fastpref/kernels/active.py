@@ -19,7 +19,7 @@ from torch.distributed import ProcessGroup
 
 from fastpref.kernels.engine import Engine, Head, accumulation_dtype, operand_dtype
 from fastpref.kernels.rows import gather_rows
-from fastpref.kernels.torch_tiles import product
+from fastpref.kernels.torch_tiles import product, tile_shape
 from fastpref.kernels.vocab_parallel import merge_bounds
 
 # Rows that share one set. A taller chunk spares passes over the weight; at equal cold mass the error of the weight's
@@ -47,13 +47,17 @@ def lower_bounds(x_RH: Tensor, head: Head, labels_R: Tensor) -> Tensor:
     labels_R = labels_R[(labels_R >= 0) & (labels_R < num_columns)]
     pilot_L = torch.cat([pilot_L, labels_R]).unique()
     operand, dtype = operand_dtype(x_RH), accumulation_dtype(x_RH.dtype)
+    num_pilots = pilot_L.shape[0]
+    # The product has columns beyond them, as `TileShape.multiple` says; nobody reads those.
+    pilot_L = torch.nn.functional.pad(pilot_L, (0, -num_pilots % tile_shape(x_RH.device).multiple))
     weight_LH = gather_rows(head.weight_VH, pilot_L).to(operand)
-    bias_L = None if head.bias_V is None else head.bias_V[pilot_L].to(dtype)
+    bias_L = None if head.bias_V is None else head.bias_V[pilot_L[:num_pilots]].to(dtype)
     bounds = []
     for x_rH in x_RH.to(operand).split(1024):
         # In the accumulation dtype: logits rounded to 16 bits would make it an estimate.
         z_rL = x_rH.new_empty(x_rH.shape[0], pilot_L.shape[0], dtype=dtype)
         product(x_rH, weight_LH.t(), z_rL)
+        z_rL = z_rL[:, :num_pilots]
         z_rL = (z_rL if bias_L is None else z_rL + bias_L) * head.logit_scale
         if head.softcap is not None:
             z_rL = head.softcap * torch.tanh(z_rL / head.softcap)

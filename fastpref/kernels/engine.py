@@ -128,7 +128,7 @@ class Engine(Protocol):
         Args:
             cache: of all rows of the forward pass.
             places_r: which of its rows the block holds.
-            columns: which of its columns; starts with a group.
+            columns: which of its columns; starts at a multiple of 64, or with a group.
             logit_scale: as in the head.
             labels_r: int64 [r], column of the label in this block; outside of it means "not here".
             rows: scalars of the block's rows.

@@ -133,7 +133,7 @@ class _Backward:
         if kept.cache is not None:
             group = kept.cache.columns_per_group
             self.width = max(self.width // group, 1) * group
-        self.work = schedule(weight_VH.shape[0], self.width, rows, self.is_active_CV)
+        self.work, self.is_active_CV = schedule(weight_VH.shape[0], self.width, rows, self.is_active_CV, shape.multiple)
         self.unit = _operand_unit(coefficients_R, rows.x_RH.dtype)
         self.scalars = rows.scalars
         if self.unit is not None:

@@ -119,30 +119,57 @@ def chunks(num_chunks: int, rows: LiveRows) -> list[slice]:
     return [slice(start, stop) for start, stop in pairwise(bounds.tolist())]
 
 
-def schedule(
-    num_columns: int, width: int, rows: LiveRows, is_active_CV: Tensor | None
-) -> list[tuple[Block, list[Part]]]:
-    """Lay out the work in blocks of at most `width` columns; without empty blocks and parts.
+class Schedule(NamedTuple):
+    """The work of a backward pass.
+
+    Attributes:
+        work: blocks of columns, and what each chunk of rows has to do there; no empty ones.
+        is_active_CV: bool [C, V], the columns that each chunk of rows visits; None = all.
+    """
+
+    work: list[tuple[Block, list[Part]]]
+    is_active_CV: Tensor | None
+
+
+def schedule(num_columns: int, width: int, rows: LiveRows, is_active_CV: Tensor | None, multiple: int = 1) -> Schedule:
+    """Lay out the work in blocks of at most `width` columns.
 
     Args:
         num_columns: V.
-        width: columns of a block.
+        width: columns of a block, a multiple of `multiple`.
         rows: the rows that take part.
         is_active_CV: bool [C, V], columns that each chunk of rows needs; None = all rows need all.
+        multiple: a part gets so many columns that their number is one of this. Where all columns are needed, what is
+            left over is a narrow block of its own; where some are, a few others are visited with them.
     """
     num_live = rows.x_RH.shape[0]
     if not num_live:
-        return []
+        return Schedule([], is_active_CV)
     if is_active_CV is None:
-        starts = range(0, num_columns, width)
-        return [(Block(slice(top, min(top + width, num_columns))), [Part(slice(0, num_live), None)]) for top in starts]
+        whole = num_columns - num_columns % multiple
+        edges = sorted({*range(0, whole, width), whole, num_columns})
+        blocks = [Block(slice(start, stop)) for start, stop in pairwise(edges)]
+        return Schedule([(block, [Part(slice(0, num_live), None)]) for block in blocks], None)
     live_chunks = [(at, chunk) for at, chunk in enumerate(chunks(len(is_active_CV), rows)) if chunk.start < chunk.stop]
-    selected = is_active_CV[[at for at, _ in live_chunks]].any(dim=0).nonzero().squeeze(1)
-    work = []
+    selected = _round_up(is_active_CV[[at for at, _ in live_chunks]].any(dim=0), multiple)
+    is_visited_CV, work = is_active_CV.clone(), []
     for columns in selected.split(width) if selected.numel() else ():
-        if len(live_chunks) == 1:
-            work.append((Block(columns), [Part(live_chunks[0][1], None)]))
-            continue
-        parts = [Part(rows, is_active_CV[at, columns].nonzero().squeeze(1)) for at, rows in live_chunks]
-        work.append((Block(columns), [part for part in parts if part.picked is not None and part.picked.numel()]))
-    return work
+        parts = []
+        for at, chunk in live_chunks:
+            # One chunk alone needs all that was selected.
+            picked = None if len(live_chunks) == 1 else _round_up(is_active_CV[at, columns], multiple)
+            if picked is None or picked.numel():
+                parts.append(Part(chunk, picked))
+                is_visited_CV[at, columns if picked is None else columns[picked]] = True
+        work.append((Block(columns), parts))
+    return Schedule(work, is_visited_CV)
+
+
+def _round_up(is_wanted_v: Tensor, multiple: int) -> Tensor:
+    """Return the places that are wanted, ascending, and the first others until their number is a multiple."""
+    wanted = is_wanted_v.nonzero().squeeze(1)
+    missing = -wanted.shape[0] % multiple
+    if not missing:
+        return wanted
+    others = (~is_wanted_v).nonzero().squeeze(1)[:missing]
+    return torch.cat([wanted, others]).sort().values

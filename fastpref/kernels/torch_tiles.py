@@ -31,6 +31,7 @@ from fastpref.kernels.partials import (
     finite_shift,
     merge_partials,
 )
+from fastpref.kernels.tiles import CACHE_COLUMNS
 
 LOG2E = math.log2(math.e)
 # exp(gap) is 0 in fp32 and negligible in fp64 below this; it keeps 0 * -inf out of the entropy.
@@ -45,15 +46,19 @@ class TileShape(NamedTuple):
         bwd_rows: rows of a backward tile, a multiple of `block_rows`; the taller, the fewer passes over the weight's
             gradient.
         columns: vocabulary columns of both.
+        multiple: number of which the columns of backward products are a multiple wherever they can be. A GPU's matrix
+            units take operands whose rows begin at multiples of 16 bytes; others go a slower way.
     """
 
     block_rows: int
     bwd_rows: int
     columns: int
+    multiple: int = 1
 
 
 CPU_TILES = TileShape(block_rows=128, bwd_rows=512, columns=2048)
-DEVICE_TILES = TileShape(block_rows=1024, bwd_rows=4096, columns=8192)
+# The multiple keeps the blocks of a cache on the borders of its groups, too.
+DEVICE_TILES = TileShape(block_rows=1024, bwd_rows=4096, columns=8192, multiple=CACHE_COLUMNS)
 
 
 def tile_shape(device: torch.device) -> TileShape:
@@ -167,7 +172,7 @@ def forward_rows(
     Memory: one tile of logits, the rows once in the operands' dtype, a chunk of the weight if it is 16-bit.
     """
     num_rows, num_columns = x_RH.shape[0], head.weight_VH.shape[0]
-    block_rows, _, columns = tile_shape(x_RH.device)
+    block_rows, _, columns, _ = tile_shape(x_RH.device)
     cache = _empty_cache(num_rows, num_columns, columns, x_RH.device) if with_cache else None
     x_RH = _pad_rows(x_RH.to(operand_dtype(x_RH)), block_rows, 0.0)
     labels_R = _pad_rows(labels_R, block_rows, -1)

@@ -1,6 +1,8 @@
 """The plans of the backward pass: which columns `active` keeps, its formula, what `cached` may cost, `main_grad`."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from unittest import mock
 
 import pytest
@@ -9,7 +11,7 @@ from head_oracle import assert_results_within_rule, flatten, peaked_inputs, run,
 from torch import Tensor
 
 from fastpref import linear_logps
-from fastpref.kernels import active, schedule
+from fastpref.kernels import active, plans, schedule
 from fastpref.kernels.ops import linear_logps_fwd
 from fastpref.kernels.weight_grad import zeros_like_untouched
 from fastpref.testing.adversarial import ADVERSARIAL, HeadInputs, ragged_inputs
@@ -186,6 +188,49 @@ def test_active_on_a_flat_distribution_is_exact() -> None:
     exact = differentiate(inputs, coefficients(40), backward="recompute")
     found = differentiate(inputs, coefficients(40), backward="active")
     assert all(torch.equal(found[name], exact[name]) for name in exact)
+
+
+@contextmanager
+def layouts(chunk_rows: int = active.CHUNK_ROWS) -> Iterator[list[schedule.Schedule]]:
+    """Collect how backward passes are laid out where products have a multiple of 16 columns, as on a GPU."""
+    seen: list[schedule.Schedule] = []
+
+    def laid_out(*arguments) -> schedule.Schedule:
+        seen.append(schedule.schedule(*arguments))
+        return seen[-1]
+
+    with (
+        tiles(multiple=16),
+        mock.patch.object(active, "CHUNK_ROWS", chunk_rows),
+        mock.patch.object(schedule, "CHUNK_ROWS", chunk_rows),
+        mock.patch.object(plans, "schedule", laid_out),
+    ):
+        yield seen
+
+
+@pytest.mark.parametrize("chunk_rows", [16, 70])
+def test_active_visits_a_multiple_of_columns(chunk_rows: int) -> None:
+    """What is visited beside the active columns gets its gradient and is no longer cold."""
+    inputs, c_R = peaked_inputs(num_rows=70), coefficients(70)
+    with layouts(chunk_rows) as seen:
+        is_active_CV, _ = active_columns(inputs, 2**-6)
+        found = differentiate(inputs, c_R, backward="active", active_eps=2**-6)
+    (layout,) = seen
+    assert is_active_CV.any(dim=0).sum() % 16 and layout.is_active_CV[is_active_CV].all()
+    widths = [
+        block.width if part.picked is None else len(part.picked) for block, parts in layout.work for part in parts
+    ]
+    assert widths and not any(width % 16 for width in widths)
+    expected = formula(inputs, c_R.double(), layout.is_active_CV, chunk_rows)
+    for name, gradient in found.items():
+        assert relative_error(gradient, expected[name]) < 1000 * torch.finfo(torch.float32).eps
+
+
+def test_recompute_leaves_the_odd_columns_to_the_last_block() -> None:
+    inputs = peaked_inputs()
+    with layouts() as seen:
+        assert_results_within_rule(flatten(*run(inputs, backward="recompute")), inputs)
+    assert [block.width for block, _ in seen[0].work] == [32] * 18 + [16, 8]
 
 
 def test_active_on_chunks_of_rows_with_their_own_sets() -> None:

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from head_oracle import assert_results_within_rule, flatten, run
+from head_oracle import assert_results_within_rule, flatten, peaked_inputs, run, tiles
 
+from fastpref.kernels import triton_engine
 from fastpref.testing.adversarial import ADVERSARIAL, ragged_inputs
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -39,3 +40,25 @@ def test_linear_logps_of_active_columns() -> None:
     for name, gradient in active.items():
         error = (gradient - exact[name]).norm() / exact[name].norm()
         assert error <= 3e-3, f"{name}: {error}"
+
+
+@pytest.mark.parametrize("options", [{"backward": "active", "active_eps": 2**-5}, {"backward": "recompute"}])
+def test_linear_logps_with_a_multiple_of_columns(options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """600 columns, or an odd number of active ones, in products of a multiple of 16, give what any width gives."""
+    inputs = peaked_inputs()
+    _, expected = run(inputs, "triton", **options)
+    real, widths = triton_engine.logit_gradient, []
+
+    def seen(x_rH, head, labels_r, rows, out_rv, covered_r) -> None:
+        widths.append(out_rv.shape[1])
+        real(x_rH, head, labels_r, rows, out_rv, covered_r)
+
+    monkeypatch.setattr(triton_engine, "logit_gradient", seen)
+    is_active = options["backward"] == "active"
+    with tiles(bwd_rows=64, columns=64, multiple=16):
+        _, found = run(inputs, "triton", **options)
+    assert sum(widths) < 450 if is_active else sum(widths) == 600
+    assert {width % 16 for width in widths} == ({0} if is_active else {0, 8})
+    for name, gradient in found.items():
+        error = (gradient - expected[name]).norm() / expected[name].norm()
+        assert error <= (2**-5 if is_active else 1e-6), f"{name}: {error}"
