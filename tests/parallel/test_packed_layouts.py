@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastpref.data import PackedCollator, PreferenceCollator
-from fastpref.testing.layout_parity import GEMMA, LAYOUTS, TOLERANCES, ShortRun, difference, train
+from fastpref.testing.layout_parity import EXPERTS, GEMMA, LAYOUTS, TOLERANCES, ShortRun, difference, train
 from fastpref.testing.tiny import pair_of, tiny_pairs
 from fastpref.testing.workers import RankPool
 from fastpref.trainer import DPOConfig, DPOTrainer, TrainingArguments, initialize_megatron, load_models
@@ -54,6 +54,17 @@ def test_packed_gemma_trains_like_padded_gemma(rank_pool_2: RankPool, tmp_path: 
     (log, _) = rank_pool_2.run(train, two, str(tmp_path / "cp2"))
     found = difference(log, expected, tmp_path / "cp2", tmp_path / "padded")
     assert found.within(TOLERANCES[torch.float32]), found
+
+
+def test_packed_experts_balance_over_context_ranks_as_in_one_process(rank_pool_2: RankPool, tmp_path: Path) -> None:
+    """Each rank leaves out its own padding; rows are microbatches of their own, so that one process packs them, too."""
+    run = replace(RUN, policy={**EXPERTS, "router_aux_loss_coef": 0.1}, settings=PACKED["shared"])
+    expected = train(run, str(tmp_path / "one"))
+    two = replace(run, settings={**LAYOUTS["CP2"][1], **PACKED["shared"]})
+    log, _ = rank_pool_2.run(train, two, str(tmp_path / "two"))
+    found = difference(log, expected, tmp_path / "two", tmp_path / "one")
+    assert found.within(TOLERANCES[torch.float32]), found
+    assert all(record["moe/load_balancing_loss"] > 1.0 for record in log[:-1])
 
 
 def row_of_padding(output_dir: str, options: dict) -> list[dict]:
