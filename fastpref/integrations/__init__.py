@@ -1,0 +1,1 @@
+"""The op inside other libraries' trainers; each integration imports its library on first use."""
