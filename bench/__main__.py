@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from bench.commands import head, output, steps, worker
+from bench.commands import head, output, save, steps, worker
 
 
 @click.group()
@@ -18,6 +18,7 @@ for command in (
     steps.reference,
     steps.packing,
     steps.scaling,
+    save.save,
     output.table,
     output.plot,
     worker.worker,

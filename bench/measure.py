@@ -36,7 +36,7 @@ def check(workload: str, name: str) -> Row:
     implementation, case = IMPLEMENTATIONS[name], build(workload)
     warm_up = case if implementation.is_compiled else case.tiny()
     call(implementation, warm_up, warm_up.hidden_SLH, warm_up.weight_VH)
-    _return_memory()
+    return_memory()
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     before_mib = status_mib("VmRSS")
     result = call(implementation, case, case.hidden_SLH, case.weight_VH)
@@ -62,7 +62,7 @@ def time_in_turns(workload: str, names: list[str], repeats: int) -> Row:
         for name, run in passes.items():
             with torch.no_grad():
                 case.weight_VH.mul_(1.0 + (-1) ** turn * 2.0**-16)  # another tensor version, other bits
-            _return_memory()
+            return_memory()
             wall, cpu = time.perf_counter(), time.process_time()
             run(case, hidden_SLH, case.weight_VH)
             wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
@@ -134,7 +134,7 @@ def _pass(implementation: Implementation) -> Callable[..., object]:
     return lambda case, hidden_SLH, weight_VH: call(implementation, case, hidden_SLH, weight_VH)
 
 
-def _return_memory() -> None:
+def return_memory() -> None:
     """Free what earlier passes left, so that every pass pays for its own pages."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)

@@ -16,6 +16,9 @@ WORKERS = {
     "measure_memory": "bench.reference",
     "take_steps": "bench.scaling",
     "take_steps_on_ranks": "bench.scaling",
+    "measure_saves": "bench.save",
+    "measure_import": "bench.save",
+    "measure_export": "bench.save",
 }
 
 

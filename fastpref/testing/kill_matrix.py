@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "dp2": {"use_distributed_optimizer": True},
     "tp2": {"tensor_model_parallel_size": 2},
     "pp2": {"pipeline_model_parallel_size": 2},
+    "dp2-async": {"use_distributed_optimizer": True, "async_save": True},
 }
 STEPS = 4
 SAVE_STEPS = 2
@@ -54,14 +56,16 @@ class _Audit:
 
     def __init__(self, root: Path, fatal: int | None) -> None:
         self.count, self._root, self._fatal, self._is_on = 0, str(root), fatal, True
+        self._lock = threading.Lock()  # a save writes in several threads
         sys.addaudithook(self)
 
     def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
         if not self._is_on or event not in FILE_EVENTS or not str(arguments[0]).startswith(self._root):
             return
-        self.count += 1
-        if self.count == self._fatal:
-            os.kill(os.getpid(), signal.SIGKILL)
+        with self._lock:
+            self.count += 1
+            if self.count == self._fatal:
+                os.kill(os.getpid(), signal.SIGKILL)
 
     def stop(self) -> int:
         self._is_on = False  # a hook cannot be removed
@@ -99,10 +103,10 @@ def train(output_dir: str, layout: str, crash: Crash | None, resume: bool) -> tu
         )
         run_step = trainer.run_step
 
-        def run_step_or_die(models: Any, batches: Any, step: int | None, stop_requested: bool) -> Any:
+        def run_step_or_die(models: Any, batches: Any, step: int | None, signals: Any) -> Any:
             if mine is not None and mine.step == step:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return run_step(models, batches, step, stop_requested)
+            return run_step(models, batches, step, signals)
 
         trainer.run_step = run_step_or_die  # type: ignore[method-assign,assignment]
         trainer.train()

@@ -141,7 +141,7 @@ class RankPool:
                 target=_serve,
                 args=(number, self.world_size, str(self._directory / "store"), str(stack_path), self.timeout_s, theirs),
                 name=f"rank-{number}",
-                daemon=False,  # a daemon may not start processes, and saving a checkpoint does
+                daemon=False,  # a daemon may not start processes, and a function may want to
             )
             process.start()
             theirs.close()

@@ -9,12 +9,11 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
-from torch.distributed.checkpoint import CheckpointException
 
 from fastpref.errors import CheckpointError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# Writers in other processes send their errors as text.
+# The ranks exchange errors as text.
 _ERRNO = re.compile(r"\[Errno (\d+)\]")
 
 Answer = TypeVar("Answer")
@@ -34,21 +33,13 @@ def together(action: Callable[[], Answer], what: str) -> Answer:
     answer, failure = None, ""
     try:
         answer = action()
-    # The engine's own exception is no `Exception`, so that training loops do not swallow it.
-    except (OSError, CheckpointError, CheckpointException) as error:
-        failure = _described(error)
+    except (OSError, CheckpointError) as error:
+        failure = str(error)
     failures: list[str] = [""] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(failures, failure)
     if any(failures):
         _raise(failures, what)
     return answer  # type: ignore[return-value]
-
-
-def _described(error: BaseException) -> str:
-    if isinstance(error, CheckpointException):
-        # one line per writer that failed; on ranks other than the first there is none
-        return "; ".join(str(cause) for cause, _ in error.failures.values()) or "another rank could not write"
-    return str(error)
 
 
 def _raise(failures: list[str], what: str) -> None:

@@ -152,6 +152,8 @@ class LoopArguments:
     """Also evaluate before the first step."""
     save_steps: int | None = None
     """Steps between checkpoints; None saves only at the end."""
+    async_save: bool = False
+    """Go on training while a checkpoint is written; needs host memory for a copy of the rank's part of it."""
     save_on_end: bool = True
     """Save a checkpoint after the last step."""
     save_total_limit: int | None = None
@@ -226,6 +228,10 @@ class TrainingArguments(OptimizationArguments, PrecisionArguments, ParallelArgum
             problems.append(f"min_lr ({self.min_lr}) must not exceed learning_rate ({self.learning_rate})")
         if self.warmup_ratio is not None and self.warmup_steps:
             problems.append("warmup_ratio and warmup_steps exclude each other; set one of them")
+        if self.async_save and self.save_steps is None:
+            problems.append(
+                "async_save is used by saves between steps only, got save_steps None; set save_steps or leave it out"
+            )
         problems += self._packing_problems()
         problems += size_problems(self.layout)
         problems += schedule_problems(self.layout, self.gradient_accumulation_steps)

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastpref.checkpoint.reference_cache import ReferenceCache
 from fastpref.errors import ConfigError, DataError, NonFiniteError
 from fastpref.losses import DPOConfig, PairLogps, preference_loss
-from fastpref.trainer import guard, loop, state
+from fastpref.trainer import guard, loop
 from fastpref.trainer.arguments import TrainingArguments
 from fastpref.trainer.batch import Microbatch
 from fastpref.trainer.feed import PairFeed
@@ -29,13 +29,12 @@ from fastpref.trainer.optimizer import (
     build_optimizer,
     build_scheduler,
     check_model,
-    sync_parameters,
     wrap_for_training,
 )
 from fastpref.trainer.packing import install_packing
 from fastpref.trainer.platform import current_layout, initialize_distributed, initialize_model_parallel
 from fastpref.trainer.reference import build_reference
-from fastpref.trainer.step import PreferenceSchedule, StepResult
+from fastpref.trainer.step import NO_SIGNALS, PreferenceSchedule, Signals, StepResult
 
 if TYPE_CHECKING:
     from fastpref.trainer.run_config import RunConfig
@@ -195,7 +194,7 @@ class DPOTrainer:
         models: Sequence[DistributedDataParallel],
         batches: Sequence[Microbatch],
         step: int | None = None,
-        stop_requested: bool = False,
+        signals: Signals = NO_SIGNALS,
     ) -> StepResult:
         """Reference, forward, backward, guard, update.
 
@@ -203,7 +202,7 @@ class DPOTrainer:
             models: the wrapped chunks, `models_wrapped`.
             batches: this rank's microbatches.
             step: number of the step, from 1, for messages and records.
-            stop_requested: this rank wants to stop after the step; then every rank's result says so.
+            signals: what this rank has to tell; every rank's result says what any of them told.
 
         Raises:
             NonFiniteError: a loss or gradient is not finite on any rank, and `on_nonfinite` is stop, or three steps
@@ -216,7 +215,7 @@ class DPOTrainer:
             model.zero_grad_buffer()
         optimizer.zero_grad()
         results = self.schedule.forward_backward(models, batches)
-        verdict = guard.check_step(models, batches, results, scaled=self.args.fp16, stop_requested=stop_requested)
+        verdict = guard.check_step(models, batches, results, scaled=self.args.fp16, signals=signals)
         learning_rate = max(group["lr"] for group in optimizer.param_groups)
         if verdict.findings:
             self._refuse_or_skip(verdict, step)
@@ -228,7 +227,7 @@ class DPOTrainer:
                 grad_norm=None,
                 num_zeros_in_grad=None,
                 learning_rate=learning_rate,
-                should_stop=verdict.should_stop,
+                signals=verdict.signals,
             )
         self._skips_in_a_row = 0
         updated, grad_norm, num_zeros = optimizer.step()
@@ -243,7 +242,7 @@ class DPOTrainer:
             grad_norm=grad_norm,
             num_zeros_in_grad=num_zeros,
             learning_rate=learning_rate,
-            should_stop=verdict.should_stop,
+            signals=verdict.signals,
         )
 
     def _refuse_or_skip(self, verdict: guard.Verdict, step: int | None) -> None:
@@ -357,14 +356,7 @@ class DPOTrainer:
 
     def save_checkpoint(self, step: int) -> Path:
         """Saves everything that `resume_from_checkpoint` needs, under `output_dir/checkpoints`."""
-        sync_parameters(self.models_wrapped)
-        return state.save(
-            loop.checkpoint_root(self.args),
-            self.models_wrapped,
-            self.optimizer,
-            self.lr_scheduler,
-            loop.run_state(self, step),
-        )
+        return loop.begin_save(self, step, copies=False).finish()
 
     @property
     def is_main_process(self) -> bool:

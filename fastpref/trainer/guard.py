@@ -15,7 +15,7 @@ from fastpref.trainer.batch import Microbatch
 from fastpref.trainer.metrics import owns_results
 from fastpref.trainer.optimizer import gradients_are_finite
 from fastpref.trainer.platform import current_device
-from fastpref.trainer.step import MicrobatchResult
+from fastpref.trainer.step import NO_SIGNALS, MicrobatchResult, Signals
 
 # Steps in a row that `on_nonfinite: skip` forgives.
 MAX_SKIPS = 3
@@ -29,8 +29,8 @@ class Verdict:
     """Mean loss over the pairs of the step; NaN where `findings` are not empty."""
     findings: tuple[dict[str, Any], ...]
     """What ranks found that is not finite: a record for each such rank."""
-    should_stop: bool
-    """Some rank was asked to stop."""
+    signals: Signals
+    """What any rank signalled."""
 
     def describe(self, step: int | None) -> str:
         """Says in a message what is not finite, and what to do."""
@@ -48,30 +48,30 @@ def check_step(
     results: Sequence[MicrobatchResult],
     *,
     scaled: bool,
-    stop_requested: bool = False,
+    signals: Signals = NO_SIGNALS,
 ) -> Verdict:
-    """One reduction over the world: the step's mean pair loss, whether any rank saw a NaN, and whether one must stop.
+    """One reduction over the world: the step's mean pair loss, whether any rank saw a NaN, and what ranks signal.
 
     Args:
         models: chunks whose gradient buffers are complete.
         batches: microbatches of the step.
         results: their outcome; empty off the last pipeline stage.
         scaled: whether gradients carry a loss scale, whose overflows the optimizer handles itself.
-        stop_requested: whether this rank was asked to stop.
+        signals: this rank's.
     """
-    totals = torch.zeros(4, dtype=torch.float64, device=current_device())
+    totals = torch.zeros(3 + len(signals), dtype=torch.float64, device=current_device())
     bad = [result for result in results if bool(result.nonfinite_B.any())]
     for result in results:
         if owns_results() and not bool(result.nonfinite_B.any()):
             totals[:2] += torch.stack([part.double() for part in result.metrics["loss"]])
     bad_gradient = not scaled and not gradients_are_finite(models)
     totals[2] = float(bool(bad) or bad_gradient)
-    totals[3] = float(stop_requested)
+    totals[3:] = torch.tensor(signals, dtype=torch.float64)
     torch.distributed.all_reduce(totals)
-    loss_sum, weight, num_bad, num_stops = totals.tolist()
+    loss_sum, weight, num_bad, *num_signals = totals.tolist()
     findings = _all_findings(bad, bad_gradient) if num_bad else ()
     loss = float("nan") if num_bad else loss_sum / weight
-    return Verdict(loss=loss, findings=findings, should_stop=num_stops > 0)
+    return Verdict(loss=loss, findings=findings, signals=Signals(*(count > 0 for count in num_signals)))
 
 
 def write_findings(directory: Path, verdict: Verdict, step: int, dataset: Any) -> None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from fastpref.losses import DPOConfig
 from fastpref.trainer import state
 from fastpref.trainer.agreement import together
 from fastpref.trainer.arguments import TrainingArguments
+from fastpref.trainer.checkpoints import Checkpoints
 from fastpref.trainer.first_step import check_first_step
 from fastpref.trainer.head import head_of, read_activity
 from fastpref.trainer.layout import ARGUMENT_NAMES
@@ -33,6 +35,7 @@ from fastpref.trainer.metrics import MetricWindow
 from fastpref.trainer.optimizer import sync_parameters
 from fastpref.trainer.preemption import StopRequest
 from fastpref.trainer.reporting import RunReporter
+from fastpref.trainer.save import Save
 from fastpref.trainer.step import StepResult, step_totals
 from fastpref.trainer.watch import PeerWatch
 
@@ -76,7 +79,10 @@ def _train(trainer: DPOTrainer, watch: PeerWatch, stop: StopRequest) -> TrainRes
     first_step = _resume(trainer)
     window = _Window(trainer)
     last: dict[str, float] = {}
-    with RunReporter(args, torch.distributed.get_rank(), total_steps, first_step) as reporter:
+    with (
+        RunReporter(args, torch.distributed.get_rank(), total_steps, first_step) as reporter,
+        Checkpoints(partial(begin_save, trainer), args.save_total_limit) as checkpoints,
+    ):
         if args.eval_on_start and first_step == 0:
             last |= _log(trainer, reporter, 0, evaluate(trainer))
         for step in range(first_step, total_steps):
@@ -84,11 +90,14 @@ def _train(trainer: DPOTrainer, watch: PeerWatch, stop: StopRequest) -> TrainRes
             watch.sign(step + 1, "reading data")
             batches = trainer.feed.train_batches(step)
             watch.sign(step + 1, "training")
-            result = trainer.run_step(trainer.models_wrapped, batches, step + 1, stop.is_made)
+            signals = checkpoints.signals(stop.is_made)
+            result = trainer.run_step(trainer.models_wrapped, batches, step + 1, signals)
             if step == 0 and not result.skipped_iter and args.check_initial_loss and trainer.starts_at_reference:
                 assert trainer.reference is not None
                 check_first_step(result, trainer.reference, trainer.train_config, trainer.model[0].config)
             window.add(result)
+            checkpoints.after_step(result.signals)
+            window.restart_clock()
             reporter.advance()
             done, is_last = step + 1, step + 1 == total_steps
             if is_last or done % args.logging_steps == 0:
@@ -97,11 +106,11 @@ def _train(trainer: DPOTrainer, watch: PeerWatch, stop: StopRequest) -> TrainRes
                 watch.sign(done, "evaluating")
                 last |= _log(trainer, reporter, done, evaluate(trainer))
                 window.restart_clock()
-            if (is_last and args.save_on_end) or _is_due(done, args.save_steps) or result.should_stop:
+            if (is_last and args.save_on_end) or _is_due(done, args.save_steps) or result.signals.stop:
                 watch.sign(done, "saving")
-                _save(trainer, done)
+                checkpoints.save(done, wait=is_last or result.signals.stop or not args.async_save)
                 window.restart_clock()
-            if result.should_stop and not is_last:
+            if result.signals.stop and not is_last:
                 return TrainResult(global_step=done, metrics=last, was_preempted=True)
     sync_parameters(trainer.models_wrapped)
     return TrainResult(global_step=total_steps, metrics=last)
@@ -177,6 +186,26 @@ def run_state(trainer: DPOTrainer, step: int) -> dict[str, Any]:
     }
 
 
+def begin_save(trainer: DPOTrainer, step: int, *, copies: bool) -> Save:
+    """Begins to save after `step`; every rank calls it, and finishes it.
+
+    Args:
+        trainer: what to save.
+        step: optimizer steps done.
+        copies: copy the state first, so that training may go on; without, it must wait for `finish`.
+    """
+    sync_parameters(trainer.models_wrapped)
+    return Save(
+        checkpoint_root(trainer.args),
+        trainer.models_wrapped,
+        trainer.optimizer,
+        trainer.lr_scheduler,
+        run_state(trainer, step),
+        copies=copies,
+        timeout_s=trainer.args.distributed_timeout_seconds,
+    )
+
+
 def _fingerprint(trainer: DPOTrainer) -> dict[str, Any]:
     """Settings that must not change when a run continues; the layout may."""
     args = trainer.args
@@ -230,12 +259,6 @@ def _resume(trainer: DPOTrainer) -> int:
     saved = state.load(path, trainer.models_wrapped, trainer.optimizer, trainer.lr_scheduler, _fingerprint(trainer))
     trainer.schedule.bco_delta, trainer.schedule.bco_count = saved["bco_delta"], saved["bco_count"]
     return saved["step"]
-
-
-def _save(trainer: DPOTrainer, step: int) -> None:
-    trainer.save_checkpoint(step)
-    if trainer.args.save_total_limit is not None and torch.distributed.get_rank() == 0:
-        directory.prune(checkpoint_root(trainer.args), trainer.args.save_total_limit)
 
 
 def _seed_dropout(trainer: DPOTrainer, step: int) -> None:

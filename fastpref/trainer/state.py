@@ -1,4 +1,4 @@
-"""Saving and resuming a run: Megatron's distributed checkpoint inside a directory that is published by rename.
+"""What a checkpoint holds, and resuming from one: Megatron's distributed checkpoint inside a directory with a manifest.
 
 A run that trains adapters saves them and not the weights that it never changes, which resuming reads from where the run
 did and compares by checksum.
@@ -9,8 +9,6 @@ schedule's position and a few numbers; nothing about readers or generators needs
 
 from __future__ import annotations
 
-import queue
-import uuid
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -19,22 +17,12 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from fastpref.checkpoint import directory
-from fastpref.checkpoint.hf import sync
-from fastpref.checkpoint.manifest import (
-    FileRecord,
-    content_problems,
-    file_names,
-    listing_problems,
-    read_manifest,
-    record_files,
-    refuse_damaged,
-)
+from fastpref.checkpoint.manifest import content_problems, listing_problems, read_manifest, refuse_damaged
 from fastpref.errors import CheckpointError
 from fastpref.trainer.agreement import together
 from fastpref.trainer.head import unwrap
@@ -43,76 +31,6 @@ from fastpref.trainer.lora import LORA_FINGERPRINT, fill_weights, lora_of, shard
 # The optimizer's shards are stored by parameter, so that any layout can read them; experts have an optimizer of their
 # own, whose shards then need no name of their own.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
-
-
-def save(
-    root: Path,
-    models: Sequence[DistributedDataParallel],
-    optimizer: MegatronOptimizer,
-    scheduler: OptimizerParamScheduler,
-    state: Mapping[str, Any],
-) -> Path:
-    """Saves after `state["step"]` optimizer steps; every rank calls it.
-
-    Returns:
-        The finished checkpoint's directory; an existing one of the same step is left as it is.
-
-    Raises:
-        OSError: a disk is full; on every rank, and no checkpoint of this step appears.
-        CheckpointError: some rank could not write; likewise.
-    """
-    final = directory.step_directory(root, state["step"])
-    names = [f"{final.name}.tmp-{uuid.uuid4().hex[:8]}" if not final.exists() else None]
-    torch.distributed.broadcast_object_list(names, src=0)
-    if names[0] is None:
-        return final
-    temporary, is_first = root / names[0], torch.distributed.get_rank() == 0
-    payload = {**_sharded_state(models, optimizer, is_loading=False), "scheduler": scheduler.state_dict()}
-
-    def begin() -> None:
-        if is_first:
-            temporary.mkdir(parents=True)
-
-    def write() -> None:
-        _write(payload, temporary)
-        if is_first:
-            directory.write_state(temporary, state)
-
-    def publish(records: Mapping[str, FileRecord]) -> None:
-        if is_first:
-            directory.publish(temporary, final, records)
-
-    what = f"saving step {state['step']}"
-    together(begin, what)
-    together(write, what)
-    records = _of_all_ranks(together(lambda: _record_share(temporary), what))
-    together(lambda: publish(records), what)
-    return final
-
-
-def _write(payload: dict[str, Any], path: Path) -> None:
-    # Megatron would start a manager process for this queue, which re-imports the caller's script; a save that waits
-    # for its writers needs no queue that other processes can reach.
-    filesystem_async._results_queue = queue.Queue()
-    dist_checkpointing.save(payload, str(path))
-
-
-def _share(names: Sequence[str]) -> list[str]:
-    """The part of the files that this rank reads, so that a large checkpoint is hashed by all ranks together."""
-    return list(names)[torch.distributed.get_rank() :: torch.distributed.get_world_size()]
-
-
-def _record_share(path: Path) -> dict[str, FileRecord]:
-    names = _share(file_names(path))
-    for name in names:
-        sync(path / name)
-    return record_files(path, names)
-
-
-def _of_all_ranks(mine: dict[str, FileRecord]) -> dict[str, FileRecord]:
-    parts: list[dict[str, FileRecord]] = [{}] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(parts, mine)
-    return {name: record for part in parts for name, record in part.items()}
 
 
 def choose(root: Path, wanted: str) -> Path:
@@ -135,6 +53,11 @@ def choose(root: Path, wanted: str) -> Path:
                 warnings.warn(f"{error}; trying the one before it", stacklevel=2)
     verify(last)
     return last
+
+
+def _share(names: Sequence[str]) -> list[str]:
+    """The part of the files that this rank reads, so that a large checkpoint is hashed by all ranks together."""
+    return list(names)[torch.distributed.get_rank() :: torch.distributed.get_world_size()]
 
 
 def verify(path: Path) -> None:
@@ -173,7 +96,7 @@ def load(
     state = directory.read_state(path)
     saved = state.get("fingerprint", {})
     _require_same(path, saved, fingerprint, {*saved, *fingerprint})
-    payload = {**_sharded_state(models, optimizer, is_loading=True), "scheduler": scheduler.state_dict()}
+    payload = {**sharded_state(models, optimizer, is_loading=True), "scheduler": scheduler.state_dict()}
     loaded = _read(payload, path)
     with torch.no_grad():
         for index, model in enumerate(models):
@@ -214,9 +137,10 @@ def _read(payload: dict[str, Any], path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} does not hold this model: {error}") from error
 
 
-def _sharded_state(
+def sharded_state(
     models: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer, *, is_loading: bool
 ) -> dict[str, Any]:
+    """Weights and optimizer state as Megatron's sharded tensors, which refer to the live ones; every rank calls it."""
     metadata = {**_METADATA, "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     chunks = {f"model{i}": sharded_weights(unwrap(model), metadata) for i, model in enumerate(models)}
     return {**chunks, "optimizer": optimizer.sharded_state_dict(chunks, is_loading=is_loading, metadata=metadata)}

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from megatron.core import parallel_state
@@ -65,6 +66,20 @@ class MicrobatchResult:
     nonfinite_B: Tensor
 
 
+class Signals(NamedTuple):
+    """What a rank tells the others at the end of a step; in a result, whether any of them said so."""
+
+    stop: bool = False
+    """It was asked to stop."""
+    is_writing: bool = False
+    """It still writes files of a checkpoint."""
+    has_failed: bool = False
+    """It could not write them."""
+
+
+NO_SIGNALS = Signals()
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
     """One optimizer step: its microbatches, their results on the last stage, and what the optimizer said."""
@@ -76,7 +91,7 @@ class StepResult:
     grad_norm: float | None
     num_zeros_in_grad: int | None
     learning_rate: float
-    should_stop: bool = False
+    signals: Signals = NO_SIGNALS
 
     def without_tensors(self) -> StepResult:
         """The step's numbers alone, so that a window of steps holds no activations."""

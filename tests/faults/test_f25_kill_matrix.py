@@ -29,6 +29,7 @@ def test_a_killed_run_continues_bitwise(pool: RankPool, tmp_path: Path, layout: 
         "dp2": [Crash(1, step=STEPS), Crash(0, save_event=first // 4), Crash(0, save_event=first)],
         "tp2": [Crash(1, save_event=second), Crash(0, save_event=first - 3)],
         "pp2": [Crash(0, save_event=first - 1), Crash(1, save_event=1)],
+        "dp2-async": [Crash(0, save_event=first // 4), Crash(0, save_event=first - 3)],
     }[layout]
     for number, crash in enumerate(crashes):
         assert survive(pool, tmp_path / str(number), layout, crash) == expected, str(crash)

@@ -68,10 +68,10 @@ class Poison:
 
         return spoil
 
-    def run_step(self, models, batches, step, stop_requested):
+    def run_step(self, models, batches, step, signals):
         self.batches.append([pair for batch in batches for pair in batch.pair_ids_B.tolist()])
         self._now = step in self._steps
-        return self._run(models, batches, step, stop_requested)
+        return self._run(models, batches, step, signals)
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])

@@ -37,7 +37,7 @@ def checkpoints(project: Path) -> list[str]:
 
 
 def test_save_where_the_shards_do_not_fit(project: Path, run_cli: Callable[..., Result]) -> None:
-    """The writers are processes of their own; their error arrives as exit code 7."""
+    """The writers are threads of their own; their error arrives as exit code 7."""
     with file_size_limit(16_000):
         result = run_cli(*RUN)
     assert result.exit_code == 7, result.output

@@ -36,6 +36,7 @@ from fastpref.trainer import TrainingArguments
         ({"pipeline_balance": "head_cost"}, "head_cost needs pipeline_model_parallel_size >= 2, got 1"),
         ({"overlap_param_gather": True}, "needs use_distributed_optimizer and overlap_grad_reduce"),
         ({"save_total_limit": 1}, "save_total_limit must be >= 2"),
+        ({"async_save": True}, "async_save is used by saves between steps only, got save_steps None"),
         ({"report_to": ("tensorbord",)}, "report_to must name only"),
         ({"head_backward": "actve"}, "head_backward must be one of auto, active, exact"),
         ({"active_eps": 1e-3}, "active_eps .* active backward pass only, got head_backward 'auto'; set head_backward"),

@@ -1,0 +1,45 @@
+"""`save`: what checkpoints, imports and exports cost."""
+
+from __future__ import annotations
+
+import operator
+import os
+import tempfile
+from pathlib import Path
+
+import click
+
+from bench import save as saves
+from bench.commands.shared import command_line, out_option, store, threads_option
+from bench.measure import Row, in_child, surroundings
+from bench.workloads import ROOT
+
+
+@click.command()
+@click.option("--model", default=str(ROOT / "runs" / "models" / "smollm2"), help="Hugging Face model directory.")
+@click.option("--name", default="smollm2-135m", show_default=True, help="Part of the name of the file of results.")
+@click.option("--repeats", default=3, show_default=True, help="Timed saves of each kind after one that warms up.")
+@click.option("--shard-mib", default=128, show_default=True, help="Size of a file of the export.")
+@click.option(
+    "--scratch",
+    type=click.Path(path_type=Path),
+    default=ROOT / "runs",
+    help="Directory on the disk to measure.  [default: runs]",
+)
+@threads_option
+@out_option
+@click.option("--dry", is_flag=True, help="Measure in this process.")
+def save(
+    model: str, name: str, repeats: int, shard_mib: int, scratch: Path, threads: int, out: Path, dry: bool
+) -> None:
+    """Checkpoints that training waits for, and beside it; memory of import and export."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    run = operator.call if dry else in_child
+    scratch.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=scratch, prefix="bench-save-") as folder:
+        row: Row = run(saves.measure_saves, model, folder, repeats)
+        row["import"] = run(saves.measure_import, model)
+        row["export"] = run(saves.measure_export, model, folder, shard_mib)
+    row |= surroundings() | {"command": command_line()}
+    store(out / f"save-{name}.json", row)
+    click.echo(saves.table(row))

@@ -1,0 +1,242 @@
+"""What a checkpoint costs: seconds of a save that training waits for and of one beside it, memory of import and export.
+
+One rank, fp32 weights, AdamW's moments in place. The files are in the page cache when they are hashed, verified and
+read again, as they are on a machine that has just written them.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bench.measure import Row, return_memory, status_mib
+from fastpref.testing.tiny import tiny_pairs
+
+if TYPE_CHECKING:
+    from fastpref.trainer import DPOTrainer
+
+STEPS = 1000
+"""Of the run that is saved; it never gets there."""
+Times = dict[str, list[float]]
+
+
+def measure_saves(model: str, scratch: str, repeats: int) -> Row:
+    """Save, verify and load by turns; every save is removed before the next.
+
+    Args:
+        model: a Hugging Face model directory.
+        scratch: a new directory for the checkpoints.
+        repeats: of each, after one that warms up.
+    """
+    from fastpref.trainer import platform, state
+
+    trainer = _trainer(model, scratch)
+    try:
+        step = _step_taker(trainer)
+        step()  # after which there are moments
+        times: dict[str, Times] = {"sync": {}, "async": {}, "read": {}}
+        steps: Times = {"alone": [step() for _ in range(3)], "beside": []}
+        load_before = os.getloadavg()[0]
+        for turn in range(repeats + 1):
+            seconds = {"sync": _save(trainer, 2 * turn + 1)}
+            seconds["async"], beside = _save_beside(trainer, 2 * turn + 2, step)
+            path = Path(scratch) / "checkpoints" / f"step-{2 * turn + 2}"
+            size = sum(file.stat().st_size for file in path.iterdir())
+            models, optimizer, scheduler = trainer.models_wrapped, trainer.optimizer, trainer.lr_scheduler
+            seconds["read"] = {
+                "verify_s": _seconds(lambda: state.verify(path)),  # noqa: B023  (called at once)
+                "load_s": _seconds(lambda: state.load(path, models, optimizer, scheduler, _fingerprint(path))),  # noqa: B023
+            }
+            shutil.rmtree(path.parent)
+            if turn:
+                steps["beside"] += beside
+                for kind, taken in seconds.items():
+                    for name, value in taken.items():
+                        times[kind].setdefault(name, []).append(round(value, 4))
+    finally:
+        platform.destroy()
+    return {
+        "parameters": sum(parameter.numel() for parameter in trainer.model[0].parameters()),
+        "bytes": size,
+        **times,
+        "steps": {kind: [round(value, 4) for value in taken] for kind, taken in steps.items()},
+        "threads": torch.get_num_threads(),
+        "load_average": [round(load, 1) for load in (load_before, os.getloadavg()[0])],
+    }
+
+
+def measure_import(model: str) -> Row:
+    """Highest resident memory of `load_models` above what was there before, beside the model's own size."""
+    from fastpref.trainer import TrainingArguments, initialize_megatron, load_models, platform
+
+    initialize_megatron(TrainingArguments())
+    try:
+        models: list[Any] = []
+        extra, seconds = _peak(lambda: models.extend(load_models(model)))
+        size = sum(parameter.numel() * parameter.element_size() for parameter in models[0].parameters()) / 2**20
+        files = sum(file.stat().st_size for file in Path(model).glob("*.safetensors")) / 2**20
+    finally:
+        platform.destroy()
+    return {"seconds": seconds, "model_mib": size, "files_mib": files, "peak_mib": extra}
+
+
+def measure_export(model: str, scratch: str, shard_mib: int) -> Row:
+    """Highest resident memory of `save_hf` above that of the model."""
+    from fastpref.trainer import TrainingArguments, initialize_megatron, load_models, platform, save_hf
+
+    initialize_megatron(TrainingArguments())
+    try:
+        models = load_models(model)
+        largest = max(parameter.numel() * parameter.element_size() for parameter in models[0].parameters()) / 2**20
+        out = Path(scratch) / "export"
+        extra, seconds = _peak(lambda: save_hf(models, out, model, max_shard_bytes=shard_mib << 20))
+        shards = [round(file.stat().st_size / 2**20, 1) for file in sorted(out.glob("*.safetensors"))]
+        shutil.rmtree(out)
+    finally:
+        platform.destroy()
+    return {"seconds": seconds, "shards_mib": shards, "largest_parameter_mib": largest, "peak_mib": extra}
+
+
+def _trainer(model: str, scratch: str) -> DPOTrainer:
+    from fastpref.trainer import DPOConfig, DPOTrainer, TrainingArguments, initialize_megatron, load_models
+
+    args = TrainingArguments(output_dir=scratch, max_steps=STEPS, learning_rate=1e-6, report_to=())
+    initialize_megatron(args)
+    # a loss without a reference, so that all memory and time are the policy's
+    return DPOTrainer(load_models(model), DPOConfig(pref_loss="orpo"), None, args, train_dataset=tiny_pairs(8, 0, 32))
+
+
+def _step_taker(trainer: DPOTrainer) -> Callable[[], float]:
+    batches = trainer.feed.train_batches(0)
+    return lambda: _seconds(lambda: trainer.run_step(trainer.models_wrapped, batches))
+
+
+def _save(trainer: DPOTrainer, step: int) -> dict[str, float]:
+    """A save that is waited for; its parts add up to the whole."""
+    with _timeline() as spans:
+        total = _seconds(lambda: trainer.save_checkpoint(step))
+    return {**_parts(spans), "total_s": total}
+
+
+def _save_beside(
+    trainer: DPOTrainer, step: int, take_step: Callable[[], float]
+) -> tuple[dict[str, float], list[float]]:
+    """A save beside steps: seconds in which none can be taken, and those that were."""
+    from fastpref.trainer.loop import begin_save
+
+    beside, started = [], time.perf_counter()
+    with _timeline() as spans:
+        begun: list[Any] = []
+        begin = _seconds(lambda: begun.append(begin_save(trainer, step, copies=True)))
+        while begun[0].is_writing:
+            beside.append(take_step())
+        finish = _seconds(begun[0].finish)
+    parts = _parts(spans)
+    blocked = {"plan_s": begin - parts["copy_s"], "copy_s": parts["copy_s"], "finish_s": finish}
+    return {**blocked, "blocked_s": begin + finish, "total_s": time.perf_counter() - started}, beside
+
+
+@contextmanager
+def _timeline() -> Iterator[dict[str, list[tuple[float, float]]]]:
+    """While entered, notes when the parts of a save begin and end, in whatever thread."""
+    from fastpref.trainer import save, shards
+
+    places = {
+        "copy": (shards.ShardPlan, "to_host"),
+        "write": (shards.ShardPlan, "write"),
+        "hash": (save, "_recorded"),
+        "publish": (save.Save, "_publish"),
+    }
+    spans: dict[str, list[tuple[float, float]]] = {part: [] for part in places}
+    originals = {part: getattr(owner, name) for part, (owner, name) in places.items()}
+
+    def noted(part: str) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            begin = time.perf_counter()
+            try:
+                return originals[part](*arguments, **options)
+            finally:
+                spans[part].append((begin, time.perf_counter()))
+
+        return call
+
+    for part, (owner, name) in places.items():
+        setattr(owner, name, noted(part))
+    try:
+        yield spans
+    finally:
+        for part, (owner, name) in places.items():
+            setattr(owner, name, originals[part])
+
+
+def _parts(spans: dict[str, list[tuple[float, float]]]) -> dict[str, float]:
+    """Seconds of the copy, until the last byte is written, until the last file is hashed, and of the publication."""
+    (copy,), (publish,) = spans["copy"], spans["publish"]
+    written = max(end for _, end in spans["write"])
+    hashed = max(end for _, end in spans["hash"] if end < publish[0])
+    return {
+        "copy_s": copy[1] - copy[0],
+        "write_s": written - copy[1],
+        "hash_s": hashed - written,
+        "publish_s": publish[1] - publish[0],
+    }
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    from fastpref.checkpoint.directory import read_state
+
+    return read_state(path)["fingerprint"]
+
+
+def _seconds(action: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    action()
+    return time.perf_counter() - begin
+
+
+def _peak(action: Callable[[], Any]) -> tuple[float, float]:
+    """MiB by which resident memory rose at most, and seconds."""
+    return_memory()
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    before = status_mib("VmRSS")
+    seconds = _seconds(action)
+    return round(status_mib("VmHWM") - before, 1), round(seconds, 3)
+
+
+def table(row: Row) -> str:
+    """Markdown: seconds of a save, then of reading it, then memory of import and export."""
+    kinds = ("sync", "async", "read")
+    wait, beside, read = ({name: median(taken) for name, taken in row[kind].items()} for kind in kinds)
+    alone, slowed = (median(taken) if taken else 0.0 for taken in row["steps"].values())
+    parts = [wait["total_s"] - sum(wait[name] for name in ("copy_s", "write_s", "hash_s", "publish_s"))]
+    parts += [wait["copy_s"], wait["write_s"], wait["hash_s"], wait["publish_s"], wait["total_s"]]
+    share = beside["blocked_s"] / wait["total_s"]
+    into, out = row["import"], row["export"]
+    return "\n".join(
+        [
+            f"{row['parameters'] / 1e6:.0f} M parameters, {row['bytes'] / 1e9:.2f} GB a checkpoint; "
+            f"{row['threads']} threads, load {max(row['load_average'])}.",
+            "",
+            "| save | plan, s | copy, s | write, s | hash, s | publish, s | training waits, s |",
+            "|---|---:|---:|---:|---:|---:|---:|",
+            f"| waited for | {' | '.join(f'{seconds:.2f}' for seconds in parts)} |",
+            f"| beside training | {beside['plan_s']:.2f} | {beside['copy_s']:.2f} | beside | beside | "
+            f"{beside['finish_s']:.2f} | {beside['blocked_s']:.2f} ({share:.0%}) |",
+            "",
+            f"Beside training it takes {beside['total_s']:.2f} s, in which a step takes {slowed:.2f} s instead of "
+            f"{alone:.2f} s. Verifying takes {read['verify_s']:.2f} s, loading {read['load_s']:.2f} s.",
+            "",
+            f"Import of {into['files_mib']:.0f} MiB of safetensors into a model of {into['model_mib']:.0f} MiB: "
+            f"{into['seconds']:.2f} s, {into['peak_mib']:.0f} MiB at most. Export in {len(out['shards_mib'])} files of "
+            f"at most {max(out['shards_mib']):.0f} MiB: {out['seconds']:.2f} s, {out['peak_mib']:.0f} MiB above the "
+            f"model, whose largest parameter has {out['largest_parameter_mib']:.0f} MiB.",
+        ]
+    )

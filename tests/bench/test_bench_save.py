@@ -1,0 +1,41 @@
+"""The benchmark of saves: its parts are what training waits for, and an export needs less than one more shard."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from tiny_project import MODEL
+
+from bench import __main__ as cli
+from fastpref.trainer import TrainingArguments, build_models, initialize_megatron, save_hf
+from fastpref.trainer.platform import destroy
+
+# Large enough for its memory to be told from that of everything else.
+WIDE = {**MODEL, "vocab_size": 65_536, "hidden_size": 128, "intermediate_size": 256}
+
+
+def test_save_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    initialize_megatron(TrainingArguments())
+    try:
+        save_hf(build_models(WIDE, seed=0), tmp_path / "model", WIDE)
+    finally:
+        destroy()
+    monkeypatch.setattr(cli, "ROOT", tmp_path)
+    arguments = ["save", "--dry", "--model", tmp_path / "model", "--name", "tiny", "--out", tmp_path]
+    sizes = ["--repeats", 1, "--shard-mib", 34, "--threads", 1]
+    result = CliRunner().invoke(cli.main, [str(argument) for argument in [*arguments, *sizes]], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    row = json.loads((tmp_path / "save-tiny.json").read_text())
+    assert [*(tmp_path / "runs").iterdir()] == []
+    # weights and two moments in fp32, and little besides
+    assert row["bytes"] == pytest.approx(12 * row["parameters"], rel=0.01)
+    ((total,), parts) = row["sync"].pop("total_s"), row["sync"].values()
+    assert 0 < sum(seconds for (seconds,) in parts) < total
+    blocked = {name: seconds for name, (seconds,) in row["async"].items()}
+    assert blocked["plan_s"] + blocked["copy_s"] + blocked["finish_s"] == pytest.approx(blocked["blocked_s"], abs=1e-3)
+    assert blocked["blocked_s"] < blocked["total_s"]
+    export = row["export"]
+    assert len(export["shards_mib"]) >= 2 and export["largest_parameter_mib"] == 32.0
+    assert export["peak_mib"] < max(export["shards_mib"])
+    assert "| beside training |" in result.output

@@ -1,0 +1,131 @@
+"""Saves beside training: the bytes are those of a save that training waits for, and a failure reaches every rank."""
+
+import errno
+import json
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastpref.checkpoint.manifest import MANIFEST_FILE, verify
+from fastpref.cli.failures import describe
+from fastpref.testing.kill_matrix import LAYOUTS
+from fastpref.testing.tiny import TINY_LLAMA, tiny_pairs
+from fastpref.testing.workers import RankPool
+from fastpref.trainer import DPOConfig, DPOTrainer, TrainingArguments, build_models, initialize_megatron
+from fastpref.trainer.feed import PairFeed
+from fastpref.trainer.platform import destroy
+from fastpref.trainer.shards import ShardPlan
+
+STEPS = 6
+# The writers of this step wait until the batches of the last one are read, two updates later.
+HALF = STEPS // 2
+
+
+def trainer_of(output_dir: str, layout: str, **settings: Any) -> DPOTrainer:
+    args = TrainingArguments(
+        output_dir=output_dir,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        max_steps=STEPS,
+        logging_steps=1,
+        report_to=(),
+        disable_progress=True,
+        **LAYOUTS[layout],
+        **settings,
+    )
+    initialize_megatron(args)
+    return DPOTrainer(build_models(TINY_LLAMA, seed=0), DPOConfig(), None, args, train_dataset=tiny_pairs(20, seed=2))
+
+
+def train(output_dir: str, layout: str, hold: bool, settings: dict[str, Any]) -> tuple[list[str], list[torch.Tensor]]:
+    """Trains on this rank.
+
+    Returns:
+        What lies beside the lock when the writers are let go, if `hold`, and this rank's weights at the end.
+    """
+    seen: list[str] = []
+    write, train_batches, release = ShardPlan.write, PairFeed.train_batches, threading.Event()
+
+    def write_late(self: ShardPlan, *arguments: Any) -> Any:
+        assert release.wait(60)
+        return write(self, *arguments)
+
+    def train_batches_then_release(self: PairFeed, step: int) -> Any:
+        if step == STEPS - 1:
+            seen.extend(path.name.split("-")[1] for path in Path(output_dir, "checkpoints").iterdir())
+            torch.distributed.barrier()  # so that none publishes before all have looked
+            release.set()
+        return train_batches(self, step)
+
+    if hold:
+        ShardPlan.write, PairFeed.train_batches = write_late, train_batches_then_release
+    try:
+        trainer = trainer_of(output_dir, layout, **settings)
+        trainer.train()
+        return seen, [parameter.detach().clone() for parameter in trainer.model[0].parameters()]
+    finally:
+        ShardPlan.write, PairFeed.train_batches = write, train_batches
+        destroy()
+
+
+def files(checkpoint: Path) -> dict[str, Any]:
+    """Sizes and hashes of a checkpoint's files; the index names its save by chance."""
+    verify(checkpoint)
+    found = json.loads((checkpoint / MANIFEST_FILE).read_text())["files"]
+    assert found.pop(".metadata")
+    return found
+
+
+@pytest.mark.parametrize("layout", ["dp2", "tp2"])
+def test_async_save_holds_the_step_at_which_it_began(rank_pool_2: RankPool, tmp_path: Path, layout: str) -> None:
+    sync, late = tmp_path / "sync", tmp_path / "late"
+    expected = rank_pool_2.run(train, str(sync), layout, False, {"save_steps": HALF})
+    found = rank_pool_2.run(train, str(late), layout, True, {"save_steps": HALF, "async_save": True})
+    assert [seen for seen, _ in found] == [["3.tmp"], ["3.tmp"]]  # steps went by and the save was pending
+    assert sorted(path.name for path in (late / "checkpoints").iterdir()) == ["step-3", "step-6"]
+    for step in ("step-3", "step-6"):
+        assert files(late / "checkpoints" / step) == files(sync / "checkpoints" / step)
+    again = {"resume_from_checkpoint": str(late / "checkpoints" / "step-3"), "save_on_end": False}
+    resumed = rank_pool_2.run(train, str(tmp_path / "again"), layout, False, again)
+    for runs in zip(expected, found, resumed, strict=True):
+        for whole, *others in zip(*(weights for _, weights in runs), strict=True):
+            assert all(torch.equal(whole, other) for other in others)
+
+
+def train_with_a_full_disk(output_dir: str, number: int) -> tuple[int, str, int]:
+    """Rank 1 cannot write its shards while rank 0 is in the middle of its own; exit code, message, steps done."""
+    write = ShardPlan.write
+
+    def fail(self: ShardPlan, file: int, is_abandoned: Any) -> Any:
+        if torch.distributed.get_rank() == 1:
+            raise OSError(number, os.strerror(number))
+        while not is_abandoned():
+            time.sleep(0.01)
+        return write(self, file, is_abandoned)
+
+    ShardPlan.write = fail
+    trainer = trainer_of(output_dir, "tp2", save_steps=2, async_save=True)
+    try:
+        trainer.train()
+    except Exception as error:
+        message, code = describe(error)
+        return code, message, len(trainer.log_history)
+    finally:
+        ShardPlan.write = write
+        destroy()
+    return 0, "", STEPS
+
+
+@pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, 7), (errno.EIO, 4)], ids=["full", "broken"])
+def test_async_save_that_fails_on_one_rank(rank_pool_2: RankPool, tmp_path: Path, number: int, code: int) -> None:
+    first, second = rank_pool_2.run(train_with_a_full_disk, str(tmp_path), number)
+    for found, message, num_steps in (first, second):
+        assert found == code and num_steps < 4
+        assert "saving step 2 failed" in message and f"rank 1: [Errno {number}]" in message
+        assert "rank 0:" not in message  # whose writers only gave up
+    assert [path.name[:11] for path in (tmp_path / "checkpoints").iterdir()] == ["step-2.tmp-"]

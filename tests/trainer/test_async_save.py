@@ -1,0 +1,159 @@
+"""One save at a time beside the steps: finished at the end, at a signal, and after an error of all ranks."""
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastpref.checkpoint import directory
+from fastpref.checkpoint.manifest import verify
+from fastpref.errors import CheckpointError, DataError, NonFiniteError
+from fastpref.testing.tiny import stock_model, tiny_pairs
+from fastpref.trainer import DPOConfig, DPOTrainer
+from fastpref.trainer.checkpoints import Checkpoints
+from fastpref.trainer.feed import PairFeed
+from fastpref.trainer.save import Save
+from fastpref.trainer.shards import ShardPlan
+from fastpref.trainer.step import Signals
+
+Train = Callable[..., tuple[Any, Path]]
+
+
+@pytest.fixture
+def train(quiet_args) -> Train:
+    """Three steps with a save after the second; its result and the directory of its checkpoints."""
+
+    def run(**settings: Any) -> tuple[Any, Path]:
+        args = quiet_args(max_steps=3, save_steps=2, async_save=True, **settings)
+        trainer = DPOTrainer(stock_model(0), DPOConfig(), None, args, train_dataset=tiny_pairs(14, seed=2))
+        return trainer.train(), Path(args.output_dir) / "checkpoints"
+
+    return run
+
+
+@pytest.fixture
+def held_writers(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Nothing is written before the event, which `Save.finish` sets; whoever wants the save must wait for it."""
+    release, write, finish = threading.Event(), ShardPlan.write, Save.finish
+
+    def write_late(self: ShardPlan, *arguments: Any) -> Any:
+        assert release.wait(60)
+        return write(self, *arguments)
+
+    def release_and_finish(self: Save) -> Path:
+        assert self.is_writing or self.step == 3
+        release.set()
+        return finish(self)
+
+    monkeypatch.setattr(ShardPlan, "write", write_late)
+    monkeypatch.setattr(Save, "finish", release_and_finish)
+    yield release
+    release.set()
+
+
+def test_the_end_of_training_waits_for_a_save(train: Train, held_writers: threading.Event) -> None:
+    result, root = train()
+    assert result.global_step == 3 and directory.finished_steps(root) == [2]
+    assert [path.name for path in root.iterdir()] == ["step-2"]
+    verify(root / "step-2")
+
+
+def test_a_signal_waits_for_a_save(
+    train: Train, held_writers: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_batches = PairFeed.train_batches
+
+    def signal_at_the_third_step(self: PairFeed, step: int) -> Any:
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_batches(self, step)
+
+    monkeypatch.setattr(PairFeed, "train_batches", signal_at_the_third_step)
+    _, root = train()
+    assert sorted(path.name for path in root.iterdir()) == ["step-2", "step-3"]
+    for step in ("step-2", "step-3"):
+        verify(root / step)
+
+
+def test_a_save_that_takes_too_long(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    release, write = threading.Event(), ShardPlan.write
+
+    def hang(self: ShardPlan, *arguments: Any) -> Any:
+        release.wait(60)
+        return write(self, *arguments)
+
+    monkeypatch.setattr(ShardPlan, "write", hang)
+    message = "saving step 2 failed: rank 0: files are not written after 1 s.*raise distributed_timeout_seconds"
+    with pytest.raises(CheckpointError, match=message) as caught:
+        train(distributed_timeout_seconds=1)
+    release.set()
+    assert "on rank 0 at step 3" in caught.value.__notes__[0]
+
+
+class FakeSave:
+    """Remembers what became of it."""
+
+    def __init__(self, step: int, copies: bool) -> None:
+        self.step, self.copies, self.is_writing, self.has_failed, self.end = step, copies, True, False, ""
+
+    def finish(self) -> None:
+        self.end = "finished"
+
+    def abandon(self) -> None:
+        self.end = "abandoned"
+
+
+@pytest.fixture
+def begun() -> list[FakeSave]:
+    """Every save that `checkpoints` has begun."""
+    return []
+
+
+@pytest.fixture
+def checkpoints(begun: list[FakeSave]) -> Checkpoints:
+    def begin(step: int, *, copies: bool) -> FakeSave:
+        begun.append(FakeSave(step, copies))
+        return begun[-1]
+
+    return Checkpoints(begin, None)
+
+
+@pytest.mark.parametrize(
+    ("error", "end"), [(NonFiniteError("NaN"), "finished"), (DataError("bad"), "abandoned"), (None, "finished")]
+)
+def test_leaving_checkpoints(
+    checkpoints: Checkpoints, begun: list[FakeSave], error: Exception | None, end: str
+) -> None:
+    def leave() -> None:
+        with checkpoints:
+            checkpoints.save(1, wait=False)
+            if error is not None:
+                raise error
+
+    if error is None:
+        leave()
+    else:
+        with pytest.raises(type(error)):
+            leave()
+    assert [save.end for save in begun] == [end]
+
+
+def test_checkpoints_hold_one_save_at_a_time(checkpoints: Checkpoints, begun: list[FakeSave]) -> None:
+    assert checkpoints.signals(True) == Signals(stop=True)
+    checkpoints.save(1, wait=False)
+    assert checkpoints.signals(False) == Signals(is_writing=True)
+    checkpoints.after_step(Signals(is_writing=True))
+    assert begun[0].end == "" and begun[0].copies
+    checkpoints.save(2, wait=False)
+    assert begun[0].end == "finished" and begun[1].end == ""
+    checkpoints.after_step(Signals())
+    assert begun[1].end == "finished"
+    checkpoints.save(3, wait=False)
+    checkpoints.after_step(Signals(is_writing=True, has_failed=True))
+    assert begun[2].end == "finished"  # where the failure is raised
+    checkpoints.save(4, wait=True)
+    assert begun[3].end == "finished" and not begun[3].copies
