@@ -1,4 +1,4 @@
-"""The benchmark of saves: its parts are what training waits for, and an export needs less than one more shard."""
+"""The benchmark of saves: its parts are what training waits for, and an export needs one more parameter at a time."""
 
 import json
 from pathlib import Path
@@ -15,27 +15,26 @@ from fastpref.trainer.platform import destroy
 WIDE = {**MODEL, "vocab_size": 65_536, "hidden_size": 128, "intermediate_size": 256, "tie_word_embeddings": True}
 
 
-def test_save_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_save_bench(tmp_path: Path) -> None:
     initialize_megatron(TrainingArguments())
     try:
         save_hf(build_models(WIDE, seed=0), tmp_path / "model", WIDE)
     finally:
         destroy()
-    monkeypatch.setattr(cli, "ROOT", tmp_path)
-    arguments = ["save", "--dry", "--model", tmp_path / "model", "--name", "tiny", "--out", tmp_path]
-    sizes = ["--repeats", 1, "--shard-mib", 32, "--threads", 1]
-    result = CliRunner().invoke(cli.main, [str(argument) for argument in [*arguments, *sizes]], catch_exceptions=False)
+    paths = ["--model", tmp_path / "model", "--scratch", tmp_path / "scratch", "--out", tmp_path]
+    arguments = ["save", "--dry", "--name", "tiny", "--repeats", 1, "--shard-mib", 32, "--threads", 1, *paths]
+    result = CliRunner().invoke(cli.main, [str(argument) for argument in arguments], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     row = json.loads((tmp_path / "save-tiny.json").read_text())
-    assert [*(tmp_path / "runs").iterdir()] == []
+    assert [*(tmp_path / "scratch").iterdir()] == []
     # weights and two moments in fp32, and little besides
     assert row["bytes"] == pytest.approx(12 * row["parameters"], rel=0.01)
     ((total,), parts) = row["sync"].pop("total_s"), row["sync"].values()
     assert 0 < sum(seconds for (seconds,) in parts) < total
-    blocked = {name: seconds for name, (seconds,) in row["async"].items()}
-    assert blocked["plan_s"] + blocked["copy_s"] + blocked["finish_s"] == pytest.approx(blocked["blocked_s"], abs=1e-3)
-    assert blocked["blocked_s"] < blocked["total_s"]
+    beside = {name: seconds for name, (seconds,) in row["async"].items()}
+    assert beside["plan_s"] + beside["copy_s"] + beside["finish_s"] == pytest.approx(beside["blocked_s"], abs=1e-3)
+    assert beside["blocked_s"] < beside["total_s"]
     export = row["export"]
     assert len(export["shards_mib"]) >= 2 and export["largest_parameter_mib"] == 32.0
-    assert export["peak_mib"] < max(export["shards_mib"])
+    assert export["peak_mib"] < 1.1 * max(export["shards_mib"])
     assert "| beside training |" in result.output

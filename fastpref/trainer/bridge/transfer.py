@@ -263,6 +263,8 @@ def _merge(
 ) -> dict[str, Tensor]:
     """Gather the file tensors of one parameter on the first rank of `group`; {} on the others."""
     shard = parameter.detach().to(dtype).contiguous()
+    if group.size() == 1:  # a gather would copy
+        return {name: t.contiguous() for name, t in layout.merge([shard]).items()}
     shards = [torch.empty_like(shard) for _ in range(group.size())] if group.rank() == 0 else None
     torch.distributed.gather(shard, shards, dst=torch.distributed.get_global_rank(group, 0), group=group)
     return {} if shards is None else {name: t.contiguous() for name, t in layout.merge(shards).items()}
