@@ -35,6 +35,21 @@ def refuse_network(event: str, args: tuple[Any, ...]) -> None:
 sys.addaudithook(refuse_network)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--megatron-version", help="run nothing unless this version of Megatron-Core is the one imported")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    wanted = config.getoption("megatron_version")
+    if wanted is None:
+        return
+    import megatron.core
+
+    if megatron.core.__version__ != wanted:
+        found = f"{megatron.core.__version__} in {megatron.core.__path__[0]}"
+        raise pytest.UsageError(f"--megatron-version: the tests must run on {wanted}, got {found}; set PYTHONPATH")
+
+
 @pytest.fixture(scope="session")
 def rank_pool_2() -> Iterator[RankPool]:
     """Two worker ranks; nothing starts before the first `run`."""

@@ -76,13 +76,12 @@ def wrap_for_training(models: Sequence[torch.nn.Module], args: TrainingArguments
             for name in ("use_distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather"):
                 if getattr(model.ddp_config, name) != getattr(args, name):
                     raise ConfigError(f"{name} differs between TrainingArguments and the chunks in DDP; set both alike")
-            wrapped.append(model)
-            continue
-        (model,) = to_precision([model], args)
-        separate_experts(model)
-        config = unwrap(model).config
-        # Later chunks communicate under computation anyway; bucketing them only adds launches.
-        ddp = DistributedDataParallel(config, ddp_config, model, disable_bucketing=index > 0)
+            ddp = model
+        else:
+            (model,) = to_precision([model], args)
+            separate_experts(model)
+            # Later chunks communicate under computation anyway; bucketing them only adds launches.
+            ddp = DistributedDataParallel(unwrap(model).config, ddp_config, model, disable_bucketing=index > 0)
         before_destroy(partial(_let_go, ddp))
         wrapped.append(ddp)
     return wrapped

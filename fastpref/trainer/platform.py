@@ -21,6 +21,7 @@ with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message="Apex is not installed")
     import megatron.core.models.gpt.gpt_layer_specs  # noqa: F401  (imported for its remark alone)
     from megatron.core import parallel_state, tensor_parallel
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
     from fastpref.trainer.cpu_platform import install_cpu_platform
 
@@ -161,6 +162,8 @@ def destroy() -> None:
         for group in dict.fromkeys(group for group in groups if group is not None):
             torch.distributed.destroy_process_group(group)
         parallel_state.destroy_model_parallel()
+        # Megatron remembers the tables of the last rotary embeddings together with the embeddings, which hold a group.
+        RotaryEmbedding.forward.cache_clear()
         # A group's threads end with its last reference, and models that hold one are full of cycles.
         gc.collect()
     if _owns_process_group and torch.distributed.is_initialized():

@@ -11,11 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
+from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import (
     gather_from_tensor_model_parallel_region,
@@ -24,9 +20,10 @@ from megatron.core.tensor_parallel import (
 
 from fastpref.checkpoint.hf import ModelDirectory
 from fastpref.errors import ConfigError
-from fastpref.trainer import LoraConfig, add_lora, platform, save_adapter
+from fastpref.trainer import LoraConfig, TrainingArguments, add_lora, platform, save_adapter
 from fastpref.trainer.lora import lora_of
 from fastpref.trainer.model import ModelOptions, build_models, load_models, save_hf
+from fastpref.trainer.optimizer import wrap_for_training
 
 
 class Problem(NamedTuple):
@@ -81,9 +78,8 @@ def answer_lora(
 
 def _forward_backward_into_parameters(chunks: list, problem: Problem) -> torch.Tensor | None:
     """The logits of the last stage; trained parameters become their gradients."""
-    config = chunks[0].config
-    config.finalize_model_grads_func = finalize_model_grads
-    models = [DistributedDataParallel(config, DistributedDataParallelConfig(), chunk) for chunk in chunks]
+    chunks[0].config.finalize_model_grads_func = finalize_model_grads
+    models = wrap_for_training(chunks, TrainingArguments())
     logits = _forward_backward(models, problem)
     for model in models:
         for parameter in model.parameters():

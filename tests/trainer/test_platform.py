@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import megatron.core
 import pytest
 import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
@@ -14,9 +15,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from fastpref.errors import ConfigError
 from fastpref.testing.workers import RankPool
-from fastpref.trainer import platform
+from fastpref.trainer import TrainingArguments, platform
 from fastpref.trainer.cpu_adam import FusedLayoutAdam
 from fastpref.trainer.model import build_models
+from fastpref.trainer.optimizer import wrap_for_training
 
 needs_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU shims are not installed beside a GPU")
 
@@ -92,6 +94,14 @@ def test_checkpointed_dropout_draws_the_same_mask_again(one_rank) -> None:
     assert 0 < (output == 0).sum() < 64
 
 
+def megatron_source() -> tuple[str, str]:
+    return megatron.core.__version__, megatron.core.__path__[0]
+
+
+def test_ranks_run_the_megatron_of_this_process(rank_pool_2: RankPool) -> None:
+    assert rank_pool_2.run(megatron_source) == [megatron_source()] * 2
+
+
 def random_draws() -> tuple[float, float]:
     platform.initialize_distributed()
     platform.initialize_model_parallel(tp=2)
@@ -111,17 +121,22 @@ def test_tensor_parallel_ranks_share_one_stream_and_differ_in_the_other(rank_poo
 # --- process groups
 
 
-def test_destroy_closes_what_was_opened() -> None:
-    descriptors = []
+@pytest.mark.parametrize("is_wrapped_by_caller", [False, True])
+def test_destroy_closes_what_was_opened(is_wrapped_by_caller: bool) -> None:
+    """Files, and the threads of groups that a trained model holds on to."""
+    counts = []
     for _ in range(3):
         platform.initialize_distributed()
         platform.initialize_model_parallel()
         assert parallel_state.model_parallel_is_initialized()
+        model, optimizer = build_for_training(seed=1, is_wrapped_by_caller=is_wrapped_by_caller)
+        train_step(model, optimizer, 0)
+        del model, optimizer
         platform.destroy()
         assert not parallel_state.model_parallel_is_initialized()
         assert not torch.distributed.is_initialized()
-        descriptors.append(len(os.listdir("/proc/self/fd")))
-    assert descriptors[1] == descriptors[2]
+        counts.append((len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))))
+    assert counts[1] == counts[2]
 
 
 def layouts_in_turn() -> list[tuple[int, ...]]:
@@ -242,10 +257,12 @@ def train_and_resume(path: str, tp: int, sharding: str) -> tuple[bool, bool, int
     return same, moved, count
 
 
-def build_for_training(seed: int):
-    (chunk,) = build_models(CONFIG, seed=seed)
-    ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=True)
-    model = DistributedDataParallel(chunk.config, ddp_config, chunk)
+def build_for_training(seed: int, is_wrapped_by_caller: bool = False):
+    chunks = build_models(CONFIG, seed=seed)
+    if is_wrapped_by_caller:
+        ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=True)
+        chunks = [DistributedDataParallel(chunk.config, ddp_config, chunk) for chunk in chunks]
+    (model,) = wrap_for_training(chunks, TrainingArguments(use_distributed_optimizer=True))
     settings = OptimizerConfig(optimizer="adam", lr=1e-2, use_distributed_optimizer=True, clip_grad=1.0)
     return model, get_megatron_optimizer(settings, [model])
 
