@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -199,6 +200,8 @@ def _kill(process: ForkServerProcess) -> None:
 def _serve(rank: int, world_size: int, store_path: str, stack_path: str, timeout_s: float, pipe: Connection) -> None:
     """Join the group, then run functions until the parent closes the pipe."""
     os.setsid()
+    # Tearing Megatron down collects garbage, which need not be looked for in all that the server imported.
+    gc.freeze()
     torch.set_num_threads(1)
     # Gloo would otherwise look the host name up, which fails or leaves the machine where it is not in /etc/hosts.
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
