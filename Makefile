@@ -19,7 +19,8 @@ TEST_WORKERS ?= 2
 NEXT_TESTS := test_conftest.py trainer/test_platform.py trainer/test_model.py trainer/test_dpo_trainer.py \
   $(addprefix trainer/test_bridge_weights.py::, test_export_of_import_is_identical test_export_on_two_ranks_is_identical) \
   trainer/test_resume.py parallel/test_resume_layouts.py \
-  $(addprefix parallel/test_layouts.py::, test_layout_trains_like_one_process test_expert_layout_trains_like_one_process)
+  $(addprefix parallel/test_layouts.py::, test_layout_trains_like_one_process test_expert_layout_trains_like_one_process) \
+  parallel/test_experts.py::test_two_ranks_train_experts_like_one
 PYTEST := $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 # With an NVIDIA driver pip takes the CUDA build of torch that fits it; otherwise the pinned CPU set-up.
 CONSTRAINTS := $(if $(shell command -v nvidia-smi),requirements/gpu-constraints.txt,requirements/cpu-constraints.txt)
