@@ -45,12 +45,6 @@ def local_positions(length: int) -> Tensor | slice:
     return slice(None) if len(chunks) == 1 else torch.cat([torch.arange(chunk.start, chunk.stop) for chunk in chunks])
 
 
-def row_multiple() -> int:
-    """Return what the length of every row must be a multiple of in the current layout."""
-    tp, cp = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_context_parallel_world_size()
-    return tp if cp == 1 else 2 * cp * tp
-
-
 def sum_over_context_ranks(scores_SK: Tensor) -> Tensor:
     """Add up what the ranks of a row found for it; each gets the sum, and passes its gradient on as it is."""
     if parallel_state.get_context_parallel_world_size() == 1:

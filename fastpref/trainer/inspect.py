@@ -141,16 +141,16 @@ def longest_row(run: PreparedRun) -> int:
     """Return the positions of the longest padded row of any microbatch."""
     datasets = [dataset for dataset in (run.train, run.eval) if dataset is not None]
     # the last token of a row is only a label
-    longest = max(pair.num_tokens - 1 for dataset in datasets for pair in dataset)
-    multiple = run.config.data.pad_to_multiple_of
-    return -(-longest // multiple) * multiple
+    return run.row_length(max(pair.num_tokens - 1 for dataset in datasets for pair in dataset))
 
 
 def microbatch_positions(run: PreparedRun) -> int:
     """Return the positions of the largest microbatch: one packed row, or padded rows as long as the longest."""
     capacities = [run.row_capacity(dataset) for dataset in (run.train, run.eval) if dataset is not None]
     packed = [capacity for capacity in capacities if capacity is not None]
-    return max(packed) if packed else 2 * run.config.training.per_device_train_batch_size * longest_row(run)
+    if packed:
+        return run.row_length(max(packed))
+    return 2 * run.config.training.per_device_train_batch_size * longest_row(run)
 
 
 def estimate_memory(run: PreparedRun) -> MemoryEstimate:

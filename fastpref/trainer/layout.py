@@ -52,6 +52,11 @@ class ParallelLayout:
         return self.tp * self.pp * self.cp
 
     @property
+    def row_multiple(self) -> int:
+        """What the length of every row is filled up to a multiple of, so that its ranks can share it."""
+        return self.tp if self.cp == 1 else 2 * self.cp * self.tp
+
+    @property
     def fewest_ranks(self) -> int:
         """Smallest number of ranks that the layout fits."""
         return math.lcm(self.row_ranks, self.pp * self.ep)

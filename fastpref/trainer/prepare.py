@@ -112,6 +112,12 @@ class PreparedRun:
         config, pad_token_id = self.config, resolve_pad_token_id(self.tokenizer)
         return default_collator(config.loss, config.training, pad_token_id, config.data.pad_to_multiple_of)
 
+    def row_length(self, positions: int) -> int:
+        """Return the length of a row that holds so many positions: filled up as the data and then the layout ask."""
+        for multiple in (self.config.data.pad_to_multiple_of, self.config.training.layout.row_multiple):
+            positions = -(-positions // multiple) * multiple
+        return positions
+
     def row_capacity(self, dataset: PreferenceDataset) -> int | None:
         """Return the most positions of a packed row of `dataset`; None without packing.
 

@@ -66,34 +66,33 @@ def _rows(
     run: PreparedRun, kind: str, dataset: Sequence[TokenizedPair], batches: list[list[int]]
 ) -> Iterator[tuple[int, int]]:
     """Yield (positions, positions of pairs) of every row of all ranks."""
-    args, multiple = run.config.training, run.config.data.pad_to_multiple_of
+    args = run.config.training
     if kind == "padded":
         dp, size = run.data_parallel_size, args.per_device_train_batch_size
         for batch in batches:
             for rank in range(dp):
-                yield from _padded_rows([dataset[i] for i in batch[rank::dp]], dataset[batch[0]], run, size, multiple)
+                yield from _padded_rows([dataset[i] for i in batch[rank::dp]], dataset[batch[0]], run, size)
         return
     layout = args.layout
     multiple_of = run.data_parallel_size * (layout.pp if layout.vpp else 1)
     packed_args = replace(args, packing=True, prefix_sharing=kind == KINDS[2], per_device_eval_batch_size=None)
-    collator = default_collator(run.config.loss, packed_args, 0, multiple)
+    collator = default_collator(run.config.loss, packed_args, 0, run.config.data.pad_to_multiple_of)
     assert isinstance(collator, PackedCollator)
     capacity = row_capacity(dataset, collator, args.pack_length)
     for batch in batches:
         costs = [collator.cost(dataset[index]) for index in batch]
         for row in plan_rows(costs, capacity, multiple_of=multiple_of, seed=args.seed):
             used = sum(costs[index] for index in row)
-            yield -(-(used or min(costs)) // multiple) * multiple, used
+            yield run.row_length(used or min(costs)), used
 
 
 def _padded_rows(
-    pairs: list[TokenizedPair], filler: TokenizedPair, run: PreparedRun, size: int, multiple: int
+    pairs: list[TokenizedPair], filler: TokenizedPair, run: PreparedRun, size: int
 ) -> Iterator[tuple[int, int]]:
     """Yield the rows of one rank's microbatches of `size` pairs; fillers take part in a microbatch's length."""
     for microbatch in range(run.config.training.gradient_accumulation_steps):
         real = pairs[microbatch * size : (microbatch + 1) * size]
-        longest = max(pair.num_tokens for pair in (real if len(real) == size else [*real, filler])) - 1
-        length = -(-longest // multiple) * multiple
+        length = run.row_length(max(pair.num_tokens for pair in (real if len(real) == size else [*real, filler])) - 1)
         for pair in real:
             yield length, len(pair.chosen_input_ids) - 1
             yield length, len(pair.rejected_input_ids) - 1

@@ -36,10 +36,10 @@ from fastpref.losses import (
     weighted_sum,
 )
 from fastpref.trainer.batch import Microbatch
-from fastpref.trainer.context_parallel import local_positions, row_multiple
+from fastpref.trainer.context_parallel import local_positions
 from fastpref.trainer.head import head_of, unwrap
 from fastpref.trainer.packing import packed_row
-from fastpref.trainer.platform import current_device
+from fastpref.trainer.platform import current_device, current_layout
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
 
@@ -245,7 +245,7 @@ def step_totals(batches: Iterable[Microbatch], config: DPOConfig) -> StepTotals:
 
 def aligned(batches: Sequence[Microbatch]) -> list[Microbatch]:
     """Pads microbatches as the layout demands: to one length across a pipeline, to what its ranks can share."""
-    multiple = row_multiple()
+    multiple = current_layout().row_multiple
     pp = parallel_state.get_pipeline_model_parallel_world_size()
     longest = max(batch.seq_length for batch in batches)
     lengths = [longest if pp > 1 else batch.seq_length for batch in batches]

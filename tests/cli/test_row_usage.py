@@ -46,6 +46,15 @@ def test_row_usages_leave_out_rows_that_pairs_do_not_fit(project: Path) -> None:
     assert [usage.kind for usage in usages] == ["padded", "packed, prompt shared"]
 
 
+def test_row_usages_count_what_a_layout_fills_rows_up_with(project: Path) -> None:
+    """Three ranks share rows whose length is a multiple of 6, after the data's multiple of 8."""
+    run = prepare(load_run_config("run.yaml", ("training.context_parallel_size=3",)), world_size=3)
+    assert [run.row_length(positions) for positions in (1, 16, 24, 25)] == [12, 18, 24, 36]
+    assert inspect.longest_row(run) % 6 == inspect.microbatch_positions(run) % 6 == 0
+    for usage in row_usages(run):
+        assert round(usage.positions_per_pair * len(run.train)) % 6 == 0
+
+
 def kept_bytes(config: dict, segments: Segments) -> int:
     """Bytes that autograd keeps of a packed row for the backward pass of the layers, parameters aside."""
     (model,) = build_models(config, seed=0)
