@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -60,12 +61,13 @@ def inspect(is_all: bool, match: str, processes: int) -> None:
 @kernels.command()
 @click.argument("output", type=click.Path(path_type=Path))
 @click.option("--hidden", "hidden_sizes", type=click.IntRange(min=16), multiple=True, help="Values of H to measure.")
-def tune(output: Path, hidden_sizes: tuple[int, ...]) -> None:
+@click.option("--seconds", type=click.FloatRange(min=0, min_open=True), help="Begin no further H after these.")
+def tune(output: Path, hidden_sizes: tuple[int, ...], seconds: float | None) -> None:
     """Measure the candidate tiles on this GPU, right results only, and write the table OUTPUT of the fastest."""
     _require_triton()
     from fastpref.kernels import tuning
 
-    tuning.tune(str(output), hidden_sizes or tuning.HIDDEN_SIZES)
+    tuning.tune(str(output), hidden_sizes or tuning.HIDDEN_SIZES, seconds=seconds or math.inf)
     click.echo(f"wrote {output}; FASTPREF_TILES={output} uses it")
 
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import statistics
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from unittest import mock
 
 import torch
@@ -43,15 +45,25 @@ class Measurement:
     """Why the tile must not be used; None = it may."""
 
 
-def tune(path: str, hidden_sizes: Sequence[int] = HIDDEN_SIZES) -> dict[str, tuple[Tile, ...]]:
+def tune(
+    path: str,
+    hidden_sizes: Sequence[int] = HIDDEN_SIZES,
+    *,
+    widths: Sequence[int] = tuple(DTYPES),
+    seconds: float = math.inf,
+    report: Callable[[str, int, Sequence[Measurement]], None] | None = None,
+) -> dict[str, tuple[Tile, ...]]:
     """Measure every candidate on the current GPU and write the table of the fastest.
 
     Args:
         path: file to write, for FASTPREF_TILES.
         hidden_sizes: values of H to measure; each serves those up to the next.
+        widths: of the operands in bits, 16 and 32.
+        seconds: after these no further H and width is begun; what has been measured is written.
+        report: gets the key of the table, H and what was measured; None prints it.
 
     Returns:
-        What was written: the entries of this GPU's architecture, for 16-bit and 32-bit operands.
+        What was written: the entries of this GPU's architecture.
 
     Raises:
         ConfigError: no GPU, or one that the kernels cannot run on.
@@ -59,17 +71,20 @@ def tune(path: str, hidden_sizes: Sequence[int] = HIDDEN_SIZES) -> dict[str, tup
     """
     if not torch.cuda.is_available():
         raise ConfigError("tuning measures on a GPU, and PyTorch sees none; run it on the machine that will train")
-    architecture = architecture_of(torch.cuda.get_device_capability())
+    architecture, deadline = architecture_of(torch.cuda.get_device_capability()), time.monotonic() + seconds
     table = {}
-    for bits, dtype in DTYPES.items():
+    for bits in widths:
         key = f"{architecture}/{bits}"
         candidates = CANDIDATES.get(key, TABLE[key])
         best = {}
         for hidden_size in hidden_sizes:
-            found = [measure(tile, dtype, hidden_size) for tile in candidates]
+            if time.monotonic() >= deadline:
+                break
+            found = [measure(tile, DTYPES[bits], hidden_size) for tile in candidates]
             best[hidden_size] = fastest(key, hidden_size, found)
-            _report(key, hidden_size, found)
-        table[key] = entries(best)
+            (report or _report)(key, hidden_size, found)
+        if best:
+            table[key] = entries(best)
     save_table(path, table)
     return table
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from fastpref.kernels.tiles import (
     TABLE,
     Tile,
     architecture_of,
+    load_table,
     save_table,
     select_tile,
 )
@@ -129,3 +131,22 @@ def test_tune_without_a_gpu_says_so(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="tuning measures on a GPU, and PyTorch sees none"):
         tuning.tune(str(tmp_path / "tiles.json"))
     assert not list(tmp_path.iterdir())
+
+
+def test_tune_begins_no_further_size_after_its_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, reported = iter([0.0, 1.0, 9.0, 11.0]), []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(tuning, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(tuning, "measure", lambda tile, dtype, hidden: tuning.Measurement(tile, tile.stages, None))
+    table = tuning.tune(
+        str(tmp_path / "tiles.json"),
+        (4096, 2048, 1024),
+        widths=(16,),
+        seconds=10.0,
+        report=lambda key, hidden_size, found: reported.append((key, hidden_size, len(found))),
+    )
+    candidates = CANDIDATES["sm_90/16"]
+    assert reported == [("sm_90/16", 4096, len(candidates)), ("sm_90/16", 2048, len(candidates))]
+    assert table == {"sm_90/16": (next(tile for tile in candidates if tile.stages == 3),)}
+    assert load_table(str(tmp_path / "tiles.json")) == table
