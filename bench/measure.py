@@ -14,15 +14,16 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.implementations import BARE, IMPLEMENTATIONS, Implementation, bare_product, call
+from bench.implementations import BARE, IMPLEMENTATIONS, bare_product
 from bench.oracle import errors, truth
+from bench.registry import Implementation, call
 from bench.workloads import ROOT, build
 from fastpref.errors import MissingDependencyError
 from fastpref.kernels import native
@@ -36,11 +37,7 @@ def check(workload: str, name: str) -> Row:
     implementation, case = IMPLEMENTATIONS[name], build(workload)
     warm_up = case if implementation.is_compiled else case.tiny()
     call(implementation, warm_up, warm_up.hidden_SLH, warm_up.weight_VH)
-    return_memory()
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-    before_mib = status_mib("VmRSS")
-    result = call(implementation, case, case.hidden_SLH, case.weight_VH)
-    peak_mib = status_mib("VmHWM") - before_mib
+    result, peak_mib = extra_peak_mib(lambda: call(implementation, case, case.hidden_SLH, case.weight_VH))
     expected = truth(case)
     properties = case.shape | {"active_fraction": round(float(expected["active_fraction"]), 4)}
     peak = {"extra_peak_mib": round(peak_mib, 1), "threads": torch.get_num_threads()}
@@ -101,13 +98,13 @@ def in_child(function: Callable[..., Row], *arguments: Any) -> Row:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def surroundings() -> Row:
+def surroundings(packages: Sequence[str] = PACKAGES) -> Row:
     """Machine, versions and commit: what a reader needs to judge a number."""
     cpu = [
         line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
     ]
     installed = {}
-    for package in PACKAGES:
+    for package in packages:
         try:
             installed[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -128,6 +125,15 @@ def surroundings() -> Row:
 
 def _git(*arguments: str) -> str:
     return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def extra_peak_mib(run: Callable[[], Any]) -> tuple[Any, float]:
+    """Call a function; its result, and the highest resident memory above what was there before."""
+    return_memory()
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    before_mib = status_mib("VmRSS")
+    result = run()
+    return result, status_mib("VmHWM") - before_mib
 
 
 def _pass(implementation: Implementation) -> Callable[..., object]:

@@ -32,12 +32,15 @@ NAMES = (*MODELS, "random-init", "dry")
 IGNORE = -100
 BETA = 0.1
 SLOPE, SPREAD, PEAK = 1.45, 2.5, 11.0
-BLOCK_ROWS = 64
+BLOCK_ROWS = {"cpu": 64, "cuda": 512}
 
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """What every implementation gets, on the CPU in fp32; derived index tensors are what a collator hands over."""
+    """What every implementation gets: on the CPU in fp32, or, after `to`, on a GPU in 16 bits.
+
+    Derived index tensors are what a collator hands over.
+    """
 
     name: str
     hidden_SLH: Tensor
@@ -45,7 +48,9 @@ class Case:
     labels_SL: Tensor
     """Already shifted; -100 on prompt and padding."""
     ref_logps_S: Tensor
-    """Log-probs of the reference model: constants."""
+    """Log-probs of the reference model: constants in fp32."""
+    backend: str = "auto"
+    """What `linear_logps` is to run on."""
 
     @property
     def num_pairs(self) -> int:
@@ -74,9 +79,15 @@ class Case:
         return torch.cat([counts_S.new_zeros(1), counts_S.cumsum(0)])
 
     @cached_property
+    def host_rows(self) -> tuple[Tensor, Tensor]:
+        """`rows_R` and `cu_rows` on the host, where a collator makes them."""
+        return self.rows_R.cpu(), self.cu_rows.cpu()
+
+    @cached_property
     def pair_lengths(self) -> list[int]:
         """Positions up to the last label of each pair's longer side."""
-        last_SL = torch.arange(1, self.labels_SL.shape[1] + 1) * (self.labels_SL != IGNORE)
+        is_labelled_SL = (self.labels_SL != IGNORE).cpu()
+        last_SL = torch.arange(1, is_labelled_SL.shape[1] + 1) * is_labelled_SL
         return last_SL.amax(1).view(2, -1).amax(0).tolist()
 
     @property
@@ -85,6 +96,16 @@ class Case:
         (sequences, length), (vocab, hidden) = self.labels_SL.shape, self.weight_VH.shape
         sizes = {"sequences": sequences, "positions": sequences * length, "rows": self.rows_R.numel()}
         return sizes | {"vocab": vocab, "hidden": hidden}
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Case:
+        """The same case elsewhere; hidden states and weight rounded to `dtype`."""
+        return replace(
+            self,
+            hidden_SLH=self.hidden_SLH.to(device, dtype),
+            weight_VH=self.weight_VH.to(device, dtype),
+            labels_SL=self.labels_SL.to(device),
+            ref_logps_S=self.ref_logps_S.to(device),
+        )
 
     def tiny(self) -> Case:
         """The first labels of the same case on 64 vocabulary rows: enough to wake threads and BLAS."""
@@ -126,27 +147,33 @@ def build(name: str) -> Case:
 
 def softmax_blocks(hidden_RH: Tensor, weight_VH: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Softmax [rows, V] of a few rows at a time, in the dtype given."""
-    for start in range(0, hidden_RH.shape[0], BLOCK_ROWS):
-        block = slice(start, min(start + BLOCK_ROWS, hidden_RH.shape[0]))
+    height = BLOCK_ROWS[hidden_RH.device.type]
+    for start in range(0, hidden_RH.shape[0], height):
+        block = slice(start, min(start + height, hidden_RH.shape[0]))
         yield block, torch.softmax(hidden_RH[block] @ weight_VH.t(), dim=1)
 
 
 def _finish(name: str, weight_VH: Tensor, hidden_SLH: Tensor, labels_SL: Tensor) -> Case:
-    """Add reference log-probs near the policy's own: a model some steps away from its reference."""
+    """Add reference log-probs; those of all but the dry case are kept on disk."""
     case = Case(name, hidden_SLH, weight_VH, labels_SL, torch.zeros(labels_SL.shape[0]))
     cached = CACHE / name / "reference.pt"
     if name != "dry" and cached.exists():
         return replace(case, ref_logps_S=torch.load(cached))
-    logps_R = torch.empty(case.rows_R.numel())
-    for block, softmax_RV in softmax_blocks(hidden_SLH.flatten(0, 1)[case.rows_R], weight_VH):
-        logps_R[block] = softmax_RV.gather(1, case.row_labels_R[block, None]).squeeze(1).log()
-    logps_S = torch.stack([part.sum() for part in logps_R.tensor_split(case.cu_rows[1:-1])])
-    noise_S = torch.randn(logps_S.shape, generator=torch.Generator().manual_seed(1)) * 5.0
-    ref_logps_S = (logps_S + noise_S).round()
+    case = with_reference(case)
     if name != "dry":
         cached.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(ref_logps_S, cached)
-    return replace(case, ref_logps_S=ref_logps_S)
+        torch.save(case.ref_logps_S, cached)
+    return case
+
+
+def with_reference(case: Case) -> Case:
+    """Give a case reference log-probs near the policy's own: a model some steps away from its reference."""
+    logps_R = torch.empty(case.rows_R.numel(), device=case.rows_R.device)
+    for block, softmax_RV in softmax_blocks(case.hidden_SLH.flatten(0, 1)[case.rows_R], case.weight_VH):
+        logps_R[block] = softmax_RV.gather(1, case.row_labels_R[block, None]).squeeze(1).log()
+    logps_S = torch.stack([part.sum() for part in logps_R.tensor_split(case.cu_rows[1:-1].cpu())])
+    noise_S = torch.randn(logps_S.shape, generator=torch.Generator().manual_seed(1)) * 5.0
+    return replace(case, ref_logps_S=(logps_S + noise_S.to(logps_S.device)).round())
 
 
 def _head_weight(model_dir: Path) -> Tensor:
@@ -201,19 +228,38 @@ def _random_init(like: Case) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _synthetic(vocab: int, hidden: int, rows: int, positions: int, num_pairs: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw logits of a known law; the last `rows / S` positions of every sequence are its response."""
-    generator = torch.Generator().manual_seed(3)
+    """Sequences of one length with responses of one length."""
     sequences = 2 * num_pairs
-    length, response = math.ceil(positions / sequences), rows // sequences
-    weight_VH = torch.randn(vocab, hidden, generator=generator) * (SPREAD / hidden**0.5)
-    hidden_SLH = torch.randn(sequences, length, hidden, generator=generator)
-    likely_SL = (torch.rand(sequences, length, generator=generator) * math.log(vocab)).exp().long().clamp(max=vocab - 1)
-    peak_SL = 2 * PEAK * torch.rand(sequences, length, generator=generator)
+    return draw_head(vocab, hidden, math.ceil(positions / sequences), [rows // sequences] * sequences)
+
+
+def draw_head(
+    vocab: int, hidden: int, length: int, responses: list[int], device: str | torch.device = "cpu"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw logits of a known law; the last positions of every sequence are its response.
+
+    Args:
+        vocab: V.
+        hidden: H.
+        length: L.
+        responses: length of each sequence's response.
+        device: where everything is drawn; each kind of device has its own numbers.
+
+    Returns:
+        (weight [V, H], hidden [S, L, H], labels [S, L]) in fp32.
+    """
+    generator = torch.Generator(device).manual_seed(3)
+    sequences = len(responses)
+    draw = {"generator": generator, "device": device}
+    weight_VH = torch.randn(vocab, hidden, **draw) * (SPREAD / hidden**0.5)
+    hidden_SLH = torch.randn(sequences, length, hidden, **draw)
+    likely_SL = (torch.rand(sequences, length, **draw) * math.log(vocab)).exp().long().clamp(max=vocab - 1)
+    peak_SL = 2 * PEAK * torch.rand(sequences, length, **draw)
     hidden_SLH += weight_VH[likely_SL] * (peak_SL / SPREAD**2)[..., None]
     hidden_SLH[..., 0] = 1.0
-    weight_VH[:, 0] = -SLOPE * torch.arange(1, vocab + 1).log()
-    labels_SL = torch.full((sequences, length), IGNORE)
-    for sequence in range(sequences):
+    weight_VH[:, 0] = -SLOPE * torch.arange(1, vocab + 1, device=device).log()
+    labels_SL = torch.full((sequences, length), IGNORE, device=device)
+    for sequence, response in enumerate(responses):
         for block, softmax_RV in softmax_blocks(hidden_SLH[sequence, length - response :], weight_VH):
             drawn = torch.multinomial(softmax_RV, 1, generator=generator).squeeze(1)
             labels_SL[sequence, length - response + block.start : length - response + block.stop] = drawn

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from bench.commands.shared import command_line, out_option, store, threads_option
-from bench.implementations import IMPLEMENTATIONS
+from bench.implementations import IMPLEMENTATIONS, names_on
 from bench.measure import Row, check, in_child, probe, surroundings, time_in_turns
 from bench.oracle import verdict
 
@@ -40,10 +40,11 @@ SWEEPS = {
 @click.option("--dry", is_flag=True, help="A tiny shape in this process, to see that everything runs.")
 def head(workload: str, only: str, repeats: int, threads: int, out: Path, dry: bool) -> None:
     """Hidden states and vocabulary weight to DPO loss to gradients."""
-    names = only.split(",") if only else list(IMPLEMENTATIONS)
-    unknown = sorted(set(names) - set(IMPLEMENTATIONS))
+    known = names_on("cpu")
+    names = only.split(",") if only else known
+    unknown = sorted(set(names) - set(known))
     if unknown:
-        raise click.UsageError(f"--only takes {', '.join(IMPLEMENTATIONS)}; got {', '.join(unknown)}")
+        raise click.UsageError(f"--only takes {', '.join(known)}; got {', '.join(unknown)}")
     os.environ["OMP_NUM_THREADS"] = str(threads)
     measure_head("dry" if dry else workload, names, repeats, out, operator.call if dry else in_child)
 
@@ -65,8 +66,8 @@ def measure_head(workload: str, names: list[str], repeats: int, out: Path, run: 
     """Measure what has no row yet, and store each row as it is done."""
     file = out / f"head-{workload}.json"
     rows: dict[str, Row] = json.loads(file.read_text()) if file.exists() else {}
-    reasons = {name: probe(name) for name in IMPLEMENTATIONS}
-    ours = next(name for name, found in IMPLEMENTATIONS.items() if found.is_ours and reasons[name] is None)
+    reasons = {name: probe(name) for name in names_on("cpu")}
+    ours = next(name for name, reason in reasons.items() if IMPLEMENTATIONS[name].is_ours and reason is None)
     # The yardstick of exact rows, then what the others are compared with, come first.
     for name in sorted(names, key=lambda name: (name != "naive-rows", name != ours)):
         if rows.get(name, {}).get("status") == "ok":

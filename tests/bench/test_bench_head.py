@@ -11,7 +11,8 @@ from torch import Tensor
 
 from bench import __main__ as cli
 from bench import measure, oracle, workloads
-from bench.implementations import IMPLEMENTATIONS, dpo_loss
+from bench.implementations import IMPLEMENTATIONS
+from bench.registry import dpo_loss
 
 FAST = ["naive-rows", "naive-pairs", "ours-active", "ours-exact"]
 

@@ -1,0 +1,133 @@
+"""What an entry of the registry is, how it is called, and the losses that it may be called under.
+
+Dims: see `workloads`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.workloads import BETA, Case
+
+Run = Callable[[Case, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class HeadResult:
+    """What an implementation returns: log-probs [S] and both gradients, in the shapes of the inputs."""
+
+    logps: Tensor
+    d_hidden: Tensor
+    d_weight: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Implementation:
+    """One way to compute the head."""
+
+    title: str
+    logps: Run | None = None
+    """(case, hidden, weight) -> differentiable logps [S]; None where forward and backward cannot be told apart."""
+    run: Run | None = None
+    """(case, hidden, weight) -> logps [S]; leaves `.grad` on hidden [S, L, H] and weight [V, H], which come without.
+
+    None makes it of `logps`.
+    """
+    loss: str = "dpo"
+    """What is differentiated: a key of `LOSSES`."""
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    """Where it is measured."""
+    is_ours: bool = False
+    is_exact: bool = False
+    """Gated by the numeric rule with naive PyTorch as yardstick; else by relative errors."""
+    module: str | None = None
+    """What must be installed."""
+    install: str = ""
+    """How."""
+    is_compiled: bool = False
+    """Whether the first pass compiles, so that peak memory is that of a later pass."""
+    beside: tuple[str, ...] = ()
+    """Others to time in the same turns."""
+    time_target: float | None = None
+    """What its time over ours should at least be, on a CPU."""
+    memory_target: float | None = None
+    """What its peak memory over ours should at least be, on a CPU."""
+
+    def __post_init__(self) -> None:
+        if self.run is None:
+            assert self.logps is not None, f"{self.title} has neither logps nor run"
+            object.__setattr__(self, "run", partial(_differentiate, self.logps, LOSSES[self.loss]))
+
+    @property
+    def is_installed(self) -> bool:
+        """Whether the peer can be imported."""
+        try:
+            return self.module is None or importlib.util.find_spec(self.module) is not None
+        except ModuleNotFoundError:  # a part of a package that is not there
+            return False
+
+
+def dpo_loss(logps_S: Tensor, ref_logps_S: Tensor) -> Tensor:
+    """Sigmoid DPO, mean over pairs."""
+    chosen_B, rejected_B = (logps_S - ref_logps_S).chunk(2)
+    return -F.logsigmoid(BETA * (chosen_B - rejected_B)).mean()
+
+
+def _dpo(case: Case, logps_S: Tensor) -> Tensor:
+    return dpo_loss(logps_S, case.ref_logps_S.to(logps_S.dtype))
+
+
+def _mean_nll(case: Case, logps_S: Tensor) -> Tensor:
+    """What heads can do that make their gradient in the forward pass: one weight for every row."""
+    return -logps_S.sum() / case.rows_R.numel()
+
+
+def _orpo(case: Case, logps_S: Tensor) -> Tensor:
+    """Odds ratio of mean log-probs, plus the mean NLL of the chosen tokens."""
+    counts_S = case.cu_rows.diff().to(logps_S)
+    chosen_B, rejected_B = (logps_S / counts_S).chunk(2)
+    log_odds_B = chosen_B - rejected_B - torch.log1p(-chosen_B.exp()) + torch.log1p(-rejected_B.exp())
+    nll = -logps_S[: case.num_pairs].sum() / counts_S[: case.num_pairs].sum()
+    return nll - BETA * F.logsigmoid(log_odds_B).mean()
+
+
+LOSSES: dict[str, Callable[[Case, Tensor], Tensor]] = {"dpo": _dpo, "mean-nll": _mean_nll, "orpo": _orpo}
+"""(case, logps [S]) -> scalar."""
+
+
+def upstream(case: Case, loss: str, logps_S: Tensor) -> Tensor:
+    """Gradient of a loss to the log-probs [S]."""
+    logps_S = logps_S.detach().requires_grad_()
+    (gradient_S,) = torch.autograd.grad(LOSSES[loss](case, logps_S), logps_S)
+    return gradient_S
+
+
+def _differentiate(logps: Run, loss: Callable[[Case, Tensor], Tensor], case: Case, *tensors: Tensor) -> Tensor:
+    logps_S = logps(case, *tensors)
+    loss(case, logps_S).backward()
+    return logps_S
+
+
+def call(implementation: Implementation, case: Case, hidden_SLH: Tensor, weight_VH: Tensor) -> HeadResult:
+    """One pass; `weight_VH` may be reused afterwards, its gradient is taken off."""
+    hidden_SLH = hidden_SLH.detach().requires_grad_()
+    weight_VH.requires_grad_()
+    assert implementation.run is not None
+    logps_S = implementation.run(case, hidden_SLH, weight_VH)
+    d_hidden_SLH, d_weight_VH = hidden_SLH.grad, weight_VH.grad
+    assert d_hidden_SLH is not None and d_weight_VH is not None
+    weight_VH.grad = None
+    return HeadResult(logps_S.detach(), d_hidden_SLH, d_weight_VH)
+
+
+def sum_rows(case: Case, logps_R: Tensor) -> Tensor:
+    """Sum rows to sequences."""
+    zeros_S = torch.zeros(case.labels_SL.shape[0], device=logps_R.device)
+    return zeros_S.index_add(0, case.row_sequences_R, logps_R.float())
