@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from bench.commands import head, output, save, steps, worker
+from bench.commands import h100, head, output, save, steps, worker
 
 
 @click.group()
@@ -21,6 +21,8 @@ for command in (
     save.save,
     output.table,
     output.plot,
+    h100.h100,
+    h100.h100_part,
     worker.worker,
 ):
     main.add_command(command)

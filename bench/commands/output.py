@@ -30,7 +30,13 @@ def table(into: Path | None, out: Path) -> None:
 @click.option("--images", type=click.Path(path_type=Path), default=ROOT / "docs" / "images", help="Where figures go.")
 @out_option
 def plot(images: Path, out: Path) -> None:
-    """Figures of the sweeps measured so far."""
+    """Figures of the sweeps measured so far, or of a folder that `h100` has filled."""
+    if (out / "sanity.json").exists():
+        from bench.gpu.plots import draw_all
+
+        for file in draw_all(out, images):
+            click.echo(file)
+        return
     for axis, workloads in SWEEPS.items():
         files = [out / f"head-{workload}.json" for workload in workloads]
         rows = [report.read_rows(file) for file in files if file.exists()]

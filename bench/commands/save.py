@@ -9,7 +9,6 @@ from pathlib import Path
 
 import click
 
-from bench import save as saves
 from bench.commands.shared import command_line, out_option, store, threads_option
 from bench.measure import Row, in_child, surroundings
 from bench.workloads import ROOT
@@ -33,6 +32,8 @@ def save(
     model: str, name: str, repeats: int, shard_mib: int, scratch: Path, threads: int, out: Path, dry: bool
 ) -> None:
     """Checkpoints that training waits for, and beside it; memory of import and export."""
+    from bench import save as saves
+
     os.environ["OMP_NUM_THREADS"] = str(threads)
     run = operator.call if dry else in_child
     scratch.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,125 @@
+"""Figures of a folder of results: time and memory against vocabulary, rows and share of response; a roofline.
+
+Drawn from stored rows alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from bench.gpu.folder import Folder
+from bench.gpu.parts import DRY_WORKLOADS, MAIN, OTHER_MODELS, OTHER_ROWS, SHARE_SWEEP, VOCAB_SWEEP
+from bench.gpu.summary import tflops
+from bench.measure import Row
+from bench.plots import STYLES
+
+GPU_STYLES = STYLES | {
+    "ours-cached": ("fastpref, cached", "#f4a261", "d"),
+    "cce-kernel": ("Apple CCE", "#2a9d8f", "^"),
+    "liger-ce": ("Liger cross entropy", "#b08900", "x"),
+}
+AXES: dict[str, tuple[tuple[str, ...], str, Callable[[Row], float]]] = {
+    "vocab": (VOCAB_SWEEP, "vocabulary", lambda shape: shape["vocab"]),
+    "rows": ((OTHER_ROWS[0], MAIN, OTHER_ROWS[1]), "response rows", lambda shape: shape["rows"]),
+    "share": (SHARE_SWEEP, "response rows / positions", lambda shape: shape["rows"] / shape["positions"]),
+}
+"""File name -> (workloads, label, position on the axis)."""
+Rows = dict[str, dict[str, Row]]
+
+
+def draw_all(out: Path, images: Path) -> Iterator[Path]:
+    """Draw what a folder has rows for, and yield the files."""
+    folder = Folder(out, 0.0, {})
+    for axis, (workloads, *_) in AXES.items():
+        rows = _right_rows(folder, workloads)
+        if len(rows) > 1:
+            yield _draw_axis(rows, axis, images / f"gpu-head-{axis}.png")
+    rows = _right_rows(folder, (MAIN, *OTHER_MODELS, *OTHER_ROWS, *VOCAB_SWEEP, *DRY_WORKLOADS))
+    device = folder.rows("sanity.json").get("device", {})
+    if rows and device.get("status") == "ok":
+        yield _draw_roofline(rows, device, images / "gpu-roofline.png")
+
+
+def intensity(row: Row, kind: str) -> float:
+    """Useful operations of a pass over the fewest bytes: inputs read once, gradients written once, in 16 bits."""
+    shape = row["shape"]
+    rows, hidden, vocab = shape["rows"], shape["hidden"], shape["vocab"]
+    products, passes = (3, 2) if kind == "both" else (1, 1)
+    return 2 * products * rows * hidden * vocab / (2 * passes * hidden * (rows + vocab))
+
+
+def _right_rows(folder: Folder, workloads: tuple[str, ...]) -> Rows:
+    found = {workload: folder.rows(f"head-{workload}.json") for workload in workloads}
+    right = {workload: {n: row for n, row in rows.items() if row["status"] == "ok"} for workload, rows in found.items()}
+    return {workload: rows for workload, rows in right.items() if rows}
+
+
+def _draw_axis(rows: Rows, axis: str, file: Path) -> Path:
+    plt = _pyplot()
+    _, label, position = AXES[axis]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    for name, (title, colour, marker) in GPU_STYLES.items():
+        found = sorted((each[name] for each in rows.values() if name in each), key=lambda row: position(row["shape"]))
+        if not found:
+            continue
+        x = [position(row["shape"]) for row in found]
+        style = {"label": title, "color": colour, "marker": marker, "markersize": 5}
+        left.plot(x, [median(row["times_ms"]["both"][name]) for row in found], **style)
+        right.plot(x, [row["extra_peak_mib"]["both"] / 1024 for row in found], **style)
+    for panel, title in ((left, "Time, forward + backward (ms)"), (right, "Extra peak memory (GiB)")):
+        _dress(panel, title, label)
+        if axis != "share":
+            panel.set_xscale("log", base=2)
+    return _save(figure, left, f"Preference head on {_device(rows)}", file)
+
+
+def _draw_roofline(rows: Rows, device: Row, file: Path) -> Path:
+    """Every row below the two ceilings that were measured on the device."""
+    plt = _pyplot()
+    figure, panel = plt.subplots(figsize=(7, 5), layout="constrained")
+    points = [(name, row, kind) for each in rows.values() for name, row in each.items() for kind in row["times_ms"]]
+    top, bandwidth = device["gemm_tflops"], device["copy_tb_per_s"]
+    at = [intensity(row, kind) for _, row, kind in points] + [top / bandwidth]
+    x = [min(at) / 4, top / bandwidth, max(at) * 2]
+    panel.plot(x, [min(top, bandwidth * each) for each in x], color="#333333", label="measured copy and product")
+    for name, (title, colour, marker) in GPU_STYLES.items():
+        found = [(intensity(row, kind), tflops(row, kind, name)) for each, row, kind in points if each == name]
+        if found:
+            panel.scatter(*zip(*found, strict=True), color=colour, marker=marker, s=22, label=title)
+    panel.set_xscale("log", base=2)
+    _dress(panel, "TFLOP/s of useful operations", "operations per byte that must move")
+    return _save(figure, panel, f"Preference head on {_device(rows)}", file)
+
+
+def _device(rows: Rows) -> str:
+    row = next(iter(next(iter(rows.values())).values()))
+    return str(row.get("gpu") or "a CPU, dry")
+
+
+def _dress(panel: Any, title: str, label: str) -> None:
+    panel.set_title(title, fontsize=10, loc="left")
+    panel.set_yscale("log")
+    panel.set_xlabel(label, fontsize=9)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.grid(axis="y", which="major", linewidth=0.5, alpha=0.4)
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _save(figure: Any, panel: Any, title: str, file: Path) -> Path:
+    figure.suptitle(title, fontsize=11)
+    figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=130)
+    _pyplot().close(figure)
+    return file
