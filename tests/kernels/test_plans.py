@@ -11,8 +11,9 @@ from head_oracle import assert_results_within_rule, flatten, peaked_inputs, run,
 from torch import Tensor
 
 from fastpref import linear_logps
-from fastpref.kernels import active, plans, schedule
+from fastpref.kernels import active, plans, schedule, torch_tiles
 from fastpref.kernels.ops import linear_logps_fwd
+from fastpref.kernels.tiles import CACHE_COLUMNS
 from fastpref.kernels.weight_grad import zeros_like_untouched
 from fastpref.testing.adversarial import ADVERSARIAL, HeadInputs, ragged_inputs
 from fastpref.testing.numerics import assert_within_rule, max_error
@@ -439,3 +440,10 @@ def test_plans_repeat(backward: str) -> None:
     for _ in range(9):
         again = differentiate(inputs, coefficients(40), backward=backward)
         assert all(torch.equal(again[name], gradient) for name, gradient in first.items())
+
+
+def test_blocks_on_a_device_are_as_wide_as_its_kernels_like() -> None:
+    """Where a block's width is no multiple of 16 the gradient's kernel stores element by element, and spills."""
+    device = torch_tiles.DEVICE_TILES
+    assert device.multiple % 16 == 0 and device.columns % device.multiple == 0
+    assert device.multiple % CACHE_COLUMNS == 0
