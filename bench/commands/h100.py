@@ -55,24 +55,23 @@ def h100(part: str, out: Path, dry: bool) -> None:
 @click.argument("seconds", type=float)
 def h100_part(part: int, out: Path, seconds: float) -> None:
     """One part in this process; see `bench.gpu.supervisor`."""
+    import torch
+
     from bench.gpu.folder import Folder, run_to_exit_code
     from bench.gpu.parts import PARTS, Session
 
     tiles = out / "tiles.json"
     if part > 1 and tiles.exists():
         os.environ.setdefault("FASTPREF_TILES", str(tiles))
-    folder = Folder(out, seconds, _attributes(f"python -m bench h100 --part {part}"))
+    gpu = {"gpu": torch.cuda.get_device_name()}
+    folder = Folder(out, seconds, _attributes(f"python -m bench h100 --part {part}") | gpu)
     run_to_exit_code(lambda: PARTS[part](folder, Session(is_dry=False)))
 
 
 def _attributes(command: str) -> dict[str, object]:
-    """What every row says about where it comes from."""
-    import torch
-
+    """What every row says about where it comes from; the device itself is the child's alone."""
     from bench.measure import PACKAGES, surroundings
 
     peers = ("megatron-core", "transformer-engine", "quack-kernels", "verl")
     row = surroundings((*PACKAGES, *peers)) | {"command": command}
-    if torch.cuda.is_available():
-        row["gpu"] = torch.cuda.get_device_name()
     return row | {"tiles": "tuned" if os.environ.get("FASTPREF_TILES") else "shipped"}

@@ -32,7 +32,8 @@ VOCAB_SWEEP = tuple(f"v{2**power}-h2048-r4096" for power in range(15, 20))
 SHARE_SWEEP = tuple(f"llama3.1-8b-r{16384 * percent // 100}-f{percent}" for percent in (10, 25, 50, 75, 100))
 """The same 16384 positions."""
 REAL = ("gemma3-270m-real", "smollm2-135m-real")
-MEASURED_MODELS = ("gemma3-270m", "smollm2-135m")
+MEASURED_MODELS = {"gemma3-270m": 1576, "smollm2-135m": 1669}
+"""Rows on which the active columns of real activations were counted."""
 DRY_WORKLOADS = ("v130-h32-r16",)
 DRY_NAMES = (*OURS, "naive-rows", "naive-pairs")
 RESERVE_S, RESERVE_COMPILED_S, RESERVE_STEPS_S = 12.0, 40.0, 45.0
@@ -99,8 +100,8 @@ def run_heads(folder: Folder, session: Session) -> None:
     """Part 2: rows of heads, and whether drawn activations are like real ones."""
     for workload, group in groupby(head_jobs(session.is_dry), key=lambda job: job[0]):
         _run_workload(folder, session, workload, [name for _, name in group])
-    for model in () if session.is_dry else MEASURED_MODELS:
-        run = partial(inputs.compare_activity, model, session.device, DTYPE, session.backend)
+    for model, num_rows in () if session.is_dry else MEASURED_MODELS.items():
+        run = partial(inputs.compare_activity, model, num_rows, session.device, DTYPE, session.backend)
         folder.measure("activity.json", model, RESERVE_S, run)
 
 

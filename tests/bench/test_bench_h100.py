@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench import workloads
 from bench.gpu import clock, heads, inputs, parts, sanity, summary, supervisor
 from bench.gpu.folder import BROKEN_DEVICE, DeviceBrokenError, Folder, is_broken
 from bench.gpu.plots import draw_all, intensity
@@ -81,7 +82,6 @@ def test_h100_measures_no_row_twice(dry: Path) -> None:
     before = {file: file.read_text() for file in dry.glob("*.json")}
     folder = Folder(dry, 60.0, {})
     parts.run_heads(folder, parts.Session(is_dry=True))
-    parts.run_steps(folder, parts.Session(is_dry=True))
     assert {file: file.read_text() for file in dry.glob("*.json")} == before
 
 
@@ -178,8 +178,16 @@ def test_build_on_refuses_an_unknown_name() -> None:
 
 
 def test_drawn_activations_are_like_real_ones() -> None:
-    row = inputs.compare_activity("smollm2-135m", torch.device("cpu"), torch.float32)
-    assert "reason" not in row and row["rows"] == 1669, row
+    row = inputs.compare_activity("smollm2-135m", 411, torch.device("cpu"), torch.float32)
+    assert "reason" not in row and row["measured_on_real"] == pytest.approx(0.488, abs=0.001), row
+
+
+def test_flat_activations_are_not_like_real_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SLOPE", "SPREAD", "PEAK"):
+        monkeypatch.setattr(workloads, name, 0.01)
+    monkeypatch.setitem(inputs.SHAPES, "smollm2-135m", (16, 2048))
+    row = inputs.compare_activity("smollm2-135m", 411, torch.device("cpu"), torch.float32)
+    assert row["status"] == "wrong" and row["reason"] == "2.05 times the active columns of real activations"
 
 
 def test_time_ms_measures_a_call() -> None:
