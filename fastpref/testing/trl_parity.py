@@ -16,7 +16,7 @@ import gc
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,11 +24,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastpref.data import IGNORE_INDEX, DataConfig, TokenizedPair, load_dataset, load_tokenizer
-from fastpref.errors import DataError
+from fastpref.errors import ConfigError, DataError
 from fastpref.losses import DPOConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from fastpref.trainer import RunConfig
 
 LIMIT = 1e-3
 """Largest relative difference that counts as parity, for every metric at every step."""
@@ -137,16 +139,27 @@ def compare(run: ParityRun, trl: TrainerRecord, fastpref: TrainerRecord) -> list
         DataError: the trainers did not see the same tokens, or did another number of steps.
     """
     check_tokens(trl.pairs, fastpref.pairs)
-    if not len(trl.steps) == len(fastpref.steps) == run.steps:
-        raise DataError(f"asked for {run.steps} steps, TRL did {len(trl.steps)} and fastpref {len(fastpref.steps)}")
+    return compare_steps(run, trl.steps, fastpref.steps)
+
+
+def compare_steps(
+    run: ParityRun, trl: Sequence[Mapping[str, float]], fastpref: Sequence[Mapping[str, float]]
+) -> list[Comparison]:
+    """Every metric of `run` at every step, metric by metric, where the tokens are known to be equal.
+
+    Raises:
+        DataError: the trainers did another number of steps.
+    """
+    if not len(trl) == len(fastpref) == run.steps:
+        raise DataError(f"asked for {run.steps} steps, TRL did {len(trl)} and fastpref {len(fastpref)}")
     return [
         Comparison(metric, index + 1, theirs[metric], ours[metric], _resolution(run, metric, theirs))
         for metric in run.metrics
-        for index, (theirs, ours) in enumerate(zip(trl.steps, fastpref.steps, strict=True))
+        for index, (theirs, ours) in enumerate(zip(trl, fastpref, strict=True))
     ]
 
 
-def _resolution(run: ParityRun, metric: str, step: dict[str, float]) -> float:
+def _resolution(run: ParityRun, metric: str, step: Mapping[str, float]) -> float:
     """Last bit of the mean log-probs, in the units of metrics that are differences of log-probs."""
     last_bit = FP32_EPSILON * max(abs(step["logps/chosen"]), abs(step["logps/rejected"]))
     if metric.startswith("rewards/") and metric != "rewards/accuracies":
@@ -192,12 +205,11 @@ def write_text_form(pairs_file: Path, tokenizer: Any, out_file: Path) -> Path:
     return out_file
 
 
-def run_fastpref(run: ParityRun) -> TrainerRecord:
-    """Trains with `DPOTrainer.from_config`; creates and closes its own process group."""
-    from fastpref.trainer import DPOTrainer, ModelConfig, RunConfig, TrainingArguments
-    from fastpref.trainer.platform import destroy
+def fastpref_config(run: ParityRun) -> RunConfig:
+    """The run file of `run`: padded rows, the reference in memory."""
+    from fastpref.trainer import ModelConfig, RunConfig, TrainingArguments
 
-    config = RunConfig(
+    return RunConfig(
         model=ModelConfig(path=str(run.model_dir)),
         data=run.data,
         loss=run.loss,
@@ -220,8 +232,20 @@ def run_fastpref(run: ParityRun) -> TrainerRecord:
             disable_progress=True,
         ),
     )
+
+
+def run_fastpref(run: ParityRun, config: RunConfig | None = None) -> TrainerRecord:
+    """Trains with `DPOTrainer.from_config`; creates and closes its own process group.
+
+    Args:
+        run: the run.
+        config: its settings where they differ from `fastpref_config(run)`.
+    """
+    from fastpref.trainer import DPOTrainer
+    from fastpref.trainer.platform import destroy
+
     try:
-        trainer = DPOTrainer.from_config(config)
+        trainer = DPOTrainer.from_config(config or fastpref_config(run))
         start = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - start
@@ -241,10 +265,15 @@ def _in_trl_terms(run: ParityRun, record: dict[str, float]) -> dict[str, float]:
     return renamed
 
 
-def run_trl(run: ParityRun) -> TrainerRecord:
+def run_trl(run: ParityRun, settings: Mapping[str, Any] | None = None) -> TrainerRecord:
     """Trains with TRL's `DPOTrainer` or `ORPOTrainer`.
 
+    Args:
+        run: the run.
+        settings: fields of TRL's configuration in place of those that `run` asks for.
+
     Raises:
+        ConfigError: TRL takes another value than the one asked for.
         DataError: its tokens are not those of `load_dataset`; nothing was trained.
     """
     from datasets import Dataset  # type: ignore[import-untyped]
@@ -256,7 +285,11 @@ def run_trl(run: ParityRun) -> TrainerRecord:
     model.get_input_embeddings().padding_idx = None
     tokenizer = AutoTokenizer.from_pretrained(run.model_dir)
     records = [json.loads(line) for line in run.data_file.read_text(encoding="utf-8").splitlines()]
-    trainer = (_orpo_trainer if run.is_orpo else _dpo_trainer)(run, model, tokenizer, Dataset.from_list(records))
+    build = _orpo_trainer if run.is_orpo else _dpo_trainer
+    trainer = build(run, _trl_settings(run) | dict(settings or {}), model, tokenizer, Dataset.from_list(records))
+    for name, wanted in (settings or {}).items():
+        if getattr(trainer, name, wanted) != wanted:
+            raise ConfigError(f"TRL was asked for {name}={wanted} and takes {getattr(trainer, name)}; leave it out")
     trainer.remove_callback(PrinterCallback)
     pairs = [_trl_pair(run, trainer, index) for index in range(len(trainer.train_dataset))]
     check_tokens(pairs, load_dataset(run.data.train_paths, load_tokenizer(run.model_dir), run.data))
@@ -298,22 +331,26 @@ def _trl_settings(run: ParityRun) -> dict[str, Any]:
     }
 
 
-def _dpo_trainer(run: ParityRun, model: PreTrainedModel, tokenizer: Any, dataset: Any) -> Any:
+def _dpo_trainer(
+    run: ParityRun, settings: Mapping[str, Any], model: PreTrainedModel, tokenizer: Any, dataset: Any
+) -> Any:
     import trl
 
     args = trl.DPOConfig(
         loss_type=list(run.loss.loss_names),
         loss_weights=None if run.loss.loss_weights is None else list(run.loss.loss_weights),
         label_smoothing=run.loss.label_smoothing,
-        **_trl_settings(run),
+        **settings,
     )
     return trl.DPOTrainer(model, args=args, train_dataset=dataset, processing_class=tokenizer)
 
 
-def _orpo_trainer(run: ParityRun, model: PreTrainedModel, tokenizer: Any, dataset: Any) -> Any:
+def _orpo_trainer(
+    run: ParityRun, settings: Mapping[str, Any], model: PreTrainedModel, tokenizer: Any, dataset: Any
+) -> Any:
     from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
-    args = ORPOConfig(remove_unused_columns=False, **_trl_settings(run))
+    args = ORPOConfig(remove_unused_columns=False, **settings)
     return ORPOTrainer(model, args=args, train_dataset=dataset, processing_class=tokenizer)
 
 
