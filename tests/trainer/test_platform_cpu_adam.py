@@ -32,7 +32,7 @@ def test_step_equals_torch_bit_for_bit(adam_w_mode: bool, theirs: type) -> None:
     expected_groups = [{"params": expected[:1], "lr": 0.1}, {"params": expected[1:2], "weight_decay": 0.0}]
     optimizer, reference = (
         FusedLayoutAdam(groups, **SETTINGS, adam_w_mode=adam_w_mode),
-        theirs(expected_groups, **SETTINGS),
+        theirs(expected_groups, **SETTINGS, fused=True),
     )
     for number in range(6):
         for one in (optimizer, reference):
