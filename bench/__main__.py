@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from bench.commands import h100, head, output, save, steps, worker
+from bench.commands import h100, head, output, save, steps, train, worker
 
 
 @click.group()
@@ -19,6 +19,8 @@ for command in (
     steps.packing,
     steps.scaling,
     save.save,
+    train.train,
+    train.train_table,
     output.table,
     output.plot,
     h100.h100,

@@ -29,7 +29,7 @@ from bench.workloads import ROOT, build
 from fastpref.errors import MissingDependencyError
 from fastpref.kernels import native
 
-PACKAGES = ("fastpref", "torch", "liger_kernel", "cut_cross_entropy", "trl", "transformers", "triton")
+PACKAGES = ("fastpref", "torch", "megatron-core", "liger_kernel", "cut_cross_entropy", "trl", "transformers", "triton")
 Row = dict[str, Any]
 
 

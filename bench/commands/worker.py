@@ -19,6 +19,8 @@ WORKERS = {
     "measure_saves": "bench.save",
     "measure_import": "bench.save",
     "measure_export": "bench.save",
+    "run_row": "bench.train",
+    "gemm_rate": "bench.train",
 }
 
 
