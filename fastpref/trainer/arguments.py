@@ -38,6 +38,13 @@ LR_SCHEDULES = ("constant", "linear", "cosine", "inverse-square-root")
 HEAD_BACKWARDS = ("auto", "active", "exact", "recompute", "cached")
 PIPELINE_BALANCES = ("even", "head_cost")
 REPORT_TARGETS = ("tensorboard", "wandb")
+CHANGEABLE = (
+    *("learning_rate", "min_lr", "lr_scheduler_type", "warmup_steps", "total_steps", "weight_decay"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
+    *("head_backward", "active_eps", "moe_aux_loss_coeff", "loss"),
+)
+"""What a run may go on with changed, by request. Any other change would lose or repeat pairs (seed, batch, data), or
+misread what was saved (model, adapters, number format, form of the optimizer)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +167,8 @@ class LoopArguments:
     """Checkpoints to keep, at least 2; None keeps all."""
     resume_from_checkpoint: str | None = None
     """Checkpoint directory to continue from; "latest" of `output_dir`, or "latest-valid", the newest undamaged one."""
+    resume_allow_changes: tuple[str, ...] = ()
+    """Settings in `CHANGEABLE` that may differ from those of the run that is continued; its length is total_steps."""
     check_initial_loss: bool = True
     """Where policy and reference start equal: require the loss that the formula gives at zero margin on step 1."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
@@ -179,7 +188,8 @@ class TrainingArguments(OptimizationArguments, PrecisionArguments, ParallelArgum
     """
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "report_to", tuple(self.report_to))
+        for name in ("report_to", "resume_allow_changes"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         problems = self._number_problems()
         # A combination can only be judged once its parts are numbers.
         problems += [] if any("must be a number" in problem for problem in problems) else self._combination_problems()
@@ -233,6 +243,7 @@ class TrainingArguments(OptimizationArguments, PrecisionArguments, ParallelArgum
                 "async_save is used by saves between steps only, got save_steps None; set save_steps or leave it out"
             )
         problems += self._packing_problems()
+        problems += self._resume_problems()
         problems += size_problems(self.layout)
         problems += schedule_problems(self.layout, self.gradient_accumulation_steps)
         if self.pipeline_balance not in PIPELINE_BALANCES:
@@ -248,6 +259,18 @@ class TrainingArguments(OptimizationArguments, PrecisionArguments, ParallelArgum
         for target in self.report_to:
             if target not in REPORT_TARGETS:
                 problems.append(f"report_to must name only {', '.join(REPORT_TARGETS)}; got {target!r}")
+        return problems
+
+    def _resume_problems(self) -> list[str]:
+        names, problems = self.resume_allow_changes, []
+        if names and self.resume_from_checkpoint is None:
+            problems.append(
+                f"resume_allow_changes ({', '.join(names)}) is for a run that goes on; set resume_from_checkpoint, or "
+                "leave it out"
+            )
+        for name in names:
+            if name not in CHANGEABLE:
+                problems.append(f"resume_allow_changes must name only {', '.join(CHANGEABLE)}; got {name!r}")
         return problems
 
     def _packing_problems(self) -> list[str]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import resource
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,12 +25,13 @@ from fastpref.trainer import state
 from fastpref.trainer.agreement import together
 from fastpref.trainer.arguments import TrainingArguments
 from fastpref.trainer.checkpoints import Checkpoints
+from fastpref.trainer.fingerprint import run_fingerprint
 from fastpref.trainer.first_step import check_first_step
 from fastpref.trainer.head import head_of, read_activity
 from fastpref.trainer.layout import ARGUMENT_NAMES
 from fastpref.trainer.lora import lora_of
 from fastpref.trainer.metrics import MetricWindow
-from fastpref.trainer.optimizer import sync_parameters
+from fastpref.trainer.optimizer import sync_parameters, use_settings
 from fastpref.trainer.preemption import StopRequest
 from fastpref.trainer.reporting import RunReporter
 from fastpref.trainer.save import Save
@@ -171,7 +170,7 @@ def run_state(trainer: DPOTrainer, step: int) -> dict[str, Any]:
     """What a checkpoint's `state.json` records: position, layout, versions, and the settings that decide the result."""
     return {
         "step": step,
-        "fingerprint": _fingerprint(trainer),
+        "fingerprint": run_fingerprint(trainer),
         "bco_delta": float(trainer.schedule.bco_delta),
         "bco_count": float(trainer.schedule.bco_count),
         "layout": {
@@ -206,31 +205,6 @@ def begin_save(trainer: DPOTrainer, step: int, *, copies: bool) -> Save:
     )
 
 
-def _fingerprint(trainer: DPOTrainer) -> dict[str, Any]:
-    """Settings that must not change when a run continues; the layout may."""
-    args = trainer.args
-    names = (
-        *("packing", "prefix_sharing", "pack_length"),
-        *("seed", "shuffle", "drop_last", "bf16", "fp16", "head_backward", "active_eps", "max_grad_norm"),
-        *("learning_rate", "min_lr", "lr_scheduler_type", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
-        # Megatron stores the state of its two optimizers in different forms.
-        "use_distributed_optimizer",
-        "moe_aux_loss_coeff",
-    )
-    loss = json.dumps(asdict(trainer.train_config), sort_keys=True)
-    lora = lora_of(trainer.model)
-    return {
-        **({} if lora is None else lora.fingerprint),
-        **{name: getattr(args, name) for name in names},
-        "global_batch_pairs": trainer.feed.global_batch_pairs,
-        "total_steps": trainer.feed.total_steps,
-        "warmup_steps": args.warmup_steps_of(trainer.feed.total_steps),
-        "num_train_pairs": len(trainer.feed.train_dataset),
-        "train_data_sha256": getattr(trainer.feed.train_dataset, "sha256", None),
-        "loss_sha256": hashlib.sha256(loss.encode()).hexdigest(),
-    }
-
-
 @contextmanager
 def _held_directory(args: TrainingArguments) -> Iterator[None]:
     """Keeps other runs out of the output directory, and clears what a killed one left behind."""
@@ -256,7 +230,15 @@ def _resume(trainer: DPOTrainer) -> int:
             )
         return 0
     path = state.choose(root, wanted)
-    saved = state.load(path, trainer.models_wrapped, trainer.optimizer, trainer.lr_scheduler, _fingerprint(trainer))
+    saved = state.load(
+        path,
+        trainer.models_wrapped,
+        trainer.optimizer,
+        trainer.lr_scheduler,
+        run_fingerprint(trainer),
+        may_differ=trainer.args.resume_allow_changes,
+    )
+    use_settings(trainer.optimizer, trainer.lr_scheduler, trainer.args)
     trainer.schedule.bco_delta, trainer.schedule.bco_count = saved["bco_delta"], saved["bco_count"]
     return saved["step"]
 

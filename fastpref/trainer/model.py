@@ -102,8 +102,9 @@ def build_models(
         seed: decides the weights; the same in every parallel layout.
 
     Returns:
-        This rank's chunks, one per virtual pipeline stage. Each carries `real_vocab_size`, the vocabulary of
-        the config, while `vocab_size` counts the rows that pad it to a multiple of the tensor-parallel size.
+        This rank's chunks, one per virtual pipeline stage. Each carries its `architecture`, and `real_vocab_size`, the
+        vocabulary of the config, while `vocab_size` counts the rows that pad it to a multiple of the tensor-parallel
+        size.
 
     Raises:
         ConfigError: a setting is not supported, or does not fit the parallel layout.
@@ -285,6 +286,7 @@ def _build_chunk(arch: Architecture, options: ModelOptions, config: TransformerC
     # Megatron's own scaling fixes three of Llama's four constants.
     model.rotary_pos_emb.inv_freq = joint_inv_freq(arch).to(model.rotary_pos_emb.inv_freq.device)
     model.real_vocab_size = arch.vocab_size
+    model.architecture = arch
     model.pipeline_plan = options.pipeline_plan
     if model.pre_process and arch.embedding_scale is not None:
         scale_embedding(model.embedding, arch.embedding_scale)

@@ -151,7 +151,22 @@ def build_scheduler(optimizer: MegatronOptimizer, args: TrainingArguments, total
         end_wd=args.weight_decay,
         wd_incr_steps=total_steps,
         wd_incr_style="constant",
+        # A checkpoint's own settings were compared with these, or may differ by request.
+        override_opt_param_scheduler=True,
+        use_checkpoint_opt_param_scheduler=False,
     )
+
+
+def use_settings(optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler, args: TrainingArguments) -> None:
+    """Makes a restored optimizer follow `args`: its parameter groups came with the settings of the run that saved."""
+    for group in optimizer.param_groups:
+        group |= {
+            "max_lr": args.learning_rate,
+            "min_lr": args.min_lr,
+            "betas": (args.adam_beta1, args.adam_beta2),
+            "eps": args.adam_epsilon,
+        }
+    scheduler.step(0)  # from these the rate of the step to come
 
 
 def sync_parameters(models: Sequence[DistributedDataParallel]) -> None:

@@ -25,8 +25,10 @@ from fastpref.checkpoint import directory
 from fastpref.checkpoint.manifest import content_problems, listing_problems, read_manifest, refuse_damaged
 from fastpref.errors import CheckpointError
 from fastpref.trainer.agreement import together
+from fastpref.trainer.arguments import CHANGEABLE
+from fastpref.trainer.fingerprint import weights_fingerprint
 from fastpref.trainer.head import unwrap
-from fastpref.trainer.lora import LORA_FINGERPRINT, fill_weights, lora_of, sharded_weights
+from fastpref.trainer.lora import LORA_FINGERPRINT, fill_weights, sharded_weights
 
 # The optimizer's shards are stored by parameter, so that any layout can read them; experts have an optimizer of their
 # own, whose shards then need no name of their own.
@@ -80,6 +82,7 @@ def load(
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
     fingerprint: Mapping[str, Any],
+    may_differ: Collection[str] = (),
 ) -> dict[str, Any]:
     """Restores a checkpoint in place and returns its `state.json`.
 
@@ -88,14 +91,15 @@ def load(
         models: chunks to fill.
         optimizer: optimizer to fill.
         scheduler: schedule to put in position.
-        fingerprint: settings that decide what the run computes; they must equal the saved ones.
+        fingerprint: settings that decide what the run computes, from `run_fingerprint`; they must equal the saved ones.
+        may_differ: names in `CHANGEABLE` that need not.
 
     Raises:
         CheckpointError: unreadable, or saved by a run with other settings; the message lists both values.
     """
     state = directory.read_state(path)
     saved = state.get("fingerprint", {})
-    _require_same(path, saved, fingerprint, {*saved, *fingerprint})
+    _require_same(path, saved, fingerprint, may_differ)
     payload = {**sharded_state(models, optimizer, is_loading=True), "scheduler": scheduler.state_dict()}
     loaded = _read(payload, path)
     with torch.no_grad():
@@ -113,20 +117,33 @@ def load_weights(path: Path, models: Sequence[torch.nn.Module]) -> None:
         CheckpointError: the checkpoint cannot be read or holds another model.
     """
     chunks = [unwrap(model) for model in models]
-    lora = lora_of(chunks)
-    fingerprint = {} if lora is None else lora.fingerprint
-    _require_same(path, directory.read_state(path).get("fingerprint", {}), fingerprint, LORA_FINGERPRINT)
+    saved = directory.read_state(path).get("fingerprint", {})
+    of_weights = {key: value for key, value in saved.items() if key.startswith("model.") or key in LORA_FINGERPRINT}
+    _require_same(path, of_weights, weights_fingerprint(chunks))
     loaded = _read({f"model{index}": sharded_weights(chunk) for index, chunk in enumerate(chunks)}, path)
     with torch.no_grad():
         for index, chunk in enumerate(chunks):
             fill_weights(chunk, loaded[f"model{index}"])
 
 
-def _require_same(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any], keys: Collection[str]) -> None:
-    differing = [key for key in sorted(keys) if saved.get(key) != now.get(key)]
-    if differing:
-        lines = "; ".join(f"{key}: saved {saved.get(key)!r}, now {now.get(key)!r}" for key in differing)
-        raise CheckpointError(f"{path} belongs to another run: {lines}. Use the saved settings or start a new run")
+def _require_same(
+    path: Path, saved: Mapping[str, Any], now: Mapping[str, Any], may_differ: Collection[str] = ()
+) -> None:
+    names = sorted(name for name in {*saved, *now} if saved.get(name) != now.get(name))
+    changed = {name: _setting(name) for name in names if _setting(name) not in may_differ}
+    if not changed:
+        return
+    lines = "; ".join(f"{name}: saved {saved.get(name)!r}, now {now.get(name)!r}" for name in changed)
+    remedy = "Use the saved settings or start a new run"
+    if set(changed.values()) <= set(CHANGEABLE):
+        allowed = ", ".join(sorted({*changed.values(), *may_differ}))
+        remedy += f"; to change these on purpose, set resume_allow_changes: [{allowed}]"
+    raise CheckpointError(f"{path} belongs to another run: {lines}. {remedy}")
+
+
+def _setting(name: str) -> str:
+    """The setting that an entry of a fingerprint belongs to: `loss.beta` to the loss."""
+    return name.split(".", 1)[0]
 
 
 def _read(payload: dict[str, Any], path: Path) -> dict[str, Any]:

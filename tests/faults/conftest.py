@@ -1,4 +1,4 @@
-"""Fixtures of the numbered faults: the engines of the op, and the files of `tiny_project` for whole runs."""
+"""Fixtures of the numbered faults: the engines of the op, and runs from `tiny_project` and `tiny_runs`."""
 
 import os
 from collections.abc import Iterator
@@ -6,10 +6,11 @@ from collections.abc import Iterator
 import pytest
 from head_oracle import tiles
 from tiny_project import project, run_cli, tokenizer_dir
+from tiny_runs import one_rank, quiet_args
 
 from fastpref.kernels import native
 
-__all__ = ["engine", "project", "run_cli", "tokenizer_dir"]
+__all__ = ["engine", "one_rank", "project", "quiet_args", "run_cli", "tokenizer_dir"]
 
 # In the interpreter only the Triton kernels are of interest; `test_kernel_faults_interpreted.py` runs the files again.
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

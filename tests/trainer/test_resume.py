@@ -3,23 +3,10 @@
 import json
 
 import pytest
-import torch
+from tiny_runs import finish, same_parameters
 
 from fastpref.errors import CheckpointError
-from fastpref.testing.tiny import stock_model, tiny_pairs
-from fastpref.trainer import DPOConfig, DPOTrainer
-
-PAIRS = tiny_pairs(14, seed=2)
-
-
-def finish(args, config: DPOConfig | None = None, pairs=PAIRS) -> DPOTrainer:
-    trainer = DPOTrainer(stock_model(0), config or DPOConfig(), None, args, train_dataset=pairs, eval_dataset=pairs[:3])
-    trainer.train()
-    return trainer
-
-
-def same_parameters(a: DPOTrainer, b: DPOTrainer) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a.model[0].parameters(), b.model[0].parameters(), strict=True))
+from fastpref.trainer import DPOConfig
 
 
 @pytest.mark.parametrize("distributed", [False, True], ids=["plain", "distributed-optimizer"])
@@ -57,23 +44,6 @@ def test_resume_keeps_the_running_mean_of_bco(quiet_args, tmp_path) -> None:
     resumed = finish(quiet_args(resume_from_checkpoint=str(path)), config)
     assert whole.schedule.bco_delta == resumed.schedule.bco_delta != 0.0
     assert same_parameters(whole, resumed)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"seed": 7}, "seed: saved 42, now 7"),
-        ({"learning_rate": 2e-2}, "learning_rate: saved 0.01, now 0.02"),
-        ({"per_device_train_batch_size": 1}, "global_batch_pairs: saved 4, now 2"),
-    ],
-)
-def test_resume_refuses_another_run(quiet_args, tmp_path, change: dict, message: str) -> None:
-    finish(quiet_args(save_steps=2))
-    path = str(tmp_path / "run" / "checkpoints" / "step-2")
-    with pytest.raises(CheckpointError, match=message):
-        finish(quiet_args(resume_from_checkpoint=path, **change))
-    with pytest.raises(CheckpointError, match="loss_sha256"):
-        finish(quiet_args(resume_from_checkpoint=path), DPOConfig(beta=0.3))
 
 
 def test_new_run_refuses_a_directory_with_checkpoints(quiet_args, tmp_path) -> None:
