@@ -4,10 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-
-from fastpref.errors import DataError
-from fastpref.trainer.batch import Microbatch
 
 
 def edit_line(number: int, change: dict | str):
@@ -33,7 +29,6 @@ CASES = {
     "prompt longer than the limit": (nothing, ("data.max_length=6",), 3, ["pairs.jsonl:1", "max_length"]),
     "broken JSON line": (edit_line(7, '{"prompt": "w1", "chosen": '), (), 3, ["pairs.jsonl:7:"]),
     "wrong key": (nothing, ("training.learning_rat=1.0",), 2, ["learning_rat", "did you mean", "learning_rate"]),
-    "beta of zero": (nothing, ("loss.beta=0",), 2, ["beta must be a finite number > 0"]),
     "vocabulary smaller than a token id": (nothing, ("model.config.vocab_size=9",), 2, ["vocab", "9"]),
     "unknown loss": (nothing, ("loss.pref_loss=sigmod",), 2, ["sigmod", "did you mean 'sigmoid'"]),
     "reference given for ORPO": (
@@ -59,12 +54,3 @@ def test_train_refuses(project: Path, run_cli, name: str) -> None:
         assert text in message
     assert "Traceback" not in message
     assert not (project / "out").exists()
-
-
-def test_odd_rows_are_refused_by_the_trainer() -> None:
-    """A batch from a user's own collator: chosen and rejected rows must come in equal numbers."""
-    rows = torch.zeros(5, 8, dtype=torch.long)
-    with pytest.raises(
-        DataError, match=r"the n chosen rows first and the n rejected rows after them; got shape \(5, 8\)"
-    ):
-        Microbatch.from_dict({"input_ids": rows, "labels": rows})

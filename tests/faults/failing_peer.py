@@ -30,6 +30,8 @@ ACTIONS = {
     "hangs": "os.kill(os.getpid(), signal.SIGSTOP)",
 }
 TIMEOUT_S = 8
+COLLECTIVE = r"\w*(?:gather|reduce|broadcast|barrier|recv|send)\w* \(called at \w+\.py:\d+\)"
+"""How an error names what the other rank did not join."""
 
 
 def start(project: Path, rank: int, action: str, port: int) -> subprocess.Popen:

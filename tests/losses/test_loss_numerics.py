@@ -1,10 +1,11 @@
-"""Extreme margins, responses that are certain, empty or filler, and the small functions that losses are made of."""
+"""Responses that are empty or filler, and the small functions that losses are made of."""
 
 import math
 
 import mpmath as mp
 import pytest
 import torch
+from loss_pairs import config_of, pairs, reference_fields
 from torch import Tensor
 
 from fastpref.losses import (
@@ -16,106 +17,9 @@ from fastpref.losses import (
     log_odds,
     preference_loss,
     preference_metrics,
-    split_pairs,
     update_running_mean,
     weighted_sum,
 )
-
-LN2 = math.log(2.0)
-NEEDED = {"exo_pair": {"label_smoothing": 1e-3}}
-
-
-def config_of(name: str) -> DPOConfig:
-    return DPOConfig(pref_loss=name, **NEEDED.get(name, {}))
-
-
-def pairs(chosen: list[float], rejected: list[float], count: int | list[int] = 1, **fields: Tensor) -> PairLogps:
-    """Pairs in float32; a reference of zeros unless `fields` says otherwise, None to leave it out."""
-    shape = torch.zeros(len(chosen))
-    fields = {"ref_chosen": shape, "ref_rejected": shape} | fields
-    counts = torch.tensor(count).expand(len(chosen))
-    return PairLogps(
-        chosen=torch.tensor(chosen, requires_grad=True),
-        rejected=torch.tensor(rejected, requires_grad=True),
-        chosen_counts=counts,
-        rejected_counts=counts,
-        **fields,
-    )
-
-
-def reference_fields(config: DPOConfig) -> dict:
-    return {} if config.use_ref_model else {"ref_chosen": None, "ref_rejected": None}
-
-
-@pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 0.5])
-def test_sigmoid_at_margin_zero_is_ln2_to_the_bit(label_smoothing: float) -> None:
-    logps = pairs([-37.25, 0.0], [-37.25, 0.0])
-    losses = preference_loss(DPOConfig(label_smoothing=label_smoothing), logps).losses
-    assert torch.equal(losses, torch.full((2,), LN2))
-
-
-def test_sigmoid_at_huge_margins_is_finite_with_slope_minus_beta_on_the_losing_side() -> None:
-    logps = pairs([-1e4, 0.0, -1.0], [0.0, -1e4, -1.0])
-    losses = preference_loss(DPOConfig(beta=0.25), logps).losses
-    losses.sum().backward()
-    torch.testing.assert_close(losses.detach(), torch.tensor([2500.0, 0.0, LN2]), rtol=0, atol=0)
-    assert torch.equal(logps.chosen.grad, torch.tensor([-0.25, 0.0, -0.125]))
-    assert torch.equal(logps.rejected.grad, torch.tensor([0.25, 0.0, 0.125]))
-
-
-@pytest.mark.parametrize("margin", [0.0, 1e4, -1e4])
-@pytest.mark.parametrize("beta", [0.1, 1.0])
-@pytest.mark.parametrize("name", LOSSES)
-def test_preference_loss_is_finite_at_huge_margins(name: str, beta: float, margin: float) -> None:
-    config = DPOConfig(pref_loss=name, beta=beta, **NEEDED.get(name, {}))
-    chosen, rejected = [min(margin, 0.0)], [min(-margin, 0.0)]
-    logps = pairs(chosen, rejected, **reference_fields(config))
-    losses = preference_loss(config, logps).losses
-    grads = torch.autograd.grad(losses.sum(), (logps.chosen, logps.rejected), allow_unused=True)
-    for value in (losses, *(grad for grad in grads if grad is not None)):
-        assert torch.isfinite(value).all()
-
-
-def orpo_in_80_digits(m_c: float, m_r: float, beta: float) -> tuple[float, float, float]:
-    """ORPO's loss and its slopes in the two mean log-probs, differentiated by hand."""
-    with mp.workdps(80):
-        odds_c, odds_r = (mp.exp(m) / (1 - mp.exp(m)) for m in (mp.mpf(m_c), mp.mpf(m_r)))
-        loss = -m_c + beta * mp.log(1 + odds_r / odds_c)
-        doubt = odds_r / (odds_c + odds_r)
-        slope_c = -1 - beta * doubt / (1 - mp.exp(mp.mpf(m_c)))
-        slope_r = beta * doubt / (1 - mp.exp(mp.mpf(m_r)))
-        return float(loss), float(slope_c), float(slope_r)
-
-
-@pytest.mark.parametrize("rejected", [-1e-9, -1e-7, -0.5, -200.0])
-@pytest.mark.parametrize("chosen", [-1e-9, -1e-7, -0.5, -200.0])
-def test_orpo_near_certainty_equals_closed_form(chosen: float, rejected: float) -> None:
-    logps = pairs([chosen], [rejected], ref_chosen=None, ref_rejected=None)
-    losses = preference_loss(DPOConfig(pref_loss="orpo", beta=0.5), logps).losses
-    losses.sum().backward()
-    exact = orpo_in_80_digits(logps.chosen.item(), logps.rejected.item(), 0.5)
-    got = torch.stack([losses.detach(), logps.chosen.grad, logps.rejected.grad]).flatten()
-    # the doubt e^-z of a log-odds difference z has the absolute rounding error of z as its relative error
-    size = 1 + sum(abs(math.log(math.exp(mean) / -math.expm1(mean))) for mean in (chosen, rejected))
-    torch.testing.assert_close(got, torch.tensor(exact), rtol=2 * size * torch.finfo(torch.float32).eps, atol=0)
-
-
-@pytest.mark.parametrize("chosen", [-1e-9, -0.0, 0.0, -1e-7, -200.0, 1e-6])
-def test_orpo_with_a_certain_rejected_response_is_finite_and_bounded(chosen: float) -> None:
-    for rejected in (-1e-12, -0.0, 0.0):
-        logps = pairs([chosen], [rejected], ref_chosen=None, ref_rejected=None)
-        losses = preference_loss(DPOConfig(pref_loss="orpo", beta=1.0), logps).losses
-        losses.sum().backward()
-        assert torch.isfinite(losses).all()
-        assert torch.isfinite(logps.chosen.grad).all()
-        assert 0 <= logps.rejected.grad.item() <= 1e10 * (1 + 1e-6)
-
-
-def test_orpo_of_a_certain_chosen_response_keeps_the_limit_of_the_slope() -> None:
-    logps = pairs([-0.0], [-2.0], ref_chosen=None, ref_rejected=None)
-    preference_loss(DPOConfig(pref_loss="orpo", beta=1.0), logps).losses.sum().backward()
-    odds_r = math.exp(-2.0) / (1 - math.exp(-2.0))
-    assert logps.chosen.grad.item() == pytest.approx(-1 - odds_r, rel=1e-5)
 
 
 def test_log_odds_value_and_slope_are_the_closed_forms() -> None:
@@ -251,12 +155,6 @@ def test_ld_logps_weighs_the_tokens_beyond_the_shorter_response(alpha: float) ->
     torch.testing.assert_close(ld_logps(total, shared, alpha), (token_logps * weight).sum(1))
 
 
-@pytest.mark.parametrize("shape", [(3,), (2, 2), ()])
-def test_split_pairs_of_an_odd_number_of_sequences_raises(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"logps_S must be \(S,\) with S even.*got shape"):
-        split_pairs(torch.zeros(shape), "logps_S")
-
-
 def test_from_sequences_pairs_the_first_half_with_the_second() -> None:
     logps = PairLogps.from_sequences(-torch.arange(4.0), torch.arange(4), -torch.arange(4.0) - 10)
     assert logps.chosen.tolist() == [0, -1]
@@ -266,20 +164,6 @@ def test_from_sequences_pairs_the_first_half_with_the_second() -> None:
     assert logps.ref_rejected is not None
     assert logps.ref_chosen.tolist() == [-10, -11]
     assert logps.ref_rejected.tolist() == [-12, -13]
-
-
-def test_pair_logps_of_unequal_counts_of_responses_raises() -> None:
-    one, two = torch.zeros(1), torch.zeros(2)
-    with pytest.raises(ValueError, match=r"rejected must have one value per pair.*\(2,\), got \(1,\)"):
-        PairLogps(chosen=two, rejected=one, chosen_counts=two, rejected_counts=two)
-    with pytest.raises(ValueError, match=r"chosen must be \(B,\).*got shape \(2, 3\)"):
-        PairLogps(chosen=torch.zeros(2, 3), rejected=two, chosen_counts=two, rejected_counts=two)
-    with pytest.raises(ValueError, match="ref_chosen and ref_rejected go together"):
-        PairLogps(chosen=two, rejected=two, chosen_counts=two, rejected_counts=two, ref_chosen=two)
-    with pytest.raises(ValueError, match="nll and nll_counts go together"):
-        PairLogps(chosen=two, rejected=two, chosen_counts=two, rejected_counts=two, nll=two)
-    with pytest.raises(TypeError, match=r"chosen must be floating point, got torch\.int64"):
-        PairLogps(chosen=two.long(), rejected=two, chosen_counts=two, rejected_counts=two)
 
 
 def test_preference_loss_checks_what_the_chosen_losses_need() -> None:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from fastpref.data import PreferenceCollator
-from fastpref.errors import ConfigError, DataError, FastprefError
+from fastpref.errors import ConfigError, DataError
 from fastpref.testing.tiny import VOCAB_SIZE, stock_model, tiny_pairs
 from fastpref.trainer import DPOConfig, DPOTrainer
 
@@ -87,20 +87,6 @@ def test_compute_reference_log_probs_matches_full_logits(quiet_args) -> None:
     assert not scores["chosen_logps"].requires_grad
 
 
-def test_train_leaves_the_reference_unchanged_and_starts_at_ln_2(quiet_args) -> None:
-    pairs = tiny_pairs(10)
-    trainer = DPOTrainer(stock_model(0), DPOConfig(), None, quiet_args(num_train_epochs=4), train_dataset=pairs)
-    before = [parameter.clone() for parameter in trainer.ref_models[0].parameters()]
-    trainer.train()
-    steps = [record for record in trainer.log_history if "grad_norm" in record]
-    assert len(steps) == 4 * 3  # 10 pairs in batches of 4: the short third batch is trained on
-    assert steps[0]["loss"] == pytest.approx(math.log(2), rel=1e-6)
-    assert steps[0]["rewards/margins"] == 0.0 and steps[0]["rewards/accuracies"] == 0.5
-    assert steps[-1]["loss"] < 0.5
-    after = trainer.ref_models[0].parameters()
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-
-
 def test_train_flags_falling_chosen_logps(quiet_args) -> None:
     """Many unrelated answers and large steps: in some windows the chosen log-ratio is negative and falls."""
     pairs = tiny_pairs(40, seed=1)
@@ -171,17 +157,6 @@ def test_dpo_loss_and_odds_ratio_loss_return_losses_and_rewards(quiet_args) -> N
     assert chosen_rewards == pytest.approx(0.2 * chosen / 4)
     with_counts = trainer.odds_ratio_loss(chosen, rejected, torch.tensor([4.0, 4.0]), torch.tensor([4.0, 4.0]))
     assert with_counts[0] == pytest.approx(losses) and with_counts[2] == pytest.approx(rejected_rewards)
-
-
-def test_dropout_in_the_policy_is_found_by_the_first_step(quiet_args) -> None:
-    """A model that behaves differently in train mode without declaring dropout breaks the first-step identity."""
-    models = stock_model(0)
-    trainer = DPOTrainer(models, DPOConfig(), None, quiet_args(), train_dataset=tiny_pairs(4))
-    models[0].decoder.layers[0].register_forward_hook(
-        lambda module, _, output: (output[0] * (1.1 if module.training else 1.0), *output[1:])
-    )
-    with pytest.raises(FastprefError, match="policy and reference start equal"):
-        trainer.train()
 
 
 def test_trainer_refuses_what_cannot_work(quiet_args) -> None:

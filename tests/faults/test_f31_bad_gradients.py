@@ -1,4 +1,4 @@
-"""Non-finite losses and gradients stop a run before any parameter changes."""
+"""Fault 31: a NaN loss, or a finite one with a gradient of NaN, infinity or an infinite norm: nothing is updated."""
 
 import pytest
 import torch
