@@ -15,8 +15,9 @@ from fastpref.errors import CheckpointError
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-# The largest published headers and indexes are under 12 MB; more is an attempt to exhaust memory.
-MAX_JSON_BYTES = 32 << 20
+# The largest published headers and indexes are under 12 MB; more is an attempt to exhaust memory, of which JSON takes
+# about 12 times its own size once it is read.
+MAX_JSON_BYTES = 16 << 20
 
 
 class TensorInfo(NamedTuple):
