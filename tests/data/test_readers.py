@@ -1,5 +1,4 @@
 import json
-import math
 import subprocess
 import sys
 from pathlib import Path
@@ -252,13 +251,3 @@ def test_import_fastpref_data_needs_torch_only() -> None:
     )
     result = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
-
-
-def test_read_pairs_real_sharegpt_file() -> None:
-    sample = Path(__file__).parents[3] / "shared" / "data" / "dpo_en_demo.json"
-    if not sample.exists():
-        pytest.skip("the 300-pair ShareGPT sample is not here")
-    pairs = list(read_pairs(sample))
-    assert len(pairs) == 300
-    assert {message["role"] for pair in pairs for message in pair.prompt} == {"system", "user", "assistant"}
-    assert all(math.isclose(pair.weight, 1.0) for pair in pairs)

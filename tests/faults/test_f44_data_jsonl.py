@@ -1,4 +1,4 @@
-"""Damaged JSONL: an error with file, line and remedy, in bounded memory; never a wrong pair."""
+"""Fault 44: damaged JSONL: an error with file, line and remedy, in bounded memory; never a wrong pair."""
 
 import gzip
 import json

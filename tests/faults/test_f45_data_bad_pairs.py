@@ -1,4 +1,4 @@
-"""Pairs that teach nothing or the wrong thing: an error with the line by default, counted with `drop`."""
+"""Fault 45: pairs that teach nothing or the wrong thing: an error with the line by default, counted with `drop`."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""F46: tokens without a row in the model, and tokenizers that cannot pad, are found before any weight is read."""
+"""Fault 46: tokens without a row in the model, and tokenizers that cannot pad, are found before any weight is read."""
 
 import json
 from pathlib import Path

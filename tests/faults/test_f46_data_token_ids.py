@@ -1,4 +1,4 @@
-"""Token ids that the model has no row for, and missing special tokens, are found before training."""
+"""Fault 46: token ids that the model has no row for, and missing special tokens, are found before training."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Files that cannot be data: an error at once, with the path, and no hang."""
+"""Fault 47: files that cannot be data: an error at once, with the path, and no hang."""
 
 import json
 import os

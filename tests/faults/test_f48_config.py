@@ -1,4 +1,4 @@
-"""F48: run files that cannot be right are refused with the line, the rule and what was found."""
+"""Fault 48: run files that cannot be right are refused with the line, the rule and what was found."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""F49: a run file cannot run code, name a type, or make the reader spend time and memory."""
+"""Fault 49: a run file cannot run code, name a type, or make the reader spend time and memory."""
 
 import time
 import tracemalloc

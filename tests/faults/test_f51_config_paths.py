@@ -1,4 +1,4 @@
-"""F51: a run writes under its output directory and nowhere else, and paths mean what they say."""
+"""Fault 51: a run writes under its output directory and nowhere else, and paths mean what they say."""
 
 import os
 from pathlib import Path

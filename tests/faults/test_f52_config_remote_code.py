@@ -1,4 +1,4 @@
-"""F52: code that a model or tokenizer directory brings along is refused and never imported."""
+"""Fault 52: code that a model or tokenizer directory brings along is refused and never imported."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A tokenizer directory that brings its own code is refused, and the code never runs."""
+"""Fault 52: a tokenizer directory that brings its own code is refused, and the code never runs."""
 
 import json
 from pathlib import Path

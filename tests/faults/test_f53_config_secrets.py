@@ -1,8 +1,11 @@
-"""F53: nothing of the environment reaches what a run prints or writes."""
+"""Fault 53: nothing of the environment reaches what a run prints or writes, and it writes to its directories alone."""
 
+import os
+import sys
 from pathlib import Path
 
 import pytest
+from opened_files import opened_files
 
 SECRET = "hf_thisIsNoRealToken0123456789"
 
@@ -20,3 +23,20 @@ def test_train_keeps_the_environment_to_itself(project: Path, run_cli, monkeypat
     files = [path for folder in ("out", "model") for path in (project / folder).rglob("*") if path.is_file()]
     assert len(files) > 8
     assert [path for path in files if SECRET.encode() in path.read_bytes()] == []
+
+
+def test_commands_write_to_their_directories_alone(project: Path, run_cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training, its checkpoints and logs, an evaluation, an export, a refusal: nothing appears anywhere else."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    before = sorted(path.name for path in project.iterdir())
+    with opened_files() as opened:
+        trained = run_cli("train", "run.yaml", "training.report_to=[tensorboard]", "--export", "model")
+        evaluated = run_cli("eval", "run.yaml", "training.resume_from_checkpoint=latest")
+        refused = run_cli("train", "run.yaml", "training.max_steps=1")
+    assert (trained.exit_code, evaluated.exit_code, refused.exit_code) == (0, 0, 2), trained.output + evaluated.output
+    written = {path for path, is_write in opened if is_write} - {Path(os.devnull)}
+    inside = {path for path in written if path.is_relative_to(project)}
+    assert written - inside == set()
+    # an export fills a directory beside its own, model.tmp-..., until it is whole
+    assert {path.relative_to(project).parts[0].split(".")[0] for path in inside} == {"out", "model"}
+    assert sorted(path.name for path in project.iterdir()) == sorted([*before, "model", "out"])
