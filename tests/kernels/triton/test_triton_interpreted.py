@@ -13,6 +13,7 @@ FILES = sorted(path.name for path in FOLDER.glob("test_*.py"))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", FILES)
 def test_kernels_in_the_interpreter(name: str) -> None:
     result = subprocess.run(
