@@ -18,7 +18,7 @@ NEXT := $(abspath $(VENV))/megatron-$(NEXT_VERSION)
 TEST_WORKERS ?= 2
 NEXT_TESTS := test_conftest.py trainer/test_platform.py trainer/test_model.py trainer/test_dpo_trainer.py \
   $(addprefix trainer/test_bridge_weights.py::, test_export_of_import_is_identical test_export_on_two_ranks_is_identical) \
-  trainer/test_resume.py parallel/test_resume_layouts.py \
+  trainer/test_resume.py parallel/test_resume_layouts.py trainer/test_async_save.py parallel/test_async_save_ranks.py \
   $(addprefix parallel/test_layouts.py::, test_layout_trains_like_one_process test_expert_layout_trains_like_one_process) \
   parallel/test_experts.py::test_two_ranks_train_experts_like_one
 PYTEST := $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
