@@ -2,9 +2,10 @@
 
 One model with random weights serves all settings and never moves (learning rate 0, the update runs all the same), so
 that every step computes the same numbers; they are compared before anything is timed. Random weights have a flat
-softmax, which leaves the active plan nothing to leave out: the head goes backward exactly.
+softmax, which would leave the active plan nothing to leave out, so their head is made as peaked as a real one
+(`sharpen`); everything else costs what it costs with any weights.
 
-Dims: T tokens, S sequences, R response rows, V vocabulary.
+Dims: T tokens, S sequences, R response rows, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -52,9 +53,12 @@ LLAMA_1B = {
     "num_attention_heads": 32,
     "num_key_value_heads": 8,
     "max_position_embeddings": 4096,
-    "tie_word_embeddings": True,
+    "tie_word_embeddings": False,
 }
-"""Shape of Llama-3.2-1B."""
+"""Shape of Llama-3.2-1B, with a head of its own."""
+STEEPNESS, LEVEL = 1.57, 100.0
+"""Logits fall as `-STEEPNESS * ln(1 + id)`: 5 % of 128,256 columns then hold all but 2^-8 of every row; with the labels
+of a microbatch about as many are active as on real text."""
 TOLERANCES = {torch.bfloat16: 3e-2, torch.float32: 1e-3}
 """Relative, of log-probs and gradient norm: other kernels for other rows, in 16 bits."""
 COMPARED = ("logps/chosen", "logps/rejected", "grad_norm")
@@ -67,6 +71,8 @@ class Setting:
     title: str
     is_naive: bool = False
     """Logits of every position, held."""
+    backward: str = "active"
+    """Plan of the fused head."""
     packing: bool = False
     prefix_sharing: bool = False
     is_cached: bool = False
@@ -75,9 +81,10 @@ class Setting:
 
 SETTINGS = {
     "naive": Setting(title="logits of all positions, padded rows", is_naive=True),
-    "fused": Setting(title="fused head, padded rows"),
-    "packed": Setting(title="fused head, packed rows", packing=True),
-    "shared": Setting(title="fused head, packed rows, shared prompts", packing=True, prefix_sharing=True),
+    "fused": Setting(title="fused head, exact, padded rows", backward="exact"),
+    "active": Setting(title="fused head, active, padded rows"),
+    "packed": Setting(title="fused head, active, packed rows", packing=True),
+    "shared": Setting(title="fused head, active, packed rows, shared prompts", packing=True, prefix_sharing=True),
     "cached": Setting(title="the same, precomputed reference", packing=True, prefix_sharing=True, is_cached=True),
 }
 """In this order: the last one gives the reference's weights away."""
@@ -97,7 +104,9 @@ class Sizes:
     bf16: bool = True
 
 
-DRY = Sizes(model=TINY_LLAMA, num_pairs=4, microbatch_pairs=2, length=24, pack_length=96, bf16=False)
+DRY = Sizes(
+    model=TINY_LLAMA | {"vocab_size": 2048}, num_pairs=4, microbatch_pairs=2, length=24, pack_length=96, bf16=False
+)
 FULL = Sizes(model=LLAMA_1B)
 
 
@@ -118,7 +127,6 @@ class Steps:
             gradient_accumulation_steps=sizes.num_pairs // sizes.microbatch_pairs,
             learning_rate=0.0,
             bf16=sizes.bf16,
-            head_backward="exact",
             packing=True,
             prefix_sharing=True,
             pack_length=sizes.pack_length,
@@ -129,6 +137,7 @@ class Steps:
         initialize_megatron(self.args)
         self.data = PreferenceDataset(random_pairs(sizes))
         models = build_models(sizes.model, ModelOptions(params_dtype=params_dtype(self.args)), seed=0)
+        sharpen(models[0])
         self.trainer = DPOTrainer(models, DPOConfig(), None, self.args, train_dataset=self.data)
         self._cache = folder / "reference-cache"
         self._expected: dict[str, float] | None = None
@@ -153,12 +162,20 @@ class Steps:
                 reason = f"{key} is {answers[key]:.6g}, of the fused head on padded rows {self._expected[key]:.6g}"
                 return row | {"status": "wrong", "reason": reason}
         _reset_peak()
+        self._head.activity.read()
         wall_s = [self._step(setting, turn)[1] for turn in range(1, repeats + 1)]
+        active, _, _, passes = self._head.activity.read()
+        row["active_fraction"] = round(active / passes, 4) if passes else None
         sides = [len(ids) for pair in self.data for ids in (pair.chosen_input_ids, pair.rejected_input_ids)]
         rows = sum(label != -100 for pair in self.data for labels in _labels(pair) for label in labels)
         shape = {"tokens": sum(sides), "rows": rows, "pairs": len(self.data), "vocab": self.arch.vocab_size}
         flops = self._flops(sum(sides), rows, sum(sides) / len(sides), has_reference=not setting.is_cached)
         return row | {"shape": shape, "wall_s": wall_s, "flops": flops, "peak_mib": round(_peak_mib(), 1)}
+
+    @property
+    def _head(self) -> Any:
+        """The policy's head; its reference has one of its own."""
+        return self.trainer.model[0].output_layer
 
     def _flops(self, num_tokens: int, num_rows: int, length: float, *, has_reference: bool) -> float:
         """Operations of a step that computes every sequence alone: forward and twice that backward."""
@@ -170,6 +187,7 @@ class Steps:
         """One optimizer step on the same pairs: what it answers, and its seconds."""
         trainer, unpacked = self.trainer, {"packing": False, "prefix_sharing": False, "pack_length": None}
         kind = {"packing": True, "prefix_sharing": setting.prefix_sharing} if setting.packing else unpacked
+        self._head.options = replace(self._head.options, backward=setting.backward)
         feed = PairFeed(replace(self.args, **kind), trainer.train_config, self.data, None, None, None)
         batches = feed.train_batches(turn)
         _synchronize()
@@ -193,6 +211,20 @@ class Steps:
         assert isinstance(cache, ReferenceCache)
         datasets = {"training pairs": self.data}
         trainer.reference = build_reference(trainer.model, cache, trainer.train_config, self.args, datasets)
+
+
+@torch.no_grad()
+def sharpen(model: Any) -> None:
+    """Let the head of random weights prefer low ids, as a trained one does.
+
+    The first channel of the embedding outweighs everything that the layers add to it, so that after the last norm it is
+    sqrt(H) at every token, and the head's first channel decides.
+    """
+    embedding_VH, head_VH = model.embedding.word_embeddings.weight, model.output_layer.weight
+    width = head_VH.shape[1] ** 0.5
+    embedding_VH[:, 0] = LEVEL * width
+    ids_V = torch.arange(1, head_VH.shape[0] + 1, device=head_VH.device)
+    head_VH[:, 0] = -STEEPNESS / width * ids_V.log()
 
 
 @contextmanager

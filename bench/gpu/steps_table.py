@@ -24,8 +24,8 @@ def steps_table(rows: dict[str, Row]) -> str:
             f"vocabulary {shape['vocab']}; utilisation counts every sequence on its own, so sharing prompts shows as "
             "more.",
             "",
-            "| setting | s a step | tokens/s | utilisation | peak memory, GiB | x first |",
-            "|---|---|---|---|---|---|",
+            "| setting | s a step | tokens/s | utilisation | peak memory, GiB | active | x first |",
+            "|---|---|---|---|---|---|---|",
         ]
         for row in right.values():
             wall_s = median(row["wall_s"])
@@ -36,6 +36,7 @@ def steps_table(rows: dict[str, Row]) -> str:
                 f"{shape['tokens'] / wall_s:.0f}",
                 "" if peak is None else f"{row['flops'] / wall_s / peak:.1%}",
                 f"{row['peak_mib'] / 1024:.1f}",
+                "" if row["active_fraction"] is None else f"{row['active_fraction']:.1%}",
                 f"{median(first['wall_s']) / wall_s:.2f}",
             ]
             lines.append(f"| {' | '.join(cells)} |")

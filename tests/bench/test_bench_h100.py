@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 
+from bench import __main__ as cli
 from bench import workloads
 from bench.gpu import clock, heads, inputs, parts, sanity, summary, supervisor
 from bench.gpu.folder import BROKEN_DEVICE, DeviceBrokenError, Folder, is_broken
@@ -49,7 +51,8 @@ def test_h100_dry_runs_every_part(dry: Path) -> None:
         assert row["errors"]["d_weight"]["relative_l2"] < 1e-2 and row["commit"] and row["command"]
     steps = rows(dry, "steps.json")
     assert {row["status"] for row in steps.values()} == {"ok"}, steps
-    assert list(steps) == ["naive", "fused", "packed", "shared", "cached"]
+    assert list(steps) == ["naive", "fused", "active", "packed", "shared", "cached"]
+    assert steps["fused"]["active_fraction"] is None and 0.3 < steps["packed"]["active_fraction"] < 0.75
     assert steps["cached"]["flops"] == pytest.approx(0.75 * steps["shared"]["flops"])
 
 
@@ -188,6 +191,31 @@ def test_flat_activations_are_not_like_real_ones(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(inputs.SHAPES, "smollm2-135m", (16, 2048))
     row = inputs.compare_activity("smollm2-135m", 411, torch.device("cpu"), torch.float32)
     assert row["status"] == "wrong" and row["reason"] == "2.05 times the active columns of real activations"
+
+
+def test_h100_part_gives_its_rows_device_and_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "some GPU")
+    monkeypatch.setattr(sanity, "jobs", lambda out, device, left: {"device": lambda: {"left": left()}})
+    result = CliRunner().invoke(cli.main, ["h100-part", "1", str(tmp_path), "60"], catch_exceptions=False)
+    row = rows(tmp_path, "sanity.json")["device"]
+    assert result.exit_code == 0 and 50 < row["left"] <= 60
+    assert row["gpu"] == "some GPU" and row["command"] == "python -m bench h100 --part 1" and row["tiles"] == "shipped"
+
+
+def test_h100_supervises_every_part_and_writes_the_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    supervised = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(supervisor, "supervise", lambda folder, part, command, limit: supervised.append((part, limit)))
+    result = CliRunner().invoke(cli.main, ["h100", "--out", str(tmp_path)], catch_exceptions=False)
+    assert result.exit_code == 0 and supervised == list(parts.ROW_LIMITS_S.items())
+    text = (tmp_path / "summary.md").read_text()
+    assert text.count("not measured |") == 6 and "llama3.1-8b-r8192: ours-exact, ours-active" in text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_h100_without_a_gpu_points_to_the_dry_run(tmp_path: Path) -> None:
+    result = CliRunner().invoke(cli.main, ["h100", "--out", str(tmp_path)])
+    assert result.exit_code == 2 and "--dry runs the same code" in result.output and not list(tmp_path.iterdir())
 
 
 def test_time_ms_measures_a_call() -> None:
