@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -43,7 +44,7 @@ def measure_saves(model: str, scratch: str, repeats: int) -> Row:
         step = _step_taker(trainer)
         step()  # after which there are moments
         times: dict[str, Times] = {"sync": {}, "async": {}, "read": {}}
-        steps: Times = {"alone": [step() for _ in range(3)], "beside": []}
+        steps: Times = {"alone": [], "beside": []}
         load_before = os.getloadavg()[0]
         for turn in range(repeats + 1):
             seconds = {"sync": _save(trainer, 2 * turn + 1)}
@@ -56,7 +57,9 @@ def measure_saves(model: str, scratch: str, repeats: int) -> Row:
                 "load_s": _seconds(lambda: state.load(path, models, optimizer, scheduler, _fingerprint(path))),  # noqa: B023
             }
             shutil.rmtree(path.parent)
+            alone = step()
             if turn:
+                steps["alone"].append(alone)
                 steps["beside"] += beside
                 for kind, taken in seconds.items():
                     for name, value in taken.items():
@@ -74,18 +77,18 @@ def measure_saves(model: str, scratch: str, repeats: int) -> Row:
 
 
 def measure_import(model: str) -> Row:
-    """Highest resident memory of `load_models` above what was there before, beside the model's own size."""
+    """Highest resident memory of `load_models` above what was there before, the model's own included."""
     from fastpref.trainer import TrainingArguments, initialize_megatron, load_models, platform
 
     initialize_megatron(TrainingArguments())
     try:
         models: list[Any] = []
-        extra, seconds = _peak(lambda: models.extend(load_models(model)))
+        peaks = _peaks(lambda: models.extend(load_models(model)))
         size = sum(parameter.numel() * parameter.element_size() for parameter in models[0].parameters()) / 2**20
         files = sum(file.stat().st_size for file in Path(model).glob("*.safetensors")) / 2**20
     finally:
         platform.destroy()
-    return {"seconds": seconds, "model_mib": size, "files_mib": files, "peak_mib": extra}
+    return {"model_mib": size, "files_mib": files, **peaks}
 
 
 def measure_export(model: str, scratch: str, shard_mib: int) -> Row:
@@ -97,12 +100,12 @@ def measure_export(model: str, scratch: str, shard_mib: int) -> Row:
         models = load_models(model)
         largest = max(parameter.numel() * parameter.element_size() for parameter in models[0].parameters()) / 2**20
         out = Path(scratch) / "export"
-        extra, seconds = _peak(lambda: save_hf(models, out, model, max_shard_bytes=shard_mib << 20))
+        peaks = _peaks(lambda: save_hf(models, out, model, max_shard_bytes=shard_mib << 20))
         shards = [round(file.stat().st_size / 2**20, 1) for file in sorted(out.glob("*.safetensors"))]
         shutil.rmtree(out)
     finally:
         platform.destroy()
-    return {"seconds": seconds, "shards_mib": shards, "largest_parameter_mib": largest, "peak_mib": extra}
+    return {"shards_mib": shards, "largest_parameter_mib": largest, **peaks}
 
 
 def _trainer(model: str, scratch: str) -> DPOTrainer:
@@ -202,13 +205,24 @@ def _seconds(action: Callable[[], Any]) -> float:
     return time.perf_counter() - begin
 
 
-def _peak(action: Callable[[], Any]) -> tuple[float, float]:
-    """MiB by which resident memory rose at most, and seconds."""
+def _peaks(action: Callable[[], Any]) -> dict[str, float]:
+    """Seconds, and MiB by which resident memory rose at most, with and (as far as seen) without pages of files."""
+    done, seen = threading.Event(), [0.0]
+
+    def look() -> None:
+        while not done.wait(0.002):
+            seen[0] = max(seen[0], status_mib("RssAnon"))
+
     return_memory()
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-    before = status_mib("VmRSS")
+    before, before_own = status_mib("VmRSS"), status_mib("RssAnon")
+    looking = threading.Thread(target=look)
+    looking.start()
     seconds = _seconds(action)
-    return round(status_mib("VmHWM") - before, 1), round(seconds, 3)
+    done.set()
+    looking.join()
+    peak = status_mib("VmHWM") - before
+    return {"seconds": round(seconds, 3), "peak_mib": round(peak, 1), "own_peak_mib": round(seen[0] - before_own, 1)}
 
 
 def table(row: Row) -> str:
@@ -235,8 +249,9 @@ def table(row: Row) -> str:
             f"{alone:.2f} s. Verifying takes {read['verify_s']:.2f} s, loading {read['load_s']:.2f} s.",
             "",
             f"Import of {into['files_mib']:.0f} MiB of safetensors into a model of {into['model_mib']:.0f} MiB: "
-            f"{into['seconds']:.2f} s, {into['peak_mib']:.0f} MiB at most. Export in {len(out['shards_mib'])} files of "
-            f"at most {max(out['shards_mib']):.0f} MiB: {out['seconds']:.2f} s, {out['peak_mib']:.0f} MiB above the "
-            f"model, whose largest parameter has {out['largest_parameter_mib']:.0f} MiB.",
+            f"{into['seconds']:.2f} s, {into['peak_mib']:.0f} MiB at most, {into['own_peak_mib']:.0f} without pages of "
+            f"the file. Export in {len(out['shards_mib'])} files of at most {max(out['shards_mib']):.0f} MiB: "
+            f"{out['seconds']:.2f} s, {out['peak_mib']:.0f} MiB above the model, whose largest parameter has "
+            f"{out['largest_parameter_mib']:.0f} MiB.",
         ]
     )

@@ -12,7 +12,7 @@ from fastpref.trainer import TrainingArguments, build_models, initialize_megatro
 from fastpref.trainer.platform import destroy
 
 # Large enough for its memory to be told from that of everything else.
-WIDE = {**MODEL, "vocab_size": 65_536, "hidden_size": 128, "intermediate_size": 256, "tie_word_embeddings": True}
+WIDE = {**MODEL, "vocab_size": 65_536, "hidden_size": 64, "intermediate_size": 128, "tie_word_embeddings": True}
 
 
 def test_save_bench(tmp_path: Path) -> None:
@@ -22,7 +22,7 @@ def test_save_bench(tmp_path: Path) -> None:
     finally:
         destroy()
     paths = ["--model", tmp_path / "model", "--scratch", tmp_path / "scratch", "--out", tmp_path]
-    arguments = ["save", "--dry", "--name", "tiny", "--repeats", 1, "--shard-mib", 32, "--threads", 1, *paths]
+    arguments = ["save", "--dry", "--name", "tiny", "--repeats", 1, "--shard-mib", 16, "--threads", 1, *paths]
     result = CliRunner().invoke(cli.main, [str(argument) for argument in arguments], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     row = json.loads((tmp_path / "save-tiny.json").read_text())
@@ -35,6 +35,6 @@ def test_save_bench(tmp_path: Path) -> None:
     assert beside["plan_s"] + beside["copy_s"] + beside["finish_s"] == pytest.approx(beside["blocked_s"], abs=1e-3)
     assert beside["blocked_s"] < beside["total_s"]
     export = row["export"]
-    assert len(export["shards_mib"]) >= 2 and export["largest_parameter_mib"] == 32.0
-    assert export["peak_mib"] < 1.1 * max(export["shards_mib"])
+    assert len(export["shards_mib"]) >= 2 and export["largest_parameter_mib"] == 16.0
+    assert export["peak_mib"] < 1.2 * max(export["shards_mib"])
     assert "| beside training |" in result.output

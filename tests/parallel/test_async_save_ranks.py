@@ -97,12 +97,12 @@ def test_async_save_holds_the_step_at_which_it_began(rank_pool_2: RankPool, tmp_
             assert all(torch.equal(whole, other) for other in others)
 
 
-def train_with_a_full_disk(output_dir: str, number: int) -> tuple[int, str, int]:
-    """Rank 1 cannot write its shards while rank 0 is in the middle of its own; exit code, message, steps done."""
+def train_with_a_bad_disk(output_dir: str, bad_rank: int, number: int) -> tuple[int, str, int]:
+    """One rank cannot write its shards while the other is in the middle of its own; exit code, message, steps done."""
     write = ShardPlan.write
 
     def fail(self: ShardPlan, file: int, is_abandoned: Any) -> Any:
-        if torch.distributed.get_rank() == 1:
+        if torch.distributed.get_rank() == bad_rank:
             raise OSError(number, os.strerror(number))
         while not is_abandoned():
             time.sleep(0.01)
@@ -121,11 +121,14 @@ def train_with_a_full_disk(output_dir: str, number: int) -> tuple[int, str, int]
     return 0, "", STEPS
 
 
-@pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, 7), (errno.EIO, 4)], ids=["full", "broken"])
-def test_async_save_that_fails_on_one_rank(rank_pool_2: RankPool, tmp_path: Path, number: int, code: int) -> None:
-    first, second = rank_pool_2.run(train_with_a_full_disk, str(tmp_path), number)
-    for found, message, num_steps in (first, second):
+@pytest.mark.parametrize(
+    ("bad_rank", "number", "code"), [(1, errno.ENOSPC, 7), (0, errno.EIO, 4)], ids=["full", "broken"]
+)
+def test_async_save_that_fails_on_one_rank(
+    rank_pool_2: RankPool, tmp_path: Path, bad_rank: int, number: int, code: int
+) -> None:
+    for found, message, num_steps in rank_pool_2.run(train_with_a_bad_disk, str(tmp_path), bad_rank, number):
         assert found == code and num_steps < 4
-        assert "saving step 2 failed" in message and f"rank 1: [Errno {number}]" in message
-        assert "rank 0:" not in message  # whose writers only gave up
+        assert "saving step 2 failed" in message and f"rank {bad_rank}: [Errno {number}]" in message
+        assert f"rank {1 - bad_rank}:" not in message  # whose writers only gave up
     assert [path.name[:11] for path in (tmp_path / "checkpoints").iterdir()] == ["step-2.tmp-"]
