@@ -19,7 +19,7 @@ import functools
 import sys
 import types
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -76,8 +76,8 @@ def add_logps_head(model: PreTrainedModel, outputs: Sequence[str] = ("log_probs"
         backward: backward plan of `linear_logps`.
 
     Raises:
-        ConfigError: the model is no text-only decoder, or has an adapter on its output layer. The first call raises it
-            as well, where log-probs differ from those of the model's logits.
+        ConfigError: the model is no text-only decoder, or has an adapter on its output layer; an unknown output. The
+            first call raises it as well, where log-probs differ from those of the model's logits.
     """
     head = _LogpsHead(model, tuple(outputs), backward)
     own_forward = model.forward
@@ -103,6 +103,10 @@ class _LogpsHead:
 
     def __init__(self, model: PreTrainedModel, outputs: tuple[str, ...], backward: str) -> None:
         _refuse_unsupported(model)
+        known = [field.name for field in fields(TokenLogps)]
+        unknown = sorted(set(outputs) - set(known))
+        if unknown:
+            raise ConfigError(f"outputs must be among {', '.join(known)}, got {', '.join(unknown)}; leave these out")
         self.outputs, self.backward = outputs, backward
         self.logit_scale, self.softcap = logit_transform(model.config)
         # By the name of its class now, as FSDP2 gives the model another class later.
@@ -114,17 +118,17 @@ class _LogpsHead:
     ) -> TokenLogps:
         """Run the decoder, then score its hidden states."""
         decoded = model.base_model(*args, **kwargs | {"use_cache": False})
-        fields = self.score(model, decoded.last_hidden_state, labels_SL)
+        scores = self.score(model, decoded.last_hidden_state, labels_SL)
         if kwargs.get("output_router_logits"):
             if self.balance_loss is None:
                 raise ConfigError(
                     f"{type(model).__name__} has no load-balancing loss that can be computed without its logits; set "
                     "router_aux_loss_coef=0.0 to train without it"
                 )
-            fields["aux_loss"] = self.balance_loss(
+            scores["aux_loss"] = self.balance_loss(
                 decoded.router_logits, model.num_experts, model.num_experts_per_tok, kwargs.get("attention_mask")
             )
-        return TokenLogps(**fields)
+        return TokenLogps(**scores)
 
     def score(self, model: PreTrainedModel, hidden_SLH: Tensor, labels_SL: Tensor) -> dict[str, Tensor]:
         """Fields of `TokenLogps` from the hidden states of all positions."""
@@ -225,13 +229,13 @@ class _Answer(TorchFunctionMode):
             with torch.no_grad():
                 doubled_R = score(logit_scale=2 * head.logit_scale, softcap=cap).logps
                 rows["log_sum_sq_probs"] = 2 * scored.logps - doubled_R
-        fields = {name: self._spread(values_R, rows_R.to(device)) for name, values_R in rows.items()}
+        scores = {name: self._spread(values_R, rows_R.to(device)) for name, values_R in rows.items()}
         if "mean_logits_everywhere" in head.outputs:
             with torch.no_grad():
-                fields["mean_logits_everywhere"] = mean_logits(
+                scores["mean_logits_everywhere"] = mean_logits(
                     hidden_SLH, weight_VH, bias_V, head.logit_scale, head.softcap
                 )
-        return fields
+        return scores
 
     def _spread(self, values_R: Tensor, rows_R: Tensor) -> Tensor:
         """Values of labelled tokens in their places, [S, L-1]; connected to the graph without any label too."""

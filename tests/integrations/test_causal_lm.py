@@ -157,6 +157,11 @@ def test_models_that_are_no_text_decoders_are_refused() -> None:
         add_logps_head(tiny_llama(0).model)
 
 
+def test_unknown_outputs_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"outputs must be among log_probs, entropy.*, got perplexity"):
+        add_logps_head(tiny_llama(0), ("log_probs", "perplexity"))
+
+
 def test_labels_are_needed() -> None:
     model, inputs = tiny_llama(0), batch()
     add_logps_head(model)

@@ -14,9 +14,16 @@ pytest.importorskip("trl", reason="the trainer that is replaced is TRL's (extra 
 import trl
 import trl_runs
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedTokenizerFast
-from trl_runs import assert_same_batch, assert_same_metrics, conversational, one_batch, pairs, tiny_llama
+from trl_runs import (
+    LargestResult,
+    assert_same_batch,
+    assert_same_metrics,
+    conversational,
+    one_batch,
+    pairs,
+    tiny_llama,
+)
 
 from fastpref import linear_logps
 from fastpref.errors import ConfigError, MissingDependencyError
@@ -175,19 +182,6 @@ def test_dpo_gives_logits_to_compute_metrics(both: Any) -> None:
     ours, theirs = (trainer.evaluate() for trainer in both(ref_model=tiny_llama(1), given=given))
     assert_same_metrics(ours, theirs)
     assert "eval_largest" in ours
-
-
-class LargestResult(TorchDispatchMode):
-    """Elements of the largest tensor that an operation returned."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for value in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(value, torch.Tensor):
-                self.elements = max(self.elements, value.numel())
-        return result
 
 
 def test_dpo_makes_nothing_of_the_size_of_logits(build: Any) -> None:

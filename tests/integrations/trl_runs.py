@@ -8,6 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 from tiny_project import WORDS, write_tokenizer
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 CPU_SETTINGS = {
@@ -117,3 +118,16 @@ def assert_same_metrics(ours: dict[str, float], theirs: dict[str, float]) -> Non
     for name in ours:
         if not any(name.endswith(timing) for timing in timings):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-5), name
+
+
+class LargestResult(TorchDispatchMode):
+    """Elements of the largest tensor that an operation returned."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(value, torch.Tensor):
+                self.elements = max(self.elements, value.numel())
+        return result
