@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from bench.commands import h100, head, output, save, steps, train, worker
+from bench.commands import h100, head, integrations, output, save, steps, train, worker
 
 
 @click.group()
@@ -21,6 +21,7 @@ for command in (
     save.save,
     train.train,
     train.train_table,
+    integrations.dropin,
     output.table,
     output.plot,
     h100.h100,

@@ -14,6 +14,8 @@ WORKERS = {
     "measure": "bench.packing",
     "time_steps": "bench.reference",
     "measure_memory": "bench.reference",
+    "time_dropin": "bench.dropin",
+    "memory_of_dropin": "bench.dropin",
     "take_steps": "bench.scaling",
     "take_steps_on_ranks": "bench.scaling",
     "measure_saves": "bench.save",
