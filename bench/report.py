@@ -30,16 +30,16 @@ def seconds(row: Row, name: str) -> float:
     return median(row["times"][name]["wall_s"])
 
 
-def replace_tables(document: str, tables: str) -> str:
-    """Put tables between the two marks of a document.
+def replace_tables(document: str, tables: str, mark: str = OPEN) -> str:
+    """Put tables between `mark` and `CLOSE`, the two marks of a document.
 
     Raises:
         ValueError: the document has not exactly one pair of marks.
     """
-    if document.count(OPEN) != 1 or document.count(CLOSE) != 1:
-        raise ValueError(f"the document must have one line {OPEN!r} and one {CLOSE!r}")
-    before, rest = document.split(OPEN)
-    return f"{before}{OPEN}\n\n{tables}\n{CLOSE}{rest.split(CLOSE)[1]}"
+    if document.count(mark) != 1 or document.count(CLOSE) != 1:
+        raise ValueError(f"the document must have one line {mark!r} and one {CLOSE!r}")
+    before, rest = document.split(mark)
+    return f"{before}{mark}\n\n{tables}\n{CLOSE}{rest.split(CLOSE)[1]}"
 
 
 def table(workload: str, rows: dict[str, Row]) -> str:

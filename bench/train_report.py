@@ -12,6 +12,7 @@ from bench.train_rows import ANCHOR
 TARGETS = {"packed": 1.2, "shared-precomputed": 2.0}
 """Pairs per second over those of TRL."""
 TUNED = "trl-tuned"
+OPEN = "<!-- tables: python -m bench train-table --into docs/trainer-benchmark.md -->"
 HEADER = (
     "| trainer | s a step | CPU s | pairs/s | tokens/s | response tokens/s | times TRL | times TRL tuned | MFU | "
     "peak, MiB | before training, s | load |\n|---|---|---|---|---|---|---|---|---|---|---|---|"

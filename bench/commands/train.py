@@ -87,9 +87,15 @@ def train(
 
 @click.command()
 @name_option
+@click.option("--into", type=click.Path(path_type=Path), help="Put the table into this document instead of printing.")
 @out_option
-def train_table(name: str, out: Path) -> None:
+def train_table(name: str, into: Path | None, out: Path) -> None:
     """Markdown table of what `train` has measured so far."""
-    from bench.train_report import table
+    from bench.report import replace_tables
+    from bench.train_report import OPEN, table
 
-    click.echo(table(json.loads((out / f"train-{name}.json").read_text(encoding="utf-8"))))
+    text = table(json.loads((out / f"train-{name}.json").read_text(encoding="utf-8")))
+    if into is None:
+        click.echo(text)
+    else:
+        into.write_text(replace_tables(into.read_text(encoding="utf-8"), text, OPEN), encoding="utf-8")

@@ -15,7 +15,7 @@ pytest.importorskip("trl", reason="the other trainer of this benchmark is TRL (e
 from transformers import LlamaForCausalLM  # noqa: F401
 
 from bench import __main__ as cli
-from bench import train, train_report, train_rows
+from bench import report, train, train_report, train_rows
 from bench.train_rows import Plan
 from bench.workloads import ROOT
 from fastpref.data import Segments
@@ -60,8 +60,11 @@ def test_train_bench_times_rows_that_answer_as_trl(tmp_path: Path) -> None:
     assert [step["rewards/margins"] != 0.0 for step in runs["padded"]["steps"]] == [False, True, True]
     assert "entropy" in runs["shared-precomputed"]["steps"][0] and "entropy" not in runs["trl-tuned"]["steps"][0]
     assert "fastpref, packed, prompt shared, precomputed reference | " in result.output
-    again = CliRunner().invoke(cli.main, ["train-table", "--name", "dry", "--out", str(tmp_path)])
-    assert again.output.strip() in result.output
+    document = tmp_path / "page.md"
+    document.write_text(f"before\n{train_report.OPEN}\nold\n{report.CLOSE}\nafter\n")
+    CliRunner().invoke(cli.main, ["train-table", "--name", "dry", "--out", str(tmp_path), "--into", str(document)])
+    table = document.read_text().removeprefix(f"before\n{train_report.OPEN}").removesuffix(f"{report.CLOSE}\nafter\n")
+    assert table.strip() and table.strip() in result.output
 
 
 class Runs:
@@ -148,6 +151,13 @@ def test_order_pairs_times_neighbours_of_average_length(model: Path, tmp_path: P
     assert len(lengths) == 2 and all(long > 2 * short for short, long in zip(*lengths, strict=True))
     with pytest.raises(click.ClickException, match="10 lines and 10 usable pairs"):
         train_rows.order_pairs(replace(plan, steps=4), ordered)
+
+
+def test_page_holds_what_was_measured() -> None:
+    document = (ROOT / "docs" / "trainer-benchmark.md").read_text(encoding="utf-8")
+    stored = ROOT / "bench" / "results" / "train-smollm2-135m.json"
+    table = train_report.table(json.loads(stored.read_text(encoding="utf-8"))) if stored.exists() else ""
+    assert report.replace_tables(document, table, train_report.OPEN).split() == document.split()
 
 
 @pytest.mark.parametrize("name", ["padded", "shared", "shared-precomputed"])
