@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import uuid
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -53,9 +54,13 @@ class RunLock:
         self.path.unlink(missing_ok=True)
 
     def _create(self) -> None:
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
-        with open(descriptor, "w", encoding="utf-8") as file:
-            json.dump(_identity(os.getpid()), file)
+        # Whole or not at all: a lock whose maker was killed before signing it could never be taken over.
+        draft = self.path.with_name(f"{LOCK_FILE}.tmp-{uuid.uuid4().hex[:8]}")
+        try:
+            draft.write_text(json.dumps(_identity(os.getpid())), encoding="utf-8")
+            os.link(draft, self.path)
+        finally:
+            draft.unlink(missing_ok=True)
 
     def _remove_if_stale(self) -> None:
         try:
@@ -78,9 +83,11 @@ class RunLock:
 
 
 def _identity(pid: int) -> dict[str, Any]:
-    """What tells a process from a later one with the same number: when it started."""
+    """What tells a process from a later one with the same number: when it started; None where it is dead."""
     try:
-        started = psutil.Process(pid).create_time()
+        process = psutil.Process(pid)
+        # in a container without an init process, what a dead launcher leaves behind stays a zombie
+        started = None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
     except psutil.NoSuchProcess:
         started = None
     return {"pid": pid, "host": socket.gethostname(), "started": started}

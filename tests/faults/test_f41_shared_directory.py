@@ -70,6 +70,35 @@ def test_run_lock_that_cannot_be_read(tmp_path: Path, content: str) -> None:
     assert (tmp_path / LOCK_FILE).read_text() == content
 
 
+def test_run_lock_of_a_zombie(tmp_path: Path) -> None:
+    """Dead, but nobody has asked for its exit code: so it stays where no init process adopts what was left behind."""
+    dead = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    write_lock(tmp_path, pid=dead.pid, started=psutil.Process(dead.pid).create_time())
+    with pytest.raises(CheckpointError, match=f"process {dead.pid} on"), RunLock(tmp_path):
+        pass
+    dead.kill()
+    os.waitid(os.P_PID, dead.pid, os.WEXITED | os.WNOWAIT)
+    with RunLock(tmp_path):
+        assert psutil.Process(dead.pid).status() == psutil.STATUS_ZOMBIE
+    dead.wait()
+
+
+def test_run_lock_appears_signed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that is killed while it takes the lock leaves none that nobody has signed."""
+    seen = []
+
+    def link(draft: Path, path: Path) -> None:
+        assert not path.exists()
+        seen.append(json.loads(draft.read_text()))
+        os.rename(draft, path)
+
+    monkeypatch.setattr(os, "link", link)
+    with RunLock(tmp_path):
+        (holder,) = seen
+        assert holder["pid"] == os.getpid() and json.loads((tmp_path / LOCK_FILE).read_text()) == holder
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_run_lock_is_not_entered_twice(tmp_path: Path) -> None:
     with RunLock(tmp_path):
         with pytest.raises(CheckpointError, match=f"process {os.getpid()} on"), RunLock(tmp_path):
