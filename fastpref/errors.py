@@ -6,6 +6,10 @@ from __future__ import annotations
 class FastprefError(Exception):
     """Base class of every error that a caller's input or environment can cause."""
 
+    def __str__(self) -> str:
+        # Names come from files: half a surrogate pair in one must not keep a terminal or a log from showing the rest.
+        return super().__str__().encode("utf-8", "backslashreplace").decode()
+
 
 class ConfigError(FastprefError, ValueError):
     """A setting, or a combination of settings, that cannot work."""

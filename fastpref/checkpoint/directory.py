@@ -19,7 +19,7 @@ from fastpref.checkpoint.manifest import MANIFEST_FILE, FileRecord, listing_prob
 from fastpref.errors import CheckpointError
 
 STATE_FILE = "state.json"
-_STEP_NAME = re.compile(r"step-(\d+)")
+_STEP_NAME = re.compile(r"step-(0|[1-9][0-9]*)")
 
 
 def step_directory(root: Path, step: int) -> Path:
@@ -84,7 +84,7 @@ def read_state(path: Path) -> dict[str, Any]:
     """
     try:
         state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path / STATE_FILE} cannot be read: {error}") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path / STATE_FILE} must hold a JSON object, got {type(state).__name__}")

@@ -18,6 +18,8 @@ _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # The largest published headers and indexes are under 12 MB; more is an attempt to exhaust memory, of which JSON takes
 # about 12 times its own size once it is read.
 MAX_JSON_BYTES = 16 << 20
+# What PyTorch can represent; the product of more, or larger, sizes takes hours to compute.
+MAX_DIMS, MAX_SIZE = 64, 2**63 - 1
 
 
 class TensorInfo(NamedTuple):
@@ -100,14 +102,16 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 def _parse_entry(path: Path, name: str, entry: Any) -> tuple[TensorInfo, tuple[int, int]]:
     try:
-        dtype_name, shape, (start, stop) = str(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
+        dtype_name, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (TypeError, KeyError, ValueError):
+        refuse(path, f"tensor {name!r} has a malformed header entry")
+    if not isinstance(dtype_name, str) or len(shape) > MAX_DIMS:
         refuse(path, f"tensor {name!r} has a malformed header entry")
     if dtype_name not in DTYPES:
         refuse(path, f"tensor {name!r} has dtype {dtype_name}; only {', '.join(DTYPES)} weights can be trained on")
     numbers = (*shape, start, stop)
-    if not all(isinstance(number, int) and not isinstance(number, bool) and number >= 0 for number in numbers):
-        refuse(path, f"tensor {name!r} has a shape or offset that is no whole number >= 0")
+    if not all(type(number) is int and 0 <= number <= MAX_SIZE for number in numbers):
+        refuse(path, f"tensor {name!r} has a shape or offset that is no whole number >= 0 below 2**63")
     needed = TensorSpec(name, DTYPES[dtype_name], shape).num_bytes
     if stop - start != needed:
         refuse(path, f"tensor {name!r} of {dtype_name} {list(shape)} has {stop - start} bytes, needs {needed}")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import reprlib
 import shutil
 import uuid
 from collections.abc import Sequence
@@ -93,6 +94,8 @@ class ModelDirectory:
                 self._open_files[file] = safe_open(file, framework="pt")
             except SafetensorError as error:
                 raise CheckpointError(f"{file}: not a valid safetensors file: {error}; copy it again") from error
+        if not self.tensors[name].shape:
+            return self._open_files[file].get_tensor(name)  # a scalar has nothing to slice
         view = self._open_files[file].get_slice(name)
         return view[start:stop] if dim == 0 else view[:, start:stop]
 
@@ -257,7 +260,9 @@ def read_config(directory: str | Path, name: str = CONFIG_FILE) -> dict[str, Any
     config = read_json(path)
     if config.get("auto_map"):
         refuse(
-            path, f"`auto_map` asks for Python code of the model's own ({config['auto_map']}), which never runs here"
+            path,
+            f"`auto_map` asks for Python code of the model's own ({reprlib.repr(config['auto_map'])}), which never "
+            "runs here",
         )
     return config
 

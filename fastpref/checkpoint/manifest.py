@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import reprlib
 import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -118,17 +119,19 @@ def _parsed(path: Path, content: object) -> dict[str, FileRecord]:
         raise CheckpointError(f"{path} must hold the keys schema and files; use another checkpoint")
     if content["schema"] != SCHEMA:
         raise CheckpointError(
-            f"{path} has schema {content['schema']!r}, this version reads {SCHEMA}; use the version that wrote it"
+            f"{path} has schema {reprlib.repr(content['schema'])}, this version reads {SCHEMA}; use the version that "
+            "wrote it"
         )
     records = {}
     for name, entry in content["files"].items():
         if not _NAME.fullmatch(name) or name in (".", "..", MANIFEST_FILE):
             raise CheckpointError(f"{path} lists {name!r}, but only plain names of files beside it are read")
         if not isinstance(entry, dict) or set(entry) != {"size", "sha256"}:
-            raise CheckpointError(f"{path} must give size and sha256 of {name!r}, got {entry!r}")
+            raise CheckpointError(f"{path} must give size and sha256 of {name!r}, got {reprlib.repr(entry)}")
         size, digest = entry["size"], entry["sha256"]
         if type(size) is not int or size < 0 or not isinstance(digest, str) or not _SHA256.fullmatch(digest):
-            raise CheckpointError(f"{path} must give a size in bytes and 64 hex digits of {name!r}, got {entry!r}")
+            found = reprlib.repr(entry)
+            raise CheckpointError(f"{path} must give a size in bytes and 64 hex digits of {name!r}, got {found}")
         records[name] = FileRecord(size, digest)
     return records
 

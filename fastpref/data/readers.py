@@ -141,7 +141,8 @@ def _read_jsonl(path: str, config: DataConfig, problems: ProblemLog) -> Iterator
 
 def _read_json_array(path: str, config: DataConfig, problems: ProblemLog) -> Iterator[Record]:
     with _open_regular(path) as file:
-        raw = file.read(MAX_JSON_ARRAY_BYTES + 1)
+        # read(n) takes memory for n bytes before it knows how many there are
+        raw = file.read(min(os.fstat(file.fileno()).st_size, MAX_JSON_ARRAY_BYTES) + 1)
     if len(raw) > MAX_JSON_ARRAY_BYTES:
         raise DataError(f"a JSON array of more than {MAX_JSON_ARRAY_BYTES} bytes; convert it to JSONL", path)
     strict_json.check_first_bytes(raw, path)
@@ -202,6 +203,8 @@ def _arrow_files(path: str) -> list[str]:
 
 def _enumerate_rows(batches: Iterable[Any], first: int = 1) -> Iterator[Record]:
     for batch in batches:
+        # Arrow's readers believe the offsets that a file states, and follow those of a damaged one out of its buffers.
+        batch.validate(full=True)
         for start in range(0, batch.num_rows, _ROWS_PER_BATCH):
             rows = batch.slice(start, _ROWS_PER_BATCH).to_pylist()
             yield from enumerate(rows, start=first)

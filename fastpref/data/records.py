@@ -27,6 +27,8 @@ _UNSUPPORTED = {
 }
 # Far from the ends of fp32, where a weight could turn into 0 or infinity.
 MIN_WEIGHT, MAX_WEIGHT = 1e-6, 1e6
+# Of what templates read beside the text; what is deeper would exhaust the stack of whoever copies or prints it.
+MAX_DEPTH = 64
 Text = str | list[Message]
 
 
@@ -59,6 +61,8 @@ def to_pair(record: Any, path: str, line: int, config: DataConfig) -> Preference
         )
     except ValueError as error:
         raise DataError(f"{error}; mend or remove the record", path, line) from error
+    except RecursionError as error:
+        raise DataError("values nested too deeply for a preference pair; remove the record", path, line) from error
 
 
 def _from_prompt(fields: dict[str, Any], config: DataConfig) -> tuple[Text, Text, Text]:
@@ -141,7 +145,7 @@ def _message(value: Any, name: str) -> Message:
     if not isinstance(message.get("role"), str) or not message["role"]:
         raise ValueError(f"{name}.role must be a non-empty string, got {_shorten(message.get('role'))}")
     for key in message.keys() - {"content"}:
-        _checked_text(json.dumps(message[key], ensure_ascii=False, default=str), f"{name}.{key}")
+        _check_extra({key: message[key]}, f"{name}.{key}")
     if "content" not in message and message.get("tool_calls"):
         return {**message, "content": ""}
     return {**message, "content": _checked_text(message.get("content"), f"{name}.content")}
@@ -158,6 +162,21 @@ def _checked_text(value: Any, name: str) -> str:
         surrogate = ascii(value[error.start])
         raise ValueError(f"{name!r} has half a surrogate pair, {surrogate}, at position {error.start}") from error
     return value
+
+
+def _check_extra(value: Any, name: str) -> None:
+    """Check a value that only chat templates read."""
+    if _is_deeper(value, MAX_DEPTH):
+        raise ValueError(f"{name!r} is nested deeper than {MAX_DEPTH} levels")
+    _checked_text(json.dumps(value, ensure_ascii=False, default=str), name)
+
+
+def _is_deeper(value: Any, depth: int) -> bool:
+    if not isinstance(value, dict | list):
+        return False
+    return depth == 0 or any(
+        _is_deeper(item, depth - 1) for item in (value.values() if isinstance(value, dict) else value)
+    )
 
 
 def _same_form(left_name: str, left: Text, right_name: str, right: Text) -> None:
@@ -184,6 +203,7 @@ def _tools(value: Any) -> list[Any] | None:
         return None
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise ValueError(f"'tools' must be a list of objects, or one as JSON text; got {_kind(value)}")
+    _check_extra(value, "tools")
     return value
 
 

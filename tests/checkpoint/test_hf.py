@@ -225,6 +225,26 @@ def test_read_config_refuses_bad_json(tmp_path: Path, text: str) -> None:
         hf.read_config(tmp_path)
 
 
+def test_read_config_refuses_code_however_it_is_nested(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"auto_map": ' + "[" * 900 + "]" * 900 + "}")
+    with pytest.raises(CheckpointError, match="which never runs here"):
+        hf.read_config(tmp_path)
+
+
+def test_reader_reads_a_scalar(tmp_path: Path) -> None:
+    scalar = torch.tensor(1.5, dtype=torch.float64)
+    (tmp_path / "config.json").write_text("{}")
+    safetensors.torch.save_file({"a": scalar}, tmp_path / "model.safetensors")
+    assert torch.equal(ModelDirectory(tmp_path).read("a"), scalar)
+
+
+def test_message_with_half_a_surrogate_pair_can_be_printed(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"a\\ud800": 1, "a\\ud800": 2}')
+    with pytest.raises(CheckpointError, match=r"duplicate keys a\\ud800") as caught:
+        hf.read_config(tmp_path)
+    assert str(caught.value).encode()
+
+
 def test_read_config_refuses_a_huge_file_unread(tmp_path: Path) -> None:
     with open(tmp_path / "config.json", "wb") as file:
         file.truncate(1 << 40)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastpref.checkpoint import manifest
+from fastpref.checkpoint.directory import finished_steps, read_state
 from fastpref.checkpoint.manifest import MANIFEST_FILE, FileRecord
 from fastpref.errors import CheckpointError
 
@@ -92,6 +93,7 @@ def edited(saved: Path, change: object) -> None:
     ("change", "message"),
     [
         (lambda c: c | {"schema": 2}, "has schema 2, this version reads 1"),
+        ('{"schema": ' + "[" * 900 + "]" * 900 + ', "files": {}}', r"has schema \[+\.\.\.\]+, this"),
         (lambda c: c | {"more": 1}, "must hold the keys schema and files"),
         (lambda c: [c], "must hold the keys schema and files"),
         (lambda c: c | {"files": c["files"] | {"../x": c["files"]["common.pt"]}}, r"lists '\.\./x'"),
@@ -102,6 +104,7 @@ def edited(saved: Path, change: object) -> None:
         (lambda c: c | {"files": c["files"] | {"x": {"size": True, "sha256": "0" * 64}}}, "must give a size in bytes"),
         (lambda c: c | {"files": c["files"] | {"x": {"size": 1, "sha256": "zz"}}}, "64 hex digits of 'x'"),
         (lambda c: c | {"files": c["files"] | {"x": "abc"}}, "must give size and sha256"),
+        ('{"schema": 1, "files": {"x": ' + "[" * 900 + "]" * 900 + "}}", "must give size and sha256"),
         ('{"schema": 1, "schema": 1, "files": {}}', "a key occurs twice"),
         ('{"schema": 1, "files"', "cannot be read"),
         ("", "cannot be read"),
@@ -112,3 +115,17 @@ def test_read_manifest_refuses(saved: Path, change: object, message: str) -> Non
     edited(saved, change)
     with pytest.raises(CheckpointError, match=message):
         manifest.read_manifest(saved)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "\xff", "[" * 100_000, '{"step": ' + "9" * 5000 + "}"])
+def test_read_state_refuses(tmp_path: Path, content: str) -> None:
+    (tmp_path / "state.json").write_text(content, encoding="latin-1")
+    with pytest.raises(CheckpointError, match=r"state\.json (cannot be read|must hold a JSON object)"):
+        read_state(tmp_path)
+
+
+def test_finished_steps_takes_no_other_spelling_of_a_number(tmp_path: Path) -> None:
+    for name in ("step-7", "step-07", "step-\u0669", "step-8.tmp-1", "step--1"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / MANIFEST_FILE).touch()
+    assert finished_steps(tmp_path) == [7]

@@ -44,6 +44,13 @@ def write(directory: Path, content: bytes, name: str = "pairs.jsonl") -> str:
         (b'{"prompt": "\xed\xa0\x80", "chosen": "b", "rejected": "c"}', r"byte 0xed is not UTF-8"),
         (b"[" * 100_000, "nested too deeply"),
         (b'{"a":' * 100_000, "nested too deeply"),
+        (GOOD[:-1] + b', "weight": ' + b"[" * 940 + b"]" * 940 + b"}", "nested too deeply|must be a number"),
+        (GOOD[:-1] + b', "tools": [{"a": ' + b"[" * 64 + b"]" * 64 + b"}]}", "'tools' is nested deeper than 64 levels"),
+        (GOOD[:-1] + b', "tools": [{"a": "\\ud800"}]}', "'tools' has half a surrogate pair"),
+        (
+            b'{"prompt": [{"role": "user", "content": "", "\\ud800": 1}], "chosen": [], "rejected": []}',
+            "has half a surrogate pair",
+        ),
         (b'{"weight": ' + b"9" * 5000 + b"}", "integer string conversion"),
         (b'{"prompt": "tab\there", "chosen": "b", "rejected": "c"}', "not JSON: Invalid control character"),
     ],

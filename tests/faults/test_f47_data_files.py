@@ -3,8 +3,12 @@
 import json
 import os
 import signal
+import struct
+import tracemalloc
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.ipc
 import pytest
 
 from fastpref.data import DataConfig, read_pairs
@@ -94,6 +98,30 @@ def test_damaged_columnar_file_is_a_data_error(tmp_path: Path, name: str, conten
     with pytest.raises(DataError, match=r"write the file again|holds no record|cannot be read") as caught:
         list(read_pairs(tmp_path / name))
     assert caught.value.path == str(tmp_path / name)
+
+
+def test_arrow_offsets_outside_of_their_buffer_are_refused(tmp_path: Path) -> None:
+    """Arrow's reader believes them, and reading such a string would end the process."""
+    batch = pa.RecordBatch.from_pydict({name: ["abc", "def"] for name in ("prompt", "chosen", "rejected")})
+    for name, opener in (("stream.arrow", pa.ipc.new_stream), ("file.arrow", pa.ipc.new_file)):
+        with opener(str(tmp_path / name), batch.schema) as writer:
+            writer.write_batch(batch)
+        content = (tmp_path / name).read_bytes()
+        damaged = content.replace(struct.pack("<3i", 0, 3, 6), struct.pack("<3i", 0, 2**30, 2**31 - 1))
+        assert damaged != content
+        (tmp_path / name).write_bytes(damaged)
+        with pytest.raises(DataError, match="not readable as Parquet or Arrow") as caught:
+            list(read_pairs(tmp_path / name))
+        assert caught.value.path == str(tmp_path / name)
+
+
+def test_small_json_array_takes_little_memory(tmp_path: Path) -> None:
+    (tmp_path / "pairs.json").write_text(f"[{LINE}]")
+    tracemalloc.start()
+    assert len(list(read_pairs(tmp_path / "pairs.json"))) == 1
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**20
 
 
 @pytest.mark.parametrize(
