@@ -8,6 +8,7 @@ NPROC ?= 1
 LAYOUT ?= dp
 LOSS ?= default
 DEMO_ARGS ?=
+FUZZ_SECONDS ?= 240
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.fastpref-ready
@@ -25,7 +26,7 @@ PYTEST := $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadsc
 # With an NVIDIA driver pip takes the CUDA build of torch that fits it; otherwise the pinned CPU set-up.
 CONSTRAINTS := $(if $(shell command -v nvidia-smi),requirements/gpu-constraints.txt,requirements/cpu-constraints.txt)
 
-.PHONY: demo test faults test-megatron-next lint types env clean parity parity-trl
+.PHONY: demo test faults fuzz kill-matrix soak test-megatron-next lint types env clean parity parity-trl
 
 env: $(READY)
 
@@ -52,6 +53,19 @@ types: $(READY)
 # The numbered faults, with what came of each.
 faults: $(READY)
 	$(BIN)/python tests/faults
+
+# Coverage-guided fuzzing of every reader of untrusted files, FUZZ_SECONDS for all of them together.
+fuzz: $(READY)
+	$(BIN)/pip install --quiet -c $(CONSTRAINTS) -e ".[fuzz]"
+	$(BIN)/python tests/fuzz --seconds $(FUZZ_SECONDS)
+
+# SIGKILL at every step and every file operation of a save, in four layouts; about ten minutes.
+kill-matrix: $(READY)
+	$(BIN)/python -m fastpref.testing.kill_matrix
+
+# The demo's training on two ranks that are killed at random, again and again; at most 15 minutes.
+soak: $(READY)
+	$(BIN)/python -m fastpref.testing.soak
 
 # Every parallel layout against one process, 3 steps each; about ten minutes.
 parity: $(READY)
