@@ -84,7 +84,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         if file_size < 8 or length > min(MAX_JSON_BYTES, file_size - 8):
             refuse(path, f"a header of {length} bytes does not fit a file of {file_size}; copy or download it again")
         header = _parse_object(path, file.read(length))
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        refuse(path, "`__metadata__` must map names to strings; copy or download the file again")
     tensors, spans = {}, []
     for name, entry in header.items():
         info, (start, stop) = _parse_entry(path, name, entry)
@@ -102,11 +104,12 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 def _parse_entry(path: Path, name: str, entry: Any) -> tuple[TensorInfo, tuple[int, int]]:
     try:
-        dtype_name, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        dtype_name, sizes, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (TypeError, KeyError, ValueError):
         refuse(path, f"tensor {name!r} has a malformed header entry")
-    if not isinstance(dtype_name, str) or len(shape) > MAX_DIMS:
+    if not isinstance(dtype_name, str) or not isinstance(sizes, list) or len(sizes) > MAX_DIMS:
         refuse(path, f"tensor {name!r} has a malformed header entry")
+    shape = tuple(sizes)
     if dtype_name not in DTYPES:
         refuse(path, f"tensor {name!r} has dtype {dtype_name}; only {', '.join(DTYPES)} weights can be trained on")
     numbers = (*shape, start, stop)

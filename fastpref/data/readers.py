@@ -5,6 +5,7 @@ JSONL and Parquet are read in memory bounded by one record or one batch of rows;
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
@@ -155,7 +156,7 @@ def _read_json_array(path: str, config: DataConfig, problems: ProblemLog) -> Ite
 
 def _read_parquet(path: str, config: DataConfig, problems: ProblemLog) -> Iterator[Record]:
     with _arrow(path) as pyarrow, _open_regular(path) as file:
-        batches = pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=_ROWS_PER_BATCH)
+        batches = pyarrow.parquet.ParquetFile(_Capped(file)).iter_batches(batch_size=_ROWS_PER_BATCH)
         yield from _enumerate_rows(batches)
 
 
@@ -167,10 +168,10 @@ def _read_arrow(path: str, config: DataConfig, problems: ProblemLog) -> Iterator
             is_file_form = file.read(6) == b"ARROW1"
             file.seek(0)
             if is_file_form:
-                reader = pyarrow.ipc.open_file(file)
+                reader = pyarrow.ipc.open_file(_Capped(file))
                 batches = (reader.get_batch(index) for index in range(reader.num_record_batches))
             else:
-                batches = iter(pyarrow.ipc.open_stream(file))
+                batches = iter(pyarrow.ipc.open_stream(_Capped(file)))
             for line, record in _enumerate_rows(batches, first):
                 yield line, record
                 first = line + 1
@@ -201,6 +202,28 @@ def _arrow_files(path: str) -> list[str]:
     return [str(root / name) for name in names]
 
 
+class _Capped(io.RawIOBase):
+    """A file that is never asked for more than it holds: `read(n)` takes memory for n bytes before it reads."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._size = file, os.fstat(file.fileno()).st_size
+
+    def read(self, size: int = -1) -> bytes:
+        return self._file.read(min(size, self._size) if size >= 0 else -1)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+
 def _enumerate_rows(batches: Iterable[Any], first: int = 1) -> Iterator[Record]:
     for batch in batches:
         # Arrow's readers believe the offsets that a file states, and follow those of a damaged one out of its buffers.
@@ -224,7 +247,10 @@ def _arrow(path: str) -> Iterator[Any]:
         ) from error
     try:
         yield pyarrow
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+    except DataError:
+        raise
+    # ValueError, OverflowError: a value that has no Python form, as a date before the year 1
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
         # pyarrow appends lines of its own C++ context
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"not readable as Parquet or Arrow: {first_line}; write the file again", path) from error

@@ -152,6 +152,8 @@ class _Converter:
             if not isinstance(key, ScalarNode) or key.tag != f"{_TAG_PREFIX}str":
                 shown = repr(key.value) if isinstance(key, ScalarNode) else "a collection"
                 self._note(key, path, f"has a key that is not a string: {shown}; quote it")
+            elif _has_lone_surrogate(key.value):
+                self._note(key, path, f"has a key that is not valid Unicode: {key.value!r}")
             elif key.value in values:
                 first = self.tree.where[(*path, key.value)]
                 text = f"{dotted((*path, key.value))} was given before, at {first}; keep one of the two"
@@ -178,7 +180,7 @@ def _scalar(text: str, tag: str) -> str | int | float | bool | None:
     if tag == "bool" and text.lower() in ("true", "false"):
         return text.lower() == "true"
     if tag == "str":
-        if any("\ud800" <= character <= "\udfff" for character in text):
+        if _has_lone_surrogate(text):
             raise ValueError("must be valid Unicode, got a lone surrogate")
         return text
     if tag in ("int", "float"):
@@ -186,6 +188,10 @@ def _scalar(text: str, tag: str) -> str | int | float | bool | None:
     if tag == "timestamp":
         raise ValueError(f"must not be a date; quote it if a string is meant: '{text}'")
     raise ValueError(f"must be a plain value, got the YAML tag {tag!r}; remove the tag")
+
+
+def _has_lone_surrogate(text: str) -> bool:
+    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _number(text: str, tag: str) -> int | float:
@@ -241,7 +247,8 @@ def _compose(text: str, root: Location) -> Node | None:
         _fail(Location(root.source, line), f"not valid YAML: {error.problem or error.context}", error)
     except RecursionError as error:
         _fail(root, f"nested deeper than {MAX_DEPTH} levels", error)
-    except (YAMLError, ReusedAnchorWarning) as error:
+    # OverflowError, ValueError: an escape such as "\UFFFFFFFF", beyond the last character there is
+    except (YAMLError, ReusedAnchorWarning, OverflowError, ValueError) as error:
         _fail(root, f"not valid YAML: {str(error).strip().splitlines()[0]}", error)
 
 

@@ -234,7 +234,7 @@ def test_read_config_refuses_code_however_it_is_nested(tmp_path: Path) -> None:
 def test_reader_reads_a_scalar(tmp_path: Path) -> None:
     scalar = torch.tensor(1.5, dtype=torch.float64)
     (tmp_path / "config.json").write_text("{}")
-    safetensors.torch.save_file({"a": scalar}, tmp_path / "model.safetensors")
+    save_file({"a": scalar}, tmp_path / "model.safetensors")
     assert torch.equal(ModelDirectory(tmp_path).read("a"), scalar)
 
 

@@ -115,6 +115,33 @@ def test_arrow_offsets_outside_of_their_buffer_are_refused(tmp_path: Path) -> No
         assert caught.value.path == str(tmp_path / name)
 
 
+def test_arrow_message_that_lies_about_its_size_takes_little_memory(tmp_path: Path) -> None:
+    batch = pa.RecordBatch.from_pydict({name: ["abc", "def"] for name in ("prompt", "chosen", "rejected")})
+    with pa.ipc.new_stream(str(tmp_path / "pairs.arrow"), batch.schema) as writer:
+        writer.write_batch(batch)
+    content = bytearray((tmp_path / "pairs.arrow").read_bytes())
+    (length,) = struct.unpack_from("<i", content, 4)
+    # the length of the second message's metadata, after the schema
+    struct.pack_into("<i", content, 8 + length + 4, 2**31 - 1)
+    (tmp_path / "pairs.arrow").write_bytes(content)
+    tracemalloc.start()
+    with pytest.raises(DataError, match="not readable as Parquet or Arrow"):
+        list(read_pairs(tmp_path / "pairs.arrow"))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**20
+
+
+def test_arrow_struct_with_a_field_twice_is_a_data_error(tmp_path: Path) -> None:
+    twice = pa.StructArray.from_arrays([pa.array(["user"]), pa.array(["a"])], ["role", "role"])
+    text = pa.array(["a"])
+    batch = pa.RecordBatch.from_arrays([twice, text, text], ["prompt", "chosen", "rejected"])
+    with pa.ipc.new_stream(str(tmp_path / "pairs.arrow"), batch.schema) as writer:
+        writer.write_batch(batch)
+    with pytest.raises(DataError, match=r"not readable as Parquet or Arrow: .*duplicate field names"):
+        list(read_pairs(tmp_path / "pairs.arrow"))
+
+
 def test_small_json_array_takes_little_memory(tmp_path: Path) -> None:
     (tmp_path / "pairs.json").write_text(f"[{LINE}]")
     tracemalloc.start()

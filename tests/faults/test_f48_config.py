@@ -70,6 +70,12 @@ def test_load_bad_setting(tmp_path: Path, setting: str, message: str) -> None:
         ("a: 1\nb: \x00\n", "not valid YAML: unacceptable character"),
         (b"a: 1\nb: \xff\n", "run.yaml:2: not UTF-8 (byte 0xff)"),
         ('a: "\\ud800"\n', "run.yaml:1: a must be valid Unicode, got a lone surrogate"),
+        (
+            'model: {config: {a: 1, "\\ud800": 1}}\n',
+            "run.yaml:1: model.config has a key that is not valid Unicode: '\\ud800'",
+        ),
+        ('model: {path: "\\UFFFFFFFF"}\n', "not valid YAML: Python int too large"),
+        ('model: {path: "\\U00110000"}\n', "not valid YAML: chr() arg not in range"),
         ("training: 3\n", "run.yaml:1: training must be a section of keys, got 3"),
         ("training:\n", "run.yaml:1: training must be a section of keys, got null; remove the key"),
         ("x" * (64 * 1024 + 1), "larger than 65536 bytes"),

@@ -20,6 +20,7 @@ from pathlib import Path
 from random import Random
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import atheris
 from fuzz_damage import damage

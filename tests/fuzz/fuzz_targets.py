@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import safetensors.torch
 import torch
+from opened_files import opened_files
 
 from fastpref.checkpoint import directory, manifest
 from fastpref.checkpoint.headers import TensorSpec, encode_header, read_header
@@ -99,37 +99,28 @@ class Guard:
     """
 
     def __init__(self, with_memory: bool) -> None:
-        self._with_memory, self._folder = with_memory, ""
-        self._opened: list[str] = []
-        sys.addaudithook(self._notice)
+        self._with_memory = with_memory
 
     @contextmanager
     def watching(self, folder: Path) -> Iterator[None]:
         """Fail where the block uses too much, or opens a file outside of `folder`."""
-        self._folder, start = str(folder), time.process_time()
-        self._opened.clear()
+        start = time.process_time()
         if self._with_memory:
             tracemalloc.start()
         try:
-            yield
+            with opened_files() as opened:
+                yield
         finally:
-            self._folder = ""
             seconds, peak = time.process_time() - start, 0
             if self._with_memory:
                 peak = tracemalloc.get_traced_memory()[1]
                 tracemalloc.stop()
-        assert not self._opened, f"opened {self._opened}"
+        # a module that is imported late is not an input
+        outside = [path for path, _ in opened if folder not in path.parents and path.suffix not in (".py", ".pyc")]
+        assert not outside, f"opened {outside}"
         assert seconds < CPU_SECONDS, f"took {seconds:.1f} s"
         assert peak < PEAK_BYTES, f"took {peak >> 20} MiB"
         assert pa.default_memory_pool().max_memory() < PEAK_BYTES, "Arrow's buffers grew too large"
-
-    def _notice(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if not self._folder or event != "open" or isinstance(arguments[0], int):
-            return
-        path = os.path.abspath(os.fsdecode(arguments[0]))
-        # a module that is imported late is not an input
-        if not path.startswith(self._folder + os.sep) and not path.endswith((".py", ".pyc")):
-            self._opened.append(path)
 
 
 def _read_data(folder: Path, name: str) -> None:
