@@ -1,7 +1,7 @@
 """Train for a while on real ranks that are killed at random, again and again, and end like a run left alone.
 
     python -m fastpref.testing.soak                      # 300 steps of examples/quickstart.yaml; `make soak`
-    python -m fastpref.testing.soak --steps 12 --kills 2 --output /tmp/soak.json
+    python -m fastpref.testing.soak --steps 12 --kills 2 --output short.json
     python -m fastpref.testing.soak --table              # what the last soak wrote, once more
 
 - The ranks are started as a user starts them, by torchrun; the driver is another process and kills from outside: while
