@@ -23,6 +23,7 @@ for command in (
     train.train_table,
     integrations.dropin,
     output.table,
+    output.readme,
     output.plot,
     h100.h100,
     h100.h100_part,

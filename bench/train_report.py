@@ -25,7 +25,7 @@ def table(content: Row) -> str:
     lines = [_describe(content), "", HEADER, *(_line(content, timed, name) for name in timed), ""]
     for name, target in TARGETS.items():
         if name in timed:
-            ratio = _seconds(timed[ANCHOR]) / _seconds(timed[name])
+            ratio = step_seconds(timed[ANCHOR]) / step_seconds(timed[name])
             verdict = f"**{ratio:.2f}** >= {target}" if ratio >= target else f"{ratio:.2f} < {target}"
             lines.append(f"- {SETTINGS[name].title}, over TRL: {verdict}.")
     lines += [
@@ -54,7 +54,7 @@ def _describe(content: Row) -> str:
 def _line(content: Row, timed: dict[str, Row], name: str) -> str:
     row, pairs = timed[name], content["sizes"]["pairs"]
     taken = [seconds for run in row["runs"] for seconds in run["wall_s"]]
-    step_s = _seconds(row)
+    step_s = step_seconds(row)
     # The steps of a run take other pairs, so a rate is that of the mean step.
     steps = len(content["lengths"]) / pairs
     tokens = sum(2 * prompt + chosen + rejected for prompt, chosen, rejected in content["lengths"]) / steps
@@ -63,12 +63,12 @@ def _line(content: Row, timed: dict[str, Row], name: str) -> str:
     cells = [
         SETTINGS[name].title,
         f"{step_s:.2f} ({min(taken):.2f} to {max(taken):.2f})",
-        f"{_seconds(row, 'cpu_s'):.2f}",
+        f"{step_seconds(row, 'cpu_s'):.2f}",
         f"{pairs / step_s:.3f}",
         f"{tokens / step_s:.0f}",
         f"{response / step_s:.0f}",
-        f"{_seconds(timed[ANCHOR]) / step_s:.2f}",
-        f"{_seconds(timed[TUNED]) / step_s:.2f}" if TUNED in timed else "",
+        f"{step_seconds(timed[ANCHOR]) / step_s:.2f}",
+        f"{step_seconds(timed[TUNED]) / step_s:.2f}" if TUNED in timed else "",
         f"{_use(content, name, step_s):.0%}",
         f"{max(run['peak_mib'] for run in row['runs']):.0f}",
         f"{median(run['build_s'] for run in row['runs']):.0f}",
@@ -77,7 +77,7 @@ def _line(content: Row, timed: dict[str, Row], name: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _seconds(row: Row, clock: str = "wall_s") -> float:
+def step_seconds(row: Row, clock: str = "wall_s") -> float:
     """Seconds of the mean step of a run, the median over the runs."""
     return median(mean(run[clock]) for run in row["runs"])
 

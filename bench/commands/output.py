@@ -1,4 +1,4 @@
-"""`table` and `plot`: what the stored rows say."""
+"""`table`, `readme` and `plot`: what the stored rows say."""
 
 from __future__ import annotations
 
@@ -23,7 +23,20 @@ def table(into: Path | None, out: Path) -> None:
     if into is None:
         click.echo(tables)
     else:
-        into.write_text(report.replace_tables(into.read_text(encoding="utf-8"), tables), encoding="utf-8")
+        into.write_text(
+            report.replace_tables(into.read_text(encoding="utf-8"), tables),
+            encoding="utf-8",
+        )
+
+
+@click.command()
+@out_option
+def readme(out: Path) -> None:
+    """Put the stored results into the README's table."""
+    from bench.readme import OPEN, table
+
+    file = ROOT / "README.md"
+    file.write_text(report.replace_tables(file.read_text(encoding="utf-8"), table(out), OPEN), encoding="utf-8")
 
 
 @click.command()

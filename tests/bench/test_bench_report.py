@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import plots, report
+from bench import plots, readme, report
 from bench.commands.shared import RESULTS
 from bench.workloads import NAMES
 
@@ -95,3 +95,8 @@ def test_draw_writes_a_picture(tmp_path: Path, axis: str) -> None:
     sweep = [{name: row(name, vocab / 500, vocab / 50, vocab)} for name in ("cce",) for vocab in (2**14, 2**20)]
     plots.draw(sweep, axis, tmp_path / "sweep.png")
     assert (tmp_path / "sweep.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_readme_holds_the_table_of_the_stored_results() -> None:
+    document = (DOCUMENT.parents[1] / "README.md").read_text(encoding="utf-8")
+    assert report.replace_tables(document, readme.table(RESULTS), readme.OPEN) == document

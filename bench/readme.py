@@ -1,0 +1,143 @@
+"""The README's table of benchmarks, from the stored results; no number in it is typed by hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+
+from bench.implementations import BARE, IMPLEMENTATIONS
+from bench.report import read_rows, seconds
+from bench.train import SETTINGS
+from bench.train_report import step_seconds
+from bench.train_rows import ANCHOR
+
+OPEN = "<!-- table: python -m bench readme -->"
+OURS, EXACT, NAIVE = "ours-active", "ours-exact", "naive-rows"
+HEADS = {"gemma3-270m": "Gemma-3-270m", "smollm2-135m": "SmolLM2-135M"}
+Line = tuple[str, str, str]
+"""What was measured, the result, the command."""
+
+
+def table(results: Path) -> str:
+    """Return Markdown, a line for each thing measured.
+
+    Args:
+        results: directory of the stored results; what has no file there has no line.
+    """
+    lines = [
+        line for section in (_heads, _trains, _packings, _references, _dropins, _saves) for line in section(results)
+    ]
+    rows = [f"| {what} | {result} | `{command}` |" for what, result, command in lines]
+    return "\n".join(["| what | result | command |", "|---|---|---|", *rows])
+
+
+def _heads(results: Path) -> Iterator[Line]:
+    """Ours on each head, then the others that were timed on it."""
+    for workload, model in HEADS.items():
+        file = results / f"head-{workload}.json"
+        rows = {name: row for name, row in read_rows(file).items() if row["status"] == "ok"} if file.exists() else {}
+        if OURS not in rows:
+            continue
+        command, ours = f"python -m bench head --workload {workload}", rows[OURS]
+        shape, errors = ours["shape"], ours["errors"]
+        yield (
+            f"head of {model} (V={shape['vocab']}, H={shape['hidden']}, fp32) on {shape['sequences'] // 2} real pairs, "
+            f"{shape['rows']} response rows; DPO loss, forward and backward; active plan",
+            f"**{seconds(ours, OURS):.2f} s**, {seconds(ours, OURS) / seconds(ours, BARE):.2f} x the bare product "
+            f"`X @ W.T`; peak +{ours['extra_peak_mib']:.0f} MiB; error of the gradients "
+            f"{errors['d_hidden']['relative_l2']:.1e} (hidden), {errors['d_weight']['relative_l2']:.1e} (weight)",
+            command,
+        )
+        if EXACT in rows and NAIVE in rows:
+            exact, naive = rows[EXACT], rows[NAIVE]
+            yield (
+                "- with exact gradients",
+                f"{seconds(exact, EXACT):.2f} s, {seconds(exact, EXACT) / seconds(exact, NAIVE):.2f} x naive torch; "
+                f"{exact['extra_peak_mib'] / naive['extra_peak_mib']:.2f} of its peak memory",
+                command,
+            )
+        for name, row in rows.items():
+            if not IMPLEMENTATIONS[name].is_ours:
+                yield (
+                    f"- by {IMPLEMENTATIONS[name].title}",
+                    f"{seconds(row, name) / seconds(row, OURS):.1f} x the time, "
+                    f"{row['extra_peak_mib'] / ours['extra_peak_mib']:.1f} x the memory",
+                    command,
+                )
+
+
+def _packings(results: Path) -> Iterator[Line]:
+    for file in sorted(results.glob("packing-*.json")):
+        row = json.loads(file.read_text(encoding="utf-8"))
+        lengths, shapes = row["lengths"], row["shapes"]
+        taken = [median(row["times"][kind]["wall_s"]) / shape["pairs"] for kind, shape in shapes.items()]
+        positions = [shape["positions_per_pair"] for shape in shapes.values()]
+        yield (
+            f"SmolLM2-135M, DPO steps on real pairs ({lengths['prompt']:.0f} prompt, {lengths['chosen']:.0f} chosen, "
+            f"{lengths['rejected']:.0f} rejected tokens): {'; '.join(shapes)}",
+            f"{', '.join(f'{value:.1f}' for value in taken)} s a pair; "
+            f"{', '.join(f'{value:.0f}' for value in positions)} positions a pair",
+            row["command"],
+        )
+
+
+def _references(results: Path) -> Iterator[Line]:
+    for file in sorted(results.glob("reference-*.json")):
+        row = json.loads(file.read_text(encoding="utf-8"))
+        model, precomputed = (median(row["times"][kind]["cpu_s"]) for kind in ("model", "precomputed"))
+        saved_mib = row["memory"]["model"]["peak_mib"] - row["memory"]["precomputed"]["peak_mib"]
+        yield (
+            "the same model, a step without the reference's forward pass (precomputed)",
+            f"{precomputed / model:.2f} x the CPU time; {saved_mib:.0f} MiB less at the peak",
+            row["command"],
+        )
+
+
+def _trains(results: Path) -> Iterator[Line]:
+    """Steps of the trainer over those of TRL's."""
+    for file in sorted(results.glob("train-*.json")):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        rows = {name: row for name, row in content["rows"].items() if row.get("runs")}
+        if ANCHOR not in rows:
+            continue
+        theirs_s, pairs = step_seconds(rows[ANCHOR]), content["sizes"]["pairs"]
+        for name, row in rows.items():
+            ratio = theirs_s / step_seconds(row)
+            yield (
+                f"DPO step of SmolLM2-135M, fp32, equal metrics: {SETTINGS[name].title}",
+                f"{step_seconds(row) / pairs:.1f} s a pair, **{ratio:.2f} x** the pairs per second of TRL; "
+                f"peak {max(run['peak_mib'] for run in row['runs']):.0f} MiB",
+                content["command"],
+            )
+
+
+def _dropins(results: Path) -> Iterator[Line]:
+    """TRL's trainer with the op inside over the same without it."""
+    for file in sorted(results.glob("dropin-*.json")):
+        row = json.loads(file.read_text(encoding="utf-8"))
+        theirs_s, ours_s = (median(row["times"][kind]["wall_s"]) for kind in ("trl", "fastpref"))
+        memory = row["memory"]
+        theirs_mib, ours_mib = (memory[kind]["peak_mib"] - memory[kind]["before_mib"] for kind in ("trl", "fastpref"))
+        worst = max(row["differences"].values())
+        yield (
+            f"TRL's own `DPOTrainer` on SmolLM2-135M, {row['shape']['precision']}, {row['shape']['pairs']} pairs, "
+            "with this op in place of logits",
+            f"{theirs_s:.1f} s -> **{ours_s:.1f} s** a pass, peak {theirs_mib:.0f} -> **{ours_mib:.0f} MiB** above the "
+            f"models; every metric within {worst:.0e}",
+            row["command"],
+        )
+
+
+def _saves(results: Path) -> Iterator[Line]:
+    """What a checkpoint makes training wait for."""
+    for file in sorted(results.glob("save-*.json")):
+        row = json.loads(file.read_text(encoding="utf-8"))
+        total_s, blocked_s = min(row["sync"]["total_s"]), min(row["async"]["blocked_s"])
+        yield (
+            f"checkpoint of SmolLM2-135M with AdamW's moments, {row['bytes'] / 2**30:.2f} GiB: save that training "
+            "waits for; with `async_save`",
+            f"{total_s:.2f} s; training stands still for {blocked_s:.2f} s",
+            row["command"],
+        )
