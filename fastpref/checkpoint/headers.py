@@ -18,7 +18,7 @@ _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # The largest published headers and indexes are under 12 MB; more is an attempt to exhaust memory, of which JSON takes
 # about 12 times its own size once it is read.
 MAX_JSON_BYTES = 16 << 20
-# What PyTorch can represent; the product of more, or larger, sizes takes hours to compute.
+# What PyTorch can represent; the product of more, or larger, sizes has no bound on its time.
 MAX_DIMS, MAX_SIZE = 64, 2**63 - 1
 
 
