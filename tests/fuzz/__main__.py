@@ -36,18 +36,17 @@ def fuzz(name: str, seconds: int, inputs: list[str]) -> None:
     corpus = CORPUS / name
     corpus.mkdir(parents=True, exist_ok=True)
     with atheris.instrument_imports(include=["fastpref"], enable_loader_override=False):
-        from fuzz_targets import TARGETS, Guard
+        from fuzz_targets import TARGETS
 
         target = TARGETS[name]
         target.write(folder)
         for index, document in enumerate(target.documents):
             (corpus / f"seed-{index}").write_bytes(bytes([index]) + document.content)
             target.read(folder, document.name)  # what it imports only now is instrumented too
-    guard = Guard(with_memory=False)
 
     def run_input(data: bytes) -> None:
         if data:
-            target.survives(folder, target.documents[data[0] % len(target.documents)], data[1:], guard)
+            target.survives(folder, target.documents[data[0] % len(target.documents)], data[1:])
 
     def change(data: bytes, max_size: int, seed: int) -> bytes:
         random = Random(seed)

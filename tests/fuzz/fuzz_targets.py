@@ -1,7 +1,7 @@
 """The readers of files that nobody vouches for, and what each must do with any bytes at all.
 
 A target gives a valid value, whose form is checked here, or its own error with a message that names the file: never
-another exception, never more time or memory than `Guard` allows, and no other file is opened.
+another exception, never more time or memory than `watching` allows, and no other file is opened.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Target:
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(document.content)
 
-    def survives(self, folder: Path, document: Document, content: bytes, guard: Guard) -> bool:
+    def survives(self, folder: Path, document: Document, content: bytes) -> bool:
         """Put `content` in the document's place and read the folder, which must hold the other documents.
 
         Returns:
@@ -78,7 +78,7 @@ class Target:
         path = folder / document.name
         path.write_bytes(content)
         try:
-            with guard.watching(folder):
+            with watching(folder):
                 self.read(folder, document.name)
         except self.error as error:
             message = str(error)
@@ -91,30 +91,29 @@ class Target:
         return True
 
 
-class Guard:
-    """Limits what one call may use and open.
+@contextmanager
+def tracing_memory() -> Iterator[None]:
+    """Let `watching` see Python's memory, which slows everything down."""
+    tracemalloc.start()
+    try:
+        yield
+    finally:
+        time.sleep(0.2)  # a thread of Arrow may still let go of a buffer; CPython crashes if tracing ends meanwhile
+        tracemalloc.stop()
 
-    Args:
-        with_memory: also trace Python's memory, which slows everything down.
-    """
 
-    def __init__(self, with_memory: bool) -> None:
-        self._with_memory = with_memory
-
-    @contextmanager
-    def watching(self, folder: Path) -> Iterator[None]:
-        """Fail where the block uses too much, or opens a file outside of `folder`."""
-        start = time.process_time()
-        if self._with_memory:
-            tracemalloc.start()
-        try:
-            with opened_files() as opened:
-                yield
-        finally:
-            seconds, peak = time.process_time() - start, 0
-            if self._with_memory:
-                peak = tracemalloc.get_traced_memory()[1]
-                tracemalloc.stop()
+@contextmanager
+def watching(folder: Path) -> Iterator[None]:
+    """Fail where the block, also one that raises, uses too much or opens a file outside of `folder`."""
+    start, is_tracing, before = time.process_time(), tracemalloc.is_tracing(), 0
+    if is_tracing:
+        tracemalloc.reset_peak()
+        before, _ = tracemalloc.get_traced_memory()
+    try:
+        with opened_files() as opened:
+            yield
+    finally:
+        seconds, peak = time.process_time() - start, tracemalloc.get_traced_memory()[1] - before
         # a module that is imported late is not an input
         outside = [path for path, _ in opened if folder not in path.parents and path.suffix not in (".py", ".pyc")]
         assert not outside, f"opened {outside}"

@@ -8,19 +8,18 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from random import Random
 
 import pytest
 from fuzz_damage import damage
-from fuzz_targets import TARGETS, Guard, Target
+from fuzz_targets import TARGETS, Target, tracing_memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 SAMPLE = {"data": 300, "config": 80, "manifest": 300, "model": 300}
 FIXED = settings(derandomize=True, database=None, deadline=None)
-GUARD = Guard(with_memory=True)
-TIMED_GUARD = Guard(with_memory=False)
 
 
 @pytest.fixture(params=TARGETS.values(), ids=TARGETS)
@@ -39,7 +38,7 @@ def folder(target: Target, tmp_path: Path) -> Path:
 
 def test_target_accepts_its_documents(target: Target, folder: Path) -> None:
     for document in target.documents:
-        assert target.survives(folder, document, document.content, GUARD), document.name
+        assert target.survives(folder, document, document.content), document.name
 
 
 def test_target_survives_damaged_documents(target: Target, folder: Path) -> None:
@@ -49,11 +48,11 @@ def test_target_survives_damaged_documents(target: Target, folder: Path) -> None
     @given(st.sampled_from(target.documents), st.integers(0, 2**32))
     def survive(document, seed) -> None:
         content = damage(document.kind, document.content, Random(seed))
-        # parsing YAML takes seconds while its memory is traced; tests/faults/test_f49_config_security.py measures that
-        guard = TIMED_GUARD if target.name == "config" else GUARD
-        outcomes[target.survives(folder, document, content, guard)] += 1
+        outcomes[target.survives(folder, document, content)] += 1
 
-    survive()
+    # parsing YAML takes seconds while its memory is traced; tests/faults/test_f49_config_security.py measures that
+    with nullcontext() if target.name == "config" else tracing_memory():
+        survive()
     assert min(outcomes.values()) >= SAMPLE[target.name] // 20, outcomes  # neither all whole nor all broken
 
 
@@ -61,7 +60,7 @@ def test_target_survives_arbitrary_bytes(target: Target, folder: Path) -> None:
     @settings(FIXED, max_examples=SAMPLE[target.name] // 4)
     @given(st.sampled_from(target.documents), st.binary(max_size=300))
     def survive(document, content) -> None:
-        target.survives(folder, document, content, TIMED_GUARD)
+        target.survives(folder, document, content)
 
     survive()
 
