@@ -24,10 +24,12 @@ KINDS = ("trl", "fastpref")
 BETA = 0.1
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
-"""Of each metric, relative. TRL rounds every logit to bf16, the op adds up in fp32. Rewards, differences of two
-log-probs times beta, may also differ by what one bit of each makes."""
-POLICY_SCALE = 1.25
-"""Factor on the final norm of the policy, which is then another model than its reference."""
+"""Of each metric, relative. TRL rounds every logit to bf16, the op adds up in fp32. Rewards may also differ by
+beta times `BITS`."""
+BITS = {"rewards/chosen": 2, "rewards/rejected": 2, "rewards/margins": 4}
+"""One bit for each log-prob that a metric is a difference of."""
+POLICY_SCALE = 0.5
+"""Factor on the final norm of the policy, which is then flatter than its reference: rewards far from 0."""
 
 
 def build_trainer(kind: str, model: str, num_pairs: int, max_length: int, precision: str, folder: str) -> Any:
@@ -135,12 +137,12 @@ def _compare(metrics: dict[str, dict[str, float]], precision: str) -> dict[str, 
     if theirs.keys() != ours.keys():
         raise RuntimeError(f"metrics logged by one trainer alone: {sorted(theirs.keys() ^ ours.keys())}")
     tolerance, epsilon = TOLERANCE[precision], torch.finfo(DTYPES[precision]).eps
-    two_bits = 2 * BETA * epsilon * max(abs(theirs["logps/chosen"]), abs(theirs["logps/rejected"]))
+    one_bit = BETA * epsilon * max(abs(theirs["logps/chosen"]), abs(theirs["logps/rejected"]))
     differences = {}
     for name, value in theirs.items():
         largest, apart = max(abs(value), abs(ours[name])), abs(value - ours[name])
         differences[name] = apart / largest if largest else 0.0
-        if not (differences[name] <= tolerance or (name.startswith("rewards/") and apart <= two_bits)):
+        if not (differences[name] <= tolerance or apart <= BITS.get(name, 0) * one_bit):
             raise RuntimeError(f"{name} is {value} in TRL and {ours[name]} in fastpref, further than {tolerance} apart")
     return differences
 
