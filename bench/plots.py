@@ -1,7 +1,8 @@
-"""Figures of the sweeps: time and peak memory against the vocabulary, and against the share of response rows."""
+"""Figures: every implementation on one head; time and memory against the vocabulary and the share of response rows."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,52 @@ STYLES = {
     "liger": ("Liger DPO", "#b08900", "X"),
 }
 """(label, colour, marker) of what is drawn."""
+
+
+def draw_bars(workload: str, rows: dict[str, Row], file: Path) -> None:
+    """Draw time and extra peak memory of every implementation on one head.
+
+    Args:
+        workload: name of the head, for the title.
+        rows: by implementation; those that were not timed are left out.
+        file: the PNG to write.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    timed = sorted((name for name in STYLES if rows.get(name, {}).get("status") == "ok"), key=_time_over_ours(rows))
+    labels, colours, _ = zip(*(STYLES[name] for name in reversed(timed)), strict=True)
+    figure, panels = plt.subplots(1, 2, figsize=(11, 0.42 * len(timed) + 1.6), layout="constrained", sharey=True)
+    measures = {
+        "Time, forward + backward (s)": [seconds(rows[name], name) for name in reversed(timed)],
+        "Extra peak memory (MiB)": [rows[name]["extra_peak_mib"] for name in reversed(timed)],
+    }
+    for panel, (title, values) in zip(panels, measures.items(), strict=True):
+        bars = panel.barh(labels, values, color=colours, height=0.68)
+        panel.bar_label(
+            bars, [f"{value:.1f}" if value < 100 else f"{value:.0f}" for value in values], padding=3, fontsize=8
+        )
+        panel.set_title(title, fontsize=10, loc="left")
+        panel.set_xlim(0, 1.12 * max(values))
+        panel.spines[["top", "right", "left"]].set_visible(False)
+        panel.tick_params(labelsize=9, left=False)
+        panel.grid(axis="x", linewidth=0.5, alpha=0.4)
+        panel.set_axisbelow(True)
+    shape = rows[timed[0]]["shape"]
+    figure.suptitle(
+        f"DPO head of {workload} on two CPU cores: R = {shape['rows']} response rows, V = {shape['vocab']:,}, "
+        f"H = {shape['hidden']}, fp32",
+        fontsize=11,
+    )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=130)
+    plt.close(figure)
+
+
+def _time_over_ours(rows: dict[str, Row]) -> Callable[[str], float]:
+    return lambda name: seconds(rows[name], name) / seconds(rows[name], rows[name]["ours"])
 
 
 def draw(rows: list[dict[str, Row]], axis: str, file: Path) -> None:

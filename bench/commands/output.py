@@ -9,8 +9,8 @@ import click
 from bench import report
 from bench.commands.head import SWEEPS
 from bench.commands.shared import out_option
-from bench.plots import draw
-from bench.workloads import NAMES, ROOT
+from bench.plots import draw, draw_bars
+from bench.workloads import MODELS, NAMES, ROOT
 
 
 @click.command()
@@ -43,13 +43,17 @@ def readme(out: Path) -> None:
 @click.option("--images", type=click.Path(path_type=Path), default=ROOT / "docs" / "images", help="Where figures go.")
 @out_option
 def plot(images: Path, out: Path) -> None:
-    """Figures of the sweeps measured so far, or of a folder that `h100` has filled."""
+    """Figures of the heads and sweeps measured so far, or of a folder that `h100` has filled."""
     if (out / "sanity.json").exists():
         from bench.gpu.plots import draw_all
 
         for file in draw_all(out, images):
             click.echo(file)
         return
+    for workload in MODELS:
+        if (file := out / f"head-{workload}.json").exists():
+            draw_bars(workload, report.read_rows(file), images / f"bench-head-{workload}.png")
+            click.echo(images / f"bench-head-{workload}.png")
     for axis, workloads in SWEEPS.items():
         files = [out / f"head-{workload}.json" for workload in workloads]
         rows = [report.read_rows(file) for file in files if file.exists()]

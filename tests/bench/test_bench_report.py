@@ -97,6 +97,12 @@ def test_draw_writes_a_picture(tmp_path: Path, axis: str) -> None:
     assert (tmp_path / "sweep.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_draw_bars_writes_a_picture(tmp_path: Path) -> None:
+    rows = {name: row(name, 3.0, 50.0) for name in ("ours-active", "cce", "trl")}
+    plots.draw_bars("dry", rows | {"liger": {"status": "wrong"}}, tmp_path / "bars.png")
+    assert (tmp_path / "bars.png").read_bytes()[:4] == b"\x89PNG"
+
+
 def test_readme_holds_the_table_of_the_stored_results() -> None:
     document = (DOCUMENT.parents[1] / "README.md").read_text(encoding="utf-8")
     assert report.replace_tables(document, readme.table(RESULTS), readme.OPEN) == document
