@@ -14,6 +14,7 @@ from typing import Any, NoReturn, TypeAlias
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, ReusedAnchorWarning, YAMLError
+from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from fastpref.errors import ConfigError
@@ -22,6 +23,10 @@ MAX_BYTES = 64 * 2**10
 MAX_VALUES = 10_000
 MAX_DEPTH = 20
 _MAX_DIGITS = 80  # a 64-bit integer in base 2, with some room
+_TOO_MUCH = (
+    f"a run file holds at most {MAX_VALUES} values, {MAX_DEPTH} levels deep, "
+    "aliases counted as often as they are used; write the settings out"
+)
 _TAG_PREFIX = "tag:yaml.org,2002:"
 
 KeyPath: TypeAlias = tuple[str | int, ...]
@@ -131,10 +136,7 @@ class _Converter:
         """Return the value of `node`; None where it is refused, with the problem noted."""
         self.num_values += 1
         if self.num_values > MAX_VALUES or len(path) > MAX_DEPTH:
-            raise ConfigError(
-                f"{self._location(node)}: a run file holds at most {MAX_VALUES} values, {MAX_DEPTH} levels deep, "
-                "aliases counted as often as they are used; write the settings out"
-            )
+            raise ConfigError(f"{self._location(node)}: {_TOO_MUCH}")
         tag = (node.tag or "").removeprefix(_TAG_PREFIX)
         if isinstance(node, MappingNode) and tag == "map":
             return self._mapping(node, path)
@@ -240,16 +242,25 @@ def _compose(text: str, root: Location) -> Node | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", ReusedAnchorWarning)
+            _check_depth(text, root)
             return YAML(typ="safe", pure=True).compose(text)
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark is not None and root.line else root.line
         _fail(Location(root.source, line), f"not valid YAML: {error.problem or error.context}", error)
-    except RecursionError as error:
-        _fail(root, f"nested deeper than {MAX_DEPTH} levels", error)
     # OverflowError, ValueError: an escape such as "\UFFFFFFFF", beyond the last character there is
     except (YAMLError, ReusedAnchorWarning, OverflowError, ValueError) as error:
         _fail(root, f"not valid YAML: {str(error).strip().splitlines()[0]}", error)
+
+
+def _check_depth(text: str, root: Location) -> None:
+    """Refuse deep nesting by the parser's flat events: building nodes recurses, and fails late after much work."""
+    depth = 0
+    for event in YAML(typ="safe", pure=True).parse(text):
+        depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+        if depth > MAX_DEPTH + 1:  # values of the last level are counted when they are converted
+            line = event.start_mark.line + 1 if root.line else root.line
+            raise ConfigError(f"{Location(root.source, line)}: {_TOO_MUCH}")
 
 
 def _fail(where: Location, text: str, cause: Exception) -> NoReturn:

@@ -50,9 +50,11 @@ def alias_bomb(levels: int) -> str:
         alias_bomb(12),
         "model: {config: &x {a: *x}}\n",
         "model: {config: " + "[" * 25 + "]" * 25 + "}\n",
+        "model: {config: " + "[" * 60_000,
+        "".join(f"{' ' * level}a:\n" for level in range(300)),
         f"model: {{config: &a [{'1, ' * 200}]}}\ndata: [{'*a, ' * 60}]\n",
     ],
-    ids=["aliases of aliases", "an alias of itself", "deep", "wide"],
+    ids=["aliases of aliases", "an alias of itself", "deep", "deeper than the stack", "deep by indentation", "wide"],
 )
 def test_load_bounds_what_a_file_can_cost(tmp_path: Path, text: str) -> None:
     path = tmp_path / "run.yaml"
