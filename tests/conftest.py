@@ -56,7 +56,8 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     import megatron.core
 
-    if megatron.core.__version__ != wanted:
+    # inside a git repository, as an environment in a checkout is, it adds "+" and that repository's commit
+    if megatron.core.__version__.partition("+")[0] != wanted:
         found = f"{megatron.core.__version__} in {megatron.core.__path__[0]}"
         raise pytest.UsageError(f"--megatron-version: the tests must run on {wanted}, got {found}; set PYTHONPATH")
 
