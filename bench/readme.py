@@ -123,9 +123,9 @@ def _dropins(results: Path) -> Iterator[Line]:
         worst = max(row["differences"].values())
         yield (
             f"TRL's own `DPOTrainer` on SmolLM2-135M, {row['shape']['precision']}, {row['shape']['pairs']} pairs, "
-            "with this op in place of logits",
+            "with this op for the log-probs",
             f"{theirs_s:.1f} s -> **{ours_s:.1f} s** a pass, peak {theirs_mib:.0f} -> **{ours_mib:.0f} MiB** above the "
-            f"models; every metric within {worst:.0e}",
+            f"models; every metric within {worst:.1e}",
             row["command"],
         )
 
