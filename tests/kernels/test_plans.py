@@ -1,21 +1,17 @@
 """The plans of the backward pass: which columns `active` keeps, its formula, what `cached` may cost, `main_grad`."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from unittest import mock
 
 import pytest
 import torch
 from head_oracle import assert_results_within_rule, flatten, peaked_inputs, run, tiles
-from torch import Tensor
+from plan_oracle import active_columns, coefficients, differentiate, formula, logits_and_slope, relative_error
 
 from fastpref import linear_logps
-from fastpref.kernels import active, plans, schedule, torch_tiles
-from fastpref.kernels.ops import linear_logps_fwd
-from fastpref.kernels.tiles import CACHE_COLUMNS
+from fastpref.kernels import active, schedule
 from fastpref.kernels.weight_grad import zeros_like_untouched
-from fastpref.testing.adversarial import ADVERSARIAL, HeadInputs, ragged_inputs
+from fastpref.testing.adversarial import ADVERSARIAL, ragged_inputs
 from fastpref.testing.numerics import assert_within_rule, max_error
 
 ENGINES = ["shipped", "tiled"]
@@ -29,86 +25,6 @@ def engine(request: pytest.FixtureRequest) -> None:
         return
     with tiles():
         yield
-
-
-def active_columns(inputs: HeadInputs, active_eps: float) -> tuple[Tensor, Tensor]:
-    """The set that a forward pass chooses, bool [C, V], and its summary."""
-    labels_T = inputs.labels_SL.flatten()
-    results = linear_logps_fwd(
-        inputs.hidden_SLH.flatten(0, 1),
-        inputs.weight_VH,
-        inputs.bias_V,
-        torch.arange(labels_T.shape[0]),
-        labels_T,
-        main_grad=None,
-        logit_scale=inputs.logit_scale,
-        softcap=inputs.softcap,
-        group_name=None,
-        sequence_parallel=False,
-        with_stats=False,
-        backend="torch",
-        plan="active",
-        active_eps=active_eps,
-        cache_bytes=0,
-    )
-    return results[6], results[10]
-
-
-def logits_and_slope(inputs: HeadInputs, x_RH: Tensor) -> tuple[Tensor, Tensor]:
-    z_RV = x_RH @ inputs.weight_VH.t()
-    if inputs.bias_V is not None:
-        z_RV = z_RV + inputs.bias_V
-    z_RV = z_RV * inputs.logit_scale
-    if inputs.softcap is None:
-        return z_RV, torch.full_like(z_RV, inputs.logit_scale)
-    capped_RV = torch.tanh(z_RV / inputs.softcap)
-    return inputs.softcap * capped_RV, inputs.logit_scale * (1 - capped_RV**2)
-
-
-def formula(inputs: HeadInputs, coefficients_R: Tensor, is_active_CV: Tensor, chunk_rows: int) -> dict[str, Tensor]:
-    """What the active plan is to return, written without any code of the package, in fp64."""
-    inputs = inputs.cast(torch.float64)
-    x_RH, labels_R, weight_VH = inputs.hidden_SLH.flatten(0, 1), inputs.labels_SL.flatten(), inputs.weight_VH
-    z_RV, slope_RV = logits_and_slope(inputs, x_RH)
-    p_RV = z_RV.softmax(dim=1)
-    is_active_RV = is_active_CV.repeat_interleave(chunk_rows, dim=0)[: len(labels_R)]
-    onehot_RV = torch.nn.functional.one_hot(labels_R, weight_VH.shape[0])
-    d_z_RV = torch.where(is_active_RV, coefficients_R[:, None] * (onehot_RV - p_RV) * slope_RV, 0.0)
-    is_cold_RV = (~is_active_RV).double()
-    mean_RH = (is_cold_RV @ weight_VH) / is_cold_RV.sum(dim=1, keepdim=True).clamp(min=1)
-    cold_R = (p_RV * is_cold_RV).sum(dim=1)
-    slope_R = torch.full_like(cold_R, inputs.logit_scale)
-    if inputs.softcap is not None:
-        z_R = (x_RH * mean_RH).sum(dim=1) * inputs.logit_scale
-        slope_R = inputs.logit_scale * (1 - torch.tanh(z_R / inputs.softcap) ** 2)
-    d_x_RH = d_z_RV @ weight_VH - (coefficients_R * cold_R * slope_R)[:, None] * mean_RH
-    return {"hidden": d_x_RH.view(inputs.hidden_SLH.shape), "weight": d_z_RV.t() @ x_RH, "bias": d_z_RV.sum(dim=0)}
-
-
-def differentiate(inputs: HeadInputs, coefficients_R: Tensor, **options) -> dict[str, Tensor]:
-    """Gradients of `sum(coefficients * token_logps)`."""
-    leaves = {"hidden": inputs.hidden_SLH, "weight": inputs.weight_VH, "bias": inputs.bias_V}
-    leaves = {name: leaf.clone().requires_grad_() for name, leaf in leaves.items() if leaf is not None}
-    result = linear_logps(
-        leaves["hidden"],
-        leaves["weight"],
-        inputs.labels_SL,
-        bias=leaves.get("bias"),
-        logit_scale=inputs.logit_scale,
-        softcap=inputs.softcap,
-        stats=("token_logps",),
-        **options,
-    )
-    gradients = torch.autograd.grad((result.token_logps * coefficients_R).sum(), list(leaves.values()))
-    return dict(zip(leaves, gradients, strict=True))
-
-
-def coefficients(num_rows: int) -> Tensor:
-    return torch.where(torch.arange(num_rows) < num_rows // 2, 0.06, -0.05)
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    return float((actual.double() - expected.double()).norm() / expected.double().norm())
 
 
 VARIANTS = {
@@ -189,49 +105,6 @@ def test_active_on_a_flat_distribution_is_exact() -> None:
     exact = differentiate(inputs, coefficients(40), backward="recompute")
     found = differentiate(inputs, coefficients(40), backward="active")
     assert all(torch.equal(found[name], exact[name]) for name in exact)
-
-
-@contextmanager
-def layouts(chunk_rows: int = active.CHUNK_ROWS) -> Iterator[list[schedule.Schedule]]:
-    """Collect how backward passes are laid out where products have a multiple of 16 columns, as on a GPU."""
-    seen: list[schedule.Schedule] = []
-
-    def laid_out(*arguments) -> schedule.Schedule:
-        seen.append(schedule.schedule(*arguments))
-        return seen[-1]
-
-    with (
-        tiles(multiple=16),
-        mock.patch.object(active, "CHUNK_ROWS", chunk_rows),
-        mock.patch.object(schedule, "CHUNK_ROWS", chunk_rows),
-        mock.patch.object(plans, "schedule", laid_out),
-    ):
-        yield seen
-
-
-@pytest.mark.parametrize("chunk_rows", [16, 70])
-def test_active_visits_a_multiple_of_columns(chunk_rows: int) -> None:
-    """What is visited beside the active columns gets its gradient and is no longer cold."""
-    inputs, c_R = peaked_inputs(num_rows=70), coefficients(70)
-    with layouts(chunk_rows) as seen:
-        is_active_CV, _ = active_columns(inputs, 2**-6)
-        found = differentiate(inputs, c_R, backward="active", active_eps=2**-6)
-    (layout,) = seen
-    assert is_active_CV.any(dim=0).sum() % 16 and layout.is_active_CV[is_active_CV].all()
-    widths = [
-        block.width if part.picked is None else len(part.picked) for block, parts in layout.work for part in parts
-    ]
-    assert widths and not any(width % 16 for width in widths)
-    expected = formula(inputs, c_R.double(), layout.is_active_CV, chunk_rows)
-    for name, gradient in found.items():
-        assert relative_error(gradient, expected[name]) < 1000 * torch.finfo(torch.float32).eps
-
-
-def test_recompute_leaves_the_odd_columns_to_the_last_block() -> None:
-    inputs = peaked_inputs()
-    with layouts() as seen:
-        assert_results_within_rule(flatten(*run(inputs, backward="recompute")), inputs)
-    assert [block.width for block, _ in seen[0].work] == [32] * 18 + [16, 8]
 
 
 def test_active_on_chunks_of_rows_with_their_own_sets() -> None:
@@ -355,7 +228,6 @@ def test_cached_keeps_to_its_budget() -> None:
 def test_main_grad_takes_the_unrounded_gradient(backward: str, dtype: torch.dtype) -> None:
     """Twice, as two microbatches do, on top of what is there; bits of a bf16 gradient only after rounding."""
     inputs = peaked_inputs().cast(dtype)
-    _, gradients = run(inputs, backward=backward)
     weight_VH = inputs.weight_VH.clone().requires_grad_()
     hidden_SLH = inputs.hidden_SLH.clone().requires_grad_()
     main_grad = torch.full(weight_VH.shape, 0.25)
@@ -376,7 +248,6 @@ def test_main_grad_takes_the_unrounded_gradient(backward: str, dtype: torch.dtyp
     assert (main_grad[untouched_V] == 0.25).all()
     if dtype == torch.bfloat16:
         assert not torch.equal(once.to(dtype).float(), once)
-    del gradients
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -440,10 +311,3 @@ def test_plans_repeat(backward: str) -> None:
     for _ in range(9):
         again = differentiate(inputs, coefficients(40), backward=backward)
         assert all(torch.equal(again[name], gradient) for name, gradient in first.items())
-
-
-def test_blocks_on_a_device_are_as_wide_as_its_kernels_like() -> None:
-    """Where a block's width is no multiple of 16 the gradient's kernel stores element by element, and spills."""
-    device = torch_tiles.DEVICE_TILES
-    assert device.multiple % 16 == 0 and device.columns % device.multiple == 0
-    assert device.multiple % CACHE_COLUMNS == 0
