@@ -53,8 +53,8 @@ def device_report(device: torch.device) -> Row:
     product_ms = _median_ms(lambda: a @ b, device)
     copy_ms = _median_ms(lambda: target.copy_(source), device)
     return row | {
-        "gemm_tflops": round(2 * size**3 / product_ms / 1e9, 1),
-        "copy_tb_per_s": round(2 * copied / copy_ms / 1e9, 3),
+        "gemm_tflops": float(f"{2 * size**3 / product_ms / 1e9:.3g}"),
+        "copy_tb_per_s": float(f"{2 * copied / copy_ms / 1e9:.3g}"),
     }
 
 
