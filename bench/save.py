@@ -137,11 +137,14 @@ def _save_beside(
 
     beside, started = [], time.perf_counter()
     with _timeline() as spans:
-        begun: list[Any] = []
-        begin = _seconds(lambda: begun.append(begin_save(trainer, step, copies=True)))
-        while begun[0].is_writing:
-            beside.append(take_step())
-        finish = _seconds(begun[0].finish)
+        save = begin_save(trainer, step, copies=True)
+        begin, finish, is_done = time.perf_counter() - started, 0.0, False
+        while not is_done:
+            while save.is_writing:
+                beside.append(take_step())
+            asked = time.perf_counter()
+            is_done = save.advance()
+            finish += time.perf_counter() - asked
     parts = _parts(spans)
     blocked = {"plan_s": begin - parts["copy_s"], "copy_s": parts["copy_s"], "finish_s": finish}
     return {**blocked, "blocked_s": begin + finish, "total_s": time.perf_counter() - started}, beside
@@ -150,9 +153,12 @@ def _save_beside(
 @contextmanager
 def _timeline() -> Iterator[dict[str, list[tuple[float, float]]]]:
     """While entered, notes when the parts of a save begin and end, in whatever thread."""
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
     from fastpref.trainer import save, shards
 
     places = {
+        "views": (FileSystemWriterAsync, "prepare_write_data"),  # which copies what is a part of a larger tensor
         "copy": (shards.ShardPlan, "to_host"),
         "write": (shards.ShardPlan, "write"),
         "hash": (save, "_recorded"),
@@ -182,11 +188,11 @@ def _timeline() -> Iterator[dict[str, list[tuple[float, float]]]]:
 
 def _parts(spans: dict[str, list[tuple[float, float]]]) -> dict[str, float]:
     """Seconds of the copy, until the last byte is written, until the last file is hashed, and of the publication."""
-    (copy,), (publish,) = spans["copy"], spans["publish"]
+    (views,), (copy,), (publish,) = spans["views"], spans["copy"], spans["publish"]
     written = max(end for _, end in spans["write"])
     hashed = max(end for _, end in spans["hash"] if end < publish[0])
     return {
-        "copy_s": copy[1] - copy[0],
+        "copy_s": views[1] - views[0] + copy[1] - copy[0],
         "write_s": written - copy[1],
         "hash_s": hashed - written,
         "publish_s": publish[1] - publish[0],

@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from types import TracebackType
 
-import torch
-
-from fastpref.checkpoint import directory
 from fastpref.errors import NonFiniteError
 from fastpref.trainer.save import Save
 from fastpref.trainer.step import Signals
@@ -21,11 +18,10 @@ class Checkpoints:
 
     Args:
         begin: starts a save after some step; `copies` says that training goes on before it is finished.
-        keep: `save_total_limit`.
     """
 
-    def __init__(self, begin: Callable[..., Save], keep: int | None) -> None:
-        self._begin, self._keep = begin, keep
+    def __init__(self, begin: Callable[..., Save]) -> None:
+        self._begin = begin
         self._save: Save | None = None
 
     def signals(self, stop: bool) -> Signals:
@@ -35,13 +31,13 @@ class Checkpoints:
         return Signals(stop=stop, is_writing=self._save.is_writing, has_failed=self._save.has_failed)
 
     def after_step(self, heard: Signals) -> None:
-        """Finishes the save if all ranks have written their part, or one could not; `heard` is the same on every rank.
+        """Takes the save further if no rank is writing any more, or one could not; `heard` is the same on every rank.
 
         Raises:
-            OSError, CheckpointError: as `Save.finish`.
+            OSError, CheckpointError: as `Save.advance`.
         """
-        if not heard.is_writing or heard.has_failed:
-            self.finish()
+        if self._save is not None and (not heard.is_writing or heard.has_failed) and self._save.advance():
+            self._save = None
 
     def save(self, step: int, *, wait: bool) -> None:
         """Saves after `step`; a save that is under way is finished before.
@@ -58,11 +54,8 @@ class Checkpoints:
     def finish(self) -> None:
         """Waits for the save that is under way and publishes it; every rank calls it."""
         save, self._save = self._save, None
-        if save is None:
-            return
-        save.finish()
-        if self._keep is not None and torch.distributed.get_rank() == 0:
-            directory.prune(save.path.parent, self._keep)
+        if save is not None:
+            save.finish()
 
     def __enter__(self) -> Checkpoints:
         return self

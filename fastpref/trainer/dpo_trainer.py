@@ -355,7 +355,10 @@ class DPOTrainer:
         return output.losses, output.chosen_rewards, output.rejected_rewards
 
     def save_checkpoint(self, step: int) -> Path:
-        """Saves everything that `resume_from_checkpoint` needs, under `output_dir/checkpoints`."""
+        """Saves everything that `resume_from_checkpoint` needs, under `output_dir/checkpoints`; returns its directory.
+
+        Older checkpoints go as `save_total_limit` says.
+        """
         return loop.begin_save(self, step, copies=False).finish()
 
     @property

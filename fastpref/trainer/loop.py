@@ -80,7 +80,7 @@ def _train(trainer: DPOTrainer, watch: PeerWatch, stop: StopRequest) -> TrainRes
     last: dict[str, float] = {}
     with (
         RunReporter(args, torch.distributed.get_rank(), total_steps, first_step) as reporter,
-        Checkpoints(partial(begin_save, trainer), args.save_total_limit) as checkpoints,
+        Checkpoints(partial(begin_save, trainer)) as checkpoints,
     ):
         if args.eval_on_start and first_step == 0:
             last |= _log(trainer, reporter, 0, evaluate(trainer))
@@ -201,6 +201,7 @@ def begin_save(trainer: DPOTrainer, step: int, *, copies: bool) -> Save:
         trainer.lr_scheduler,
         run_state(trainer, step),
         copies=copies,
+        keep=trainer.args.save_total_limit,
         timeout_s=trainer.args.distributed_timeout_seconds,
     )
 

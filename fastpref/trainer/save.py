@@ -1,8 +1,9 @@
 """Saving a run: shards written beside training, then one agreed and durable publication by rename.
 
 A save begins on all ranks together, with a plan and a copy in host memory. Each rank's threads then write, make durable
-and hash its own files, and nobody waits. It is finished by all ranks together again: rank 0 writes the index and the
-manifest and renames the directory, unless a rank failed. A save that training waits for is the same without the copy.
+and hash its own files, and nobody waits. When all are done, the ranks tell rank 0 what they wrote, unless one failed,
+and a thread of rank 0 writes the index and the manifest, renames the directory, and removes checkpoints that the run
+keeps no longer. A save that training waits for is the same without the copy.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +48,8 @@ class Save:
         scheduler: its schedule.
         state: contents of `state.json`, with `step`.
         copies: the caller goes on before the save is finished, so what training changes is copied first.
-        timeout_s: how long `finish` waits for the writers of all ranks.
+        keep: whole checkpoints to leave under `root`, the new one among them; None for all.
+        timeout_s: how long it waits for the files of all ranks, and then for rank 0's.
 
     Attributes:
         step: optimizer steps done.
@@ -66,13 +69,15 @@ class Save:
         state: Mapping[str, Any],
         *,
         copies: bool,
+        keep: int | None,
         timeout_s: float,
     ) -> None:
         self.step, self.path = int(state["step"]), directory.step_directory(root, state["step"])
-        self._what, self._timeout_s = f"saving step {self.step}", timeout_s
+        self._what, self._keep, self._timeout_s = f"saving step {self.step}", keep, timeout_s
         self._is_first = torch.distributed.get_rank() == 0
         self._abandoned = threading.Event()
         self._writers: list[_Writer] = []
+        self._is_publishing = False
         names = [f"{self.path.name}.tmp-{uuid.uuid4().hex[:8]}" if not self.path.exists() else None]
         torch.distributed.broadcast_object_list(names, src=0)
         self._temporary = None if names[0] is None else root / names[0]
@@ -99,9 +104,12 @@ class Save:
             return write
 
         actions = [write_shards(number) for number in range(plan.num_files)] + [write_small] * self._is_first
-        self._writers = [_Writer(temporary, action) for action in actions]
-        for writer in self._writers:
-            writer.start()
+        for action in actions:
+            self._start(_Writer(temporary, action))
+
+    def _start(self, writer: _Writer) -> None:
+        self._writers.append(writer)
+        writer.start()
 
     @property
     def is_writing(self) -> bool:
@@ -113,23 +121,38 @@ class Save:
         """Whether one of this rank's threads could not write."""
         return any(writer.error is not None for writer in self._writers)
 
-    def finish(self) -> Path:
-        """Waits for the writers and publishes the checkpoint; every rank calls it, once.
+    def advance(self) -> bool:
+        """Waits for the threads of all ranks, then goes from writing to publishing, or ends; every rank calls it.
 
         Returns:
-            `path`.
+            Whether the checkpoint is there; until it is, this is to be called again.
 
         Raises:
             OSError: a disk is full; on every rank, and no checkpoint of this step appears.
             CheckpointError: some rank could not write, or took longer than `timeout_s`; likewise.
         """
         if self._temporary is None:
-            return self.path
+            return True
         self._wait()
         mine = together(self._outcome, self._what)
+        if self._is_publishing:
+            return True
+        self._is_publishing = True
         parts: list[Any] | None = [None] * torch.distributed.get_world_size() if self._is_first else None
         torch.distributed.gather_object(mine, parts)
-        together(lambda: None if parts is None else self._publish(parts), self._what)
+        self._writers = []
+        if parts is not None:
+            self._start(_Writer(self._temporary, partial(self._publish, parts)))
+        return False
+
+    def finish(self) -> Path:
+        """Waits until the checkpoint is there; every rank calls it, and it raises what `advance` raises.
+
+        Returns:
+            `path`.
+        """
+        while not self.advance():
+            pass
         return self.path
 
     def abandon(self) -> None:
@@ -169,16 +192,19 @@ class Save:
         records = {name: record for writer in self._writers for name, record in writer.records.items()}
         return records, [place for writer in self._writers for place in writer.places]
 
-    def _publish(self, parts: Sequence[tuple[Records, list[Any]]]) -> None:
+    def _publish(self, parts: Sequence[tuple[Records, list[Any]]]) -> tuple[list[str], list[Any]]:
         assert self._temporary is not None
         self._plan.finish([places for _, places in parts])
         records = {name: record for part, _ in parts for name, record in part.items()}
         records |= _recorded(self._temporary, sorted({*file_names(self._temporary)} - {*records}))
         directory.publish(self._temporary, self.path, records)
+        if self._keep is not None:
+            directory.prune(self.path.parent, self._keep)
+        return [], []
 
 
 class _Writer(threading.Thread):
-    """Writes some files, makes them durable and hashes them.
+    """Writes some files, makes those durable that it names, and hashes them.
 
     Attributes:
         records: the files, when it is done.

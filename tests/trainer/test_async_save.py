@@ -1,5 +1,6 @@
 """One save at a time beside the steps: finished at the end, at a signal, and after an error of all ranks."""
 
+import errno
 import os
 import signal
 import threading
@@ -28,7 +29,7 @@ def train(quiet_args) -> Train:
     """Three steps with a save after the second; its result and the directory of its checkpoints."""
 
     def run(**settings: Any) -> tuple[Any, Path]:
-        args = quiet_args(max_steps=3, save_steps=2, async_save=True, **settings)
+        args = quiet_args(**{"max_steps": 3, "save_steps": 2, "async_save": True} | settings)
         trainer = DPOTrainer(stock_model(0), DPOConfig(), None, args, train_dataset=tiny_pairs(14, seed=2))
         return trainer.train(), Path(args.output_dir) / "checkpoints"
 
@@ -79,6 +80,41 @@ def test_a_signal_waits_for_a_save(
         verify(root / step)
 
 
+def test_steps_go_on_while_a_save_is_published(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    release, threads = threading.Event(), []
+    publish, prune, train_batches = directory.publish, directory.prune, PairFeed.train_batches
+
+    def publish_late(*arguments: Any) -> None:
+        assert release.wait(60)
+        publish(*arguments)
+
+    def prune_noted(*arguments: Any) -> None:
+        threads.append(threading.current_thread())
+        prune(*arguments)
+
+    def release_at_the_eighth_step(self: PairFeed, step: int) -> Any:
+        if step == 7:
+            assert directory.finished_steps(Path(self.args.output_dir) / "checkpoints") == []
+            release.set()
+        return train_batches(self, step)
+
+    monkeypatch.setattr(directory, "publish", publish_late)
+    monkeypatch.setattr(directory, "prune", prune_noted)
+    monkeypatch.setattr(PairFeed, "train_batches", release_at_the_eighth_step)
+    _, root = train(max_steps=8, save_steps=4, save_total_limit=2)
+    assert directory.finished_steps(root) == [4, 8]
+    assert len(threads) == 2 and threading.main_thread() not in threads
+
+
+def test_a_save_that_cannot_be_published(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(directory, "publish", fail)
+    with pytest.raises(CheckpointError, match=r"saving step 2 failed: rank 0: \[Errno 5\] Input/output error"):
+        train()
+
+
 def test_a_save_that_takes_too_long(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     release, write = threading.Event(), ShardPlan.write
 
@@ -99,6 +135,12 @@ class FakeSave:
 
     def __init__(self, step: int, copies: bool) -> None:
         self.step, self.copies, self.is_writing, self.has_failed, self.end = step, copies, True, False, ""
+        self.is_published = False
+
+    def advance(self) -> bool:
+        self.end = "finished" if self.is_published else "publishing"
+        self.is_published = True
+        return self.end == "finished"
 
     def finish(self) -> None:
         self.end = "finished"
@@ -119,7 +161,7 @@ def checkpoints(begun: list[FakeSave]) -> Checkpoints:
         begun.append(FakeSave(step, copies))
         return begun[-1]
 
-    return Checkpoints(begin, None)
+    return Checkpoints(begin)
 
 
 @pytest.mark.parametrize(
@@ -151,9 +193,11 @@ def test_checkpoints_hold_one_save_at_a_time(checkpoints: Checkpoints, begun: li
     checkpoints.save(2, wait=False)
     assert begun[0].end == "finished" and begun[1].end == ""
     checkpoints.after_step(Signals())
-    assert begun[1].end == "finished"
+    assert begun[1].end == "publishing" and checkpoints.signals(False) == Signals(is_writing=True)
+    checkpoints.after_step(Signals())
+    assert begun[1].end == "finished" and checkpoints.signals(False) == Signals()
     checkpoints.save(3, wait=False)
     checkpoints.after_step(Signals(is_writing=True, has_failed=True))
-    assert begun[2].end == "finished"  # where the failure is raised
+    assert begun[2].end == "publishing"  # the stage in which the failure is raised
     checkpoints.save(4, wait=True)
     assert begun[3].end == "finished" and not begun[3].copies
