@@ -15,6 +15,8 @@ def main() -> None:
 for command in (
     head.head,
     head.sweep,
+    head.ranks,
+    head.machine,
     steps.reference,
     steps.packing,
     steps.scaling,

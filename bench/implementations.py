@@ -74,7 +74,14 @@ def _ours(backward: str, case: Case, hidden_SLH: Tensor, weight_VH: Tensor) -> T
 
     rows, cu_rows = case.host_rows
     return linear_logps(
-        hidden_SLH, weight_VH, case.labels_SL, rows=rows, cu_rows=cu_rows, backward=backward, backend=case.backend
+        hidden_SLH,
+        weight_VH,
+        case.labels_SL,
+        rows=rows,
+        cu_rows=cu_rows,
+        tp_group=case.tp_group,
+        backward=backward,
+        backend=case.backend,
     ).logps
 
 

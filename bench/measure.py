@@ -18,19 +18,22 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bench.implementations import BARE, IMPLEMENTATIONS, bare_product
 from bench.oracle import errors, truth
 from bench.registry import Implementation, call
-from bench.workloads import ROOT, build
+from bench.workloads import ROOT, Case, build
 from fastpref.errors import MissingDependencyError
 from fastpref.kernels import native
 
 PACKAGES = ("fastpref", "torch", "megatron-core", "liger_kernel", "cut_cross_entropy", "trl", "transformers", "triton")
 Row = dict[str, Any]
+GEMM_SIZE, COPY_BYTES = 2048, 2**29
 
 
 def check(workload: str, name: str) -> Row:
@@ -51,12 +54,11 @@ def time_in_turns(workload: str, names: list[str], repeats: int) -> Row:
     case = build(workload)
     passes: dict[str, Callable[..., object]] = {name: _pass(IMPLEMENTATIONS[name]) for name in names}
     passes[BARE] = bare_product
-    generator, scale = torch.Generator().manual_seed(4), 1e-3 * float(case.hidden_SLH.std())
+    generator = torch.Generator().manual_seed(4)
     times: dict[str, dict[str, list[float]]] = {name: {"wall_s": [], "cpu_s": []} for name in passes}
     load_before = os.getloadavg()[0]
     for turn in range(repeats + 1):
-        noise_SLH = torch.randn(case.hidden_SLH.shape, generator=generator) * scale
-        hidden_SLH = torch.where((case.hidden_SLH != 0).any(-1, keepdim=True), case.hidden_SLH + noise_SLH, 0.0)
+        hidden_SLH = fresh_hidden(case, generator)
         for name, run in passes.items():
             with torch.no_grad():
                 case.weight_VH.mul_(1.0 + (-1) ** turn * 2.0**-16)  # another tensor version, other bits
@@ -69,6 +71,39 @@ def time_in_turns(workload: str, names: list[str], repeats: int) -> Row:
                 times[name]["cpu_s"].append(round(cpu, 4))
     loads = [round(load, 1) for load in (load_before, os.getloadavg()[0])]
     return {"times": times, "load_average": loads}
+
+
+def fresh_hidden(case: Case, generator: torch.Generator) -> Tensor:
+    """Hidden states [S, L, H] with new noise of a thousandth of their deviation; padding stays zero."""
+    noise_SLH = torch.randn(case.hidden_SLH.shape, generator=generator) * (1e-3 * float(case.hidden_SLH.std()))
+    return torch.where((case.hidden_SLH != 0).any(-1, keepdim=True), case.hidden_SLH + noise_SLH, 0.0)
+
+
+def gemm_rate(repeats: int) -> Row:
+    """Rate of a bare square product in fp32, GFLOP/s: the machine at that minute."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    left, right, product = (torch.randn(GEMM_SIZE, GEMM_SIZE, device=device) for _ in range(3))
+    seconds = _seconds(lambda: torch.mm(left, right, out=product), device, repeats)
+    return {"gflops": round(2 * GEMM_SIZE**3 / seconds / 1e9, 1)}
+
+
+def ceilings(repeats: int) -> Row:
+    """Rates of a product and of a copy on the CPU: GFLOP/s, and GB/s read and written together."""
+    source, target = torch.ones(COPY_BYTES // 4), torch.empty(COPY_BYTES // 4)
+    seconds = _seconds(lambda: target.copy_(source), "cpu", repeats)
+    return gemm_rate(repeats) | {"copy_gb_per_s": round(2 * COPY_BYTES / seconds / 1e9, 1)}
+
+
+def _seconds(run: Callable[[], object], device: str, repeats: int) -> float:
+    """Median of some calls after one."""
+    taken = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter() - start)
+    return median(taken[1:])
 
 
 def probe(name: str) -> str | None:

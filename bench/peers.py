@@ -102,15 +102,16 @@ def _verl(case: Case, hidden_SLH: Tensor, weight_VH: Tensor) -> Tensor:
 
 
 def _megatron(is_fused: bool, case: Case, hidden_SLH: Tensor, weight_VH: Tensor) -> Tensor:
-    """Megatron's cross entropy over logits of every position, as its stock head makes them."""
+    """Megatron's cross entropy over logits of every position, as its stock head makes them, on any number of ranks."""
     from megatron.core import parallel_state
     from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
-    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+    from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, vocab_parallel_cross_entropy
 
     from fastpref.trainer import TrainingArguments, initialize_megatron
 
-    initialize_megatron(TrainingArguments(report_to=()))  # one rank, the first time
-    logits_LSV = F.linear(hidden_SLH.transpose(0, 1), weight_VH)
+    if not parallel_state.model_parallel_is_initialized():
+        initialize_megatron(TrainingArguments(report_to=()))  # one rank
+    logits_LSV = F.linear(copy_to_tensor_model_parallel_region(hidden_SLH.transpose(0, 1)), weight_VH)
     labels_LS = case.labels_SL.t().contiguous()
     targets_LS = labels_LS.clamp(min=0)
     if is_fused:

@@ -1,13 +1,14 @@
-"""Figures: every implementation on one head; time and memory against the vocabulary and the share of response rows."""
+"""Figures: every implementation on one head; time and memory against vocabulary, response rows and their share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from bench.measure import Row
-from bench.report import seconds
+from bench.report import gflops, seconds
+from bench.roofline import Ceilings, Point, draw_roofline, intensity
 
 STYLES = {
     "ours-active": ("fastpref, active", "#c1121f", "o"),
@@ -72,7 +73,7 @@ def draw(rows: list[dict[str, Row]], axis: str, file: Path) -> None:
 
     Args:
         rows: one dict of rows by implementation for each workload of the sweep.
-        axis: "vocab" or "fraction".
+        axis: "vocab", "rows" or "fraction".
         file: the PNG to write.
     """
     import matplotlib
@@ -92,9 +93,11 @@ def draw(rows: list[dict[str, Row]], axis: str, file: Path) -> None:
         right.plot(x, [row["extra_peak_mib"] / 1024 for row in found], **style)
     shapes = [row["shape"] for workload in rows for row in workload.values() if row["status"] == "ok"]
     shape = max(shapes, key=lambda shape: (shape["vocab"], shape["positions"]))
-    held = f"R = {shape['rows']} response rows of {shape['positions']} positions"
-    if axis == "fraction":
-        held = f"T = {shape['positions']} positions, V = {shape['vocab']:,}"
+    held = {
+        "vocab": f"R = {shape['rows']} response rows of {shape['positions']} positions",
+        "rows": f"R of 2R positions in the response, V = {shape['vocab']:,}",
+        "fraction": f"T = {shape['positions']} positions, V = {shape['vocab']:,}",
+    }[axis]
     for panel, title in ((left, "Time, forward + backward (s)"), (right, "Extra peak memory (GiB)")):
         _dress(panel, title, axis)
     figure.suptitle(f"DPO head on a CPU: {held}, H = {shape['hidden']}, fp32", fontsize=11)
@@ -104,9 +107,28 @@ def draw(rows: list[dict[str, Row]], axis: str, file: Path) -> None:
     plt.close(figure)
 
 
+def draw_heads_roofline(heads: Sequence[dict[str, Row]], machine: Row, file: Path) -> None:
+    """Draw every timed pass of every head below what `machine` does at best.
+
+    Args:
+        heads: rows by implementation, for each head.
+        machine: rates from `measure.ceilings`.
+        file: the PNG to write.
+    """
+    points = [
+        Point(name, intensity(row["shape"], 4, is_backward=True), gflops(row, 6, seconds(row, name)))
+        for rows in heads
+        for name, row in rows.items()
+        if row["status"] == "ok"
+    ]
+    ceilings = Ceilings(machine["gflops"], machine["copy_gb_per_s"], "G")
+    title = f"DPO heads, forward + backward, on {machine['threads']} CPU cores in fp32"
+    draw_roofline(points, STYLES, ceilings, title, file)
+
+
 def _position(row: Row, axis: str) -> float:
     shape = row["shape"]
-    return shape["vocab"] if axis == "vocab" else shape["rows"] / shape["positions"]
+    return shape["rows"] / shape["positions"] if axis == "fraction" else shape[axis]
 
 
 def _dress(panel: Any, title: str, axis: str) -> None:
@@ -121,6 +143,11 @@ def _dress(panel: Any, title: str, axis: str) -> None:
         ticks = [2**power for power in range(14, 21)]
         panel.set_xticks(ticks, ["1M" if tick == 2**20 else f"{tick // 1024}k" for tick in ticks])
         panel.set_xlabel("vocabulary", fontsize=9)
+    elif axis == "rows":
+        panel.set_xscale("log", base=2)
+        ticks = [2**power for power in range(7, 11)]
+        panel.set_xticks(ticks, [str(tick) for tick in ticks])
+        panel.set_xlabel("response rows", fontsize=9)
     else:
         panel.set_xlabel("response rows / positions", fontsize=9)
     panel.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))

@@ -53,7 +53,9 @@ def table(workload: str, rows: dict[str, Row]) -> str:
     if timed:
         first = next(iter(timed.values()))
         bare_s = seconds(first, BARE)
-        lines += [f"| bare product X W^T | {bare_s:.2f} | 1 | {_gflops(first, 2, bare_s)} | | | | | | {_load(first)} |"]
+        lines += [
+            f"| bare product X W^T | {bare_s:.2f} | 1 | {gflops(first, 2, bare_s):.0f} | | | | | | {_load(first)} |"
+        ]
     lines += ["", *_other_targets(workload, timed)]
     lines += [
         f"- {IMPLEMENTATIONS[name].title}: {row['status']}, {row['reason']}"
@@ -96,7 +98,7 @@ def _time_cells(name: str, row: Row) -> list[str]:
     return [
         f"{wall_s:.2f} ({min(taken):.2f} to {max(taken):.2f})",
         _at_most(wall_s / seconds(row, BARE), BARE_TARGET if name == anchor else None),
-        _gflops(row, 6, wall_s),
+        f"{gflops(row, 6, wall_s):.0f}",
         "1" if name == anchor else _at_least(wall_s / seconds(row, anchor), IMPLEMENTATIONS[name].time_target),
     ]
 
@@ -133,10 +135,10 @@ def _against(ratio: float, target: float | None, met: str, missed: str, is_met: 
     return f"**{ratio:.2f}** {met} {target:g}" if is_met else f"{ratio:.2f} {missed} {target:g}"
 
 
-def _gflops(row: Row, products: int, wall_s: float) -> str:
+def gflops(row: Row, products: int, wall_s: float) -> float:
     """Useful rate: `products` x R x V x H, whatever the implementation really computes."""
     shape = row["shape"]
-    return f"{products * shape['rows'] * shape['vocab'] * shape['hidden'] / wall_s / 1e9:.0f}"
+    return products * shape["rows"] * shape["vocab"] * shape["hidden"] / wall_s / 1e9
 
 
 def _load(row: Row) -> str:

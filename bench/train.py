@@ -14,7 +14,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -29,7 +28,6 @@ from fastpref.trainer import ReferenceConfig, RunConfig
 
 UNTIMED_STEPS = 2
 """The first has equal policy and reference; from the second on rewards are not 0."""
-GEMM_SIZE = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,21 +177,6 @@ class _StepClock:
         ]
         wall_s, cpu_s = ([round(span[clock], 4) for span in spans] for clock in (0, 1))
         return {"wall_s": wall_s, "cpu_s": cpu_s, "peak_mib": round(self._peak_mib, 1)}
-
-
-def gemm_rate(repeats: int) -> Row:
-    """Rate of a bare square product in fp32, GFLOP/s: the machine at that minute."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    left, right = (torch.randn(GEMM_SIZE, GEMM_SIZE, device=device) for _ in range(2))
-    product = left @ right
-    rates = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        torch.mm(left, right, out=product)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        rates.append(2 * GEMM_SIZE**3 / (time.perf_counter() - start) / 1e9)
-    return {"gflops": round(median(rates), 1)}
 
 
 def write_tiny_model(folder: Path) -> None:

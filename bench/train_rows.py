@@ -18,7 +18,7 @@ import click
 
 from bench import train
 from bench.commands.shared import command_line, store
-from bench.measure import Row, surroundings
+from bench.measure import Row, gemm_rate, surroundings
 from bench.train import SETTINGS, UNTIMED_STEPS, Setting
 from fastpref.data import IGNORE_INDEX, DataConfig, TokenizedPair, load_dataset, load_tokenizer
 from fastpref.errors import FastprefError
@@ -144,7 +144,7 @@ def measure_rows(
     start = time.perf_counter()
     for turn in range(turns):
         if len(content["gemm"]) <= turn:
-            content["gemm"].append(run(train.gemm_rate, GEMM_REPEATS))
+            content["gemm"].append(run(gemm_rate, GEMM_REPEATS))
         for name in names if turn % 2 == 0 else [*reversed(names)]:
             row = content["rows"].setdefault(name, {"status": "ok", "runs": []})
             if row["status"] != "ok" or len(row["runs"]) > turn:

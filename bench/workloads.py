@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = ROOT / "runs" / "bench"
@@ -51,6 +52,8 @@ class Case:
     """Log-probs of the reference model: constants in fp32."""
     backend: str = "auto"
     """What `linear_logps` is to run on."""
+    tp_group: ProcessGroup | None = None
+    """The ranks that hold the weight's parts, where `weight_VH` is one."""
 
     @property
     def num_pairs(self) -> int:

@@ -1,4 +1,4 @@
-"""`head` and `sweep`: the head of a preference-trained model, forward and backward, beside its peers on a CPU."""
+"""`head`, `sweep`, `ranks`, `machine`: the head, forward and backward, beside its peers on a CPU."""
 
 from __future__ import annotations
 
@@ -14,16 +14,20 @@ import click
 
 from bench.commands.shared import command_line, out_option, store, threads_option
 from bench.implementations import IMPLEMENTATIONS, names_on
-from bench.measure import Row, check, in_child, probe, surroundings, time_in_turns
+from bench.measure import Row, ceilings, check, in_child, probe, surroundings, time_in_turns
 from bench.oracle import verdict
+from bench.workloads import build
 
 SWEEPS = {
     "vocab": [f"synthetic-v{2**power}-r512-f50" for power in range(14, 21)],
     "fraction": [
         f"synthetic-v131072-r{1024 * percent // 100 // 8 * 8}-f{percent}" for percent in (10, 25, 50, 75, 100)
     ],
+    "rows": [f"synthetic-v131072-r{rows}-f50" for rows in (128, 256, 512, 1024)],
 }
-"""512 response rows of 1024 positions; 96 ... 1024 response rows of about 1024 positions."""
+"""512 response rows of 1024 positions; 96 ... 1024 of about 1024 positions; half of 256 ... 2048 positions."""
+
+RANKS_WORKLOAD = "synthetic-v131072-r512-f50"
 
 
 @click.command()
@@ -57,9 +61,35 @@ def head(workload: str, only: str, repeats: int, threads: int, out: Path, dry: b
 @out_option
 @click.pass_context
 def sweep(context: click.Context, axis: str, only: str, repeats: int, threads: int, out: Path) -> None:
-    """Synthetic heads: vocabularies of 16k to 1M, or 10 to 100 % of 1024 positions in the response."""
+    """Synthetic heads: vocabularies of 16k to 1M, 128 to 1024 response rows, or 10 to 100 % of 1024 positions."""
     for workload in SWEEPS[axis]:
         context.invoke(head, workload=workload, only=only, repeats=repeats, threads=threads, out=out, dry=False)
+
+
+@click.command()
+@click.option("--workload", default=RANKS_WORKLOAD, show_default=True, help="A name of bench/workloads.py.")
+@click.option("--repeats", default=5, show_default=True, help="Timed passes after two that are not.")
+@out_option
+def ranks(workload: str, repeats: int, out: Path) -> None:
+    """The head cut over 1, 2 and 4 ranks of tensor parallelism, one thread each, beside Megatron's."""
+    from bench import ranks as on_ranks
+
+    os.environ["OMP_NUM_THREADS"] = "1"
+    sizes = {str(size): in_child(on_ranks.measure_on_ranks, size, workload, repeats) for size in on_ranks.SIZES}
+    row: Row = {"shape": build(workload).shape, "sizes": sizes} | surroundings() | {"command": command_line()}
+    store(out / "tensor-parallel.json", row)
+    click.echo(on_ranks.table(row))
+
+
+@click.command()
+@threads_option
+@out_option
+def machine(threads: int, out: Path) -> None:
+    """What the roofline is drawn from: the rates of a bare product and of a copy."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    row = in_child(ceilings, 9)
+    store(out / "machine.json", row | {"threads": threads} | surroundings() | {"command": command_line()})
+    click.echo(f"product {row['gflops']} GFLOP/s, copy {row['copy_gb_per_s']} GB/s")
 
 
 def measure_head(workload: str, names: list[str], repeats: int, out: Path, run: Callable[..., Row]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import click
@@ -9,7 +10,7 @@ import click
 from bench import report
 from bench.commands.head import SWEEPS
 from bench.commands.shared import out_option
-from bench.plots import draw, draw_bars
+from bench.plots import draw, draw_bars, draw_heads_roofline
 from bench.workloads import MODELS, NAMES, ROOT
 
 
@@ -54,6 +55,15 @@ def plot(images: Path, out: Path) -> None:
         if (file := out / f"head-{workload}.json").exists():
             draw_bars(workload, report.read_rows(file), images / f"bench-head-{workload}.png")
             click.echo(images / f"bench-head-{workload}.png")
+    if (stored := out / "tensor-parallel.json").exists():
+        from bench import ranks
+
+        ranks.draw(json.loads(stored.read_text(encoding="utf-8")), images / "bench-head-tp.png")
+        click.echo(images / "bench-head-tp.png")
+    if (stored := out / "machine.json").exists():
+        heads = [report.read_rows(file) for file in sorted(out.glob("head-*.json"))]
+        draw_heads_roofline(heads, json.loads(stored.read_text(encoding="utf-8")), images / "bench-roofline.png")
+        click.echo(images / "bench-roofline.png")
     for axis, workloads in SWEEPS.items():
         files = [out / f"head-{workload}.json" for workload in workloads]
         rows = [report.read_rows(file) for file in files if file.exists()]

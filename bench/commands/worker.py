@@ -11,6 +11,7 @@ import click
 WORKERS = {
     "check": "bench.measure",
     "time_in_turns": "bench.measure",
+    "ceilings": "bench.measure",
     "measure": "bench.packing",
     "time_steps": "bench.reference",
     "measure_memory": "bench.reference",
@@ -18,11 +19,12 @@ WORKERS = {
     "memory_of_dropin": "bench.dropin",
     "take_steps": "bench.scaling",
     "take_steps_on_ranks": "bench.scaling",
+    "measure_on_ranks": "bench.ranks",
     "measure_saves": "bench.save",
     "measure_import": "bench.save",
     "measure_export": "bench.save",
     "run_row": "bench.train",
-    "gemm_rate": "bench.train",
+    "gemm_rate": "bench.measure",
 }
 
 

@@ -15,6 +15,7 @@ from bench.gpu.parts import DRY_WORKLOADS, MAIN, OTHER_MODELS, OTHER_ROWS, SHARE
 from bench.gpu.summary import tflops
 from bench.measure import Row
 from bench.plots import STYLES
+from bench.roofline import Ceilings, Point, draw_roofline, intensity
 
 GPU_STYLES = STYLES | {
     "ours-cached": ("fastpref, cached", "#f4a261", "d"),
@@ -43,14 +44,6 @@ def draw_all(out: Path, images: Path) -> Iterator[Path]:
         yield _draw_roofline(rows, device, images / "gpu-roofline.png")
 
 
-def intensity(row: Row, kind: str) -> float:
-    """Useful operations of a pass over the fewest bytes: inputs read once, gradients written once, in 16 bits."""
-    shape = row["shape"]
-    rows, hidden, vocab = shape["rows"], shape["hidden"], shape["vocab"]
-    products, passes = (3, 2) if kind == "both" else (1, 1)
-    return 2 * products * rows * hidden * vocab / (2 * passes * hidden * (rows + vocab))
-
-
 def _right_rows(folder: Folder, workloads: tuple[str, ...]) -> Rows:
     found = {workload: folder.rows(f"head-{workload}.json") for workload in workloads}
     right = {workload: {n: row for n, row in rows.items() if row["status"] == "ok"} for workload, rows in found.items()}
@@ -77,21 +70,15 @@ def _draw_axis(rows: Rows, axis: str, file: Path) -> Path:
 
 
 def _draw_roofline(rows: Rows, device: Row, file: Path) -> Path:
-    """Every row below the two ceilings that were measured on the device."""
-    plt = _pyplot()
-    figure, panel = plt.subplots(figsize=(7, 5), layout="constrained")
-    points = [(name, row, kind) for each in rows.values() for name, row in each.items() for kind in row["times_ms"]]
-    top, bandwidth = device["gemm_tflops"], device["copy_tb_per_s"]
-    at = [intensity(row, kind) for _, row, kind in points] + [top / bandwidth]
-    x = [min(at) / 4, top / bandwidth, max(at) * 2]
-    panel.plot(x, [min(top, bandwidth * each) for each in x], color="#333333", label="measured copy and product")
-    for name, (title, colour, marker) in GPU_STYLES.items():
-        found = [(intensity(row, kind), tflops(row, kind, name)) for each, row, kind in points if each == name]
-        if found:
-            panel.scatter(*zip(*found, strict=True), color=colour, marker=marker, s=22, label=title)
-    panel.set_xscale("log", base=2)
-    _dress(panel, "TFLOP/s of useful operations", "operations per byte that must move")
-    return _save(figure, panel, f"Preference head on {_device(rows)}", file)
+    points = [
+        Point(name, intensity(row["shape"], 2, is_backward=kind == "both"), tflops(row, kind, name))
+        for each in rows.values()
+        for name, row in each.items()
+        for kind in row["times_ms"]
+    ]
+    ceilings = Ceilings(device["gemm_tflops"], device["copy_tb_per_s"], "T")
+    draw_roofline(points, GPU_STYLES, ceilings, f"Preference head on {_device(rows)}", file)
+    return file
 
 
 def _device(rows: Rows) -> str:

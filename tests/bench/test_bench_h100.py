@@ -14,8 +14,9 @@ from bench import __main__ as cli
 from bench import workloads
 from bench.gpu import clock, heads, inputs, parts, sanity, summary, supervisor
 from bench.gpu.folder import BROKEN_DEVICE, DeviceBrokenError, Folder, is_broken
-from bench.gpu.plots import draw_all, intensity
+from bench.gpu.plots import draw_all
 from bench.implementations import BARE, names_on
+from bench.roofline import intensity
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -76,9 +77,10 @@ def test_plot_draws_a_roofline_and_an_axis(dry: Path, tmp_path: Path) -> None:
 
 
 def test_intensity_counts_each_byte_once() -> None:
-    row = {"shape": {"rows": 2, "hidden": 8, "vocab": 6}}
-    assert intensity(row, "reference") == 2 * 2 * 8 * 6 / (2 * (2 * 8 + 6 * 8))
-    assert intensity(row, "both") == 1.5 * intensity(row, "forward")
+    shape = {"rows": 2, "hidden": 8, "vocab": 6}
+    forward = intensity(shape, 2, is_backward=False)
+    assert forward == 2 * 2 * 8 * 6 / (2 * (2 * 8 + 6 * 8))
+    assert intensity(shape, 2, is_backward=True) == 1.5 * forward
 
 
 def test_h100_measures_no_row_twice(dry: Path) -> None:

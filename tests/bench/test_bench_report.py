@@ -90,11 +90,18 @@ def test_document_holds_the_tables_of_the_stored_rows() -> None:
     assert report.replace_tables(document, tables) == document
 
 
-@pytest.mark.parametrize("axis", ["vocab", "fraction"])
+@pytest.mark.parametrize("axis", ["vocab", "rows", "fraction"])
 def test_draw_writes_a_picture(tmp_path: Path, axis: str) -> None:
     sweep = [{name: row(name, vocab / 500, vocab / 50, vocab)} for name in ("cce",) for vocab in (2**14, 2**20)]
     plots.draw(sweep, axis, tmp_path / "sweep.png")
     assert (tmp_path / "sweep.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_draw_heads_roofline_writes_a_picture(tmp_path: Path) -> None:
+    machine = {"gflops": 180.0, "copy_gb_per_s": 20.0, "threads": 2}
+    heads = [{"cce": row("cce", 3.0, 50.0), "trl": {"status": "wrong"}}]
+    plots.draw_heads_roofline(heads, machine, tmp_path / "roofline.png")
+    assert (tmp_path / "roofline.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_draw_bars_writes_a_picture(tmp_path: Path) -> None:
