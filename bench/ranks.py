@@ -7,6 +7,7 @@ Dims: see `workloads`; `v` are the vocabulary rows of a rank.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,10 +15,11 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from torch import Tensor
 
 from bench.implementations import IMPLEMENTATIONS
 from bench.measure import Row, extra_peak_mib, fresh_hidden, return_memory
-from bench.oracle import errors, truth, verdict
+from bench.oracle import Errors, errors, truth, verdict
 from bench.plots import STYLES
 from bench.registry import call
 from bench.workloads import Case, build
@@ -65,8 +67,9 @@ def measure_shard(workload: str, repeats: int) -> dict[str, Row]:
             result, peak_mib = extra_peak_mib(
                 lambda name=name: call(IMPLEMENTATIONS[name], case, case.hidden_SLH, case.weight_VH)
             )
-            rows[name] = {"errors": errors(result, expected), "extra_peak_mib": round(peak_mib, 1)}
-            rows[name]["wrong"] = verdict(rows[name]["errors"], None, is_exact=False)
+            found = _of_all_parts(errors(result, expected), expected["d_weight"])
+            wrong = verdict(found, None, is_exact=False)
+            rows[name] = {"errors": found, "wrong": wrong, "extra_peak_mib": round(peak_mib, 1)}
             rows[name] |= {"wall_s": [], "cpu_s": []}
         del result
         _time(case, rows, repeats)
@@ -82,8 +85,19 @@ def _shard(case: Case, group: torch.distributed.ProcessGroup) -> tuple[Case, sli
     return replace(case, weight_VH=case.weight_VH[shard].clone(), tp_group=group), shard
 
 
+def _of_all_parts(found: Errors, expected_vH: Tensor) -> Errors:
+    """Errors with that of the whole weight in place of this rank's part; the others are of what every rank has."""
+    part, norm = found["d_weight"], float(expected_vH.norm())
+    squares = torch.tensor([(part["relative_l2"] * norm) ** 2, norm**2], dtype=torch.float64)
+    largest = torch.tensor([part["max"], part["scale"]], dtype=torch.float64)
+    torch.distributed.all_reduce(squares)
+    torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+    whole = {"max": float(largest[0]), "relative_l2": math.sqrt(squares[0] / squares[1]), "scale": float(largest[1])}
+    return found | {"d_weight": whole}
+
+
 def _time(case: Case, rows: dict[str, Row], repeats: int) -> None:
-    """Adds the times of `repeats` turns to what passed."""
+    """Adds the times of `repeats` turns to what passed, which is the same on every rank."""
     generator = torch.Generator().manual_seed(4)
     for _ in range(repeats):
         hidden_SLH = fresh_hidden(case, generator)
