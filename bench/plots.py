@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
+from bench.figures import dress, pyplot, save
 from bench.measure import Row
 from bench.report import gflops, seconds
 from bench.roofline import Ceilings, Point, draw_roofline, intensity
@@ -21,6 +21,14 @@ STYLES = {
 }
 """(label, colour, marker) of what is drawn."""
 
+_VOCAB_TICKS = {2**power: f"{2 ** (power - 10)}k" if power < 20 else "1M" for power in range(14, 21)}
+AXES: dict[str, tuple[str, dict[int, str] | None]] = {
+    "vocab": ("vocabulary", _VOCAB_TICKS),
+    "rows": ("response rows", {2**power: str(2**power) for power in range(7, 11)}),
+    "fraction": ("response rows / positions", None),
+}
+"""Of a sweep: the label of its axis, and its ticks."""
+
 
 def draw_bars(workload: str, rows: dict[str, Row], file: Path) -> None:
     """Draw time and extra peak memory of every implementation on one head.
@@ -30,14 +38,9 @@ def draw_bars(workload: str, rows: dict[str, Row], file: Path) -> None:
         rows: by implementation; those that were not timed are left out.
         file: the PNG to write.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     timed = sorted((name for name in STYLES if rows.get(name, {}).get("status") == "ok"), key=_time_over_ours(rows))
     labels, colours, _ = zip(*(STYLES[name] for name in reversed(timed)), strict=True)
-    figure, panels = plt.subplots(1, 2, figsize=(11, 0.42 * len(timed) + 1.6), layout="constrained", sharey=True)
+    figure, panels = pyplot().subplots(1, 2, figsize=(11, 0.42 * len(timed) + 1.6), layout="constrained", sharey=True)
     measures = {
         "Time, forward + backward (s)": [seconds(rows[name], name) for name in reversed(timed)],
         "Extra peak memory (MiB)": [rows[name]["extra_peak_mib"] for name in reversed(timed)],
@@ -54,14 +57,11 @@ def draw_bars(workload: str, rows: dict[str, Row], file: Path) -> None:
         panel.grid(axis="x", linewidth=0.5, alpha=0.4)
         panel.set_axisbelow(True)
     shape = rows[timed[0]]["shape"]
-    figure.suptitle(
+    title = (
         f"DPO head of {workload} on two CPU cores: R = {shape['rows']} response rows, V = {shape['vocab']:,}, "
-        f"H = {shape['hidden']}, fp32",
-        fontsize=11,
+        f"H = {shape['hidden']}, fp32"
     )
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=130)
-    plt.close(figure)
+    save(figure, title, file)
 
 
 def _time_over_ours(rows: dict[str, Row]) -> Callable[[str], float]:
@@ -73,15 +73,10 @@ def draw(rows: list[dict[str, Row]], axis: str, file: Path) -> None:
 
     Args:
         rows: one dict of rows by implementation for each workload of the sweep.
-        axis: "vocab", "rows" or "fraction".
+        axis: a key of `AXES`.
         file: the PNG to write.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    figure, (left, right) = pyplot().subplots(1, 2, figsize=(11, 4.6), layout="constrained")
     for name, (label, colour, marker) in STYLES.items():
         found = [workload[name] for workload in rows if workload.get(name, {}).get("status") == "ok"]
         found.sort(key=lambda row: _position(row, axis))
@@ -99,12 +94,8 @@ def draw(rows: list[dict[str, Row]], axis: str, file: Path) -> None:
         "fraction": f"T = {shape['positions']} positions, V = {shape['vocab']:,}",
     }[axis]
     for panel, title in ((left, "Time, forward + backward (s)"), (right, "Extra peak memory (GiB)")):
-        _dress(panel, title, axis)
-    figure.suptitle(f"DPO head on a CPU: {held}, H = {shape['hidden']}, fp32", fontsize=11)
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=130)
-    plt.close(figure)
+        dress(panel, title, *AXES[axis])
+    save(figure, f"DPO head on a CPU: {held}, H = {shape['hidden']}, fp32", file, left)
 
 
 def draw_heads_roofline(heads: Sequence[dict[str, Row]], machine: Row, file: Path) -> None:
@@ -129,28 +120,3 @@ def draw_heads_roofline(heads: Sequence[dict[str, Row]], machine: Row, file: Pat
 def _position(row: Row, axis: str) -> float:
     shape = row["shape"]
     return shape["rows"] / shape["positions"] if axis == "fraction" else shape[axis]
-
-
-def _dress(panel: Any, title: str, axis: str) -> None:
-    from matplotlib.ticker import LogLocator, NullLocator
-
-    panel.set_title(title, fontsize=10, loc="left")
-    panel.set_yscale("log")
-    panel.spines[["top", "right"]].set_visible(False)
-    panel.grid(axis="y", which="major", linewidth=0.5, alpha=0.4)
-    if axis == "vocab":
-        panel.set_xscale("log", base=2)
-        ticks = [2**power for power in range(14, 21)]
-        panel.set_xticks(ticks, ["1M" if tick == 2**20 else f"{tick // 1024}k" for tick in ticks])
-        panel.set_xlabel("vocabulary", fontsize=9)
-    elif axis == "rows":
-        panel.set_xscale("log", base=2)
-        ticks = [2**power for power in range(7, 11)]
-        panel.set_xticks(ticks, [str(tick) for tick in ticks])
-        panel.set_xlabel("response rows", fontsize=9)
-    else:
-        panel.set_xlabel("response rows / positions", fontsize=9)
-    panel.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    panel.yaxis.set_major_formatter("{x:g}")
-    panel.yaxis.set_minor_locator(NullLocator())
-    panel.tick_params(labelsize=8)

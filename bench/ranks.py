@@ -17,6 +17,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from bench.figures import dress, pyplot, save
 from bench.implementations import IMPLEMENTATIONS
 from bench.measure import Row, extra_peak_mib, fresh_hidden, return_memory
 from bench.oracle import Errors, errors, truth, verdict
@@ -144,14 +145,8 @@ def draw(row: Row, file: Path) -> None:
         row: what the command stores.
         file: the PNG to write.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.ticker import NullLocator
-
     sizes = [int(size) for size in row["sizes"]]
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure, panels = pyplot().subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for name in NAMES:
         label, colour, marker = LABELS[name]
         cpu_s, _, peaks_mib = zip(*(busiest(ranks, name) for ranks in row["sizes"].values()), strict=True)
@@ -159,24 +154,11 @@ def draw(row: Row, file: Path) -> None:
             panel.plot(sizes, values, label=label, color=colour, marker=marker, markersize=5, linewidth=2)
             panel.plot(sizes, [values[0] / size for size in sizes], color=colour, linestyle=":", linewidth=1)
     for panel, title in zip(panels, ("CPU time of a rank (s)", "Extra peak memory of a rank (MiB)"), strict=True):
-        panel.set_title(f"{title}; dotted: the first over the ranks", fontsize=10, loc="left")
-        panel.set_xscale("log", base=2)
-        panel.set_yscale("log")
-        panel.set_xticks(sizes, [str(size) for size in sizes])
-        panel.xaxis.set_minor_locator(NullLocator())
-        panel.set_xlabel("ranks of tensor parallelism", fontsize=9)
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.grid(axis="y", which="both", linewidth=0.5, alpha=0.4)
-        panel.tick_params(labelsize=8)
-        panel.yaxis.set_major_formatter("{x:g}")
-        panel.yaxis.set_minor_formatter("{x:g}")
+        ticks = {size: str(size) for size in sizes}
+        dress(panel, f"{title}; dotted: the first over the ranks", "ranks of tensor parallelism", ticks)
     shape = row["shape"]
-    figure.suptitle(
+    title = (
         f"DPO head on a CPU: R = {shape['rows']} response rows of {shape['positions']} positions, "
-        f"V = {shape['vocab']:,}, H = {shape['hidden']}, fp32",
-        fontsize=11,
+        f"V = {shape['vocab']:,}, H = {shape['hidden']}, fp32"
     )
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=130)
-    plt.close(figure)
+    save(figure, title, file, panels[0])

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from bench.figures import dress, pyplot, save
 from bench.measure import Row
 
 
@@ -44,13 +45,7 @@ def draw_roofline(
         title: what was measured on which machine.
         file: the PNG to write.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.ticker import LogLocator, NullLocator
-
-    figure, panel = plt.subplots(figsize=(7.5, 5), layout="constrained")
+    figure, panel = pyplot().subplots(figsize=(7.5, 5), layout="constrained")
     ridge = ceilings.operations / ceilings.bytes
     at = [point.intensity for point in points] + [ridge]
     x = [min(at) / 2, ridge, max(at) * 2]
@@ -61,18 +56,6 @@ def draw_roofline(
         if found:
             panel.scatter(*zip(*found, strict=True), color=colour, marker=marker, s=22, label=label, zorder=3)
     panel.set_xscale("log", base=2)
-    panel.set_yscale("log")
     panel.xaxis.set_major_formatter("{x:g}")
-    panel.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    panel.yaxis.set_minor_locator(NullLocator())
-    panel.yaxis.set_major_formatter("{x:g}")
-    panel.set_title(f"{ceilings.prefix}FLOP/s of useful operations", fontsize=10, loc="left")
-    panel.set_xlabel("operations per byte that must move", fontsize=9)
-    panel.spines[["top", "right"]].set_visible(False)
-    panel.grid(axis="y", which="major", linewidth=0.5, alpha=0.4)
-    panel.tick_params(labelsize=8)
-    figure.suptitle(title, fontsize=11)
-    figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=130)
-    plt.close(figure)
+    dress(panel, f"{ceilings.prefix}FLOP/s of useful operations", "operations per byte that must move")
+    save(figure, title, file, panel)

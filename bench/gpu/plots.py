@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
-from typing import Any
 
+from bench.figures import dress, pyplot, save
 from bench.gpu.folder import Folder
 from bench.gpu.parts import DRY_WORKLOADS, MAIN, OTHER_MODELS, OTHER_ROWS, SHARE_SWEEP, VOCAB_SWEEP
 from bench.gpu.summary import tflops
@@ -51,9 +51,8 @@ def _right_rows(folder: Folder, workloads: tuple[str, ...]) -> Rows:
 
 
 def _draw_axis(rows: Rows, axis: str, file: Path) -> Path:
-    plt = _pyplot()
     _, label, position = AXES[axis]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    figure, (left, right) = pyplot().subplots(1, 2, figsize=(11, 4.6), layout="constrained")
     for name, (title, colour, marker) in GPU_STYLES.items():
         found = sorted((each[name] for each in rows.values() if name in each), key=lambda row: position(row["shape"]))
         if not found:
@@ -63,10 +62,11 @@ def _draw_axis(rows: Rows, axis: str, file: Path) -> Path:
         left.plot(x, [median(row["times_ms"]["both"][name]) for row in found], **style)
         right.plot(x, [row["extra_peak_mib"]["both"] / 1024 for row in found], **style)
     for panel, title in ((left, "Time, forward + backward (ms)"), (right, "Extra peak memory (GiB)")):
-        _dress(panel, title, label)
+        dress(panel, title, label)
         if axis != "share":
             panel.set_xscale("log", base=2)
-    return _save(figure, left, f"Preference head on {_device(rows)}", file)
+    save(figure, f"Preference head on {_device(rows)}", file, left)
+    return file
 
 
 def _draw_roofline(rows: Rows, device: Row, file: Path) -> Path:
@@ -84,29 +84,3 @@ def _draw_roofline(rows: Rows, device: Row, file: Path) -> Path:
 def _device(rows: Rows) -> str:
     row = next(iter(next(iter(rows.values())).values()))
     return str(row.get("gpu") or "a CPU, dry")
-
-
-def _dress(panel: Any, title: str, label: str) -> None:
-    panel.set_title(title, fontsize=10, loc="left")
-    panel.set_yscale("log")
-    panel.set_xlabel(label, fontsize=9)
-    panel.spines[["top", "right"]].set_visible(False)
-    panel.grid(axis="y", which="major", linewidth=0.5, alpha=0.4)
-
-
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
-def _save(figure: Any, panel: Any, title: str, file: Path) -> Path:
-    figure.suptitle(title, fontsize=11)
-    figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=130)
-    _pyplot().close(figure)
-    return file
