@@ -244,6 +244,8 @@ def _compose(text: str, root: Location) -> Node | None:
             warnings.simplefilter("error", ReusedAnchorWarning)
             _check_depth(text, root)
             return YAML(typ="safe", pure=True).compose(text)
+    except ConfigError:  # a ValueError, which has its place already
+        raise
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark is not None and root.line else root.line
