@@ -88,12 +88,13 @@ def test_jsonl_truncated_last_line_is_recognised(tmp_path: Path, cut: int) -> No
 @pytest.mark.parametrize(
     ("content", "match"),
     [
-        (gzip.compress(GOOD), "is gzip-compressed; decompress it"),
+        (gzip.compress(GOOD, mtime=0), "is gzip-compressed; decompress it"),
         (b"\x28\xb5\x2f\xfd...", "is zstd-compressed"),
         (b"PK\x03\x04...", "is a zip archive"),
         (b"PAR1...", "is Parquet; set `format: parquet`"),
         (GOOD.decode().encode("utf-16"), "is UTF-16; save it as UTF-8"),
     ],
+    ids=["gzip", "zstd", "zip", "parquet", "utf-16"],
 )
 @pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.json"])
 def test_file_of_another_kind_is_named(tmp_path: Path, content: bytes, match: str, name: str) -> None:
