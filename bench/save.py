@@ -123,10 +123,12 @@ def _step_taker(trainer: DPOTrainer) -> Callable[[], float]:
 
 
 def _save(trainer: DPOTrainer, step: int) -> dict[str, float]:
-    """A save that is waited for; its parts add up to the whole."""
+    """A save that is waited for; its parts, and talk between ranks, add up to the whole."""
     with _timeline() as spans:
-        total = _seconds(lambda: trainer.save_checkpoint(step))
-    return {**_parts(spans), "total_s": total}
+        started = time.perf_counter()
+        trainer.save_checkpoint(step)
+        total = time.perf_counter() - started
+    return {**_parts(started, spans), "total_s": total}
 
 
 def _save_beside(
@@ -135,32 +137,30 @@ def _save_beside(
     """A save beside steps: seconds in which none can be taken, and those that were."""
     from fastpref.trainer.loop import begin_save
 
-    beside, started = [], time.perf_counter()
+    beside: list[float] = []
     with _timeline() as spans:
+        started = time.perf_counter()
         save = begin_save(trainer, step, copies=True)
-        begin, finish, is_done = time.perf_counter() - started, 0.0, False
-        while not is_done:
-            while save.is_writing:
-                beside.append(take_step())
-            asked = time.perf_counter()
-            is_done = save.advance()
-            finish += time.perf_counter() - asked
-    parts = _parts(spans)
-    blocked = {"plan_s": begin - parts["copy_s"], "copy_s": parts["copy_s"], "finish_s": finish}
-    return {**blocked, "blocked_s": begin + finish, "total_s": time.perf_counter() - started}, beside
+        begin = time.perf_counter() - started
+        while save.is_running:
+            beside.append(take_step())
+        asked = time.perf_counter()
+        save.finish()
+        ended = time.perf_counter()
+    parts = _parts(started, spans)
+    blocked = {name: parts[name] for name in ("list_s", "copy_s")} | {"finish_s": ended - asked}
+    return {**blocked, "blocked_s": begin + ended - asked, "total_s": ended - started}, beside
 
 
 @contextmanager
 def _timeline() -> Iterator[dict[str, list[tuple[float, float]]]]:
     """While entered, notes when the parts of a save begin and end, in whatever thread."""
-    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-
     from fastpref.trainer import save, shards
 
     places = {
-        "views": (FileSystemWriterAsync, "prepare_write_data"),  # which copies what is a part of a larger tensor
-        "copy": (shards.ShardPlan, "to_host"),
-        "write": (shards.ShardPlan, "write"),
+        "copy": (shards.Shards, "to_host"),
+        "plan": (shards.Shards, "plan"),
+        "write": (shards.Shards, "write"),
         "hash": (save, "_recorded"),
         "publish": (save.Save, "_publish"),
     }
@@ -186,14 +186,16 @@ def _timeline() -> Iterator[dict[str, list[tuple[float, float]]]]:
             setattr(owner, name, originals[part])
 
 
-def _parts(spans: dict[str, list[tuple[float, float]]]) -> dict[str, float]:
-    """Seconds of the copy, until the last byte is written, until the last file is hashed, and of the publication."""
-    (views,), (copy,), (publish,) = spans["views"], spans["copy"], spans["publish"]
+def _parts(started: float, spans: dict[str, list[tuple[float, float]]]) -> dict[str, float]:
+    """Seconds until what is to be copied is listed, of copy and plan, of the last byte and hash, of publication."""
+    (copy,), (plan,), (publish,) = spans["copy"], spans["plan"], spans["publish"]
     written = max(end for _, end in spans["write"])
     hashed = max(end for _, end in spans["hash"] if end < publish[0])
     return {
-        "copy_s": views[1] - views[0] + copy[1] - copy[0],
-        "write_s": written - copy[1],
+        "list_s": copy[0] - started,
+        "copy_s": copy[1] - copy[0],
+        "plan_s": plan[1] - plan[0],
+        "write_s": written - plan[1],
         "hash_s": hashed - written,
         "publish_s": publish[1] - publish[0],
     }
@@ -246,8 +248,7 @@ def table(row: Row) -> str:
     read = {name: min(taken) for name, taken in row["read"].items()}
     alone, slowed = (median(taken) if taken else 0.0 for taken in row["steps"].values())
     repeats = len(row["sync"]["total_s"])
-    parts = [wait["total_s"] - sum(wait[name] for name in ("copy_s", "write_s", "hash_s", "publish_s"))]
-    parts += [wait["copy_s"], wait["write_s"], wait["hash_s"], wait["publish_s"], wait["total_s"]]
+    names = ("list_s", "copy_s", "plan_s", "write_s", "hash_s", "publish_s", "total_s")
     share = beside["blocked_s"] / wait["total_s"]
     into, out = row["import"], row["export"]
     return "\n".join(
@@ -255,11 +256,11 @@ def table(row: Row) -> str:
             f"{row['parameters'] / 1e6:.0f} M parameters, {row['bytes'] / 1e9:.2f} GB a checkpoint; "
             f"{row['threads']} threads, load {max(row['load_average'])}; the shortest of {repeats} each.",
             "",
-            "| save | plan, s | copy, s | write, s | hash, s | publish, s | training waits, s |",
-            "|---|---:|---:|---:|---:|---:|---:|",
-            f"| waited for | {' | '.join(f'{seconds:.2f}' for seconds in parts)} |",
-            f"| beside training | {beside['plan_s']:.2f} | {beside['copy_s']:.2f} | beside | beside | "
-            f"{beside['finish_s']:.2f} | {beside['blocked_s']:.2f} ({share:.0%}) |",
+            "| save | list, s | copy, s | plan, s | write, s | hash, s | publish, s | training waits, s |",
+            "|---|---:|---:|---:|---:|---:|---:|---:|",
+            f"| waited for | {' | '.join(f'{wait[name]:.2f}' for name in names)} |",
+            f"| beside training | {beside['list_s']:.2f} | {beside['copy_s']:.2f} |{' beside |' * 4} "
+            f"{beside['blocked_s']:.2f} ({share:.0%}) |",
             "",
             f"Beside training it takes {beside['total_s']:.2f} s, in which a step takes {slowed:.2f} s instead of "
             f"{alone:.2f} s (medians). Verifying takes {read['verify_s']:.2f} s, loading {read['load_s']:.2f} s.",

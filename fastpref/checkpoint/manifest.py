@@ -117,7 +117,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _parsed(path: Path, content: object) -> dict[str, FileRecord]:
     if not isinstance(content, dict) or set(content) != {"schema", "files"} or not isinstance(content["files"], dict):
         raise CheckpointError(f"{path} must hold the keys schema and files; use another checkpoint")
-    if content["schema"] != SCHEMA:
+    if type(content["schema"]) is not int or content["schema"] != SCHEMA:
         raise CheckpointError(
             f"{path} has schema {reprlib.repr(content['schema'])}, this version reads {SCHEMA}; use the version that "
             "wrote it"

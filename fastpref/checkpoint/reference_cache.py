@@ -115,7 +115,7 @@ class ReferenceCache:
         self._refuse_damaged(content_problems(self.path, self._records, [INDEX_FILE]))
         file = self.path / INDEX_FILE
         index = read_json(file)
-        if index.get("schema") != SCHEMA:
+        if type(index.get("schema")) is not int or index["schema"] != SCHEMA:
             refuse(file, f"schema must be {SCHEMA}, got {index.get('schema')!r}; score the reference again")
         if not isinstance(index.get("identity"), dict) or not isinstance(index.get("tables"), list):
             refuse(file, "must have an object `identity` and a list `tables`; score the reference again")

@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 
 from fastpref.errors import CheckpointError
+from fastpref.trainer.watch import is_peer_failure
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # The ranks exchange errors as text.
@@ -19,24 +20,32 @@ _ERRNO = re.compile(r"\[Errno (\d+)\]")
 Answer = TypeVar("Answer")
 
 
-def together(action: Callable[[], Answer], what: str) -> Answer:
+def together(action: Callable[[], Answer], what: str, group: torch.distributed.ProcessGroup | None = None) -> Answer:
     """Run `action` on every rank and return its answer, if it worked on all of them.
 
     Args:
         action: waits for other ranks only where all of them fail together.
         what: names the action in the message, as in "saving step 3".
+        group: all ranks; the default group if None.
 
     Raises:
         OSError: a disk is full, on any rank; ENOSPC on all of them.
         CheckpointError: the action failed on some rank in another way; names the ranks.
+        Exception: what else this rank's action raised; the other ranks raise a CheckpointError.
     """
-    answer, failure = None, ""
+    answer, failure, unexpected = None, "", None
     try:
         answer = action()
     except (OSError, CheckpointError) as error:
         failure = str(error)
-    failures: list[str] = [""] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(failures, failure)
+    except Exception as error:
+        if isinstance(error, RuntimeError) and is_peer_failure(error):
+            raise  # there is nobody to tell
+        failure, unexpected = f"{type(error).__name__}: {error}", error
+    failures: list[str] = [""] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(failures, failure, group=group)
+    if unexpected is not None:
+        raise unexpected
     if any(failures):
         _raise(failures, what)
     return answer  # type: ignore[return-value]

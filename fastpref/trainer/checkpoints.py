@@ -28,16 +28,16 @@ class Checkpoints:
         """What this rank has to tell at the end of a step, beside whether it was asked to `stop`."""
         if self._save is None:
             return Signals(stop=stop)
-        return Signals(stop=stop, is_writing=self._save.is_writing, has_failed=self._save.has_failed)
+        return Signals(stop=stop, is_saving=self._save.is_running)
 
     def after_step(self, heard: Signals) -> None:
-        """Takes the save further if no rank is writing any more, or one could not; `heard` is the same on every rank.
+        """Ends the save if no rank is at it any more; `heard` is the same on every rank.
 
         Raises:
-            OSError, CheckpointError: as `Save.advance`.
+            OSError, CheckpointError: as `Save.finish`.
         """
-        if self._save is not None and (not heard.is_writing or heard.has_failed) and self._save.advance():
-            self._save = None
+        if not heard.is_saving:
+            self.finish()
 
     def save(self, step: int, *, wait: bool) -> None:
         """Saves after `step`; a save that is under way is finished before.
@@ -52,7 +52,7 @@ class Checkpoints:
             self.finish()
 
     def finish(self) -> None:
-        """Waits for the save that is under way and publishes it; every rank calls it."""
+        """Waits for the save that is under way; every rank calls it, and it raises what `Save.finish` raises."""
         save, self._save = self._save, None
         if save is not None:
             save.finish()

@@ -29,6 +29,7 @@ from fastpref.errors import ConfigError
 from fastpref.trainer.layout import ParallelLayout, size_problems, world_problems
 
 __all__ = [
+    "background_group",
     "current_device",
     "current_layout",
     "destroy",
@@ -41,6 +42,8 @@ __all__ = [
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 _owns_process_group = False
+# The default group, and the group made beside it for a background thread.
+_background: tuple[torch.distributed.ProcessGroup | None, torch.distributed.ProcessGroup] | None = None
 _farewells: list[Callable[[], None]] = []
 
 
@@ -146,6 +149,19 @@ def current_layout() -> ParallelLayout:
     )
 
 
+def background_group(timeout_s: float) -> torch.distributed.ProcessGroup:
+    """Return a gloo group of all ranks for one thread beside the main one; its first call makes it, on every rank.
+
+    Args:
+        timeout_s: seconds after which a collective in it fails; kept from the first call.
+    """
+    global _background
+    world = torch.distributed.group.WORLD
+    if _background is None or _background[0] is not world:
+        _background = world, torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+    return _background[1]
+
+
 def before_destroy(action: Callable[[], None]) -> None:
     """Have `destroy` call `action` first, once."""
     _farewells.append(action)
@@ -153,9 +169,12 @@ def before_destroy(action: Callable[[], None]) -> None:
 
 def destroy() -> None:
     """Undo `initialize_model_parallel`, and `initialize_distributed` where it created the process group."""
-    global _owns_process_group
+    global _owns_process_group, _background
     while _farewells:
         _farewells.pop()()
+    if _background is not None and _background[0] is torch.distributed.group.WORLD:
+        torch.distributed.destroy_process_group(_background[1])
+    _background = None
     if parallel_state.model_parallel_is_initialized():
         # Megatron forgets its groups without closing them: sockets and threads would add up over many layouts.
         groups = parallel_state._global_process_group_list or []

@@ -1,9 +1,10 @@
-"""Saving a run: shards written beside training, then one agreed and durable publication by rename.
+"""Saving a run: one thread per rank carries a checkpoint from host memory to an agreed, durable publication by rename.
 
-A save begins on all ranks together, with a plan and a copy in host memory. Each rank's threads then write, make durable
-and hash its own files, and nobody waits. When all are done, the ranks tell rank 0 what they wrote, unless one failed,
-and a thread of rank 0 writes the index and the manifest, renames the directory, and removes checkpoints that the run
-keeps no longer. A save that training waits for is the same without the copy.
+A save begins on all ranks together, with a copy in host memory; then training may go on. A thread of each rank agrees
+with those of the others, in a group of their own, on a directory and on who writes what. More threads write, make
+durable and hash the rank's files. When all are done, rank 0 writes the index and the manifest, renames the directory,
+and removes checkpoints that the run keeps no longer. What fails on one rank, the threads of all ranks hear. A save that
+training waits for is the same without the copy.
 """
 
 from __future__ import annotations
@@ -26,16 +27,18 @@ from fastpref.checkpoint.hf import sync
 from fastpref.checkpoint.manifest import FileRecord, file_names, record_files
 from fastpref.errors import CheckpointError
 from fastpref.trainer.agreement import together
-from fastpref.trainer.platform import current_device
-from fastpref.trainer.shards import AbandonedError, ShardPlan
+from fastpref.trainer.platform import background_group
+from fastpref.trainer.shards import AbandonedError, Shards
 from fastpref.trainer.state import sharded_state
 
-# While ranks wait for writers they talk to each other this often, so that none sits in one long collective.
+# While ranks wait for writers their threads talk to each other this often, so that none sits in one long collective.
 _POLL_S = 1.0
 # A writer looks up before each tensor.
 _ABANDON_S = 5.0
 
 Records = dict[str, FileRecord]
+Written = tuple[list[str], list[Any]]
+"""Names of files, and where in them tensors are."""
 
 
 class Save:
@@ -54,10 +57,6 @@ class Save:
     Attributes:
         step: optimizer steps done.
         path: the finished checkpoint's directory; one that exists already is left as it is.
-
-    Raises:
-        OSError: a disk is full; on every rank.
-        CheckpointError: some rank could not begin; likewise.
     """
 
     def __init__(
@@ -73,131 +72,120 @@ class Save:
         timeout_s: float,
     ) -> None:
         self.step, self.path = int(state["step"]), directory.step_directory(root, state["step"])
-        self._what, self._keep, self._timeout_s = f"saving step {self.step}", keep, timeout_s
+        self._state, self._keep, self._timeout_s = dict(state), keep, timeout_s
+        self._what = f"saving step {self.step}"
         self._is_first = torch.distributed.get_rank() == 0
-        self._abandoned = threading.Event()
-        self._writers: list[_Writer] = []
-        self._is_publishing = False
-        names = [f"{self.path.name}.tmp-{uuid.uuid4().hex[:8]}" if not self.path.exists() else None]
-        torch.distributed.broadcast_object_list(names, src=0)
-        self._temporary = None if names[0] is None else root / names[0]
-        if self._temporary is not None:
-            payload = {**sharded_state(models, optimizer, is_loading=False), "scheduler": scheduler.state_dict()}
-            self._begin(self._temporary, payload, dict(state), copies)
-
-    def _begin(self, temporary: Path, payload: dict[str, Any], state: dict[str, Any], copies: bool) -> None:
-        together(lambda: temporary.mkdir(parents=True) if self._is_first else None, self._what)
-        self._plan = plan = together(lambda: ShardPlan(payload, temporary), self._what)
-        plan.to_host(copies=copies)
-
-        def write_small() -> tuple[list[str], list[Any]]:
-            directory.write_state(temporary, state)
-            for name, content in plan.small_files.items():
-                (temporary / name).write_bytes(content)
-            return [directory.STATE_FILE, *plan.small_files], []
-
-        def write_shards(number: int) -> Callable[[], tuple[list[str], list[Any]]]:
-            def write() -> tuple[list[str], list[Any]]:
-                name, places = plan.write(number, self._abandoned.is_set)
-                return [name], places
-
-            return write
-
-        actions = [write_shards(number) for number in range(plan.num_files)] + [write_small] * self._is_first
-        for action in actions:
-            self._start(_Writer(temporary, action))
-
-    def _start(self, writer: _Writer) -> None:
-        self._writers.append(writer)
-        writer.start()
+        self._abandoned, self._has_given_up = threading.Event(), False
+        self._error: Exception | None = None
+        self._group = background_group(timeout_s)
+        payload = sharded_state(models, optimizer, is_loading=False)
+        self._shards = Shards({**payload, "scheduler": scheduler.state_dict()})
+        self._shards.to_host(copies=copies)
+        # A thread that a dead disk holds must not hold the process.
+        self._thread = threading.Thread(target=self._run, name="fastpref-save", daemon=True)
+        self._thread.start()
 
     @property
-    def is_writing(self) -> bool:
-        """Whether this rank's threads are still at it."""
-        return any(writer.is_alive() for writer in self._writers)
+    def is_running(self) -> bool:
+        """Whether this rank's thread is still at it; when no rank's is, `finish` does not wait."""
+        return self._thread.is_alive()
 
-    @property
-    def has_failed(self) -> bool:
-        """Whether one of this rank's threads could not write."""
-        return any(writer.error is not None for writer in self._writers)
-
-    def advance(self) -> bool:
-        """Waits for the threads of all ranks, then goes from writing to publishing, or ends; every rank calls it.
+    def finish(self) -> Path:
+        """Waits until the checkpoint is there; every rank calls it.
 
         Returns:
-            Whether the checkpoint is there; until it is, this is to be called again.
+            `path`.
 
         Raises:
             OSError: a disk is full; on every rank, and no checkpoint of this step appears.
             CheckpointError: some rank could not write, or took longer than `timeout_s`; likewise.
         """
-        if self._temporary is None:
-            return True
-        self._wait()
-        mine = together(self._outcome, self._what)
-        if self._is_publishing:
-            return True
-        self._is_publishing = True
-        parts: list[Any] | None = [None] * torch.distributed.get_world_size() if self._is_first else None
-        torch.distributed.gather_object(mine, parts)
-        self._writers = []
-        if parts is not None:
-            self._start(_Writer(self._temporary, partial(self._publish, parts)))
-        return False
-
-    def finish(self) -> Path:
-        """Waits until the checkpoint is there; every rank calls it, and it raises what `advance` raises.
-
-        Returns:
-            `path`.
-        """
-        while not self.advance():
-            pass
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
         return self.path
 
     def abandon(self) -> None:
         """Ends this rank's writing; for a rank that fails alone. What was written stays under its temporary name."""
+        self._has_given_up = True
         self._abandoned.set()
-        for writer in self._writers:
-            writer.join(_ABANDON_S)
+        self._thread.join(_ABANDON_S)
 
-    def _wait(self) -> None:
-        """Returns when no rank writes any more, or one has not been able to in time."""
-        deadline = time.monotonic() + self._timeout_s
-        while True:
+    def _run(self) -> None:
+        try:
+            names = [None if self.path.exists() else f"{self.path.name}.tmp-{uuid.uuid4().hex[:8]}"]
+            torch.distributed.broadcast_object_list(names, src=0, group=self._group)
+            if names[0] is not None:
+                self._save(self.path.parent / names[0])
+        except Exception as error:  # raised again by `finish`
+            self._error = error
+        del self._shards  # and with it what is left of the copy
+
+    def _save(self, temporary: Path) -> None:
+        self._together(lambda: temporary.mkdir(parents=True) if self._is_first else None)
+        self._shards.plan(temporary, self._group)
+        actions = [partial(self._write_shards, number) for number in range(self._shards.num_files)]
+        if self._is_first:
+            actions.append(partial(self._write_small, temporary))
+        mine = self._wait([_Writer(temporary, action) for action in actions])
+        parts: list[Any] | None = [None] * torch.distributed.get_world_size() if self._is_first else None
+        torch.distributed.gather_object(mine, parts, group=self._group)
+        publish = [_Writer(temporary, partial(self._publish, temporary, parts))] if parts is not None else []
+        self._wait(publish)
+
+    def _together(self, action: Callable[[], Any]) -> Any:
+        return together(action, self._what, self._group)
+
+    def _wait(self, writers: Sequence[_Writer]) -> tuple[Records, list[Any]]:
+        """Starts this rank's writers, and returns their files and places when those of no rank write any more."""
+        for writer in writers:
+            writer.start()
+        deadline, is_writing = time.monotonic() + self._timeout_s, True
+        while is_writing:
             look_up = time.monotonic() + _POLL_S
-            for writer in self._writers:
+            for writer in writers:
                 writer.join(max(0.0, look_up - time.monotonic()))
-            is_late = self.is_writing and time.monotonic() > deadline
-            flags = torch.tensor([self.is_writing, is_late, self.has_failed], dtype=torch.int32)
-            flags = flags.to(current_device())
-            torch.distributed.all_reduce(flags)
+            is_writing = any(writer.is_alive() for writer in writers)
+            is_late = is_writing and time.monotonic() > deadline
+            has_failed = self._abandoned.is_set() or any(writer.error is not None for writer in writers)
+            flags = torch.tensor([is_writing, is_late, has_failed], dtype=torch.int32)
+            torch.distributed.all_reduce(flags, group=self._group)
             num_writing, num_late, num_failed = flags.tolist()
             if num_failed:
                 self._abandoned.set()  # nobody will read what the others write
-            if not num_writing or num_late:
-                return
+            is_writing = num_writing > 0 and num_late == 0
+        return self._together(partial(self._outcome, writers))
 
-    def _outcome(self) -> tuple[Records, list[Any]]:
-        """This rank's files and where in them each tensor is."""
-        if self.is_writing:
+    def _outcome(self, writers: Sequence[_Writer]) -> tuple[Records, list[Any]]:
+        if any(writer.is_alive() for writer in writers):
             self._abandoned.set()
             raise CheckpointError(
                 f"files are not written after {self._timeout_s:g} s; look at the disk of {self.path.parent}, or "
                 "raise distributed_timeout_seconds"
             )
-        for writer in self._writers:
+        if self._has_given_up:
+            raise CheckpointError("the save was abandoned")
+        for writer in writers:
             if writer.error is not None and not isinstance(writer.error, AbandonedError):
                 raise writer.error
-        records = {name: record for writer in self._writers for name, record in writer.records.items()}
-        return records, [place for writer in self._writers for place in writer.places]
+        records = {name: record for writer in writers for name, record in writer.records.items()}
+        return records, [place for writer in writers for place in writer.places]
 
-    def _publish(self, parts: Sequence[tuple[Records, list[Any]]]) -> tuple[list[str], list[Any]]:
-        assert self._temporary is not None
-        self._plan.finish([places for _, places in parts])
+    def _write_shards(self, number: int) -> Written:
+        name, places = self._shards.write(number, self._abandoned.is_set)
+        return [name], places
+
+    def _write_small(self, temporary: Path) -> Written:
+        directory.write_state(temporary, self._state)
+        for name, content in self._shards.small_files.items():
+            (temporary / name).write_bytes(content)
+        return [directory.STATE_FILE, *self._shards.small_files], []
+
+    def _publish(self, temporary: Path, parts: Sequence[tuple[Records, list[Any]]]) -> Written:
+        self._shards.finish([places for _, places in parts])
         records = {name: record for part, _ in parts for name, record in part.items()}
-        records |= _recorded(self._temporary, sorted({*file_names(self._temporary)} - {*records}))
-        directory.publish(self._temporary, self.path, records)
+        records |= _recorded(temporary, sorted({*file_names(temporary)} - {*records}))
+        directory.publish(temporary, self.path, records)
         if self._keep is not None:
             directory.prune(self.path.parent, self._keep)
         return [], []
@@ -212,9 +200,8 @@ class _Writer(threading.Thread):
         error: what kept it from it.
     """
 
-    def __init__(self, folder: Path, action: Callable[[], tuple[list[str], list[Any]]]) -> None:
-        # A writer that a dead disk holds must not hold the process.
-        super().__init__(name="fastpref-save", daemon=True)
+    def __init__(self, folder: Path, action: Callable[[], Written]) -> None:
+        super().__init__(name="fastpref-save-file", daemon=True)
         self._folder, self._action = folder, action
         self.records: Records = {}
         self.places: list[Any] = []
@@ -226,7 +213,6 @@ class _Writer(threading.Thread):
             self.records = _recorded(self._folder, names)
         except Exception as error:  # raised again where all ranks hear of it
             self.error = error
-        del self._action  # and with it the copy of the state
 
 
 def _recorded(folder: Path, names: Sequence[str]) -> Records:

@@ -1,13 +1,14 @@
-"""This rank's shards of one checkpoint: planned by Megatron, kept in host memory, written by threads of this process.
+"""This rank's shards of one checkpoint: copied to host memory, planned by Megatron, written by threads of this process.
 
-Megatron would write them in processes that it forks. A fork beside a GPU or running threads may hang; its child
-outlives a killed parent, writes on, and keeps the sockets open by whose end the other ranks notice. A thread has none
-of this, and training goes on beside it: neither writing nor hashing holds the interpreter's lock.
+Only the copy keeps training waiting. Planning asks the other ranks who writes what, in a group of its own, so a thread
+does that too. Megatron would write in processes that it forks. A fork beside a GPU or running threads may hang; its
+child outlives a killed parent, writes on, and keeps the sockets open by whose end the other ranks notice. A thread has
+none of this, and training goes on beside it: neither writing nor hashing holds the interpreter's lock.
 """
 
 from __future__ import annotations
 
-import inspect
+import copy
 import io
 import json
 import queue
@@ -17,14 +18,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.core import CONFIG_FNAME, CheckpointingConfig
+from megatron.core.dist_checkpointing.core import CONFIG_FNAME, CheckpointingConfig, CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.dist_checkpointing.strategies.state_dict_saver import save_state_dict_async_plan
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from megatron.core.dist_checkpointing.validation import validate_sharding_integrity
 
 from fastpref.errors import CheckpointError
+from fastpref.trainer.agreement import together
 
 # Files of a rank, each written and hashed by a thread of its own.
 _FILES = 2
@@ -34,60 +44,80 @@ class AbandonedError(CheckpointError):
     """Writing was ended because another rank has failed."""
 
 
-class _Strategy(TorchDistSaveShardedStrategy):
-    """Plans a save like Megatron's, and leaves writing and finishing to the caller."""
-
-    def plan(self, sharded: dict[str, Any], directory: Path) -> tuple[FileSystemWriterAsync, Any]:
-        """Returns the writer with this rank's shards, and on rank 0 the index of all."""
-        # Megatron-Core 0.19 has a second kind of writer, which lives in another package.
-        is_chosen = "async_strategy" in inspect.signature(self.async_save).parameters
-        return self.async_save(sharded, directory, **({"async_strategy": "mcore"} if is_chosen else {}))
-
-    def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any, *_: Any) -> Any:
-        return writer, planned[1]
-
-
-class ShardPlan:
-    """What this rank writes of one checkpoint; made by every rank together.
+class Shards:
+    """What this rank writes of one checkpoint: first `to_host`, then `plan`, then `write` for each of its files.
 
     Args:
-        payload: sharded state; tensors are not read before `to_host`.
-        directory: where to; it must exist.
+        payload: sharded state; it is used up.
 
     Attributes:
         small_files: files that one rank writes for all, by name.
-        num_files: this rank's files of shards.
-
-    Raises:
-        CheckpointingException: the ranks' shards do not make up whole tensors.
+        num_files: this rank's files of shards; known after `plan`.
     """
 
-    def __init__(self, payload: dict[str, Any], directory: Path) -> None:
-        # Megatron would start a manager process for this queue, which nobody needs here.
-        filesystem_async._results_queue = queue.Queue()
-        sharded, common = save_preprocess(payload)
-        strategy = _Strategy("torch_dist", 1, thread_count=_FILES)
-        self._writer, self._index = strategy.plan(sharded, directory)
+    def __init__(self, payload: dict[str, Any]) -> None:
+        self._sharded, common = save_preprocess(payload, validate_access_integrity=False)
         small = io.BytesIO()
         torch.save(common, small)
         config = json.dumps(asdict(CheckpointingConfig("torch_dist", 1)))
         self.small_files = {COMMON_STATE_FNAME: small.getvalue(), CONFIG_FNAME: config.encode()}
-        self.num_files = len(self._writer.write_buckets)
+        self.num_files = 0
 
     def to_host(self, *, copies: bool) -> None:
-        """Brings the tensors to host memory; what is on a GPU is copied in any case.
+        """Brings to host memory what this rank writes; what is on a GPU is copied in any case.
 
         Args:
-            copies: also copy tensors that are in host memory already, so that training may change its own.
+            copies: also copy what is in host memory already, so that training may change its own.
         """
-        live = self._writer.write_buckets
-        staged = self._writer.preload_tensors(live)
-        for (*_, (_, ours)), (*_, (_, theirs)) in zip(staged, live, strict=True):
-            for place, (item, tensor) in enumerate(ours):
-                if copies and tensor is theirs[place][1]:
-                    ours[place] = (item, tensor.clone())
-                theirs[place] = None  # what was gathered for this save is free now
-        live[:] = staged
+        for shard in nested_values(self._sharded):
+            if not is_main_replica(shard.replica_id):
+                continue  # another rank writes it
+            if not isinstance(shard, ShardedTensor):
+                shard.data = copy.deepcopy(shard.data) if copies else shard.data
+            elif shard.data.is_cuda:
+                shard.data = shard.data.detach().contiguous().to("cpu", non_blocking=True)
+            elif copies:
+                shard.data = shard.data.detach().clone(memory_format=torch.contiguous_format)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    def plan(self, directory: Path, group: torch.distributed.ProcessGroup) -> None:
+        """Agrees with the other ranks who writes what; every rank calls it, in any thread.
+
+        Args:
+            directory: where to; it must exist.
+            group: all ranks; nobody else may use it meanwhile.
+
+        Raises:
+            CheckpointError: the ranks' shards do not make up whole tensors.
+        """
+        self._validate(group)
+        # Megatron would start a manager process for this queue, which nobody needs here.
+        filesystem_async._results_queue = queue.Queue()
+        by_key, *_ = _replace_state_dict_keys_with_sharded_keys(self._sharded, True)
+        self._sharded = None  # so that the plan alone holds what is to be written
+        planner = MCoreSavePlanner(
+            dedup_replicated_tensors=False, flatten_state_dict=False, flatten_sharded_tensors=False
+        )
+        self._writer = FileSystemWriterAsync(directory, thread_count=_FILES)
+        (_, self._index, _), *_ = save_state_dict_async_plan(
+            mcore_to_pyt_state_dict(by_key), self._writer, group, planner=planner
+        )
+        self.num_files = len(self._writer.write_buckets)
+
+    def _validate(self, group: torch.distributed.ProcessGroup) -> None:
+        is_first = torch.distributed.get_rank() == 0
+        parts: list[Any] | None = [None] * torch.distributed.get_world_size() if is_first else None
+        mine = [shard.without_data() for shard in nested_values(self._sharded)]
+        torch.distributed.gather_object(mine, parts, group=group)
+
+        def validate() -> None:
+            try:
+                validate_sharding_integrity(parts or [])
+            except CheckpointingException as error:
+                raise CheckpointError(f"the shards of all ranks do not make up whole tensors: {error}") from error
+
+        together(validate, "planning a checkpoint", group)
 
     def write(self, number: int, is_abandoned: Callable[[], bool]) -> tuple[str, Any]:
         """Writes a file of shards and frees their memory on the way; any thread may call it.

@@ -71,10 +71,8 @@ class Signals(NamedTuple):
 
     stop: bool = False
     """It was asked to stop."""
-    is_writing: bool = False
-    """It still writes files of a checkpoint."""
-    has_failed: bool = False
-    """It could not write them."""
+    is_saving: bool = False
+    """Its thread is still at a checkpoint."""
 
 
 NO_SIGNALS = Signals()

@@ -32,7 +32,8 @@ def test_save_bench(tmp_path: Path) -> None:
     ((total,), parts) = row["sync"].pop("total_s"), row["sync"].values()
     assert 0 < sum(seconds for (seconds,) in parts) < total
     beside = {name: seconds for name, (seconds,) in row["async"].items()}
-    assert beside["plan_s"] + beside["copy_s"] + beside["finish_s"] == pytest.approx(beside["blocked_s"], abs=1e-3)
+    waited = beside["list_s"] + beside["copy_s"] + beside["finish_s"]
+    assert waited == pytest.approx(beside["blocked_s"], abs=5e-3)  # a thread is started
     assert beside["blocked_s"] < beside["total_s"]
     export = row["export"]
     assert len(export["shards_mib"]) >= 2 and export["largest_parameter_mib"] == 16.0

@@ -7,12 +7,13 @@ import sys
 from pathlib import Path
 
 SCRIPT = """
-import faulthandler, os, signal, sys
+import faulthandler, os, signal, sys, time
 
 faulthandler.dump_traceback_later(150, exit=True)  # a hang shows where it hangs
 from fastpref.cli.commands import cli
 from fastpref.errors import DataError
 from fastpref.trainer import feed
+from fastpref.trainer.shards import AbandonedError, Shards
 
 original = feed.PairFeed.train_batches
 
@@ -21,7 +22,13 @@ def train_batches(self, step):
         {action}
     return original(self, step)
 
+def write(self, number, is_abandoned):
+    while not is_abandoned():
+        time.sleep(0.01)
+    raise AbandonedError("the writer was told to end")
+
 feed.PairFeed.train_batches = train_batches
+Shards.write = write
 cli(["train", "run.yaml", "training.output_dir=out", *{options}])
 """
 ACTIONS = {
@@ -34,9 +41,11 @@ COLLECTIVE = r"\w*(?:gather|reduce|broadcast|barrier|recv|send)\w* \(called at \
 """How an error names what the other rank did not join."""
 
 
-def start(project: Path, rank: int, action: str, port: int) -> subprocess.Popen:
+def start(project: Path, rank: int, action: str, saves: bool, port: int) -> subprocess.Popen:
     script = project / f"rank{rank}.py"
     options = ["training.per_device_train_batch_size=1", f"training.distributed_timeout_seconds={TIMEOUT_S}"]
+    if saves:
+        options += ["training.async_save=true", "training.save_steps=1"]
     script.write_text(SCRIPT.format(action=ACTIONS[action], options=options))
     environment = os.environ | {
         "RANK": str(rank),
@@ -52,15 +61,18 @@ def start(project: Path, rank: int, action: str, port: int) -> subprocess.Popen:
     )
 
 
-def run(project: Path, action: str) -> list[tuple[int, str]]:
-    """Exit code and error output of both ranks; a rank that hangs is killed, as a launcher would, after the other."""
+def run(project: Path, action: str, *, saves: bool = False) -> list[tuple[int, str]]:
+    """Exit code and error output of both ranks; a rank that hangs is killed, as a launcher would, after the other.
+
+    With `saves` a save is under way beside the second step, which no rank gets written.
+    """
     from torch.distributed import TCPStore
 
     # a free port, found by letting the system choose one
     probe = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     port = probe.port
     del probe
-    ranks = [start(project, rank, action, port) for rank in (0, 1)]
+    ranks = [start(project, rank, action, saves, port) for rank in (0, 1)]
     try:
         first = ranks[0].communicate(timeout=180)[1]
         if action == "hangs":

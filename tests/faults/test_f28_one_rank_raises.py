@@ -4,11 +4,15 @@ import re
 import signal
 from pathlib import Path
 
+import pytest
 from failing_peer import COLLECTIVE, run
 
+beside_a_save = pytest.mark.parametrize("saves", [False, True], ids=["", "beside-a-save"])
 
-def test_a_rank_that_raises(project: Path) -> None:
-    (code, said), (other_code, other_said) = run(project, "raises")
+
+@beside_a_save
+def test_a_rank_that_raises(project: Path, saves: bool) -> None:
+    (code, said), (other_code, other_said) = run(project, "raises", saves=saves)
     assert other_code == 3
     assert "[rank 1] fastpref: data error: pairs.jsonl:7: the record is broken" in other_said
     assert "(on rank 1 at step 2, reading data)" in other_said
@@ -17,8 +21,9 @@ def test_a_rank_that_raises(project: Path) -> None:
     assert "rank 1: step 2, reading data, " in said
 
 
-def test_a_rank_that_dies(project: Path) -> None:
-    (code, said), (other_code, _) = run(project, "dies")
+@beside_a_save
+def test_a_rank_that_dies(project: Path, saves: bool) -> None:
+    (code, said), (other_code, _) = run(project, "dies", saves=saves)
     assert other_code == -signal.SIGKILL and code == 6
     assert "rank 1: step 2, reading data, " in said
     assert "Error" in (project / "out" / "peer-failure-rank-0.txt").read_text()

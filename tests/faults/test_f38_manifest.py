@@ -27,6 +27,7 @@ EDITS: dict[str, tuple[Change, str]] = {
     "directory itself": (listing("."), r"lists '\.'"),
     "zero byte": (listing("weights\0"), "lists 'weights.x00'"),
     "next schema": (lambda content: content | {"schema": 2}, "has schema 2, this version reads 1"),
+    "schema that equals 1": (lambda content: content | {"schema": True}, "has schema True, this version reads 1"),
     "no schema": (lambda content: {"files": content["files"]}, "must hold the keys schema and files"),
 }
 

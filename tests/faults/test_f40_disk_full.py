@@ -108,3 +108,21 @@ def test_an_error_on_one_rank_is_an_error_on_all(rank_pool_2: RankPool, number: 
     first, second = rank_pool_2.run(fail_on_rank_1, number)
     assert first == second and first.startswith(expected)
     assert "saving step 9 failed" in first and f"rank 1: [Errno {number}]" in first
+
+
+def fail_unexpectedly_on_rank_1() -> str:
+    """What this rank raises when rank 1 alone has met a bug."""
+    import torch.distributed as dist
+
+    try:
+        together(lambda: {}["bug"] if dist.get_rank() == 1 else None, "saving step 9")
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def test_a_bug_on_one_rank_keeps_nobody_waiting(rank_pool_2: RankPool) -> None:
+    assert rank_pool_2.run(fail_unexpectedly_on_rank_1) == [
+        "CheckpointError: saving step 9 failed: rank 1: KeyError: 'bug'",
+        "KeyError: 'bug'",
+    ]

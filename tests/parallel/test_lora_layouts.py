@@ -117,6 +117,17 @@ def test_lora_on_two_ranks_trains_like_one(
     assert_same_adapters(adapter(tmp_path), adapter(directory), adapter(Path(start.path).parent))
 
 
+@pytest.mark.parametrize("form", [(), ("packing",), ("packing", "prefix_sharing")], ids="-".join)
+def test_lora_on_halves_of_sequences_trains_like_one(
+    rank_pool_2: RankPool, start: LoraConfig, single, tmp_path: Path, form: tuple[str, ...]
+) -> None:
+    expected, directory = single
+    settings = {**LAYOUTS["CP2"][1], **dict.fromkeys(form, True)}
+    logs = rank_pool_2.run(train_lora, settings, start, str(tmp_path))
+    assert_same_log(logs[0], expected)
+    assert_same_adapters(adapter(tmp_path), adapter(directory), adapter(Path(start.path).parent))
+
+
 def test_lora_starts_at_its_reference_and_recomputes(single, tmp_path: Path) -> None:
     """Fresh adapters: the first loss is log 2, and gradients reach every adapter through recomputed layers."""
     log = train_lora(ONE, LORA, str(tmp_path / "plain"))

@@ -18,7 +18,7 @@ from fastpref.trainer import DPOConfig, DPOTrainer
 from fastpref.trainer.checkpoints import Checkpoints
 from fastpref.trainer.feed import PairFeed
 from fastpref.trainer.save import Save
-from fastpref.trainer.shards import ShardPlan
+from fastpref.trainer.shards import Shards
 from fastpref.trainer.step import Signals
 
 Train = Callable[..., tuple[Any, Path]]
@@ -37,35 +37,33 @@ def train(quiet_args) -> Train:
 
 
 @pytest.fixture
-def held_writers(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """Nothing is written before the event, which `Save.finish` sets; whoever wants the save must wait for it."""
-    release, write, finish = threading.Event(), ShardPlan.write, Save.finish
+def held_saves(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Nothing is planned before the event, which `Save.finish` sets; whoever wants the save must wait for it."""
+    release, plan, finish = threading.Event(), Shards.plan, Save.finish
 
-    def write_late(self: ShardPlan, *arguments: Any) -> Any:
+    def plan_late(self: Shards, *arguments: Any) -> None:
         assert release.wait(60)
-        return write(self, *arguments)
+        plan(self, *arguments)
 
     def release_and_finish(self: Save) -> Path:
-        assert self.is_writing or self.step == 3
+        assert self.is_running or self.step == 3
         release.set()
         return finish(self)
 
-    monkeypatch.setattr(ShardPlan, "write", write_late)
+    monkeypatch.setattr(Shards, "plan", plan_late)
     monkeypatch.setattr(Save, "finish", release_and_finish)
     yield release
     release.set()
 
 
-def test_the_end_of_training_waits_for_a_save(train: Train, held_writers: threading.Event) -> None:
+def test_the_end_of_training_waits_for_a_save(train: Train, held_saves: threading.Event) -> None:
     result, root = train()
     assert result.global_step == 3 and directory.finished_steps(root) == [2]
     assert [path.name for path in root.iterdir()] == ["step-2"]
     verify(root / "step-2")
 
 
-def test_a_signal_waits_for_a_save(
-    train: Train, held_writers: threading.Event, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_signal_waits_for_a_save(train: Train, held_saves: threading.Event, monkeypatch: pytest.MonkeyPatch) -> None:
     train_batches = PairFeed.train_batches
 
     def signal_at_the_third_step(self: PairFeed, step: int) -> Any:
@@ -116,13 +114,13 @@ def test_a_save_that_cannot_be_published(train: Train, monkeypatch: pytest.Monke
 
 
 def test_a_save_that_takes_too_long(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
-    release, write = threading.Event(), ShardPlan.write
+    release, write = threading.Event(), Shards.write
 
-    def hang(self: ShardPlan, *arguments: Any) -> Any:
+    def hang(self: Shards, *arguments: Any) -> Any:
         release.wait(60)
         return write(self, *arguments)
 
-    monkeypatch.setattr(ShardPlan, "write", hang)
+    monkeypatch.setattr(Shards, "write", hang)
     message = "saving step 2 failed: rank 0: files are not written after 1 s.*raise distributed_timeout_seconds"
     with pytest.raises(CheckpointError, match=message) as caught:
         train(distributed_timeout_seconds=1)
@@ -134,16 +132,10 @@ class FakeSave:
     """Remembers what became of it."""
 
     def __init__(self, step: int, copies: bool) -> None:
-        self.step, self.copies, self.is_writing, self.has_failed, self.end = step, copies, True, False, ""
-        self.is_published = False
-
-    def advance(self) -> bool:
-        self.end = "finished" if self.is_published else "publishing"
-        self.is_published = True
-        return self.end == "finished"
+        self.step, self.copies, self.is_running, self.end = step, copies, True, ""
 
     def finish(self) -> None:
-        self.end = "finished"
+        self.is_running, self.end = False, "finished"
 
     def abandon(self) -> None:
         self.end = "abandoned"
@@ -187,17 +179,16 @@ def test_leaving_checkpoints(
 def test_checkpoints_hold_one_save_at_a_time(checkpoints: Checkpoints, begun: list[FakeSave]) -> None:
     assert checkpoints.signals(True) == Signals(stop=True)
     checkpoints.save(1, wait=False)
-    assert checkpoints.signals(False) == Signals(is_writing=True)
-    checkpoints.after_step(Signals(is_writing=True))
+    assert checkpoints.signals(False) == Signals(is_saving=True)
+    checkpoints.after_step(Signals(is_saving=True))
     assert begun[0].end == "" and begun[0].copies
     checkpoints.save(2, wait=False)
     assert begun[0].end == "finished" and begun[1].end == ""
-    checkpoints.after_step(Signals())
-    assert begun[1].end == "publishing" and checkpoints.signals(False) == Signals(is_writing=True)
+    begun[1].is_running = False
+    assert checkpoints.signals(False) == Signals()
+    checkpoints.after_step(Signals(is_saving=True))  # another rank is still at it
+    assert begun[1].end == ""
     checkpoints.after_step(Signals())
     assert begun[1].end == "finished" and checkpoints.signals(False) == Signals()
-    checkpoints.save(3, wait=False)
-    checkpoints.after_step(Signals(is_writing=True, has_failed=True))
-    assert begun[2].end == "publishing"  # the stage in which the failure is raised
-    checkpoints.save(4, wait=True)
-    assert begun[3].end == "finished" and not begun[3].copies
+    checkpoints.save(3, wait=True)
+    assert begun[2].end == "finished" and not begun[2].copies
