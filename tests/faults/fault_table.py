@@ -9,6 +9,8 @@ from rich.table import Table
 
 HERE = Path(__file__).parent
 FAULTS = range(1, 55)
+REPORT_FOLDER = "FASTPREF_FAULT_REPORTS"
+"""Variable with the folder in which processes of tests leave their JUnit reports, if somebody wants them."""
 _TITLE = re.compile(r'"""Faults? (?P<first>\d+)(?: (?P<link>and|to) (?P<last>\d+))?: (?P<what>.+?)(?:""")?$')
 
 
