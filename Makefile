@@ -69,7 +69,7 @@ soak: $(READY)
 
 # Every parallel layout against one process, 3 steps each; about ten minutes.
 parity: $(READY)
-	$(BIN)/python examples/parity_layouts.py
+	$(BIN)/python examples/parity_layouts.py --output bench/results/parity_layouts.json
 
 # What stands on Megatron-Core, once more on its newest version.
 test-megatron-next: $(READY) $(NEXT)

@@ -1,12 +1,13 @@
-"""The README's table of benchmarks, from the stored results; no number in it is typed by hand."""
+"""The README's tables of benchmarks and checks, from the stored results; no number in them is typed by hand."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 
+from bench.demo import TITLES, make_command
 from bench.implementations import BARE, IMPLEMENTATIONS
 from bench.report import read_rows, seconds
 from bench.train import SETTINGS
@@ -18,6 +19,7 @@ OURS, EXACT, NAIVE = "ours-active", "ours-exact", "naive-rows"
 HEADS = {"gemma3-270m": "Gemma-3-270m", "smollm2-135m": "SmolLM2-135M"}
 Line = tuple[str, str, str]
 """What was measured, the result, the command."""
+Section = Callable[[Path], Iterator[Line]]
 
 
 def table(results: Path) -> str:
@@ -26,9 +28,13 @@ def table(results: Path) -> str:
     Args:
         results: directory of the stored results; what has no file there has no line.
     """
-    lines = [
-        line for section in (_heads, _trains, _packings, _references, _dropins, _saves) for line in section(results)
-    ]
+    timed = (_heads, _trains, _packings, _references, _dropins, _saves, _demos)
+    checked = (_parity_trl, _parity_layouts, _kill_matrix, _soak)
+    return f"{_table(timed, results)}\n\nChecked, not timed:\n\n{_table(checked, results)}"
+
+
+def _table(sections: Sequence[Section], results: Path) -> str:
+    lines = [line for section in sections for line in section(results)]
     rows = [f"| {what} | {result} | `{command}` |" for what, result, command in lines]
     return "\n".join(["| what | result | command |", "|---|---|---|", *rows])
 
@@ -140,4 +146,74 @@ def _saves(results: Path) -> Iterator[Line]:
             "waits for; with `async_save`",
             f"{total_s:.2f} s; training stands still for {blocked_s:.2f} s",
             row["command"],
+        )
+
+
+def _demos(results: Path) -> Iterator[Line]:
+    """The demo with each of its losses."""
+    for loss, title in TITLES.items():
+        if (file := results / f"demo-{loss}.json").exists():
+            row = json.loads(file.read_text(encoding="utf-8"))
+            before, after = row["accuracies"]
+            minutes, rest = divmod(round(row["seconds"]), 60)
+            yield (
+                f"demo, {title}: held-out `rewards/accuracies`",
+                f"{before:.3f} -> **{after:.3f}** in {row['steps']} steps; the whole demo {minutes} min {rest} s",
+                make_command(row),
+            )
+
+
+def _parity_trl(results: Path) -> Iterator[Line]:
+    if (file := results / "parity_trl.json").exists():
+        content = json.loads(file.read_text(encoding="utf-8"))
+        counts = [
+            f"{run['name']} {sum(found['agrees'] for found in run['comparisons'])} of {len(run['comparisons'])}"
+            for run in content["runs"]
+        ]
+        worst = max(run["worst"]["relative_difference"] for run in content["runs"])
+        same = all(run["tokens_identical"] for run in content["runs"])
+        yield (
+            f"SmolLM2-135M, {content['runs'][0]['settings']['steps']} steps against TRL {content['versions']['trl']}",
+            f"{' and '.join(counts)} values within {content['limit']:g} relative (largest {worst:.1e}), tokens "
+            f"{'identical' if same else 'not identical'} ([docs/parity-trl.md](docs/parity-trl.md))",
+            "make parity-trl",
+        )
+
+
+def _parity_layouts(results: Path) -> Iterator[Line]:
+    if (file := results / "parity_layouts.json").exists():
+        rows = json.loads(file.read_text(encoding="utf-8"))
+        exact = [row for row in rows if row["precision"] == "fp32"]
+        most = {name: max(row[name] for row in exact) for name in ("loss", "grad_norm", "metrics", "updates")}
+        yield (
+            "every layout of TP, SP, PP, VPP, CP, EP and DP against one process, padded, packed and with shared "
+            "prompts, DPO and ORPO, 3 steps each",
+            f"{sum(row['agrees'] for row in rows)} of {len(rows)} train like one process; the {len(exact)} in fp32: "
+            f"loss within {most['loss']:.1e}, `grad_norm` {most['grad_norm']:.1e}, any metric {most['metrics']:.1e}, "
+            f"any weight's update {most['updates']:.1e} ([docs/parallelism.md](docs/parallelism.md))",
+            "make parity",
+        )
+
+
+def _kill_matrix(results: Path) -> Iterator[Line]:
+    if (file := results / "kill_matrix.json").exists():
+        runs = json.loads(file.read_text(encoding="utf-8"))["runs"]
+        equal = sum(run["result"] == "bitwise equal" for run in runs)
+        yield (
+            "SIGKILL of one rank or all at every step and every file operation of a save, then continued: DP2 with a "
+            "sharded optimizer, TP2, PP2, and DP2 with asynchronous saves",
+            f"{equal} of {len(runs)} runs end bit for bit like the undisturbed one "
+            "([docs/reliability.md](docs/reliability.md))",
+            "make kill-matrix",
+        )
+
+
+def _soak(results: Path) -> Iterator[Line]:
+    if (file := results / "soak.json").exists():
+        row = json.loads(file.read_text(encoding="utf-8"))
+        yield (
+            f"{row['steps']} steps of the demo on {row['ranks']} ranks, {len(row['hits'])} times killed at random and "
+            "started again",
+            f"the end is {row['result']} to that of the undisturbed run ([docs/reliability.md](docs/reliability.md))",
+            "make soak",
         )

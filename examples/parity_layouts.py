@@ -150,8 +150,10 @@ def main() -> None:
             numbers = (f"{value:.1e}" for value in found[:4])
             verdict = "[green]same[/]" if agrees else f"[bold red]differs: {found.worst}[/]"
             table.add_row(case.layout, str(case.ranks), case.model, case.loss, case.form, *numbers, verdict)
-            records.append({"layout": case.layout, "ranks": case.ranks, "model": case.model, "loss": case.loss})
-            records[-1] |= {"rows": case.form, **found._asdict(), "tolerance": tolerance._asdict(), "agrees": agrees}
+            precision = "bf16" if case.settings.get("bf16", False) else "fp32"
+            records.append({"layout": case.layout, "ranks": case.ranks, "model": case.model, "objective": case.loss})
+            records[-1] |= {"rows": case.form, "precision": precision, **found._asdict()}
+            records[-1] |= {"tolerance": tolerance._asdict(), "agrees": agrees}
     # a file or a pipe has no width of its own
     console = Console(width=None if sys.stdout.isatty() else 150)
     console.print(table)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import plots, readme, report
+from bench import demo, plots, readme, report
 from bench.commands.shared import RESULTS
 from bench.workloads import NAMES
 
@@ -113,3 +113,15 @@ def test_draw_bars_writes_a_picture(tmp_path: Path) -> None:
 def test_readme_holds_the_table_of_the_stored_results() -> None:
     document = (DOCUMENT.parents[1] / "README.md").read_text(encoding="utf-8")
     assert report.replace_tables(document, readme.table(RESULTS), readme.OPEN) == document
+
+
+@pytest.mark.parametrize(
+    ("row", "command"),
+    [
+        ({"loss": "default", "is_cut": False, "steps": 376}, "make demo"),
+        ({"loss": "orpo", "is_cut": False, "steps": 376}, "make demo LOSS=orpo"),
+        ({"loss": "sigmoid", "is_cut": True, "steps": 700}, 'make demo LOSS=sigmoid DEMO_ARGS="--steps 700"'),
+    ],
+)
+def test_demo_names_the_command_of_a_user(row: dict, command: str) -> None:
+    assert demo.make_command(row) == command
