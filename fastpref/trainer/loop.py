@@ -32,6 +32,7 @@ from fastpref.trainer.layout import ARGUMENT_NAMES
 from fastpref.trainer.lora import lora_of
 from fastpref.trainer.metrics import MetricWindow
 from fastpref.trainer.optimizer import sync_parameters, use_settings
+from fastpref.trainer.platform import background_group
 from fastpref.trainer.preemption import StopRequest
 from fastpref.trainer.reporting import RunReporter
 from fastpref.trainer.save import Save
@@ -75,6 +76,7 @@ def train(trainer: DPOTrainer) -> TrainResult:
 def _train(trainer: DPOTrainer, watch: PeerWatch, stop: StopRequest) -> TrainResult:
     args, total_steps = trainer.args, trainer.feed.total_steps
     trainer.create_optimizer_and_scheduler(total_steps)
+    background_group(args.distributed_timeout_seconds)  # connecting the ranks takes a while, and no save should wait
     first_step = _resume(trainer)
     window = _Window(trainer)
     last: dict[str, float] = {}
