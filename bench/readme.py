@@ -209,11 +209,15 @@ def _kill_matrix(results: Path) -> Iterator[Line]:
 
 
 def _soak(results: Path) -> Iterator[Line]:
-    if (file := results / "soak.json").exists():
-        row = json.loads(file.read_text(encoding="utf-8"))
-        yield (
-            f"{row['steps']} steps of the demo on {row['ranks']} ranks, {len(row['hits'])} times killed at random and "
-            "started again",
-            f"the end is {row['result']} to that of the undisturbed run ([docs/reliability.md](docs/reliability.md))",
-            "make soak",
-        )
+    """Random kills, with saves that training waits for and with saves beside it."""
+    beside = "python -m fastpref.testing.soak --seed 1 --output bench/results/soak_async.json training.async_save=true"
+    for name, how, command in (("soak", "", "make soak"), ("soak_async", " while it saves beside training", beside)):
+        if (file := results / f"{name}.json").exists():
+            row = json.loads(file.read_text(encoding="utf-8"))
+            yield (
+                f"{row['steps']} steps of the demo on {row['ranks']} ranks, {len(row['hits'])} times killed at random "
+                f"and started again{how}",
+                f"the end is {row['result']} to that of the undisturbed run "
+                "([docs/reliability.md](docs/reliability.md))",
+                command,
+            )
