@@ -13,10 +13,11 @@ import torch
 
 from fastpref.checkpoint.manifest import MANIFEST_FILE, verify
 from fastpref.cli.failures import describe
+from fastpref.errors import CheckpointError
 from fastpref.testing.kill_matrix import LAYOUTS
 from fastpref.testing.tiny import TINY_LLAMA, tiny_pairs
 from fastpref.testing.workers import RankPool
-from fastpref.trainer import DPOConfig, DPOTrainer, TrainingArguments, build_models, initialize_megatron
+from fastpref.trainer import DPOConfig, DPOTrainer, TrainingArguments, build_models, initialize_megatron, save
 from fastpref.trainer.feed import PairFeed
 from fastpref.trainer.platform import destroy
 from fastpref.trainer.shards import Shards
@@ -133,4 +134,32 @@ def test_async_save_that_fails_on_one_rank(
         assert found == code and num_steps <= 4  # when the next save is due, at the latest
         assert "saving step 2 failed" in message and f"rank {bad_rank}: [Errno {number}]" in message
         assert f"rank {1 - bad_rank}:" not in message  # whose writers only gave up
+    assert [path.name[:11] for path in (tmp_path / "checkpoints").iterdir()] == ["step-2.tmp-"]
+
+
+def train_without_a_shard(output_dir: str) -> tuple[str, int]:
+    """Rank 1 has lost a weight when the state is listed; the message, and steps done."""
+    listed = save.sharded_state
+
+    def without_a_shard(*arguments: Any, **options: Any) -> dict[str, Any]:
+        payload = listed(*arguments, **options)
+        if torch.distributed.get_rank() == 1:
+            del payload["model0"]["embedding.word_embeddings.weight"]
+        return payload
+
+    save.sharded_state = without_a_shard
+    trainer = trainer_of(output_dir, "tp2", save_steps=2, async_save=True)
+    try:
+        trainer.train()
+    except CheckpointError as error:
+        return str(error), len(trainer.log_history)
+    finally:
+        save.sharded_state = listed
+        destroy()
+    return "", STEPS
+
+
+def test_a_save_that_misses_a_shard_is_refused_on_every_rank(rank_pool_2: RankPool, tmp_path: Path) -> None:
+    for message, num_steps in rank_pool_2.run(train_without_a_shard, str(tmp_path)):
+        assert "rank 0: the shards of all ranks do not make up whole tensors" in message and num_steps <= 4
     assert [path.name[:11] for path in (tmp_path / "checkpoints").iterdir()] == ["step-2.tmp-"]
