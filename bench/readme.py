@@ -80,11 +80,14 @@ def _packings(results: Path) -> Iterator[Line]:
         lengths, shapes = row["lengths"], row["shapes"]
         taken = [median(row["times"][kind]["wall_s"]) / shape["pairs"] for kind, shape in shapes.items()]
         positions = [shape["positions_per_pair"] for shape in shapes.values()]
+        padding = [shape["padding_fraction"] for shape in shapes.values()]
         yield (
-            f"SmolLM2-135M, DPO steps on real pairs ({lengths['prompt']:.0f} prompt, {lengths['chosen']:.0f} chosen, "
-            f"{lengths['rejected']:.0f} rejected tokens): {'; '.join(shapes)}",
+            f"SmolLM2-135M, DPO steps on real pairs of a file with {lengths['prompt']:.0f} prompt, "
+            f"{lengths['chosen']:.0f} chosen and {lengths['rejected']:.0f} rejected tokens in the mean: "
+            f"{'; '.join(shapes)}",
             f"{', '.join(f'{value:.1f}' for value in taken)} s a pair; "
-            f"{', '.join(f'{value:.0f}' for value in positions)} positions a pair",
+            f"{', '.join(f'{value:.0f}' for value in positions)} positions a pair, of which padding "
+            f"{', '.join(f'{value:.1%}' for value in padding)}; sharing **{taken[1] / taken[2]:.2f} x** over packing",
             row["command"],
         )
 
