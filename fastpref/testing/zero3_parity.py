@@ -284,7 +284,7 @@ def _evidence(trainer: Any) -> dict[str, Any]:
 def _end_deepspeed(trainer: Any) -> None:
     """Undo what outlives a trainer: hooks, and the linear layer that DeepSpeed puts in place for good."""
     for engine in (trainer.model_wrapped, getattr(trainer, "ref_model", None)):
-        if hasattr(engine, "destroy"):
+        if engine is not None:
             engine.destroy()
     torch.nn.functional.linear = BUILTIN_LINEAR
 
