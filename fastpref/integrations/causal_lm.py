@@ -170,7 +170,7 @@ class LogpsHead:
             )
         if kwargs.get("logits_to_keep"):
             raise ValueError("logits_to_keep chooses among logits, which are not made; label the other tokens -100")
-        found_on = foundation(model)
+        found_on = foundation(model, labels_SL.device.type)
         form = self.forms.get(found_on)
         if form is None:
             plain = LogpsHead(("log_probs",), self.backward)
@@ -197,7 +197,7 @@ class LogpsHead:
         with own_linear(), autocast, AnsweredProduct(form.vocab_size, answer):
             try:
                 # What is returned, not what was answered: hooks of sharded layers have put their nodes on it.
-                log_probs_SL = head(hidden_SLH.to(form.input_dtype))
+                stand_in = head(hidden_SLH.to(form.input_dtype))
             except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
                 if not answer.fields or isinstance(error, ConfigError):
                     raise
@@ -207,22 +207,22 @@ class LogpsHead:
                 f"the output layer must be a linear layer with one product of {form.vocab_size} outputs, got {name}; "
                 "leave it out of quantization"
             )
-        if not isinstance(log_probs_SL, Tensor) or log_probs_SL.shape != targets_SL.shape:
-            shape = getattr(log_probs_SL, "shape", None)
-            found = type(log_probs_SL).__name__ if shape is None else f"shape {tuple(shape)}"
+        if not isinstance(stand_in, Tensor) or stand_in.numel() != targets_SL.numel():
+            shape = getattr(stand_in, "shape", None)
+            found = type(stand_in).__name__ if shape is None else f"shape {tuple(shape)}"
             raise _changed_product(name, f"got {found} back")
-        return answer.fields | {"log_probs": log_probs_SL}
+        return answer.fields | {"log_probs": stand_in.view(targets_SL.shape)}
 
 
 def _changed_product(head: str, found: str) -> ConfigError:
     return ConfigError(
-        f"the output layer, {head}, and hooks on it must leave its product as it is: log-probs [S, L] stand for it, "
-        f"{found}; remove the hook, or use TRL's own trainer"
+        f"the output layer, {head}, and hooks on it must leave its product as it is: log-probs stand for it, one a "
+        f"position, {found}; remove the hook, or use TRL's own trainer"
     )
 
 
 class _Answer:
-    """Answers the output layer's product by log-probs [S, L]; everything else that was asked for is in `fields`."""
+    """Answers the output layer's product by log-probs, as if it had one output; `fields` holds all that was asked for."""
 
     def __init__(self, head: LogpsHead, form: LogitForm, targets_SL: Tensor) -> None:
         self.head, self.form, self.targets_SL = head, form, targets_SL
@@ -258,7 +258,7 @@ class _Answer:
             bias_V = None if bias_V is None else bias_V.to(dtype)
         hidden_SLH = hidden.view(*self.targets_SL.shape, -1)
         self.fields = self.score(hidden_SLH, weight_VH, bias_V)
-        return self.fields["log_probs"]
+        return self.fields["log_probs"].view(*hidden.shape[:-1], 1)
 
     def score(self, hidden_SLH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> dict[str, Tensor]:
         """Fields of `TokenLogps`, each [S, L]."""

@@ -69,7 +69,7 @@ class _OwnLogits(NamedTuple):
     with_autocast: bool
 
 
-def foundation(model: PreTrainedModel) -> tuple[Any, ...]:
+def foundation(model: PreTrainedModel, device: str) -> tuple[Any, ...]:
     """Return what a `LogitForm` was found on: layer, hooks, dtypes, autocast, mode; with others it is not known."""
     head = model.get_output_embeddings()
     modules = tuple(
@@ -77,7 +77,6 @@ def foundation(model: PreTrainedModel) -> tuple[Any, ...]:
         for module in head.modules()
     )
     dtypes = tuple(weight.dtype for weight in head.parameters())
-    device = model.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     return modules, dtypes, autocast, model.training
 
