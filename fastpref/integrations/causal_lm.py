@@ -164,9 +164,10 @@ class LogpsHead:
         """Run the decoder, then score its hidden states."""
         if labels_SL is None:
             raise ValueError("fused_lm_head=True needs labels [S, L], the input ids with -100 where none is scored")
-        if labels_SL.is_meta:
+        if labels_SL.dim() != 2 or not labels_SL.numel() or labels_SL.is_meta:
             raise ValueError(
-                "labels must have values, got a tensor on the meta device; move model and batch to a device"
+                "labels must be [S, L] with values, a token at least, got "
+                f"{tuple(labels_SL.shape)} on {labels_SL.device}; leave empty batches out"
             )
         if kwargs.get("logits_to_keep"):
             raise ValueError("logits_to_keep chooses among logits, which are not made; label the other tokens -100")
@@ -222,7 +223,7 @@ def _changed_product(head: str, found: str) -> ConfigError:
 
 
 class _Answer:
-    """Answers the output layer's product by log-probs, as if it had one output; `fields` holds all that was asked for."""
+    """Answers the output layer's product by log-probs, as if it had one output; `fields` has all that was asked for."""
 
     def __init__(self, head: LogpsHead, form: LogitForm, targets_SL: Tensor) -> None:
         self.head, self.form, self.targets_SL = head, form, targets_SL
