@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .inputs import promoted
 
 LOG_ODDS_FLOOR = 1e-10
 """Mean log-probs above -LOG_ODDS_FLOOR count as -LOG_ODDS_FLOOR in `log_odds`: its slope is at most 1e10."""
@@ -28,35 +29,48 @@ def smoothed_logistic(x: Tensor, label_smoothing: float = 0.0) -> Tensor:
     return loss + label_smoothing * x if label_smoothing else loss
 
 
-class _LogOdds(torch.autograd.Function):
-    """log(p / (1 - p)) of p = e^a with its closed-form slope 1 / (1 - e^a)."""
-
-    @staticmethod
-    def forward(ctx: Any, mean_logps: Tensor) -> Tensor:
-        ctx.save_for_backward(mean_logps)
-        a = mean_logps.clamp(max=-LOG_ODDS_FLOOR)
-        return a - torch.log(-torch.expm1(a))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (mean_logps,) = ctx.saved_tensors
-        return -grad / torch.expm1(mean_logps.clamp(max=-LOG_ODDS_FLOOR))
+def floored(mean_logps: Tensor) -> Tensor:
+    """Mean log-probs in at least float32, cut at -LOG_ODDS_FLOOR as if they went on rising: slope 1 everywhere."""
+    mean_logps = promoted(mean_logps)
+    # m - m is 0 with the slope of m
+    at_floor = mean_logps - mean_logps.detach() - LOG_ODDS_FLOOR
+    return torch.where(mean_logps < -LOG_ODDS_FLOOR, mean_logps, at_floor)
 
 
 def log_odds(mean_logps: Tensor) -> Tensor:
     """Log-odds of a response from its mean token log-prob.
 
-    Equals: `a - log(1 - exp(a))` with `a = min(mean_logps, -LOG_ODDS_FLOOR)`; autograd through that expression gives
-    NaN as a -> 0 (0 * inf), so the slope `1 / (1 - exp(a))` is written out. Above the floor the slope of the
-    floor is kept: the product with ORPO's `sigmoid(-log_odds)` then still has its right limit.
+    Equals: `a - log(1 - exp(a))` with `a = min(mean_logps, -LOG_ODDS_FLOOR)`. Above the floor the derivatives of the
+    floor are kept: with 0 instead, a loss that has a limit at a mean of 0 would lose that of its gradient.
 
     Args:
-        mean_logps: (B,) mean log-probs, <= 0.
+        mean_logps: (B,) mean log-probs, <= 0; 16-bit ones are promoted to float32.
 
     Returns:
         (B,) log-odds; finite with finite slope (at most 1 / LOG_ODDS_FLOOR) for every finite input.
     """
-    return _LogOdds.apply(mean_logps)
+    a = floored(mean_logps)
+    return a - torch.log(-torch.expm1(a))
+
+
+def odds_ratio_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """Logistic loss of a difference of log-odds, exact to its second derivative up to means of 0.
+
+    Equals: `-logsigmoid(log_odds(chosen) - log_odds(rejected))`. Written so, the derivatives near a mean of 0 are
+    differences of terms up to 1 / LOG_ODDS_FLOOR^2; here the smaller of the two odds is divided by the larger.
+
+    Args:
+        chosen: (B,) mean log-probs of the chosen responses.
+        rejected: (B,) mean log-probs of the rejected responses.
+
+    Returns:
+        (B,) losses.
+    """
+    a, b = floored(chosen), floored(rejected)
+    prefers_chosen = a > b
+    high, low = torch.where(prefers_chosen, a, b), torch.where(prefers_chosen, b, a)
+    ratio = torch.exp(low - high) * (torch.expm1(high) / torch.expm1(low))
+    return torch.log1p(ratio) + torch.where(prefers_chosen, 0.0, log_odds(rejected) - log_odds(chosen))
 
 
 def divergence_score(
