@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .inputs import LossContext, PairLogps
@@ -42,46 +43,52 @@ def aot_unpaired(config: DPOConfig, logps: PairLogps, context: LossContext) -> T
     """
     assert logps.ref_chosen is not None and logps.ref_rejected is not None, "preference_loss checks this"
     chosen, rejected = logps.chosen - logps.ref_chosen, logps.rejected - logps.ref_rejected
-    options = (config.beta, config.label_smoothing, context.gather is not None)
-    # forward mode is refused by a method of its own, which `torch.compile` does not trace
-    own_side = _OwnSide if torch.compiler.is_compiling() else _OwnSideOfReverseMode
-    of_chosen = own_side.apply(chosen, matched(chosen, rejected, context), 1.0, *options)
-    of_rejected = own_side.apply(rejected, matched(rejected, chosen, context), -1.0, *options)
+    with_chosen, with_rejected = matched(chosen, rejected, context), matched(rejected, chosen, context)
+    of_chosen = _own_side(config, context, chosen - with_chosen.detach(), chosen - with_chosen)
+    of_rejected = _own_side(config, context, with_rejected.detach() - rejected, with_rejected - rejected)
     terms = of_chosen + of_rejected
     return terms - 0.5 * terms.detach()
 
 
-class _OwnSide(torch.autograd.Function):
-    """Smoothed logistic loss of `sign * beta * (own - partner)`, whose gradient goes to `own` alone.
+def _own_side(config: DPOConfig, context: LossContext, own_B: Tensor, both_B: Tensor) -> Tensor:
+    """Smoothed logistic loss of `beta * both_B`; its gradient goes to `own_B`, equal values without the partners'."""
+    own, both = config.beta * own_B, config.beta * both_B
+    # forward mode is refused by a method of its own, which `torch.compile` does not trace
+    log_sigmoid = _OwnLogSigmoid if torch.compiler.is_compiling() else _OwnLogSigmoidOfReverseMode
+    loss = -log_sigmoid.apply(own, both, context.gather is not None)
+    ls = config.label_smoothing
+    return loss + ls * own if ls else loss
 
-    The partner's gradient is that of the term in which it is `own`. The gradient itself depends on both sides, so that
-    a second derivative has the entries between them: with weights that differ these are no symmetric matrix, which no
+
+class _OwnLogSigmoid(torch.autograd.Function):
+    """logsigmoid(both), with a gradient that is computed from `both` but goes to `own`.
+
+    The partner's gradient is that of the term in which it is the own side. The slope depends on both sides, so that a
+    second derivative has the entries between them: with weights that differ these are no symmetric matrix, which no
     composition of differentiable operations can have.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(own: Tensor, partner: Tensor, sign: float, beta: float, ls: float, is_gathered: bool) -> Tensor:
-        return _term(own, partner, sign, beta, ls)
+    def forward(own: Tensor, both: Tensor, is_gathered: bool) -> Tensor:
+        return F.logsigmoid(both)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        own, partner, *ctx.options, ctx.is_gathered = inputs
-        ctx.save_for_backward(own, partner)
+        _, both, ctx.is_gathered = inputs
+        ctx.save_for_backward(both)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        own, partner = ctx.saved_tensors
-        options = ctx.options
-        pull_back = torch.func.vjp(lambda value: _term(value, partner, *options), own)[1]
-        (own_grad,) = pull_back(grad)
+        (both,) = ctx.saved_tensors
+        (own_grad,) = torch.func.vjp(F.logsigmoid, both)[1](grad)
         if ctx.is_gathered and torch.is_grad_enabled():
             own_grad = _FirstDerivative.apply(own_grad)
-        return own_grad, None, None, None, None, None
+        return own_grad, None, None
 
 
-class _OwnSideOfReverseMode(_OwnSide):
+class _OwnLogSigmoidOfReverseMode(_OwnLogSigmoid):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> NoReturn:
         # PyTorch runs this method with forward mode off: nested, it would lose the outer derivative without a word
@@ -110,11 +117,6 @@ class _FirstDerivative(torch.autograd.Function):
             "the second derivative of aot_unpaired needs the gradient of partners on other ranks, which "
             "LossContext.gather brings without it; differentiate twice in one process, without gather"
         )
-
-
-def _term(own: Tensor, partner: Tensor, sign: float, beta: float, ls: float) -> Tensor:
-    difference = own - partner if sign > 0 else partner - own
-    return smoothed_logistic(beta * difference, ls)
 
 
 def matched(own_B: Tensor, other_B: Tensor, context: LossContext) -> Tensor:
