@@ -79,7 +79,7 @@ def divergence_score(
     """Score f'(pi / pi_ref) of an f-divergence that replaces the log-ratio in a DPO-like margin.
 
     Args:
-        log_ratio: (B,) log(pi / pi_ref) of whole responses.
+        log_ratio: (B,) log(pi / pi_ref) of whole responses; 16-bit ones are promoted to float32.
         kind: "reverse_kl" (f' = log t, also None), "forward_kl" (1 - 1/t), "js" (log(2t / (t + 1))) or
             "alpha" ((t^(alpha - 1) - 1) / (alpha - 1)).
         alpha: order of the "alpha" divergence; 1 is reverse KL, 0 is forward KL.
@@ -91,6 +91,7 @@ def divergence_score(
 
     Source: Wang et al. 2024, "Beyond Reverse KL" (f-DPO), in the parametrisation of TRL 1.16.
     """
+    log_ratio = promoted(log_ratio)
     if kind == "js":
         return math.log(2.0) + F.logsigmoid(log_ratio)
     order = {"forward_kl": 0.0, "alpha": alpha}.get(kind or "", 1.0)
@@ -104,14 +105,14 @@ def weighted_sum(losses: Tensor, weights: Tensor) -> Tensor:
     """Sum of `losses * weights` in which a weight of 0 removes a pair instead of multiplying it.
 
     Args:
-        losses: (B,) per-pair losses; those of weight 0 may be NaN or inf.
+        losses: (B,) per-pair losses; those of weight 0 may be NaN or inf. 16-bit ones are promoted to float32.
         weights: (B,) weights >= 0.
 
     Returns:
         Scalar; finite where the losses of non-zero weight are. The gradient to a loss of weight 0 is exactly 0, and
         stays 0 further back because `preference_loss`, given the same weights, takes those pairs out of the graph.
     """
-    return (torch.where(weights != 0, losses, 0.0) * weights).sum()
+    return (torch.where(weights != 0, promoted(losses), 0.0) * weights).sum()
 
 
 def ld_logps(total: Tensor, shared: Tensor, alpha: float) -> Tensor:
@@ -120,7 +121,7 @@ def ld_logps(total: Tensor, shared: Tensor, alpha: float) -> Tensor:
     Equals: `shared + alpha * (total - shared)`.
 
     Args:
-        total: (B,) sums over all response tokens.
+        total: (B,) sums over all response tokens; 16-bit ones are promoted to float32.
         shared: (B,) sums over the first min(n_chosen, n_rejected) of them.
         alpha: weight in [0, 1]; 1 leaves the sums as they are, 0 drops the excess tokens.
 
@@ -129,7 +130,7 @@ def ld_logps(total: Tensor, shared: Tensor, alpha: float) -> Tensor:
 
     Source: Liu et al. 2024, "Length Desensitization in DPO" (LD-DPO).
     """
-    return alpha * total + (1.0 - alpha) * shared
+    return alpha * promoted(total) + (1.0 - alpha) * promoted(shared)
 
 
 def update_running_mean(mean: float, weight: float, new_sum: float, new_weight: float) -> tuple[float, float]:
@@ -148,5 +149,7 @@ def update_running_mean(mean: float, weight: float, new_sum: float, new_weight: 
     Returns:
         The mean and the weight with the new values; unchanged when `new_weight` is 0.
     """
+    if new_weight == 0:
+        return mean, weight
     total = weight + new_weight
-    return (mean + (new_sum - mean * new_weight) / total if total > 0 else mean), total
+    return mean + (new_sum - mean * new_weight) / total, total
