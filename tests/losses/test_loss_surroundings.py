@@ -135,10 +135,8 @@ def test_transforms_agree_with_autograd(name: str) -> None:
 
 
 # the whole family compiles as well; it takes a minute
-@pytest.mark.parametrize(("pref_loss", "backend"), [(("aot_unpaired", "sft"), "aot_eager"), ("orpo", "eager")])
-def test_one_compiled_function_takes_any_number_of_pairs_and_any_beta(
-    pref_loss: str | tuple[str, ...], backend: str
-) -> None:
+@pytest.mark.parametrize(("pref_loss", "backend"), [("aot_unpaired", "eager"), ("orpo", "aot_eager")])
+def test_one_compiled_function_takes_any_number_of_pairs_and_any_beta(pref_loss: str, backend: str) -> None:
     config = DPOConfig(pref_loss=pref_loss, label_smoothing=0.0 if pref_loss == "orpo" else 0.1)
     torch._dynamo.reset()
     columns = {field: value for field, value in batch().items() if config.use_ref_model or "ref" not in field}
