@@ -164,13 +164,14 @@ class LogpsHead:
         """Run the decoder, then score its hidden states."""
         if labels_SL is None:
             raise ValueError("fused_lm_head=True needs labels [S, L], the input ids with -100 where none is scored")
-        if labels_SL.is_meta:
+        if labels_SL.dim() != 2 or not labels_SL.numel() or labels_SL.is_meta:
             raise ValueError(
-                "labels must have values, got a tensor on the meta device; move model and batch to a device"
+                "labels must be [S, L] with values, a token at least, got "
+                f"{tuple(labels_SL.shape)} on {labels_SL.device}; leave empty batches out"
             )
         if kwargs.get("logits_to_keep"):
             raise ValueError("logits_to_keep chooses among logits, which are not made; label the other tokens -100")
-        found_on = foundation(model)
+        found_on = foundation(model, labels_SL.device.type)
         form = self.forms.get(found_on)
         if form is None:
             plain = LogpsHead(("log_probs",), self.backward)
@@ -197,7 +198,7 @@ class LogpsHead:
         with own_linear(), autocast, AnsweredProduct(form.vocab_size, answer):
             try:
                 # What is returned, not what was answered: hooks of sharded layers have put their nodes on it.
-                log_probs_SL = head(hidden_SLH.to(form.input_dtype))
+                stand_in = head(hidden_SLH.to(form.input_dtype))
             except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
                 if not answer.fields or isinstance(error, ConfigError):
                     raise
@@ -207,22 +208,22 @@ class LogpsHead:
                 f"the output layer must be a linear layer with one product of {form.vocab_size} outputs, got {name}; "
                 "leave it out of quantization"
             )
-        if not isinstance(log_probs_SL, Tensor) or log_probs_SL.shape != targets_SL.shape:
-            shape = getattr(log_probs_SL, "shape", None)
-            found = type(log_probs_SL).__name__ if shape is None else f"shape {tuple(shape)}"
+        if not isinstance(stand_in, Tensor) or stand_in.numel() != targets_SL.numel():
+            shape = getattr(stand_in, "shape", None)
+            found = type(stand_in).__name__ if shape is None else f"shape {tuple(shape)}"
             raise _changed_product(name, f"got {found} back")
-        return answer.fields | {"log_probs": log_probs_SL}
+        return answer.fields | {"log_probs": stand_in.view(targets_SL.shape)}
 
 
 def _changed_product(head: str, found: str) -> ConfigError:
     return ConfigError(
-        f"the output layer, {head}, and hooks on it must leave its product as it is: log-probs [S, L] stand for it, "
-        f"{found}; remove the hook, or use TRL's own trainer"
+        f"the output layer, {head}, and hooks on it must leave its product as it is: log-probs stand for it, one a "
+        f"position, {found}; remove the hook, or use TRL's own trainer"
     )
 
 
 class _Answer:
-    """Answers the output layer's product by log-probs [S, L]; everything else that was asked for is in `fields`."""
+    """Answers the output layer's product by log-probs, as if it had one output; `fields` has all that was asked for."""
 
     def __init__(self, head: LogpsHead, form: LogitForm, targets_SL: Tensor) -> None:
         self.head, self.form, self.targets_SL = head, form, targets_SL
@@ -258,7 +259,7 @@ class _Answer:
             bias_V = None if bias_V is None else bias_V.to(dtype)
         hidden_SLH = hidden.view(*self.targets_SL.shape, -1)
         self.fields = self.score(hidden_SLH, weight_VH, bias_V)
-        return self.fields["log_probs"]
+        return self.fields["log_probs"].view(*hidden.shape[:-1], 1)
 
     def score(self, hidden_SLH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> dict[str, Tensor]:
         """Fields of `TokenLogps`, each [S, L]."""
@@ -315,8 +316,8 @@ def mean_logits(
             hidden_SLH,
             weight_VH,
             any_ids_SL,
-            rows=torch.arange(num_positions),
-            cu_rows=torch.arange(num_positions + 1),
+            rows=torch.arange(num_positions, device="cpu"),
+            cu_rows=torch.arange(num_positions + 1, device="cpu"),
             bias=bias_V,
             logit_scale=logit_scale,
             softcap=softcap,

@@ -69,7 +69,7 @@ class _OwnLogits(NamedTuple):
     with_autocast: bool
 
 
-def foundation(model: PreTrainedModel) -> tuple[Any, ...]:
+def foundation(model: PreTrainedModel, device: str) -> tuple[Any, ...]:
     """Return what a `LogitForm` was found on: layer, hooks, dtypes, autocast, mode; with others it is not known."""
     head = model.get_output_embeddings()
     modules = tuple(
@@ -77,7 +77,6 @@ def foundation(model: PreTrainedModel) -> tuple[Any, ...]:
         for module in head.modules()
     )
     dtypes = tuple(weight.dtype for weight in head.parameters())
-    device = model.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     return modules, dtypes, autocast, model.training
 
@@ -110,8 +109,6 @@ def find_form(
         ConfigError: no way to read its config gives the model's own log-probs of its least likely tokens, within the
             roundings of the dtype that the layer multiplies in.
     """
-    if not labels_SL.numel():
-        raise ValueError(f"labels must hold a token at least, got shape {tuple(labels_SL.shape)}")
     is_unlabelled_SL = torch.nn.functional.pad(labels_SL[:, 1:], (0, 1), value=IGNORE_INDEX) == IGNORE_INDEX
     places_N = is_unlabelled_SL.flatten().int().argsort(stable=True)[:CHECKED_TOKENS]
     own = _own_logits(model, places_N, labels_SL.numel(), args, kwargs)
@@ -213,7 +210,14 @@ def _own_logits(
         )
     _check_balance(model, own, decoded, kwargs)
     hidden_1NH = narrow(decoded.last_hidden_state)
-    logits_NV = own.logits.reshape(hidden_1NH.shape[1], -1)
+    logits = own.logits
+    if not isinstance(logits, Tensor) or logits.shape[:-1].numel() != hidden_1NH.shape[1]:
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ConfigError(
+            f"{type(model).__name__} must return the logits of its output layer, those of {hidden_1NH.shape[1]} hidden "
+            f"states here, got {found}; use TRL's own trainer for this model"
+        )
+    logits_NV = logits.reshape(hidden_1NH.shape[1], -1)
     return _OwnLogits(hidden_1NH, logits_NV, seen["input_dtype"], seen["with_autocast"])
 
 
