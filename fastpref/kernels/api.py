@@ -176,7 +176,8 @@ def linear_logps(
     nll_labels_T = None if nll_labels is None else nll_labels.reshape(-1)
     if rows is None or cu_rows is None:
         if cu_seqlens is None:
-            cu_seqlens = torch.arange(hidden.shape[0] + 1) * hidden.shape[1]
+            bounds = torch.arange(hidden.shape[0] + 1, dtype=torch.int64, device="cpu")
+            cu_seqlens = bounds * hidden.shape[1]
         rows, cu_rows = derive_rows(labels_T, nll_labels_T, cu_seqlens, ignore_index)
     else:
         rows, cu_rows = check_rows(rows, cu_rows, labels_T.shape[0])
