@@ -237,10 +237,10 @@ def _fused_rows(
 
 
 def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Bring inputs of different dtypes to the dtype of autocast where it is on."""
+    """Bring inputs of different dtypes to the dtype of autocast where it is on; it takes fp32 and 16 bits only."""
     given = [tensor for tensor in (hidden, weight, bias) if isinstance(tensor, Tensor)]
-    device = given[0].device.type if given else "cpu"
-    if not torch.is_autocast_enabled(device) or len({tensor.dtype for tensor in given}) <= 1:
+    dtypes, device = {tensor.dtype for tensor in given}, given[0].device.type if given else "cpu"
+    if len(dtypes) <= 1 or not dtypes <= set(checks.AUTOCAST_DTYPES) or not torch.is_autocast_enabled(device):
         return hidden, weight, bias
     dtype = torch.get_autocast_dtype(device)
     return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)

@@ -17,7 +17,8 @@ BACKENDS = ("auto", "reference", "torch", "triton", "cuda")
 BACKWARD_PLANS = ("auto", "exact", "recompute", "active", "cached")
 DEFAULT_ACTIVE_EPS = 2.0**-8
 DEFAULT_DEVICE_CACHE_BYTES = 512 * 2**20
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FLOAT_DTYPES = (*AUTOCAST_DTYPES, torch.float64)
 
 
 class BackwardPlan(NamedTuple):
