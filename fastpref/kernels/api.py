@@ -21,9 +21,9 @@ from torch.distributed import ProcessGroup
 from fastpref.kernels import checks
 from fastpref.kernels.engine import Head
 from fastpref.kernels.engines import resolve_backend
-from fastpref.kernels.ops import linear_logps_fwd
 from fastpref.kernels.reference import RowOutputs, reference_rows
 from fastpref.kernels.rows import check_rows, derive_rows, gather_rows, segment_sum
+from fastpref.kernels.transforms import score_rows
 from fastpref.kernels.vocab_parallel import shard_start, vocabulary_size
 
 
@@ -216,7 +216,7 @@ def _fused_rows(
     """Score rows by the fused operator; also what it leaves out, where a gradient can be asked for."""
     inputs = [tensor for tensor in (hidden, head.weight_VH, head.bias_V) if tensor is not None]
     needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-    token_logps_R, _, _, hits_R, entropy_R, mean_logit_R, _, _, _, _, summary = linear_logps_fwd(
+    token_logps_R, _, _, hits_R, entropy_R, mean_logit_R, _, _, _, _, summary = score_rows(
         hidden,
         head.weight_VH,
         head.bias_V,
