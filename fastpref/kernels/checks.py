@@ -160,7 +160,8 @@ def check_scalars(logit_scale: float, softcap: float | None, ignore_index: int) 
                 f"{name} must be a Python number (it gets no gradient), got {type(number).__name__}; pass a float, "
                 "or fold a learned factor into `hidden`"
             )
-        if not math.isfinite(number):
+        # Not `isfinite`, which the compiler does not know of numbers that it leaves open.
+        if not -math.inf < number < math.inf:
             raise ValueError(f"{name} must be finite, got {number}")
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap must be > 0 (Gemma-2 uses 30.0), got {softcap}; pass None for no cap")
