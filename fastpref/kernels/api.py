@@ -145,14 +145,18 @@ def linear_logps(
     Memory: O(R * H) and a few tiles of logits, never R x V; "cached" holds its budget.
 
     Determinism: bitwise repeatable; a sequence's log-probabilities do not depend, bit for bit, on what else is in the
-    batch or on packing (fp64, meant for gradient checks, is excepted: BLAS rounds it by position where H is odd).
+    batch or on packing (excepted are fp64, meant for gradient checks, which BLAS rounds by position where H is odd, and
+    "reference", whose products have as many rows as the batch).
 
     Raises:
-        TypeError, ValueError: arguments that do not fit, before any work is done.
+        TypeError, ValueError: arguments that do not fit, before any work is done; among them tensors that keep their
+            numbers elsewhere (DTensor, quantised, sparse, nested, meta).
         IndexError: with `debug`, a label outside [0, V) other than `ignore_index`; names the token.
         MissingDependencyError: a backend whose dependency is not installed.
-        NotImplementedError: a second derivative.
-        RuntimeError: in backward, an input was changed in place since the forward pass.
+        NotImplementedError: a second derivative, or one in forward mode; "reference" has both. `torch.func.grad`,
+            `vjp`, `jacrev` and `vmap` are right with every backend.
+        RuntimeError: in backward, an input was changed in place since the forward pass ("reference": one that its
+            gradients need; it has copies of the rows).
     """
     checks.check_stats(stats)
     checks.check_scalars(logit_scale, softcap, ignore_index)

@@ -107,9 +107,11 @@ def gather_rows(hidden: Tensor, rows: Tensor) -> Tensor:
     """Rows `rows` of the flattened token axis of `hidden` ([T, H] or [S, L, H], any strides), as [R, H]."""
     if hidden.dim() == 2:
         return hidden.index_select(0, rows)
-    # Flattening a transposed [S, L, H] would copy all of it.
     length = hidden.shape[1]
-    return hidden[rows // length, rows % length] if length else hidden.new_empty(rows.shape[0], hidden.shape[2])
+    if not length:
+        return hidden.flatten(0, 1).index_select(0, rows)
+    # Flattening a transposed [S, L, H] would copy all of it.
+    return hidden[rows // length, rows % length]
 
 
 def scatter_rows(values_RH: Tensor, rows: Tensor, like: Tensor) -> Tensor:
