@@ -59,7 +59,7 @@ def tune(
         path: file to write, for FASTPREF_TILES.
         hidden_sizes: values of H to measure; each serves those up to the next.
         widths: of the operands in bits, 16 and 32.
-        seconds: after these no further H and width is begun; what has been measured is written.
+        seconds: after these no further H and width is begun; what has been measured is written, if anything.
         report: gets the key of the table, H and what was measured; None prints it.
 
     Returns:
@@ -85,7 +85,8 @@ def tune(
             (report or _report)(key, hidden_size, found)
         if best:
             table[key] = entries(best)
-    save_table(path, table)
+    if table:  # nothing measured is no reason to replace what an earlier run found
+        save_table(path, table)
     return table
 
 
