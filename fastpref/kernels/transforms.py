@@ -25,8 +25,10 @@ def score_rows(*inputs: Any) -> ops.Results:
     Raises:
         NotImplementedError: forward mode, or a transform of a call with `main_grad`.
     """
-    # The compiler has its own rules for operators, and takes no Function with a `jvp`.
+    # The compiler takes no Function with a `jvp`, and would let the operator return zeros.
     if torch.compiler.is_compiling():
+        if forward_ad._current_level >= 0:
+            ops.refuse_forward_mode()
         return ops.linear_logps_fwd(*inputs)
     is_transformed = torch._C._are_functorch_transforms_active()
     if not is_transformed and forward_ad._current_level < 0:

@@ -263,3 +263,20 @@ def test_checkpointed_and_offloaded(backend: str, use_reentrant: bool) -> None:
     with torch.autograd.graph.save_on_cpu():
         scalar = total(*leaves, backend=backend)
     assert torch.equal(torch.autograd.grad(scalar, leaves)[1], expected[1])
+
+
+def test_forward_mode_is_refused_by_compiled_code() -> None:
+    """The compiler traced the operator, whose forward-mode derivative is silently 0, for the first level and later."""
+
+    def scored(weight: Tensor) -> Tensor:
+        return score(HIDDEN_SLH, weight).logps
+
+    torch._dynamo.reset()
+    outside = torch.compile(scored, backend="eager")
+    inside = torch.compile(lambda weight: torch.func.jvp(scored, (weight,), (TANGENTS[1],))[1], backend="eager")
+    torch.testing.assert_close(outside(WEIGHT_VH), scored(WEIGHT_VH))
+    with pytest.raises(NotImplementedError, match=REMEDY):
+        inside(WEIGHT_VH)
+    with pytest.raises(NotImplementedError, match=REMEDY), forward_ad.dual_level():
+        outside(forward_ad.make_dual(WEIGHT_VH, TANGENTS[1]))
+    torch.testing.assert_close(outside(WEIGHT_VH), scored(WEIGHT_VH))
