@@ -31,6 +31,7 @@ from fastpref.trainer.head import head_of, read_activity
 from fastpref.trainer.layout import ARGUMENT_NAMES
 from fastpref.trainer.lora import lora_of
 from fastpref.trainer.metrics import MetricWindow
+from fastpref.trainer.noise import mean_noise
 from fastpref.trainer.optimizer import sync_parameters, use_settings
 from fastpref.trainer.platform import background_group
 from fastpref.trainer.preemption import StopRequest
@@ -332,14 +333,18 @@ class _Window:
     def _displacement(self, metrics: dict[str, float]) -> dict[str, float]:
         """Likelihood displacement: 1 where chosen answers became less likely than under the reference, and still fall.
 
+        Beside a cached reference, neither counts by less than rounding may have made.
+
         Source: Razin et al. 2024, "Unintentional Unalignment: Likelihood Displacement in Direct Preference
         Optimization".
         """
-        ratio, last = metrics.get("kl/chosen"), self._last_ratio
-        if ratio is None:
+        ratio, last, reference = metrics.get("kl/chosen"), self._last_ratio, self._trainer.reference
+        if ratio is None or reference is None:
             return {}
         self._last_ratio = ratio
-        return {"alarm/likelihood_displacement": float(ratio < 0.0 and last is not None and ratio < last)}
+        noise = mean_noise(reference.token_noise, metrics["lengths/chosen"])
+        is_falling = last is not None and ratio < last - noise
+        return {"alarm/likelihood_displacement": float(ratio < -noise and is_falling)}
 
 
 def _activity(totals: dict[str, float]) -> dict[str, float]:
