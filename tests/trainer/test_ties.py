@@ -19,10 +19,11 @@ from fastpref.trainer import (
     TrainingArguments,
     add_lora,
     build_models,
+    loop,
     score_reference,
 )
 from fastpref.trainer.batch import Microbatch
-from fastpref.trainer.noise import TIE_DEVIATIONS, TOKEN_NOISE, tie_noise, token_noise
+from fastpref.trainer.noise import TIE_DEVIATIONS, TOKEN_NOISE, mean_noise, tie_noise, token_noise
 from fastpref.trainer.reference import ReferenceModel
 
 # Weights at which log-probs are far from even, as those of a trained model are.
@@ -166,6 +167,21 @@ def test_live_reference_ties_equal_rewards_alone(args) -> None:
     trainer.train()
     evaluation, step = trainer.log_history[:2]
     assert evaluation["eval_rewards/accuracies"] == step["rewards/accuracies"] == 1.0
+
+
+def test_displacement_alarm_does_not_count_rounding(args, cache) -> None:
+    live = DPOTrainer(model(), DPOConfig(), None, args(), train_dataset=TRAIN)
+    cached = DPOTrainer(model(), DPOConfig(), cache(), args(), train_dataset=TRAIN)
+    noise = mean_noise(token_noise(torch.float32), 9.0)
+
+    def alarms(trainer: DPOTrainer, *ratios: float) -> list[float]:
+        window = loop._Window(trainer)
+        found = [window._displacement({"kl/chosen": ratio, "lengths/chosen": 9.0}) for ratio in ratios]
+        return [record["alarm/likelihood_displacement"] for record in found]
+
+    falls = (0.0, -0.9 * noise, -1.8 * noise, -2.9 * noise)
+    assert alarms(cached, *falls) == [0.0, 0.0, 0.0, 1.0]
+    assert alarms(live, *falls) == [0.0, 1.0, 1.0, 1.0]
 
 
 def test_tie_noise_has_its_values() -> None:
