@@ -157,7 +157,7 @@ class ReferenceCache:
         """
         self.require({"data set": dataset})
         plan, place = self.tables[dataset.sha256], self._places[dataset.sha256]
-        rows_N6 = torch.empty(plan.num_pairs, len(COLUMNS))
+        rows_N6 = torch.empty(plan.num_pairs, len(COLUMNS), dtype=torch.float32)
         for shard in range(plan.num_shards):
             pairs = plan.pairs_of(shard)
             rows_N6[pairs.start : pairs.stop] = self._read_shard(_shard_name(place, shard), len(pairs))
