@@ -23,6 +23,7 @@ from fastpref.trainer.batch import Microbatch
 from fastpref.trainer.head import ActivityMeter, HeadOptions, head_of, install_heads, unwrap
 from fastpref.trainer.lora import adapters_off, lora_of
 from fastpref.trainer.metrics import owns_results
+from fastpref.trainer.modes import evaluating
 from fastpref.trainer.noise import token_noise
 from fastpref.trainer.optimizer import check_model, params_dtype, to_precision
 from fastpref.trainer.packing import install_packing
@@ -197,16 +198,14 @@ class AdaptersOff(torch.nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the chunk computed before adapters were added; its modes and its head's meters stay as they were."""
-        chunk, head, was_training = unwrap(self), head_of(self), self.module.training
+        chunk, head = unwrap(self), head_of(self)
         if head is not None:
             kept = head.options, head.timer, head.activity
             head.options, head.timer, head.activity = HeadOptions(), DeviceTimer(), ActivityMeter()
-        self.module.eval()
         try:
-            with adapters_off(chunk):
+            with adapters_off(chunk), evaluating([self.module]):
                 return self.module(*args, **kwargs)
         finally:
-            self.module.train(was_training)
             if head is not None:
                 head.options, head.timer, head.activity = kept
 
@@ -249,6 +248,12 @@ def build_reference(
             f"ref_model has {len(ref_model)} chunks on this rank and the policy has {len(policy)}; build both alike"
         )
     check_model([unwrap(model) for model in ref_model], args)
+    trained = {id(parameter) for model in policy for parameter in model.parameters()}
+    if any(id(parameter) in trained for model in ref_model for parameter in model.parameters()):
+        raise ConfigError(
+            "ref_model shares parameters with the policy, which would freeze with it; leave ref_model out to compare "
+            "with a copy of the policy as it is now, or load the reference once more"
+        )
     return ReferenceModel(ref_model, config, args)
 
 
