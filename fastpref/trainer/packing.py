@@ -97,11 +97,14 @@ def install_packing(models: Sequence[torch.nn.Module], *, prefix_sharing: bool) 
         changes += [change for module in attentions if (change := _attention_change(module, prefix_sharing))]
     for change in changes:
         change()
-    for rotary in (chunk.rotary_pos_emb for chunk in chunks):
+    for chunk in chunks:
+        rotary = chunk.rotary_pos_emb
         if not hasattr(rotary, "row_positions_l"):
             rotary.row_positions_l = None
             rotary.register_forward_pre_hook(_keep_angles_whole, with_kwargs=True)
             rotary.register_forward_hook(_select_angles)
+            if chunk.pre_process:
+                chunk.embedding.register_forward_hook(_as_one_matrix)
 
 
 def _attention_change(attention: SelfAttention, prefix_sharing: bool) -> Callable[[], None] | None:
@@ -145,6 +148,16 @@ def _select_angles(rotary: torch.nn.Module, _: object, angles: Tensor) -> Tensor
     """Forward hook of the rotary module: angles [P, 1, 1, D] of positions 0..P-1 to those of the row, [l, 1, 1, D]."""
     positions_l = rotary.row_positions_l
     return angles[positions_l] if isinstance(positions_l, Tensor) else None
+
+
+def _as_one_matrix(_: torch.nn.Module, __: object, hidden: Tensor) -> Tensor | None:
+    """Forward hook of the embedding: gives the hidden states [l, 1, H] of one row the strides of a matrix.
+
+    Megatron transposes [1, l, H], which leaves the dimension of size 1 the stride of a whole row. By a weight needing
+    a gradient PyTorch then multiplies one matrix, by any other position after position, which may round in another way:
+    a frozen reference would not answer with the bits of the policy.
+    """
+    return hidden.squeeze(1).unsqueeze(1) if hidden.size(1) == 1 else None
 
 
 @contextmanager

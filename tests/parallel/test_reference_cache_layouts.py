@@ -129,31 +129,35 @@ def test_cut_pass_of_two_ranks_is_finished_by_one(rank_pool_2: RankPool, single,
     )
 
 
-def first_accuracies(layout: Layout, path: str, output_dir: str, settings: dict) -> tuple[float, ...]:
-    """Accuracies before and at the first step of a run that starts at the cached reference."""
+def first_logs(layout: Layout, path: str | None, output_dir: str, settings: dict) -> dict[str, float]:
+    """Metrics before and at the first step of a run that starts at its reference: a cache, or a copy in memory."""
     args = replace(arguments(layout, output_dir), max_steps=1, eval_on_start=True, **settings)
     initialize_megatron(args)
     try:
         options, data = ModelOptions(sequence_parallel=layout.sequence_parallel), PreferenceDataset(PAIRS)
         models = build_models(SHARP, options, seed=0)
-        cache = ReferenceCache(path, starts_at_policy=True)
-        trainer = DPOTrainer(models, DPOConfig(), cache, args, train_dataset=data, eval_dataset=data)
+        reference = None if path is None else ReferenceCache(path, starts_at_policy=True)
+        trainer = DPOTrainer(models, DPOConfig(), reference, args, train_dataset=data, eval_dataset=data)
         trainer.train()
-        return tuple(log[name] for log in trainer.log_history for name in log if name.endswith("rewards/accuracies"))
+        return trainer.log_history[0] | trainer.log_history[1]
     finally:
         destroy()
 
 
 @pytest.mark.parametrize("settings", [{}, {"packing": True, "prefix_sharing": True}], ids=["padded", "shared"])
-def test_every_layout_ties_a_policy_with_a_cache_of_itself(rank_pool_2: RankPool, tmp_path, settings: dict) -> None:
+def test_every_layout_ties_a_policy_with_its_reference(rank_pool_2: RankPool, tmp_path, settings: dict) -> None:
+    """With a cache that one process wrote, and with a copy in memory, whose margins are exactly 0."""
     path = str(tmp_path / "cache")
     initialize_megatron(arguments(Layout()))
     models = build_models(SHARP, seed=0)
     score_reference(models, [PreferenceDataset(PAIRS)], path, arguments(Layout()), identity={})
     destroy()
     for name, layout in (LAYOUTS | {"cp2": Layout(cp=2)}).items():
-        for found in rank_pool_2.run(first_accuracies, layout, path, str(tmp_path / name), settings):
-            assert found[:2] == (0.5, 0.5), name
+        for log in rank_pool_2.run(first_logs, layout, path, str(tmp_path / name), settings):
+            assert log["rewards/accuracies"] == log["eval_rewards/accuracies"] == 0.5, name
+        for log in rank_pool_2.run(first_logs, layout, None, str(tmp_path / f"{name}-live"), settings):
+            for metric in ("rewards/margins", "kl/chosen", "kl/rejected"):
+                assert log[metric] == log[f"eval_{metric}"] == 0.0, (name, metric)
 
 
 def refused(path: str) -> str:

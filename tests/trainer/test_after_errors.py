@@ -13,7 +13,7 @@ from fastpref.errors import ConfigError, FastprefError, MissingDependencyError
 from fastpref.testing.tiny import stock_model, tiny_pairs
 from fastpref.trainer import DPOConfig, DPOTrainer, cpu_platform, reporting
 from fastpref.trainer.attention import SDPACoreAttention
-from fastpref.trainer.head import HeadOptions, LogpsHead, install_heads
+from fastpref.trainer.head import HeadOptions, install_heads
 from fastpref.trainer.packing import VarlenRows, install_packing
 
 PAIRS = tiny_pairs(8, seed=2)

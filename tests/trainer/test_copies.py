@@ -79,6 +79,6 @@ def test_second_trainer_takes_the_first_ones_wrapped_chunks(quiet_args, overlap:
 
 def test_policy_cannot_be_its_own_frozen_reference(quiet_args) -> None:
     models = build_models(MODEL, seed=0)
-    with pytest.raises(ConfigError, match="ref_model shares parameters with the policy, .* leave ref_model out"):
+    with pytest.raises(ConfigError, match=r"ref_model shares parameters with the policy, .* leave ref_model out"):
         DPOTrainer(models, DPOConfig(), models, quiet_args(), train_dataset=PAIRS)
     assert all(parameter.requires_grad for parameter in models[0].parameters())
