@@ -44,7 +44,7 @@ def gradients(case: Case, rows: Tensor, cu_rows: Tensor, **options) -> tuple[Seq
 def first_rows(case: Case, share: float) -> tuple[Tensor, Tensor]:
     """Rows of the first part of every response, so that each sequence stays."""
     groups = [group[: max(int(len(group) * share), 1)] for group in case.rows_R.tensor_split(case.cu_rows[1:-1])]
-    lengths = torch.tensor([0, *map(len, groups)])
+    lengths = torch.tensor([0, *map(len, groups)], dtype=torch.int64)
     return torch.cat(groups), lengths.cumsum(0)
 
 

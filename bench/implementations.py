@@ -27,7 +27,7 @@ BARE_COLUMNS = 2048
 def bare_product(case: Case, hidden_SLH: Tensor, weight_VH: Tensor) -> None:
     """X W^T over the response rows, a few columns at a time into one buffer: 2 RHV operations and nothing else."""
     x_RH = hidden_SLH.detach().flatten(0, 1)[case.rows_R]
-    tile_RV = torch.empty(x_RH.shape[0], BARE_COLUMNS)
+    tile_RV = torch.empty(x_RH.shape[0], BARE_COLUMNS, dtype=torch.float32)
     for weight in weight_VH.detach().split(BARE_COLUMNS):
         torch.mm(x_RH, weight.t(), out=tile_RV[:, : weight.shape[0]])
 
@@ -54,7 +54,7 @@ def _compiled_logps() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
 def _naive_pairs(case: Case, hidden_SLH: Tensor, weight_VH: Tensor) -> Tensor:
     """Trainers with one pair a microbatch: every position of both sides, padded to the longer one."""
-    logps_S = torch.empty(case.labels_SL.shape[0], device=hidden_SLH.device)
+    logps_S = torch.empty(case.labels_SL.shape[0], dtype=torch.float32, device=hidden_SLH.device)
     for pair, length in enumerate(case.pair_lengths):
         sides = [pair, pair + case.num_pairs]
         labels_2L = case.labels_SL[sides, :length]

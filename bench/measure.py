@@ -75,21 +75,24 @@ def time_in_turns(workload: str, names: list[str], repeats: int) -> Row:
 
 def fresh_hidden(case: Case, generator: torch.Generator) -> Tensor:
     """Hidden states [S, L, H] with new noise of a thousandth of their deviation; padding stays zero."""
-    noise_SLH = torch.randn(case.hidden_SLH.shape, generator=generator) * (1e-3 * float(case.hidden_SLH.std()))
+    noise_SLH = torch.randn(case.hidden_SLH.shape, generator=generator, dtype=torch.float32) * (
+        1e-3 * float(case.hidden_SLH.std())
+    )
     return torch.where((case.hidden_SLH != 0).any(-1, keepdim=True), case.hidden_SLH + noise_SLH, 0.0)
 
 
 def gemm_rate(repeats: int) -> Row:
     """Rate of a bare square product in fp32, GFLOP/s: the machine at that minute."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    left, right, product = (torch.randn(GEMM_SIZE, GEMM_SIZE, device=device) for _ in range(3))
+    left, right, product = (torch.randn(GEMM_SIZE, GEMM_SIZE, dtype=torch.float32, device=device) for _ in range(3))
     seconds = _seconds(lambda: torch.mm(left, right, out=product), device, repeats)
     return {"gflops": round(2 * GEMM_SIZE**3 / seconds / 1e9, 1)}
 
 
 def ceilings(repeats: int) -> Row:
     """Rates of a product and of a copy on the CPU: GFLOP/s, and GB/s read and written together."""
-    source, target = torch.ones(COPY_BYTES // 4), torch.empty(COPY_BYTES // 4)
+    source = torch.ones(COPY_BYTES // 4, dtype=torch.float32)
+    target = torch.empty(COPY_BYTES // 4, dtype=torch.float32)
     seconds = _seconds(lambda: target.copy_(source), "cpu", repeats)
     return gemm_rate(repeats) | {"copy_gb_per_s": round(2 * COPY_BYTES / seconds / 1e9, 1)}
 

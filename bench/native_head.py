@@ -45,10 +45,10 @@ class Case:
         self.x_RH = torch.randn(num_rows, hidden_size, generator=generator).to(dtype)
         weight_VH = torch.randn(vocab_size, hidden_size, generator=generator).mul_(3.0 / hidden_size**0.5).to(dtype)
         self.head = Head(weight_VH, None, 1.0, None)
-        self.labels_R = torch.randint(0, vocab_size, (num_rows,), generator=generator)
-        self.bound_R = torch.full((num_rows,), 10.0)
+        self.labels_R = torch.randint(0, vocab_size, (num_rows,), generator=generator, dtype=torch.int64)
+        self.bound_R = torch.full((num_rows,), 10.0, dtype=torch.float32)
         self.wide_RH = self.x_RH.float()
-        self.buffer = torch.empty(num_rows * COLUMNS)
+        self.buffer = torch.empty(num_rows * COLUMNS, dtype=torch.float32)
         self.scalars: RowScalars | None = None
 
     def chunks(self) -> Iterator[tuple[int, Tensor, Tensor]]:

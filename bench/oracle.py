@@ -62,7 +62,9 @@ def solve(case: Case, loss: str) -> dict[str, Tensor]:
     d_weight_VH = torch.zeros_like(weight_VH)
     for block, softmax_RV in softmax_blocks(x_RH, weight_VH):
         d_logits_RV = softmax_RV.neg_()
-        d_logits_RV[torch.arange(softmax_RV.shape[0], device=x_RH.device), case.row_labels_R[block]] += 1.0
+        d_logits_RV[
+            torch.arange(softmax_RV.shape[0], dtype=torch.int64, device=x_RH.device), case.row_labels_R[block]
+        ] += 1.0
         d_logits_RV *= upstream_R[block, None]
         d_hidden_TH[case.rows_R[block]] = d_logits_RV @ weight_VH
         d_weight_VH.addmm_(d_logits_RV.t(), x_RH[block])

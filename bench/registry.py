@@ -129,5 +129,5 @@ def call(implementation: Implementation, case: Case, hidden_SLH: Tensor, weight_
 
 def sum_rows(case: Case, logps_R: Tensor) -> Tensor:
     """Sum rows to sequences."""
-    zeros_S = torch.zeros(case.labels_SL.shape[0], device=logps_R.device)
+    zeros_S = torch.zeros(case.labels_SL.shape[0], dtype=torch.float32, device=logps_R.device)
     return zeros_S.index_add(0, case.row_sequences_R, logps_R.float())

@@ -101,7 +101,7 @@ def _pairs(vocab_size: int, length: int) -> list[TokenizedPair]:
     half = length // 2
     pairs = []
     for pair_id in range(NUM_PAIRS):
-        prompt, *answers = torch.randint(vocab_size, (3, half + 1), generator=generator).tolist()
+        prompt, *answers = torch.randint(vocab_size, (3, half + 1), generator=generator, dtype=torch.int64).tolist()
         pairs.append(pair_of(pair_id, prompt[:half], *answers))
     return pairs
 

@@ -90,7 +90,7 @@ class Case:
     def pair_lengths(self) -> list[int]:
         """Positions up to the last label of each pair's longer side."""
         is_labelled_SL = (self.labels_SL != IGNORE).cpu()
-        last_SL = torch.arange(1, is_labelled_SL.shape[1] + 1) * is_labelled_SL
+        last_SL = torch.arange(1, is_labelled_SL.shape[1] + 1, dtype=torch.int64) * is_labelled_SL
         return last_SL.amax(1).view(2, -1).amax(0).tolist()
 
     @property
@@ -158,7 +158,7 @@ def softmax_blocks(hidden_RH: Tensor, weight_VH: Tensor) -> Iterator[tuple[slice
 
 def _finish(name: str, weight_VH: Tensor, hidden_SLH: Tensor, labels_SL: Tensor) -> Case:
     """Add reference log-probs; those of all but the dry case are kept on disk."""
-    case = Case(name, hidden_SLH, weight_VH, labels_SL, torch.zeros(labels_SL.shape[0]))
+    case = Case(name, hidden_SLH, weight_VH, labels_SL, torch.zeros(labels_SL.shape[0], dtype=torch.float32))
     cached = CACHE / name / "reference.pt"
     if name != "dry" and cached.exists():
         return replace(case, ref_logps_S=torch.load(cached))
@@ -171,11 +171,11 @@ def _finish(name: str, weight_VH: Tensor, hidden_SLH: Tensor, labels_SL: Tensor)
 
 def with_reference(case: Case) -> Case:
     """Give a case reference log-probs near the policy's own: a model some steps away from its reference."""
-    logps_R = torch.empty(case.rows_R.numel(), device=case.rows_R.device)
+    logps_R = torch.empty(case.rows_R.numel(), dtype=torch.float32, device=case.rows_R.device)
     for block, softmax_RV in softmax_blocks(case.hidden_SLH.flatten(0, 1)[case.rows_R], case.weight_VH):
         logps_R[block] = softmax_RV.gather(1, case.row_labels_R[block, None]).squeeze(1).log()
     logps_S = torch.stack([part.sum() for part in logps_R.tensor_split(case.cu_rows[1:-1].cpu())])
-    noise_S = torch.randn(logps_S.shape, generator=torch.Generator().manual_seed(1)) * 5.0
+    noise_S = torch.randn(logps_S.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float32) * 5.0
     return replace(case, ref_logps_S=(logps_S + noise_S.to(logps_S.device)).round())
 
 
@@ -196,11 +196,11 @@ def _hidden_states(model_dir: Path) -> tuple[Tensor, Tensor]:
     pairs = [_tokenize(tokenizer, *texts) for texts in _texts()]
     sequences = [pair[side] for side in (0, 1) for pair in pairs]
     length = max(len(tokens) for tokens, _ in sequences) - 1
-    hidden_SLH = torch.zeros(len(sequences), length, model.config.hidden_size)
-    labels_SL = torch.full((len(sequences), length), IGNORE)
+    hidden_SLH = torch.zeros(len(sequences), length, model.config.hidden_size, dtype=torch.float32)
+    labels_SL = torch.full((len(sequences), length), IGNORE, dtype=torch.int64)
     with torch.no_grad():
         for index, (tokens, prompt_length) in enumerate(sequences):
-            ids = torch.tensor([tokens])
+            ids = torch.tensor([tokens], dtype=torch.int64)
             hidden_SLH[index, : len(tokens) - 1] = model(ids).last_hidden_state[0, :-1]
             labels_SL[index, prompt_length - 1 : len(tokens) - 1] = ids[0, prompt_length:]
     return hidden_SLH, labels_SL
@@ -224,9 +224,9 @@ def _tokenize(tokenizer: Any, prompt: str, chosen: str, rejected: str) -> tuple[
 def _random_init(like: Case) -> tuple[Tensor, Tensor, Tensor]:
     """Weights with standard deviation 0.02, as models start, and normalised hidden states: a flat softmax."""
     generator = torch.Generator().manual_seed(2)
-    weight_VH = torch.randn(like.weight_VH.shape, generator=generator) * 0.02
-    hidden_SLH = torch.randn(like.hidden_SLH.shape, generator=generator)
-    labels_SL = torch.randint(weight_VH.shape[0], like.labels_SL.shape, generator=generator)
+    weight_VH = torch.randn(like.weight_VH.shape, generator=generator, dtype=torch.float32) * 0.02
+    hidden_SLH = torch.randn(like.hidden_SLH.shape, generator=generator, dtype=torch.float32)
+    labels_SL = torch.randint(weight_VH.shape[0], like.labels_SL.shape, generator=generator, dtype=torch.int64)
     return weight_VH, hidden_SLH, torch.where(like.labels_SL == IGNORE, IGNORE, labels_SL)
 
 
@@ -253,15 +253,15 @@ def draw_head(
     """
     generator = torch.Generator(device).manual_seed(3)
     sequences = len(responses)
-    draw = {"generator": generator, "device": device}
+    draw = {"generator": generator, "dtype": torch.float32, "device": device}
     weight_VH = torch.randn(vocab, hidden, **draw) * (SPREAD / hidden**0.5)
     hidden_SLH = torch.randn(sequences, length, hidden, **draw)
     likely_SL = (torch.rand(sequences, length, **draw) * math.log(vocab)).exp().long().clamp(max=vocab - 1)
     peak_SL = 2 * PEAK * torch.rand(sequences, length, **draw)
     hidden_SLH += weight_VH[likely_SL] * (peak_SL / SPREAD**2)[..., None]
     hidden_SLH[..., 0] = 1.0
-    weight_VH[:, 0] = -SLOPE * torch.arange(1, vocab + 1, device=device).log()
-    labels_SL = torch.full((sequences, length), IGNORE, device=device)
+    weight_VH[:, 0] = -SLOPE * torch.arange(1, vocab + 1, dtype=torch.float32, device=device).log()
+    labels_SL = torch.full((sequences, length), IGNORE, dtype=torch.int64, device=device)
     for sequence, response in enumerate(responses):
         for block, softmax_RV in softmax_blocks(hidden_SLH[sequence, length - response :], weight_VH):
             drawn = torch.multinomial(softmax_RV, 1, generator=generator).squeeze(1)

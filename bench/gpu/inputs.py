@@ -65,7 +65,7 @@ def build_on(name: str, device: torch.device, dtype: torch.dtype, backend: str =
         raise ValueError(f"workload must be one of {names}, v<V>-h<H>-r<R> or <model>-real; got {name!r}")
     length, responses = layout(rows, shares)
     weight_VH, hidden_SLH, labels_SL = draw_head(vocab, hidden, length, responses, device)
-    case = Case(name, hidden_SLH, weight_VH, labels_SL, torch.zeros(len(responses)), backend)
+    case = Case(name, hidden_SLH, weight_VH, labels_SL, torch.zeros(len(responses), dtype=torch.float32), backend)
     return with_reference(case).to(device, dtype)
 
 

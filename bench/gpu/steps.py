@@ -223,7 +223,7 @@ def sharpen(model: Any) -> None:
     embedding_VH, head_VH = model.embedding.word_embeddings.weight, model.output_layer.weight
     width = head_VH.shape[1] ** 0.5
     embedding_VH[:, 0] = LEVEL * width
-    ids_V = torch.arange(1, head_VH.shape[0] + 1, device=head_VH.device)
+    ids_V = torch.arange(1, head_VH.shape[0] + 1, dtype=torch.int64, device=head_VH.device)
     head_VH[:, 0] = -STEEPNESS / width * ids_V.log()
 
 
@@ -236,7 +236,8 @@ def naive_head() -> Iterator[None]:
         logps_TV = torch.log_softmax(hidden @ weight.t(), dim=1)
         logps_R = logps_TV.gather(1, labels.clamp(min=0)[:, None]).squeeze(1)[rows].float()
         counts_S = bounds.diff()
-        sequences_R = torch.repeat_interleave(torch.arange(len(counts_S), device=rows.device), counts_S)
+        sequences_S = torch.arange(len(counts_S), dtype=torch.int64, device=rows.device)
+        sequences_R = torch.repeat_interleave(sequences_S, counts_S)
         logps_S = logps_R.new_zeros(len(counts_S)).index_add(0, sequences_R, logps_R)
         return SequenceLogps(logps=logps_S, counts=counts_S, rows=rows, cu_rows=cu_rows)
 
@@ -255,7 +256,9 @@ def random_pairs(sizes: Sizes) -> list[TokenizedPair]:
         share = max(chosen_share, rejected_share)
         prompt = max(round(total * (1 - share)), 2)
         answers = [max(round(prompt * side / (1 - side)), 1) for side in (chosen_share, rejected_share)]
-        ids = torch.randint(1, sizes.model["vocab_size"], (prompt + sum(answers),), generator=generator).tolist()
+        ids = torch.randint(
+            1, sizes.model["vocab_size"], (prompt + sum(answers),), generator=generator, dtype=torch.int64
+        ).tolist()
         pairs.append(pair_of(pair_id, ids[:prompt], ids[prompt : prompt + answers[0]], ids[prompt + answers[0] :]))
     return pairs
 

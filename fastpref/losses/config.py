@@ -51,7 +51,7 @@ class DPOConfig:
     ld_alpha: float | None = None
     """Weight of tokens beyond the pair's shorter response, [0, 1], default off: every loss that reads the reference."""
     tie_value: float = 0.5
-    """What a pair of equal rewards counts in the metric `rewards/accuracies`, [0, 1]."""
+    """What a pair of tied rewards counts in the metric `rewards/accuracies`, [0, 1]."""
 
     def __post_init__(self) -> None:
         for name in ("pref_loss", "loss_weights"):

@@ -21,6 +21,7 @@ def preference_metrics(
     output: PreferenceOutput,
     pair_weights: Tensor,
     stats: SequenceStats | None = None,
+    tie_noise: Tensor | None = None,
 ) -> Metrics:
     """Metrics of one microbatch, not yet divided.
 
@@ -32,6 +33,8 @@ def preference_metrics(
         output: what it returned.
         pair_weights: (B,) weights >= 0 of the pairs; a pair of weight 0 counts in nothing, whatever it holds.
         stats: per-sequence sums of the head, where they were computed.
+        tie_noise: (B,) differences of the log-ratios, in nat and >= 0, up to which the rewards of a pair are tied,
+            where policy and reference round in different ways; None ties equal rewards alone.
 
     Returns:
         name -> (sum, weight), float64 scalars; a weight of 0 means that nothing was counted.
@@ -46,7 +49,11 @@ def preference_metrics(
     # `ld_alpha` re-weights `chosen`: the plain NLL of the response is then in `nll`, if the caller has it
     plain_nll = nll if config.ld_alpha is not None else -logps.chosen
     chosen, rejected = output.chosen_rewards, output.rejected_rewards
-    hits = torch.where(chosen == rejected, config.tie_value, (chosen > rejected).to(chosen.dtype))
+    is_tie = chosen == rejected
+    if tie_noise is not None:
+        # infinite rewards are tied where they are equal, and their difference is NaN
+        is_tie |= (chosen - rejected).abs() <= config.beta * tie_noise
+    hits = torch.where(is_tie, config.tie_value, (chosen > rejected).to(chosen.dtype))
     per_pair = {
         "loss": output.losses,
         "rewards/chosen": chosen,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 from collections.abc import Mapping
@@ -30,11 +31,9 @@ from fastpref.trainer.prepare import PreparedRun, hf_config_of, launched_world_s
 from fastpref.trainer.run_config import RunConfig
 from fastpref.trainer.scoring import from_rank_0, score_reference
 
-CONFIG_FILE = "config.yaml"
-
 
 def build_trainer(config: RunConfig) -> DPOTrainer:
-    """Build everything that training needs, and write the settings to `config.yaml` in the output directory.
+    """Build everything that training needs; `train` then writes the settings to `config.yaml` in the output directory.
 
     Raises:
         ConfigError: see `prepare`; or the output directory cannot be written.
@@ -43,8 +42,10 @@ def build_trainer(config: RunConfig) -> DPOTrainer:
     """
     run = prepare(config)
     initialize_megatron(config.training)
-    _write_config(config)
-    return _build(run, may_score=True)
+    _require_writable(config)
+    trainer = _build(run, may_score=True)
+    trainer.settings = dump_run_config(config)
+    return trainer
 
 
 def build_evaluator(config: RunConfig) -> DPOTrainer:
@@ -268,14 +269,17 @@ def _require_equal_data(run: PreparedRun) -> None:
         )
 
 
-def _write_config(config: RunConfig) -> None:
+def _require_writable(config: RunConfig) -> None:
+    """Refuse before anything is loaded what the run would find when it begins."""
     if torch.distributed.get_rank() != 0:
         return
-    path = Path(config.training.output_dir) / CONFIG_FILE
-    temporary = path.with_suffix(".tmp")
+    path = Path(config.training.output_dir)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(dump_run_config(config), encoding="utf-8")
-        os.replace(temporary, path)
+        path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except PermissionError as error:
-        raise ConfigError(f"training.output_dir: {str(path.parent)!r} cannot be written: {error.strerror}") from error
+        raise ConfigError(
+            f"training.output_dir: {str(path)!r} cannot be written: {error.strerror}; change its permissions, or "
+            "choose another directory"
+        ) from error

@@ -42,7 +42,9 @@ def local_chunks(length: int) -> tuple[range, ...]:
 def local_positions(length: int) -> Tensor | slice:
     """Return an index of the positions that this rank holds of a row: [L/C], or a slice where it holds all of them."""
     chunks = local_chunks(length)
-    return slice(None) if len(chunks) == 1 else torch.cat([torch.arange(chunk.start, chunk.stop) for chunk in chunks])
+    if len(chunks) == 1:
+        return slice(None)
+    return torch.cat([torch.arange(part.start, part.stop, dtype=torch.int64, device="cpu") for part in chunks])
 
 
 def sum_over_context_ranks(scores_SK: Tensor) -> Tensor:

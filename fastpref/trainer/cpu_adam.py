@@ -85,7 +85,7 @@ class FusedLayoutAdam(torch.optim.Optimizer):
             [self.state[p]["exp_avg_sq"] for p in params],
             [],
             # torch counts the step it is about to take itself
-            [torch.tensor(group["step"] - 1.0) for _ in params],
+            [torch.tensor(group["step"] - 1.0, dtype=torch.float32, device="cpu") for _ in params],
             foreach=False,
             fused=True,
             decoupled_weight_decay=self.adam_w_mode,

@@ -53,6 +53,8 @@ def install_cpu_platform() -> bool:
     _replace_random_state()
     _replace_adam()
     token_dispatcher.maybe_move_tensor_to_cpu = _on_host
+    # Last, because it says that all of them are in place.
+    torch.cuda.current_device = _current_device  # type: ignore[assignment]
     return True
 
 
@@ -86,7 +88,6 @@ class _HostStream:
 
 def _replace_device_queries() -> None:
     """Megatron's buffers and messages live on `torch.cuda.current_device()`, `"cuda"` or `tensor.cuda()`."""
-    torch.cuda.current_device = _current_device  # type: ignore[assignment]
     torch.cuda.synchronize = lambda device=None: None
     # Experts copy token counts to the host on a stream of their own; Megatron-Core 0.19 waits for CUDA graphs on one.
     torch.cuda.Stream = _HostStream  # type: ignore[assignment,misc]

@@ -20,15 +20,18 @@ from fastpref.trainer import guard, loop
 from fastpref.trainer.arguments import TrainingArguments
 from fastpref.trainer.batch import Microbatch
 from fastpref.trainer.feed import PairFeed
+from fastpref.trainer.first_step import check_first_step
 from fastpref.trainer.head import TOKEN_STATS, HeadOptions, install_heads, unwrap
 from fastpref.trainer.layout import ARGUMENT_NAMES
 from fastpref.trainer.lora import lora_of
 from fastpref.trainer.metrics import metric_names
+from fastpref.trainer.modes import evaluating
 from fastpref.trainer.moe import install_routers
 from fastpref.trainer.optimizer import (
     build_optimizer,
     build_scheduler,
     check_model,
+    checked_warmup,
     wrap_for_training,
 )
 from fastpref.trainer.packing import install_packing
@@ -82,6 +85,8 @@ class DPOTrainer:
         loop.check_combination(self.args, self.train_config)
         self.model = [unwrap(chunk) for chunk in model]
         check_model(self.model, self.args)
+        # What may refuse the settings comes before what changes the models.
+        self.feed = PairFeed(self.args, self.train_config, train_dataset, eval_dataset, data_collator, processing_class)
         datasets = {"training pairs": train_dataset, "evaluation pairs": eval_dataset}
         datasets = {name: dataset for name, dataset in datasets.items() if dataset is not None}
         self.reference = build_reference(self.model, ref_model, self.train_config, self.args, datasets)
@@ -105,7 +110,7 @@ class DPOTrainer:
         self.schedule = PreferenceSchedule(self.train_config)
         self.metrics_keys = list(metric_names(self.train_config, bool(token_stats)))
         self.vocab_size = getattr(self.model[0], "real_vocab_size", self.model[0].vocab_size)
-        self.feed = PairFeed(self.args, self.train_config, train_dataset, eval_dataset, data_collator, processing_class)
+        self.settings: str | None = None
         self._optimizer: MegatronOptimizer | None = None
         self._lr_scheduler: OptimizerParamScheduler | None = None
         self.log_history: list[dict[str, float]] = []
@@ -133,8 +138,10 @@ class DPOTrainer:
 
     def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
         """Builds the optimizer and its schedule for a run of `num_training_steps` updates."""
-        self._optimizer = build_optimizer(self.models_wrapped, self.args)
-        self._lr_scheduler = build_scheduler(self._optimizer, self.args, num_training_steps)
+        checked_warmup(self.args, num_training_steps)
+        optimizer = build_optimizer(self.models_wrapped, self.args)
+        # Both or neither: what is kept is taken for made.
+        self._optimizer, self._lr_scheduler = optimizer, build_scheduler(optimizer, self.args, num_training_steps)
 
     @property
     def optimizer(self) -> MegatronOptimizer:
@@ -182,7 +189,7 @@ class DPOTrainer:
         metrics = [
             {name: total / weight for name, (total, weight) in result.metrics.items()} for result in step.results
         ]
-        loss = torch.tensor(step.loss)
+        loss = torch.tensor(step.loss, dtype=torch.float32)
         return loss, metrics, step.skipped_iter, step.grad_norm, step.num_zeros_in_grad
 
     def attach_reference(self, batches: Sequence[Microbatch], dataset: Any) -> list[Microbatch]:
@@ -207,6 +214,7 @@ class DPOTrainer:
         Raises:
             NonFiniteError: a loss or gradient is not finite on any rank, and `on_nonfinite` is stop, or three steps
                 have been skipped just before; nothing was updated.
+            FastprefError: policy and reference should be equal before the first update, and are not; likewise.
         """
         optimizer = self.optimizer
         batches = self.attach_reference(batches, self.feed.train_dataset)
@@ -230,8 +238,12 @@ class DPOTrainer:
                 signals=verdict.signals,
             )
         self._skips_in_a_row = 0
+        if step == 1 and self.starts_at_reference and self.args.check_initial_loss:
+            assert self.reference is not None
+            check_first_step(verdict.loss, results, self.reference, self.train_config, self.model[0].config)
         updated, grad_norm, num_zeros = optimizer.step()
         if updated:
+            self.starts_at_reference = False
             self.lr_scheduler.step(1)
             self.schedule.update_running_mean(results)
         return StepResult(
@@ -278,13 +290,8 @@ class DPOTrainer:
                 raise DataError(
                     f"data_list[{index}] has {batch.num_pairs} pairs, micro_batch_size is {micro_batch_size}"
                 )
-        modes = [model.training for model in models]
-        for model in models:
-            model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(models):
             scores = self.schedule.score(models, batches)
-        for model, mode in zip(models, modes, strict=True):
-            model.train(mode)
         results = []
         for score in scores:
             if score is None:

@@ -138,7 +138,7 @@ class PairFeed:
 
     def _microbatch(self, dataset: Any, batch: Sequence[int], shard: Sequence[int | None]) -> Microbatch:
         # A filler repeats some pair of the step at weight 0, so that every rank runs equal shapes.
-        real = torch.tensor([index is not None for index in shard])
+        real = torch.tensor([index is not None for index in shard], dtype=torch.bool, device="cpu")
         indices = [batch[0] if index is None else index for index in shard]
         microbatch = Microbatch.from_dict(self.collate([dataset[index] for index in indices]))
         return replace(microbatch, weights_B=microbatch.weights_B * real)

@@ -55,6 +55,10 @@ class ActivityMeter:
     def __init__(self) -> None:
         self._sum_4: Tensor | None = None
 
+    def __deepcopy__(self, memo: dict[int, object]) -> ActivityMeter:
+        """The meter of a copied model: it has seen nothing."""
+        return ActivityMeter()
+
     def add(self, active_fraction: Tensor, cold_mass: Tensor) -> None:
         """Adds one forward pass; a fraction of 1 is one that left nothing out."""
         is_whole = (active_fraction == 1.0).double()
@@ -201,19 +205,21 @@ def install_heads(models: Sequence[torch.nn.Module], options: HeadOptions) -> No
     Raises:
         ConfigError: a chunk is no `GPTModel`, uses another output layer, multi-token prediction, or a per-token loss.
     """
-    for model in models:
-        chunk = unwrap(model)
+    # All are looked at before one is changed.
+    chunks = [unwrap(model) for model in models]
+    for chunk in chunks:
         if chunk.config.mtp_num_layers:
             raise ConfigError("mtp_num_layers must be unset: preference losses do not train multi-token prediction")
         if chunk.config.calculate_per_token_loss:
             raise ConfigError(
                 "calculate_per_token_loss must be False: a preference loss is a mean over pairs, not over tokens"
             )
-        if not chunk.post_process:
-            continue
+        if chunk.post_process and type(chunk.output_layer) not in (ColumnParallelLinear, LogpsHead):
+            raise ConfigError(
+                f"output_layer must be Megatron's ColumnParallelLinear, got {type(chunk.output_layer).__name__}"
+            )
+    for chunk in (chunk for chunk in chunks if chunk.post_process):
         head = chunk.output_layer
-        if type(head) not in (ColumnParallelLinear, LogpsHead):
-            raise ConfigError(f"output_layer must be Megatron's ColumnParallelLinear, got {type(head).__name__}")
         head.__class__ = LogpsHead
         head.request = None
         head.options = options

@@ -233,7 +233,7 @@ def stage_adapters(arch: Architecture, lora: LoraConfig, tp: int, plan: Pipeline
 
 def _shard_size(layout: Layout, tp: int) -> int:
     def read(name: str, dim: int, start: int, stop: int | None) -> Tensor:
-        whole = torch.empty(layout.shapes[name], device="meta")
+        whole = torch.empty(layout.shapes[name], dtype=torch.float32, device="meta")
         return whole[start:stop] if dim == 0 else whole[:, start:stop]
 
     return layout.shard(read, 0, tp).numel()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import resource
 import time
 from collections.abc import Iterator
@@ -26,11 +27,12 @@ from fastpref.trainer.agreement import together
 from fastpref.trainer.arguments import TrainingArguments
 from fastpref.trainer.checkpoints import Checkpoints
 from fastpref.trainer.fingerprint import run_fingerprint
-from fastpref.trainer.first_step import check_first_step
 from fastpref.trainer.head import head_of, read_activity
 from fastpref.trainer.layout import ARGUMENT_NAMES
 from fastpref.trainer.lora import lora_of
 from fastpref.trainer.metrics import MetricWindow
+from fastpref.trainer.modes import evaluating
+from fastpref.trainer.noise import mean_noise
 from fastpref.trainer.optimizer import sync_parameters, use_settings
 from fastpref.trainer.platform import background_group
 from fastpref.trainer.preemption import StopRequest
@@ -41,6 +43,9 @@ from fastpref.trainer.watch import PeerWatch
 
 if TYPE_CHECKING:
     from fastpref.trainer.dpo_trainer import DPOTrainer
+
+
+CONFIG_FILE = "config.yaml"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,12 +83,13 @@ def _train(trainer: DPOTrainer, watch: PeerWatch, stop: StopRequest) -> TrainRes
     trainer.create_optimizer_and_scheduler(total_steps)
     background_group(args.distributed_timeout_seconds)  # connecting the ranks takes a while, and no save should wait
     first_step = _resume(trainer)
+    together(partial(_write_settings, trainer), "writing the settings")
+    reporter = together(
+        lambda: RunReporter(args, torch.distributed.get_rank(), total_steps, first_step), "opening the logs"
+    )
     window = _Window(trainer)
     last: dict[str, float] = {}
-    with (
-        RunReporter(args, torch.distributed.get_rank(), total_steps, first_step) as reporter,
-        Checkpoints(partial(begin_save, trainer)) as checkpoints,
-    ):
+    with reporter, Checkpoints(partial(begin_save, trainer)) as checkpoints:
         if args.eval_on_start and first_step == 0:
             last |= _log(trainer, reporter, 0, evaluate(trainer))
         for step in range(first_step, total_steps):
@@ -93,9 +99,6 @@ def _train(trainer: DPOTrainer, watch: PeerWatch, stop: StopRequest) -> TrainRes
             watch.sign(step + 1, "training")
             signals = checkpoints.signals(stop.is_made)
             result = trainer.run_step(trainer.models_wrapped, batches, step + 1, signals)
-            if step == 0 and not result.skipped_iter and args.check_initial_loss and trainer.starts_at_reference:
-                assert trainer.reference is not None
-                check_first_step(result, trainer.reference, trainer.train_config, trainer.model[0].config)
             window.add(result)
             checkpoints.after_step(result.signals)
             window.restart_clock()
@@ -130,16 +133,12 @@ def evaluate(trainer: DPOTrainer, eval_dataset: Any = None) -> dict[str, float]:
     if dataset is None:
         raise ConfigError("evaluation needs an eval_dataset; set data.eval or pass one")
     window = MetricWindow(trainer.metrics_keys)
-    for model in trainer.models_wrapped:
-        model.eval()
     # A token mean divides by the tokens of the whole set, so they are counted first.
     totals = step_totals(itertools.chain.from_iterable(trainer.feed.eval_batches(dataset)), trainer.train_config)
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(trainer.models_wrapped):
         for batches in trainer.feed.eval_batches(dataset):
             batches = trainer.attach_reference(batches, dataset)
             window.add(batches, trainer.schedule.evaluate(trainer.models_wrapped, batches, totals))
-    for model in trainer.models_wrapped:
-        model.train()
     metrics, _ = window.reduce()
     return {f"eval_{name}": value for name, value in metrics.items()}
 
@@ -220,6 +219,16 @@ def _held_directory(args: TrainingArguments) -> Iterator[None]:
 
         together(enter, "taking the output directory")
         yield
+
+
+def _write_settings(trainer: DPOTrainer) -> None:
+    """Writes the run file; only a run that holds the directory and may go on in it gets here."""
+    if trainer.settings is None or torch.distributed.get_rank() != 0:
+        return
+    path = Path(trainer.args.output_dir) / CONFIG_FILE
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(trainer.settings, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def _resume(trainer: DPOTrainer) -> int:
@@ -332,14 +341,18 @@ class _Window:
     def _displacement(self, metrics: dict[str, float]) -> dict[str, float]:
         """Likelihood displacement: 1 where chosen answers became less likely than under the reference, and still fall.
 
+        Beside a cached reference, neither counts by less than rounding may have made.
+
         Source: Razin et al. 2024, "Unintentional Unalignment: Likelihood Displacement in Direct Preference
         Optimization".
         """
-        ratio, last = metrics.get("kl/chosen"), self._last_ratio
-        if ratio is None:
+        ratio, last, reference = metrics.get("kl/chosen"), self._last_ratio, self._trainer.reference
+        if ratio is None or reference is None:
             return {}
         self._last_ratio = ratio
-        return {"alarm/likelihood_displacement": float(ratio < 0.0 and last is not None and ratio < last)}
+        noise = mean_noise(reference.token_noise, metrics["lengths/chosen"])
+        is_falling = last is not None and ratio < last - noise
+        return {"alarm/likelihood_displacement": float(ratio < -noise and is_falling)}
 
 
 def _activity(totals: dict[str, float]) -> dict[str, float]:

@@ -89,7 +89,8 @@ class LoraAdapter(torch.nn.Module):
         reads_On1 = None
         if len(adapted.base.shapes) > 1:
             rows_O = adapted.row_targets(self.tp_group.rank(), self.tp_group.size())
-            reads_On1 = (rows_O[:, None] == torch.arange(len(adapted.targets)))[..., None].to(weight_OI.device)
+            targets_n = torch.arange(len(adapted.targets), dtype=torch.int64, device="cpu")
+            reads_On1 = (rows_O[:, None] == targets_n)[..., None].to(weight_OI.device)
         self.register_buffer("reads_On1", reads_On1, persistent=False)
 
     def forward(self, input_LSI: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ TOTALS = (*COUNTS, *MEANS, "ranks")
 
 def metric_names(config: DPOConfig, token_stats: bool) -> tuple[str, ...]:
     """Names of the metrics that one microbatch yields; the same on every rank, also where no loss is computed."""
-    one = torch.ones(1)
+    one = torch.ones(1, dtype=torch.float32, device="cpu")
     reference = -one if config.use_ref_model else None
     nll = one if config.needs_nll_mask or config.ld_alpha is not None else None
     logps = PairLogps(
@@ -34,7 +34,7 @@ def metric_names(config: DPOConfig, token_stats: bool) -> tuple[str, ...]:
         nll=nll,
         nll_counts=nll,
     )
-    two = torch.ones(2)
+    two = torch.ones(2, dtype=torch.float32, device="cpu")
     stats = SequenceStats(entropy=two, hits=two, mean_logit=two) if token_stats else None
     output = preference_loss(config, logps, LossContext())
     return tuple(preference_metrics(config, logps, output, one, stats))

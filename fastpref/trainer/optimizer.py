@@ -128,8 +128,8 @@ def build_optimizer(models: Sequence[DistributedDataParallel], args: TrainingArg
     return optimizer
 
 
-def build_scheduler(optimizer: MegatronOptimizer, args: TrainingArguments, total_steps: int) -> OptimizerParamScheduler:
-    """Megatron's learning-rate schedule over `total_steps` updates.
+def checked_warmup(args: TrainingArguments, total_steps: int) -> int:
+    """Steps of warm-up in a run of `total_steps` updates.
 
     Raises:
         ConfigError: the warm-up is as long as the run.
@@ -139,6 +139,16 @@ def build_scheduler(optimizer: MegatronOptimizer, args: TrainingArguments, total
         raise ConfigError(
             f"warm-up takes {warmup} of {total_steps} steps; lower warmup_steps or warmup_ratio, or train longer"
         )
+    return warmup
+
+
+def build_scheduler(optimizer: MegatronOptimizer, args: TrainingArguments, total_steps: int) -> OptimizerParamScheduler:
+    """Megatron's learning-rate schedule over `total_steps` updates.
+
+    Raises:
+        ConfigError: the warm-up is as long as the run.
+    """
+    warmup = checked_warmup(args, total_steps)
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,

@@ -10,8 +10,9 @@ Dims: `L` positions, `l` of them on this rank, `N` query heads and `G` key/value
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -82,46 +83,54 @@ def install_packing(models: Sequence[torch.nn.Module], *, prefix_sharing: bool) 
     Raises:
         ConfigError: a chunk has other position embeddings than rotary ones, or an attention that cannot be packed.
     """
-    for model in models:
-        chunk = unwrap(model)
+    # All are looked at before one is changed.
+    chunks = [unwrap(model) for model in models]
+    changes: list[Callable[[], None]] = []
+    for chunk in chunks:
         if chunk.position_embedding_type != "rope" or chunk.config.multi_latent_attention:
             raise ConfigError(
                 "packing needs rotary position embeddings and plain self-attention, got position_embedding_type "
                 f"{chunk.position_embedding_type!r}, multi_latent_attention {chunk.config.multi_latent_attention}; "
                 "set packing: false"
             )
+        attentions = [module for module in chunk.modules() if isinstance(module, SelfAttention)]
+        changes += [change for module in attentions if (change := _attention_change(module, prefix_sharing))]
+    for change in changes:
+        change()
+    for chunk in chunks:
         rotary = chunk.rotary_pos_emb
         if not hasattr(rotary, "row_positions_l"):
             rotary.row_positions_l = None
             rotary.register_forward_pre_hook(_keep_angles_whole, with_kwargs=True)
             rotary.register_forward_hook(_select_angles)
-        for module in chunk.modules():
-            if isinstance(module, SelfAttention):
-                _install_attention(module, prefix_sharing)
+            if chunk.pre_process:
+                chunk.embedding.register_forward_hook(_as_one_matrix)
 
 
-def _install_attention(attention: SelfAttention, prefix_sharing: bool) -> None:
+def _attention_change(attention: SelfAttention, prefix_sharing: bool) -> Callable[[], None] | None:
+    """What makes an attention layer take packed rows; None where it does already."""
     core = attention.core_attention
-    if isinstance(core, (SDPACoreAttention, VarlenRows)):
-        return
-    if isinstance(core, TE_ATTENTION) and not prefix_sharing and attention.config.context_parallel_size == 1:
-        core.__class__ = _varlen_class(type(core))
-    elif isinstance(core, (DotProductAttention, *TE_ATTENTION)):
-        try:
-            attention.core_attention = SDPACoreAttention(
-                attention.config,
-                attention.layer_number,
-                attention.attn_mask_type,
-                attention.attention_type,
-                softmax_scale=attention.config.softmax_scale,
-            )
-        except NotImplementedError as error:
-            raise ConfigError(f"packing needs attention that the model's settings exclude: {error}") from error
-    else:
+    keeps_engine = not prefix_sharing and attention.config.context_parallel_size == 1
+    if isinstance(core, SDPACoreAttention) or (isinstance(core, VarlenRows) and keeps_engine):
+        return None
+    if isinstance(core, TE_ATTENTION) and keeps_engine:
+        return partial(setattr, core, "__class__", _varlen_class(type(core)))
+    if not isinstance(core, (DotProductAttention, *TE_ATTENTION)):
         raise ConfigError(
             f"packing needs Megatron's own core attention or this library's, got {type(core).__name__}; "
             "set packing: false"
         )
+    try:
+        own = SDPACoreAttention(
+            attention.config,
+            attention.layer_number,
+            attention.attn_mask_type,
+            attention.attention_type,
+            softmax_scale=attention.config.softmax_scale,
+        )
+    except NotImplementedError as error:
+        raise ConfigError(f"packing needs attention that the model's settings exclude: {error}") from error
+    return partial(setattr, attention, "core_attention", own)
 
 
 def _varlen_class(base: type) -> type:
@@ -139,6 +148,16 @@ def _select_angles(rotary: torch.nn.Module, _: object, angles: Tensor) -> Tensor
     """Forward hook of the rotary module: angles [P, 1, 1, D] of positions 0..P-1 to those of the row, [l, 1, 1, D]."""
     positions_l = rotary.row_positions_l
     return angles[positions_l] if isinstance(positions_l, Tensor) else None
+
+
+def _as_one_matrix(_: torch.nn.Module, __: object, hidden: Tensor) -> Tensor | None:
+    """Forward hook of the embedding: gives the hidden states [l, 1, H] of one row the strides of a matrix.
+
+    Megatron transposes [1, l, H], which leaves the dimension of size 1 the stride of a whole row. By a weight needing
+    a gradient PyTorch then multiplies one matrix, by any other position after position, which may round in another way:
+    a frozen reference would not answer with the bits of the policy.
+    """
+    return hidden.squeeze(1).unsqueeze(1) if hidden.size(1) == 1 else None
 
 
 @contextmanager

@@ -23,7 +23,9 @@ from fastpref.trainer.batch import Microbatch
 from fastpref.trainer.head import ActivityMeter, HeadOptions, head_of, install_heads, unwrap
 from fastpref.trainer.lora import adapters_off, lora_of
 from fastpref.trainer.metrics import owns_results
-from fastpref.trainer.optimizer import check_model, to_precision
+from fastpref.trainer.modes import evaluating
+from fastpref.trainer.noise import token_noise
+from fastpref.trainer.optimizer import check_model, params_dtype, to_precision
 from fastpref.trainer.packing import install_packing
 from fastpref.trainer.platform import current_device
 from fastpref.trainer.step import MicrobatchResult, PreferenceSchedule, with_reference
@@ -38,6 +40,8 @@ Far above what other batches make of a real model, measured in docs/reference-ca
 
 class ReferenceModel:
     """Scores microbatches under frozen weights, with the same fused forward as the policy's.
+
+    It sees the very rows that the policy sees, so that equal weights give equal bits, packed or not.
 
     Args:
         models: chunks of the reference, not wrapped in DDP: with parameters of their own, which are frozen and stay in
@@ -55,6 +59,7 @@ class ReferenceModel:
             self.models = to_precision(models, args)
             for model in self.models:
                 model.eval().requires_grad_(False)
+        self.token_noise = 0.0
         self._schedule = PreferenceSchedule(config)
         self.timer = DeviceTimer()
 
@@ -78,11 +83,14 @@ class ReferenceModel:
 class PrecomputedReference:
     """Looks microbatches up in a cache; holds no weights.
 
+    The pairs were scored in other rows than the policy's, so that equal weights give equal sums up to rounding only.
+
     Memory: 24 bytes per pair of the data sets, on the host of every rank.
 
     Args:
         cache: the scores.
         config: the preference loss.
+        args: the run's settings (precision).
         datasets: the data sets whose pairs will be asked for, by what they are called in a message.
 
     Raises:
@@ -92,7 +100,9 @@ class PrecomputedReference:
 
     models = None
 
-    def __init__(self, cache: ReferenceCache, config: DPOConfig, datasets: Mapping[str, Any]) -> None:
+    def __init__(
+        self, cache: ReferenceCache, config: DPOConfig, args: TrainingArguments, datasets: Mapping[str, Any]
+    ) -> None:
         for name, dataset in datasets.items():
             if not hasattr(dataset, "sha256"):
                 raise ConfigError(
@@ -101,6 +111,7 @@ class PrecomputedReference:
                 )
         together(lambda: cache.require(datasets), "checking the reference cache")
         self.cache = cache
+        self.token_noise = token_noise(params_dtype(args))
         self._rows = together(
             lambda: {dataset.sha256: cache.read(dataset) for dataset in datasets.values()},
             "reading the reference cache",
@@ -131,7 +142,8 @@ class PrecomputedReference:
         self.timer.stop()
         if not parallel_state.is_pipeline_last_stage(ignore_virtual=True):
             return list(batches)
-        return with_reference(batches, [logps_S.to(current_device(), non_blocking=True) for logps_S in sums])
+        scores = [logps_S.to(current_device(), non_blocking=True) for logps_S in sums]
+        return with_reference(batches, scores, self.token_noise)
 
     def _response_sums(self, batch: Microbatch, rows_N6: Tensor, dataset: Any) -> Tensor:
         ids_B = batch.pair_ids_B
@@ -186,16 +198,14 @@ class AdaptersOff(torch.nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the chunk computed before adapters were added; its modes and its head's meters stay as they were."""
-        chunk, head, was_training = unwrap(self), head_of(self), self.module.training
+        chunk, head = unwrap(self), head_of(self)
         if head is not None:
             kept = head.options, head.timer, head.activity
             head.options, head.timer, head.activity = HeadOptions(), DeviceTimer(), ActivityMeter()
-        self.module.eval()
         try:
-            with adapters_off(chunk):
+            with adapters_off(chunk), evaluating([self.module]):
                 return self.module(*args, **kwargs)
         finally:
-            self.module.train(was_training)
             if head is not None:
                 head.options, head.timer, head.activity = kept
 
@@ -228,7 +238,7 @@ def build_reference(
             )
         return None
     if isinstance(ref_model, ReferenceCache):
-        return PrecomputedReference(ref_model, config, datasets)
+        return PrecomputedReference(ref_model, config, args, datasets)
     if ref_model is None and lora_of(policy) is not None:
         return ReferenceModel([AdaptersOff(model) for model in to_precision(policy, args)], config, args)
     if ref_model is None:
@@ -238,6 +248,12 @@ def build_reference(
             f"ref_model has {len(ref_model)} chunks on this rank and the policy has {len(policy)}; build both alike"
         )
     check_model([unwrap(model) for model in ref_model], args)
+    trained = {id(parameter) for model in policy for parameter in model.parameters()}
+    if any(id(parameter) in trained for model in ref_model for parameter in model.parameters()):
+        raise ConfigError(
+            "ref_model shares parameters with the policy, which would freeze with it; leave ref_model out to compare "
+            "with a copy of the policy as it is now, or load the reference once more"
+        )
     return ReferenceModel(ref_model, config, args)
 
 

@@ -37,15 +37,16 @@ class RunReporter:
             return
         self.output_dir = Path(args.output_dir)
         self.output_dir.mkdir(parents=True, exist_ok=True)
+        # First, as a package may be missing: the records of an earlier run are then still there.
+        if "tensorboard" in args.report_to:
+            self._writers.append(_TensorBoardWriter(self.output_dir / "tensorboard", first_step))
+        if "wandb" in args.report_to:
+            self._writers.append(_WandbWriter(self.output_dir))
         if first_step:
             _drop_records_after(self.output_dir / METRICS_FILE, first_step)
         else:
             (self.output_dir / METRICS_FILE).unlink(missing_ok=True)
         self._file = (self.output_dir / METRICS_FILE).open("a", encoding="utf-8")
-        if "tensorboard" in args.report_to:
-            self._writers.append(_TensorBoardWriter(self.output_dir / "tensorboard", first_step))
-        if "wandb" in args.report_to:
-            self._writers.append(_WandbWriter(self.output_dir))
         if not args.disable_progress:
             self._progress = Progress(
                 TextColumn("[bold]{task.description}"),

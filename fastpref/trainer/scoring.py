@@ -106,7 +106,7 @@ def _score_shard(
     """Rows [n, 6] of `pairs`, the same on every rank."""
     # Neighbours in length make rows with little padding.
     order = sorted(pairs, key=lambda index: dataset[index].num_tokens)
-    rows_n6 = torch.zeros(len(pairs), len(COLUMNS), device=current_device())
+    rows_n6 = torch.zeros(len(pairs), len(COLUMNS), dtype=torch.float32, device=current_device())
     dp_rank, dp_size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     size, group = args.eval_batch_pairs, args.pipeline_model_parallel_size
     sampler = PairSampler(len(order), size * group * dp_size, shuffle=False)

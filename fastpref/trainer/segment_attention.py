@@ -55,7 +55,7 @@ class SegmentParams(PackedSeqParams):
         if self.segments.num_used < self.segments.length:
             bounds.append(self.segments.length)
         longest = max(stop - start for start, stop in itertools.pairwise(bounds))
-        cu_seqlens = torch.tensor(bounds, dtype=torch.int32).to(self.device, non_blocking=True)
+        cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device="cpu").to(self.device, non_blocking=True)
         return PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=cu_seqlens,
@@ -67,7 +67,8 @@ class SegmentParams(PackedSeqParams):
     def block_mask(self, window: int | None) -> BlockMask:
         """Return the mask of this rank's queries for FlexAttention, made once per microbatch and window."""
         if window not in self._block_masks:
-            held_l = torch.cat([torch.arange(chunk.start, chunk.stop) for chunk in self.chunks])
+            parts = [torch.arange(part.start, part.stop, dtype=torch.int64, device="cpu") for part in self.chunks]
+            held_l = torch.cat(parts)
             pairs_L, parts_L, positions_L, held_l = (
                 x.to(self.device, non_blocking=True)
                 for x in (self.segments.pairs_L, self.segments.parts_L, self.segments.positions_L, held_l)

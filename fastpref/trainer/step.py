@@ -38,6 +38,7 @@ from fastpref.losses import (
 from fastpref.trainer.batch import Microbatch
 from fastpref.trainer.context_parallel import local_positions
 from fastpref.trainer.head import head_of, unwrap
+from fastpref.trainer.noise import tie_noise
 from fastpref.trainer.packing import packed_row
 from fastpref.trainer.platform import current_device, current_layout
 
@@ -192,7 +193,8 @@ class PreferenceSchedule:
         output = preference_loss(self.config, pairs, context)
         loss = weighted_sum(output.losses, weights_B) / totals.weight
         with torch.no_grad():
-            metrics = preference_metrics(self.config, pairs, output, weights_B, self._stats(batch, scores_KS))
+            noise_B = tie_noise(pairs, batch.ref_noise, self.config.ld_alpha) if batch.ref_noise else None
+            metrics = preference_metrics(self.config, pairs, output, weights_B, self._stats(batch, scores_KS), noise_B)
             bad_B = ~torch.isfinite(output.losses) & (weights_B != 0)
         result = MicrobatchResult(
             batch=batch, metrics=metrics, output=output, logps_S=logps_S.detach(), nonfinite_B=bad_B
@@ -302,9 +304,11 @@ def _columns_func(batch: Microbatch, scores_KS: Tensor, non_loss_data: bool = Tr
     return scores_KS
 
 
-def with_reference(batches: Sequence[Microbatch], scores: Sequence[Tensor | None]) -> list[Microbatch]:
-    """Attaches reference sums to the microbatches they belong to."""
-    return [replace(batch, ref_logps_S=score) for batch, score in zip(batches, scores, strict=True)]
+def with_reference(
+    batches: Sequence[Microbatch], scores: Sequence[Tensor | None], noise: float = 0.0
+) -> list[Microbatch]:
+    """Attaches reference sums to the microbatches they belong to; `noise` as in `Microbatch.ref_noise`."""
+    return [replace(batch, ref_logps_S=score, ref_noise=noise) for batch, score in zip(batches, scores, strict=True)]
 
 
 def _pair_gather(config: DPOConfig) -> tuple[Callable[[Tensor], Tensor] | None, int]:

@@ -17,6 +17,10 @@ class DeviceTimer:
         self._start: _Instant | None = None
         self._spans: list[tuple[_Instant, _Instant]] = []
 
+    def __deepcopy__(self, memo: dict[int, object]) -> DeviceTimer:
+        """The timer of a copied model: it has measured nothing. A GPU's events cannot be copied."""
+        return DeviceTimer()
+
     def start(self) -> None:
         """Begins a span; one that was begun and never stopped is forgotten."""
         self._start = self._now()

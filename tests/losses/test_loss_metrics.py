@@ -149,6 +149,30 @@ def test_metrics_of_microbatches_add_up_to_those_of_the_batch(pref_loss: str | t
         torch.testing.assert_close(sum(part[name][1] for part in parts), weight, msg=name)
 
 
+def test_rewards_within_the_noise_are_tied() -> None:
+    """Differences of the log-ratios: 0.5, -0.5, none, and a NaN; noise below, at and above them."""
+    nan, inf = float("nan"), float("inf")
+    config = DPOConfig(beta=0.5, tie_value=0.25)
+    zero, chosen = torch.zeros(5), torch.tensor([0.5, -0.5, 0.0, nan, inf])
+    rejected = torch.tensor([0.0, 0.0, 0.0, 0.0, inf])
+    pairs = PairLogps(
+        chosen=chosen, rejected=rejected, chosen_counts=zero, rejected_counts=zero, ref_chosen=zero, ref_rejected=zero
+    )
+    output = preference_loss(config, pairs)
+
+    def hits(noise: float | None) -> list[float]:
+        found = []
+        for row in range(5):
+            weights = torch.eye(5, dtype=torch.float64)[row]
+            noise_B = None if noise is None else torch.full((5,), noise, dtype=torch.float64)
+            metrics = preference_metrics(config, pairs, output, weights, tie_noise=noise_B)
+            found.append(metrics["rewards/accuracies"][0].item())
+        return found
+
+    assert hits(None) == hits(0.0) == hits(0.499) == [1.0, 0.0, 0.25, 0.0, 0.25]
+    assert hits(0.5) == hits(9.0) == [0.25, 0.25, 0.25, 0.0, 0.25]
+
+
 def test_metrics_carry_no_gradient() -> None:
     chosen = CHOSEN.clone().requires_grad_()
     logps = PairLogps(chosen=chosen, rejected=REJECTED, chosen_counts=CHOSEN_COUNTS, rejected_counts=REJECTED_COUNTS)

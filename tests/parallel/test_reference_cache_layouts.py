@@ -1,12 +1,13 @@
 """A cache of reference log-probs does not depend on the layout that wrote it, nor on the one that reads it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from fastpref.data import PreferenceDataset
-from fastpref.testing.tiny import tiny_pairs
+from fastpref.testing.tiny import TINY_LLAMA, tiny_pairs
 from fastpref.testing.workers import RankPool
 from fastpref.trainer import (
     DPOConfig,
@@ -14,6 +15,7 @@ from fastpref.trainer import (
     ModelOptions,
     ReferenceCache,
     TrainingArguments,
+    build_models,
     initialize_megatron,
     load_models,
     score_reference,
@@ -28,6 +30,8 @@ PAIRS = tiny_pairs(22, seed=11)
 CONFIG = DPOConfig(ld_alpha=0.5)
 LAYOUTS = {"dp2": Layout(), "tp2": Layout(tp=2), "tp2-sp": Layout(tp=2, sequence_parallel=True), "pp2": Layout(pp=2)}
 TIMES = ("perf/", "memory/")
+SHARP = TINY_LLAMA | {"initializer_range": 0.2}
+"""Random weights at which log-probs are far from even, so that roundings show."""
 
 
 def arguments(layout: Layout, output_dir: str = "unused", dp: int = 1) -> TrainingArguments:
@@ -40,6 +44,7 @@ def arguments(layout: Layout, output_dir: str = "unused", dp: int = 1) -> Traini
         max_steps=3,
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
+        context_parallel_size=layout.cp,
         sequence_parallel=layout.sequence_parallel,
         logging_steps=1,
         report_to=(),
@@ -122,6 +127,37 @@ def test_cut_pass_of_two_ranks_is_finished_by_one(rank_pool_2: RankPool, single,
     torch.testing.assert_close(
         ReferenceCache(path).read(data), ReferenceCache(single[0]).read(data), rtol=1e-6, atol=1e-5
     )
+
+
+def first_logs(layout: Layout, path: str | None, output_dir: str, settings: dict) -> dict[str, float]:
+    """Metrics before and at the first step of a run that starts at its reference: a cache, or a copy in memory."""
+    args = replace(arguments(layout, output_dir), max_steps=1, eval_on_start=True, **settings)
+    initialize_megatron(args)
+    try:
+        options, data = ModelOptions(sequence_parallel=layout.sequence_parallel), PreferenceDataset(PAIRS)
+        models = build_models(SHARP, options, seed=0)
+        reference = None if path is None else ReferenceCache(path, starts_at_policy=True)
+        trainer = DPOTrainer(models, DPOConfig(), reference, args, train_dataset=data, eval_dataset=data)
+        trainer.train()
+        return trainer.log_history[0] | trainer.log_history[1]
+    finally:
+        destroy()
+
+
+@pytest.mark.parametrize("settings", [{}, {"packing": True, "prefix_sharing": True}], ids=["padded", "shared"])
+def test_every_layout_ties_a_policy_with_its_reference(rank_pool_2: RankPool, tmp_path, settings: dict) -> None:
+    """With a cache that one process wrote, and with a copy in memory, whose margins are exactly 0."""
+    path = str(tmp_path / "cache")
+    initialize_megatron(arguments(Layout()))
+    models = build_models(SHARP, seed=0)
+    score_reference(models, [PreferenceDataset(PAIRS)], path, arguments(Layout()), identity={})
+    destroy()
+    for name, layout in (LAYOUTS | {"cp2": Layout(cp=2)}).items():
+        for log in rank_pool_2.run(first_logs, layout, path, str(tmp_path / name), settings):
+            assert log["rewards/accuracies"] == log["eval_rewards/accuracies"] == 0.5, name
+        for log in rank_pool_2.run(first_logs, layout, None, str(tmp_path / f"{name}-live"), settings):
+            for metric in ("rewards/margins", "kl/chosen", "kl/rejected"):
+                assert log[metric] == log[f"eval_{metric}"] == 0.0, (name, metric)
 
 
 def refused(path: str) -> str:

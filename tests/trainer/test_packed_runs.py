@@ -163,6 +163,19 @@ def test_head_answers_bit_for_bit_whatever_the_packing(args) -> None:
     assert torch.equal(answers[0], answers[1]) and torch.equal(answers[0], answers[2])
 
 
+def test_hidden_states_of_one_row_have_the_strides_of_a_matrix(args) -> None:
+    """So that products with frozen weights and with trained ones add alike, and a frozen copy answers the same bits."""
+    trainer = DPOTrainer(load_models(POLICY), DPOConfig(), None, args(packing=True), train_dataset=PAIRS)
+    seen = []
+    for model in (trainer.model[0], trainer.ref_models[0]):
+        layer = model.decoder.layers[0]
+        layer.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["hidden_states"]), with_kwargs=True)
+        trainer.schedule.score([model], trainer.feed.train_batches(0)[:1])
+    for hidden in seen:
+        assert hidden.size(1) == 1 and hidden.stride(0) == hidden.stride(1) == hidden.size(2)
+    assert len(seen) == 2 and torch.equal(*(hidden.detach() for hidden in seen))
+
+
 def test_packed_batches_hold_every_pair_of_the_step_once(args) -> None:
     trainer = DPOTrainer(
         load_models(POLICY), DPOConfig(), None, args(packing=True, prefix_sharing=True), train_dataset=PAIRS

@@ -9,10 +9,14 @@ from fastpref.errors import CheckpointError
 from fastpref.trainer import DPOConfig
 
 
-@pytest.mark.parametrize("distributed", [False, True], ids=["plain", "distributed-optimizer"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"use_distributed_optimizer": True}, {"packing": True, "prefix_sharing": True}],
+    ids=["plain", "distributed-optimizer", "packed"],
+)
 @pytest.mark.parametrize("cut", [1, 5], ids=["first-epoch", "second-epoch"])
-def test_resume_equals_the_uninterrupted_run(quiet_args, tmp_path, cut: int, distributed: bool) -> None:
-    options = {"num_train_epochs": 2, "warmup_steps": 2, "use_distributed_optimizer": distributed}
+def test_resume_equals_the_uninterrupted_run(quiet_args, tmp_path, cut: int, settings: dict) -> None:
+    options = {"num_train_epochs": 2, "warmup_steps": 2, **settings}
     whole = finish(quiet_args(output_dir=str(tmp_path / "whole"), **options))
     again = {"output_dir": str(tmp_path / "cut"), **options}
     finish(quiet_args(save_steps=cut, **again))  # saves along the way, with the full schedule

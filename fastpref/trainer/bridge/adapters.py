@@ -137,7 +137,7 @@ class AdaptedLinear:
 
         def read(name: str, dim: int, start: int, stop: int | None) -> Tensor:
             index = self.targets.index(name) if name in self.targets else -1
-            return torch.full((self.base.shapes[name][0],), index)[start:stop]
+            return torch.full((self.base.shapes[name][0],), index, dtype=torch.int64, device="cpu")[start:stop]
 
         return self.base.shard(read, rank, size)
 
@@ -209,7 +209,7 @@ class InitialAdapters:
 
     def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
         """Make the whole tensor and cut `[start:stop]` along `dim` out of it."""
-        full = torch.zeros(self._shapes[name])
+        full = torch.zeros(self._shapes[name], dtype=torch.float32, device="cpu")
         if name.endswith(f"{_A}.weight"):
             digest = hashlib.sha256(f"{self._seed}:{name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))

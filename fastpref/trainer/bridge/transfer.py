@@ -63,11 +63,13 @@ class RandomTensors:
         """Make the whole tensor and cut `[start:stop]` along `dim` out of it."""
         shape = self._shapes[name]
         if len(shape) == 1:
-            full = torch.full(shape, 0.0 if name.endswith(".bias") else self._norm)
+            value = 0.0 if name.endswith(".bias") else self._norm
+            full = torch.full(shape, value, dtype=torch.float32, device="cpu")
         else:
             digest = hashlib.sha256(f"{self._seed}:{name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
-            full = torch.empty(shape).normal_(std=self._std, generator=generator)
+            full = torch.empty(shape, dtype=torch.float32, device="cpu")
+            full.normal_(std=self._std, generator=generator)
         return full[start:stop] if dim == 0 else full[:, start:stop]
 
 
