@@ -84,8 +84,8 @@ class PreferenceCollator:
         attention_mask_SL = torch.zeros(shape, dtype=torch.bool, device="cpu")
         for index, (ids, labels) in enumerate(sequences):
             num_inputs = len(ids) - 1
-            input_ids_SL[index, :num_inputs] = torch.tensor(ids[:-1], device="cpu", dtype=torch.int64)
-            labels_SL[index, :num_inputs] = torch.tensor(labels[1:], device="cpu", dtype=torch.int64)
+            input_ids_SL[index, :num_inputs] = torch.tensor(ids[:-1], dtype=torch.int64, device="cpu")
+            labels_SL[index, :num_inputs] = torch.tensor(labels[1:], dtype=torch.int64, device="cpu")
             attention_mask_SL[index, :num_inputs] = True
 
         labelled_SL = labels_SL != IGNORE_INDEX
@@ -95,7 +95,7 @@ class PreferenceCollator:
             "input_ids": input_ids_SL,
             "labels": labels_SL,
             "attention_mask": attention_mask_SL,
-            "position_ids": torch.arange(length, device="cpu", dtype=torch.int64).repeat(len(sequences), 1),
+            "position_ids": torch.arange(length, dtype=torch.int64, device="cpu").repeat(len(sequences), 1),
             "rows": labelled_SL.flatten().nonzero().squeeze(1),
             "cu_rows": cu_rows,
             "pair_ids": torch.tensor([pair.pair_id for pair in pairs], dtype=torch.int64, device="cpu"),

@@ -109,7 +109,7 @@ def _epoch_order(seed: int, epoch: int, num_pairs: int) -> array[int]:
     """
     digest = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
     start = int.from_bytes(digest[:8], "little", signed=True)
-    key = start + torch.arange(1, num_pairs + 1, device="cpu", dtype=torch.int64) * _signed(0x9E3779B97F4A7C15)
+    key = start + torch.arange(1, num_pairs + 1, dtype=torch.int64, device="cpu") * _signed(0x9E3779B97F4A7C15)
     key = (key ^ _logical_shift_right(key, 30)) * _signed(0xBF58476D1CE4E5B9)
     key = (key ^ _logical_shift_right(key, 27)) * _signed(0x94D049BB133111EB)
     # no tensor: one made under a mode, such as that of fake tensors, would be found in the cache after it
