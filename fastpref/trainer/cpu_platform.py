@@ -97,7 +97,13 @@ def _replace_device_queries() -> None:
     # `with torch.device(...)` knows factories by identity and lists them once: the originals, which the wrappers call.
     torch.utils._device._device_constructors()
     for name in FACTORIES:
-        setattr(torch, name, _on_cpu(getattr(torch, name)))
+        factory = getattr(torch, name)
+        wrapper = _on_cpu(factory)
+        # The compiler of TorchScript does, too; forward-mode differentiation runs it on its first use.
+        operator = torch.jit._builtins._find_builtin(factory)
+        if operator is not None:
+            torch.jit._builtins._register_builtin(wrapper, operator)
+        setattr(torch, name, wrapper)
     torch_type = torch.Tensor.type
 
     @functools.wraps(torch_type)

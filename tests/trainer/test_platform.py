@@ -60,6 +60,20 @@ def test_cuda_requests_land_on_the_cpu() -> None:
 
 
 @needs_cpu
+@needs_cpu
+def test_torchscript_knows_the_factories_that_go_to_the_cpu() -> None:
+    """It knows them by identity, and PyTorch scripts its own code when forward mode is first used."""
+
+    def zeros_and_ones(x: torch.Tensor) -> list[torch.Tensor]:
+        return [torch.zeros(2), torch.ones([2, 3]), torch.full([2], 3.0), torch.empty_like(x).zero_(), torch.arange(3)]
+
+    for scripted, plain in zip(
+        torch.jit.script(zeros_and_ones)(torch.ones(2)), zeros_and_ones(torch.ones(2)), strict=True
+    ):
+        assert torch.equal(scripted, plain)
+    assert torch.func.jvp(torch.sin, (torch.zeros(1),), (torch.ones(1),))[1] == 1.0
+
+
 def test_tensor_type_answers_to_both_names() -> None:
     platform.install_cpu_platform()
     assert torch.ones(1).type() == "torch.FloatTensor"
