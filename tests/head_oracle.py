@@ -106,7 +106,7 @@ def mixture(result: SequenceLogps) -> Tensor:
     scalar = result.logps.new_zeros(())
     for values in (result.logps, result.nll, result.token_logps):
         if values is not None:
-            weights = torch.randn(values.shape, generator=generator, dtype=torch.float64).to(values.dtype)
+            weights = torch.randn(values.shape, generator=generator, dtype=torch.float64, device="cpu").to(values.dtype)
             scalar = scalar + torch.where(values.isfinite(), values * weights, 0.0).sum()
     return scalar
 

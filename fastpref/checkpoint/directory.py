@@ -71,8 +71,13 @@ def publish(temporary: Path, final: Path, records: Mapping[str, FileRecord]) -> 
     if final.exists():
         raise CheckpointError(f"{final} exists already; a finished checkpoint is never overwritten")
     write_manifest(temporary, records)
-    sync(temporary)
-    os.rename(temporary, final)
+    try:
+        sync(temporary)
+        os.rename(temporary, final)
+    except OSError:
+        # what did not get its name is not finished, and can be published again
+        (temporary / MANIFEST_FILE).unlink(missing_ok=True)
+        raise
     sync(final.parent)
 
 

@@ -173,27 +173,31 @@ class ModelWriter:
         self._shards = _plan_shards(specs, max_shard_bytes)
         self._config, self._companions = config, companions
         self._queue = [(number, spec) for number, shard in enumerate(self._shards) for spec in shard]
-        self._position = 0
+        self._position, self._is_broken = 0, False
         self._file: BinaryIO | None = None
         self._temporary = self.path.with_name(f"{self.path.name}.tmp-{uuid.uuid4().hex[:12]}")
 
     def __enter__(self) -> ModelWriter:
         """Create the temporary directory."""
         self._temporary.mkdir(parents=True)
+        # a second try begins with nothing: what the first one wrote is gone
+        self._position, self._is_broken = 0, False
         return self
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Append the next tensor of `specs`, from any device."""
+        self._refuse_broken()
         number, spec = self._queue[self._position] if self._position < len(self._queue) else (-1, None)
         if spec != TensorSpec(name, tensor.dtype, tuple(tensor.shape)):
             raise CheckpointError(f"tensor {name} {tensor.dtype} {tuple(tensor.shape)} was written, expected {spec}")
+        self._is_broken = True  # until all of the tensor is there
         if self._position == 0 or self._queue[self._position - 1][0] != number:
             self._close_shard()
             self._file = open(self._temporary / self._shard_name(number), "xb")  # noqa: SIM115  (open until the shard is full)
             self._file.write(encode_header(self._shards[number]))
         assert self._file is not None
         self._file.write(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data)
-        self._position += 1
+        self._position, self._is_broken = self._position + 1, False
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -205,9 +209,19 @@ class ModelWriter:
         finally:
             if self._file is not None:
                 self._file.close()
+                self._file = None
             shutil.rmtree(self._temporary, ignore_errors=True)
 
+    def _refuse_broken(self) -> None:
+        if self._is_broken:
+            name = self._queue[self._position][1].name
+            raise CheckpointError(
+                f"tensor {name} of {self.path} was written in part, by a write that failed; leave the block and write "
+                "all tensors again"
+            )
+
     def _publish(self) -> None:
+        self._refuse_broken()
         if self._position != len(self._queue):
             raise CheckpointError(f"{len(self._queue) - self._position} tensors of {self.path} were never written")
         self._close_shard()

@@ -81,9 +81,13 @@ def write_manifest(directory: Path, records: Mapping[str, FileRecord]) -> None:
         raise CheckpointError(f"{directory} changed while it was being saved: {listed(sorted(differing))}; save again")
     content = {"schema": SCHEMA, "files": {name: record._asdict() for name, record in sorted(records.items())}}
     with open(directory / MANIFEST_FILE, "x", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)  # no newline after it: the last byte, too, must be there
-        file.flush()
-        os.fsync(file.fileno())
+        try:
+            json.dump(content, file, indent=1)  # no newline after it: the last byte, too, must be there
+            file.flush()
+            os.fsync(file.fileno())
+        except BaseException:
+            os.unlink(directory / MANIFEST_FILE)
+            raise
 
 
 def read_manifest(directory: Path) -> dict[str, FileRecord]:

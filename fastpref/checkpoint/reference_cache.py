@@ -157,7 +157,7 @@ class ReferenceCache:
         """
         self.require({"data set": dataset})
         plan, place = self.tables[dataset.sha256], self._places[dataset.sha256]
-        rows_N6 = torch.empty(plan.num_pairs, len(COLUMNS), dtype=torch.float32)
+        rows_N6 = torch.empty(plan.num_pairs, len(COLUMNS), dtype=torch.float32, device="cpu")
         for shard in range(plan.num_shards):
             pairs = plan.pairs_of(shard)
             rows_N6[pairs.start : pairs.stop] = self._read_shard(_shard_name(place, shard), len(pairs))
@@ -212,12 +212,7 @@ class CacheWriter:
                 refuse(self.path, "exists already; a cache is never overwritten")
             self._files.mkdir(exist_ok=True)
             self._drop_unfinished()
-            yield [
-                (table, shard)
-                for table, plan in enumerate(self._tables)
-                for shard in range(plan.num_shards)
-                if not (self._files / _shard_name(table, shard)).exists()
-            ]
+            yield self._missing()
         if self.path.exists():
             shutil.rmtree(self.partial)
 
@@ -233,10 +228,25 @@ class CacheWriter:
 
         Args:
             versions: of the packages that made it; recorded, never compared.
+
+        Raises:
+            CheckpointError: a shard is missing, as after a write that failed.
         """
+        missing = self._missing()
+        if missing:
+            table, shard = missing[0]
+            refuse(self.path, f"lacks {len(missing)} shards, the first {_shard_name(table, shard)}; write them first")
         text = json.dumps({**self.index, "versions": dict(versions)}, indent=2, sort_keys=True) + "\n"
         _write_durably(self._files / INDEX_FILE, text.encode())
         directory.publish(self._files, self.path, record_files(self._files, file_names(self._files)))
+
+    def _missing(self) -> list[tuple[int, int]]:
+        return [
+            (table, shard)
+            for table, plan in enumerate(self._tables)
+            for shard in range(plan.num_shards)
+            if not (self._files / _shard_name(table, shard)).exists()
+        ]
 
     def _drop_unfinished(self) -> None:
         """Remove what a cut pass left, but for shards that are what was written."""
@@ -262,9 +272,13 @@ def _shard_name(table: int, shard: int) -> str:
 
 def _write_durably(path: Path, content: bytes) -> None:
     temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_bytes(content)
-    sync(temporary)
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(content)
+        sync(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     sync(path.parent)
 
 
@@ -289,7 +303,7 @@ def _shard_bytes(num_pairs: int) -> int:
 
 
 def _encode(rows_n6: Tensor) -> bytes:
-    return _header(len(rows_n6)) + rows_n6.cpu().t().contiguous().numpy().tobytes()
+    return _header(len(rows_n6)) + rows_n6.to("cpu", torch.float32).t().contiguous().numpy().tobytes()
 
 
 def _decode(path: Path, content: bytes, num_pairs: int) -> Tensor:

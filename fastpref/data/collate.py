@@ -79,27 +79,27 @@ class PreferenceCollator:
         length = self._padded_length(pairs)
 
         shape = (len(sequences), length)
-        input_ids_SL = torch.full(shape, self.pad_token_id, dtype=torch.int64)
-        labels_SL = torch.full(shape, IGNORE_INDEX, dtype=torch.int64)
-        attention_mask_SL = torch.zeros(shape, dtype=torch.bool)
+        input_ids_SL = torch.full(shape, self.pad_token_id, dtype=torch.int64, device="cpu")
+        labels_SL = torch.full(shape, IGNORE_INDEX, dtype=torch.int64, device="cpu")
+        attention_mask_SL = torch.zeros(shape, dtype=torch.bool, device="cpu")
         for index, (ids, labels) in enumerate(sequences):
             num_inputs = len(ids) - 1
-            input_ids_SL[index, :num_inputs] = torch.tensor(ids[:-1])
-            labels_SL[index, :num_inputs] = torch.tensor(labels[1:])
+            input_ids_SL[index, :num_inputs] = torch.tensor(ids[:-1], dtype=torch.int64, device="cpu")
+            labels_SL[index, :num_inputs] = torch.tensor(labels[1:], dtype=torch.int64, device="cpu")
             attention_mask_SL[index, :num_inputs] = True
 
         labelled_SL = labels_SL != IGNORE_INDEX
-        cu_rows = torch.zeros(len(sequences) + 1, dtype=torch.int64)
+        cu_rows = torch.zeros(len(sequences) + 1, dtype=torch.int64, device="cpu")
         torch.cumsum(labelled_SL.sum(dim=1), dim=0, out=cu_rows[1:])
         batch = {
             "input_ids": input_ids_SL,
             "labels": labels_SL,
             "attention_mask": attention_mask_SL,
-            "position_ids": torch.arange(length).repeat(len(sequences), 1),
+            "position_ids": torch.arange(length, dtype=torch.int64, device="cpu").repeat(len(sequences), 1),
             "rows": labelled_SL.flatten().nonzero().squeeze(1),
             "cu_rows": cu_rows,
-            "pair_ids": torch.tensor([pair.pair_id for pair in pairs], dtype=torch.int64),
-            "pair_weights": torch.tensor([pair.weight for pair in pairs], dtype=torch.float32),
+            "pair_ids": torch.tensor([pair.pair_id for pair in pairs], dtype=torch.int64, device="cpu"),
+            "pair_weights": torch.tensor([pair.weight for pair in pairs], dtype=torch.float32, device="cpu"),
         }
         if self.nll_mask is not None:
             batch["nll_labels"] = self._nll_labels(batch)

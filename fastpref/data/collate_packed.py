@@ -70,9 +70,9 @@ class PackedCollator:
         batch = {
             "input_ids": _row(tokens, length, self.pad_token_id),
             "labels": _row(labels, length, IGNORE_INDEX),
-            "segment_bounds": torch.tensor(bounds, dtype=torch.int64),
-            "pair_ids": torch.tensor([pair.pair_id for pair in pairs], dtype=torch.int64),
-            "pair_weights": torch.tensor([pair.weight for pair in pairs], dtype=torch.float32),
+            "segment_bounds": torch.tensor(bounds, dtype=torch.int64, device="cpu"),
+            "pair_ids": torch.tensor([pair.pair_id for pair in pairs], dtype=torch.int64, device="cpu"),
+            "pair_weights": torch.tensor([pair.weight for pair in pairs], dtype=torch.float32, device="cpu"),
         }
         if self.nll_mask is not None:
             batch["nll_labels"] = _row(nll_labels, length, IGNORE_INDEX)
@@ -80,7 +80,7 @@ class PackedCollator:
 
 
 def _row(values: list[int], length: int, padding: int) -> Tensor:
-    return torch.tensor(values + [padding] * (length - len(values)), dtype=torch.int64)[None]
+    return torch.tensor(values + [padding] * (length - len(values)), dtype=torch.int64, device="cpu")[None]
 
 
 def _nll_labels(pair: TokenizedPair, mask: NllMask | None) -> tuple[list[int], list[int]]:

@@ -6,6 +6,7 @@ A step is an index from 0 over the whole run; resuming at step k is calling `bat
 from __future__ import annotations
 
 import hashlib
+from array import array
 from functools import lru_cache
 
 import torch
@@ -100,18 +101,19 @@ class PairSampler:
 
 
 @lru_cache(maxsize=4)
-def _epoch_order(seed: int, epoch: int, num_pairs: int) -> torch.Tensor:
-    """Permute `range(num_pairs)` [num_pairs] int64: pairs sorted by a hash of (seed, epoch, pair).
+def _epoch_order(seed: int, epoch: int, num_pairs: int) -> array[int]:
+    """Permute `range(num_pairs)`: pairs sorted by a hash of (seed, epoch, pair).
 
     The hash is the output function of SplitMix64 (Steele, Lea and Flood, 2014) on 64-bit wrapping integers; the
     stable sort settles the (astronomically rare) ties.
     """
     digest = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
     start = int.from_bytes(digest[:8], "little", signed=True)
-    key = start + torch.arange(1, num_pairs + 1) * _signed(0x9E3779B97F4A7C15)
+    key = start + torch.arange(1, num_pairs + 1, dtype=torch.int64, device="cpu") * _signed(0x9E3779B97F4A7C15)
     key = (key ^ _logical_shift_right(key, 30)) * _signed(0xBF58476D1CE4E5B9)
     key = (key ^ _logical_shift_right(key, 27)) * _signed(0x94D049BB133111EB)
-    return (key ^ _logical_shift_right(key, 31)).argsort(stable=True)
+    # no tensor: one made under a mode, such as that of fake tensors, would be found in the cache after it
+    return array("q", (key ^ _logical_shift_right(key, 31)).argsort(stable=True).tolist())
 
 
 def _signed(value: int) -> int:

@@ -97,22 +97,24 @@ class Segments:
     @cached_property
     def positions_L(self) -> Tensor:
         """Position of each token in its own sequence, int64 [L]; 0 on padding."""
-        positions_L = torch.zeros(self.length, dtype=torch.int64)
+        positions_L = torch.zeros(self.length, dtype=torch.int64, device="cpu")
         for start, chosen, rejected, stop in self.pairs:
-            positions_L[start:rejected] = torch.arange(rejected - start)
-            positions_L[rejected:stop] = torch.arange(chosen - start, chosen - start + stop - rejected)
+            positions_L[start:rejected] = torch.arange(rejected - start, dtype=torch.int64, device="cpu")
+            positions_L[rejected:stop] = torch.arange(
+                chosen - start, chosen - start + stop - rejected, dtype=torch.int64, device="cpu"
+            )
         return positions_L
 
     @cached_property
     def pairs_L(self) -> Tensor:
         """Pair of each position, int64 [L]; B on padding."""
         sizes = [segment.stop - segment.start for segment in self.pairs] + [self.length - self.num_used]
-        return torch.repeat_interleave(torch.tensor(sizes))
+        return torch.repeat_interleave(torch.tensor(sizes, dtype=torch.int64, device="cpu"))
 
     @cached_property
     def parts_L(self) -> Tensor:
         """Part of each position, int64 [L]: `PREFIX`, `CHOSEN`, `REJECTED` or `PADDING`."""
-        parts_L = torch.full((self.length,), PADDING)
+        parts_L = torch.full((self.length,), PADDING, dtype=torch.int64, device="cpu")
         for start, chosen, rejected, stop in self.pairs:
             parts_L[start:chosen] = PREFIX
             parts_L[chosen:rejected] = CHOSEN
@@ -136,7 +138,7 @@ class Segments:
             True where the key is in the query's pair, not behind it, in the prefix or in the query's own branch, and
             within the window. Padding sees nothing and is seen by nothing.
         """
-        index_L = torch.arange(self.length)
+        index_L = torch.arange(self.length, dtype=torch.int64, device="cpu")
         return may_attend(self.pairs_L, self.parts_L, self.positions_L, window)(index_L[:, None], index_L[None, :])
 
 

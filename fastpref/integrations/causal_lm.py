@@ -1,44 +1,44 @@
 """Per-token log-probabilities of a Hugging Face causal language model, without its logits.
 
 Design decisions:
-- `model.forward` learns one keyword: `model(..., labels=labels, fused_lm_head=True)` returns `TokenLogps`. It is the
-  call by which TRL's trainers ask for log-probs. Without the keyword the model is what it was (generation, saving).
+- A prepared model understands one more keyword: `model(..., labels=labels, fused_lm_head=True)` returns `TokenLogps`.
+  It is the call by which TRL's trainers ask for log-probs. Without the keyword the model is what it was (generation,
+  saving).
+- The model gets a subclass of its class, not a function that remembers it: copies, pickles and replicas of a prepared
+  model are prepared models of their own.
 - The decoder's hidden states go to the output layer by calling that module, and only the product inside it is
-  replaced. So whatever sits on the layer runs as ever: gathering of sharded weights (FSDP, ZeRO-3), placement on
-  devices, offloading, a copy of the layer that PEFT trains.
+  replaced (`products`). So whatever sits on the layer runs as ever: gathering of sharded weights (FSDP, ZeRO-3),
+  placement on devices, offloading, a copy of the layer or a few of its rows that PEFT trains.
 - To the op every labelled token is a sequence of its own; so all that it returns per sequence is per token here.
-- How a model turns the product into logits is read from its config. The first call compares a few tokens with the
-  model's own logits, so an architecture that does something else there is refused, not trained wrongly.
+- How a model turns the product into logits is found out at the first call, from its own logits of a few tokens
+  (`logit_form`). An architecture that does something else there is refused, not trained wrongly.
 
-Dims: `S` sequences, `L` positions, `R` labelled tokens, `H` hidden, `V` vocabulary.
+Dims: `S` sequences, `L` positions, `N` hidden states, `R` labelled tokens, `H` hidden, `V` vocabulary.
 """
 
 from __future__ import annotations
 
 import functools
-import sys
-import types
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from fastpref.errors import ConfigError
+from fastpref.integrations.logit_form import IGNORE_INDEX, LogitForm, balance_loss, decoder_of, find_form, foundation
+from fastpref.integrations.products import AnsweredProduct, Product, own_linear
 from fastpref.kernels import linear_logps
 
-IGNORE_INDEX = -100
-CHECKED_TOKENS = 8
 # Field of `TokenLogps` -> statistic of `linear_logps`.
 STATS = {"entropy": "entropy", "mean_logits": "mean_logit", "is_top1": "hits"}
-# Cohere and Falcon-H1 multiply logits by a field of their config, Granite divides them.
-SCALE_FIELDS = {"logit_scale": 1, "lm_head_multiplier": 1, "logits_scaling": -1}
-# Of TF32, which a GPU may use for fp32 products.
-TF32_EPSILON = 2.0**-10
+# Fields that have a value at the last position, too.
+EVERYWHERE = ("mean_logits_everywhere",)
 
 
 @dataclass
@@ -69,6 +69,9 @@ def add_logps_head(model: PreTrainedModel, outputs: Sequence[str] = ("log_probs"
 
     Equals: `log_softmax(model(...).logits[:, :-1])` at `labels[:, 1:]`, where these are not -100.
 
+    `type(model)` becomes a subclass of the same name. Copies and pickles of the model are prepared, too; preparing one
+    again changes its outputs and its plan.
+
     Args:
         model: a causal language model (the base model, where PEFT wraps it).
         outputs: fields of `TokenLogps` to compute; `log_probs` always is. `log_sum_sq_probs` costs a second forward
@@ -76,171 +79,226 @@ def add_logps_head(model: PreTrainedModel, outputs: Sequence[str] = ("log_probs"
         backward: backward plan of `linear_logps`.
 
     Raises:
-        ConfigError: the model is no text-only decoder, or has an adapter on its output layer; an unknown output. The
-            first call raises it as well, where log-probs differ from those of the model's logits.
+        ConfigError: the model is no text-only decoder, has an adapter that adds to its logits, or a quantized output
+            layer; an unknown output. Calls raise it as well, where log-probs differ from those of the model's logits:
+            the first call compares them, and the first after a change of the output layer.
     """
-    head = _LogpsHead(model, tuple(outputs), backward)
-    own_forward = model.forward
+    _refuse_unsupported(model)
+    known = [field.name for field in fields(TokenLogps)]
+    unknown = sorted(set(outputs) - set(known))
+    if unknown:
+        raise ConfigError(f"outputs must be among {', '.join(known)}, got {', '.join(unknown)}; leave these out")
+    if not isinstance(model, ScoringModel):
+        # A forward of the instance (a hook of accelerate, a patch) would hide that of the class.
+        model.__dict__["_forward_before"] = model.__dict__.pop("forward", None)
+        own_class: Any = type(model)
+        model.__class__ = _scoring_class(own_class)
+    model._logps_head = LogpsHead(tuple(outputs), backward)
+
+
+class ScoringModel:
+    """What the class of a prepared model adds to the model's own, `_own_class`."""
+
+    _own_class: type[PreTrainedModel]
+    _logps_head: LogpsHead
+
+    def _own_forward(self, *args: Any, **kwargs: Any) -> ModelOutput:
+        """The model's forward as it was, logits and all."""
+        before = self.__dict__.get("_forward_before")
+        return self._own_class.forward(self, *args, **kwargs) if before is None else before(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Name the model's own class instead of this one, which is in no module."""
+        if "_own_class" not in vars(type(self)):  # FSDP2's class, on top of this one
+            return super().__reduce_ex__(protocol)
+        reduced: Any = super().__reduce_ex__(2)
+        return _new, (self._own_class,), *reduced[2:]
+
+
+def _new(own_class: Any) -> PreTrainedModel:
+    """Make an empty prepared model, for `copy` and `pickle` to fill."""
+    scoring_class = _scoring_class(own_class)
+    return scoring_class.__new__(scoring_class)
+
+
+@functools.cache
+def _scoring_class(own_class: Any) -> Any:
+    """Return the subclass of a model's class that understands `fused_lm_head`."""
 
     # Keyword arguments are whatever this model takes.
-    @functools.wraps(type(model).forward)
     def forward(
-        self: PreTrainedModel, *args: Any, fused_lm_head: bool = False, labels: Tensor | None = None, **kwargs: Any
+        self: Any, *args: Any, fused_lm_head: bool = False, labels: Tensor | None = None, **kwargs: Any
     ) -> ModelOutput:
-        if not fused_lm_head:
-            return own_forward(*args, **kwargs) if labels is None else own_forward(*args, labels=labels, **kwargs)
-        if labels is None:
-            raise ValueError("fused_lm_head=True needs labels [S, L], the input ids with -100 where none is scored")
-        if not head.is_checked:
-            head.check(self, own_forward, args, kwargs)
-        return head(self, labels, args, kwargs)
+        if fused_lm_head:
+            if "_logps_head" not in self.__dict__:  # a new model of the class
+                raise ConfigError("fused_lm_head=True needs a prepared model; call add_logps_head(model) first")
+            return self._logps_head(self, labels, args, kwargs)
+        return (
+            self._own_forward(*args, **kwargs) if labels is None else self._own_forward(*args, labels=labels, **kwargs)
+        )
 
-    model.forward = types.MethodType(forward, model)
+    # `generate` and Trainer look at the signature. Not by `functools.wraps`: accelerate takes every wrapper off a
+    # forward, down to what `__wrapped__` names.
+    forward.__signature__ = inspect.signature(own_class.forward)  # type: ignore[attr-defined]
+    forward.__doc__ = own_class.forward.__doc__
+    own = {f"__{name}__": getattr(own_class, f"__{name}__") for name in ("module", "qualname", "doc")}
+    return type(own_class.__name__, (ScoringModel, own_class), {"forward": forward, "_own_class": own_class} | own)
 
 
-class _LogpsHead:
-    """How one model is scored."""
+class LogpsHead:
+    """How one model is scored.
 
-    def __init__(self, model: PreTrainedModel, outputs: tuple[str, ...], backward: str) -> None:
-        _refuse_unsupported(model)
-        known = [field.name for field in fields(TokenLogps)]
-        unknown = sorted(set(outputs) - set(known))
-        if unknown:
-            raise ConfigError(f"outputs must be among {', '.join(known)}, got {', '.join(unknown)}; leave these out")
+    Attributes:
+        outputs: fields of `TokenLogps` to compute.
+        backward: backward plan of `linear_logps`.
+        forms: how the model's logits come about, by what that was found on; only what has passed the comparison.
+    """
+
+    def __init__(self, outputs: tuple[str, ...], backward: str) -> None:
         self.outputs, self.backward = outputs, backward
-        self.logit_scale, self.softcap = logit_transform(model.config)
-        # By the name of its class now, as FSDP2 gives the model another class later.
-        self.balance_loss = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
-        self.is_checked = False
+        self.forms: dict[tuple[Any, ...], LogitForm] = {}
 
     def __call__(
-        self, model: PreTrainedModel, labels_SL: Tensor, args: Sequence[Any], kwargs: dict[str, Any]
+        self, model: PreTrainedModel, labels_SL: Tensor | None, args: Sequence[Any], kwargs: dict[str, Any]
     ) -> TokenLogps:
         """Run the decoder, then score its hidden states."""
-        decoded = model.base_model(*args, **kwargs | {"use_cache": False})
-        scores = self.score(model, decoded.last_hidden_state, labels_SL)
-        if kwargs.get("output_router_logits"):
-            if self.balance_loss is None:
-                raise ConfigError(
-                    f"{type(model).__name__} has no load-balancing loss that can be computed without its logits; set "
-                    "router_aux_loss_coef=0.0 to train without it"
-                )
-            scores["aux_loss"] = self.balance_loss(
-                decoded.router_logits, model.num_experts, model.num_experts_per_tok, kwargs.get("attention_mask")
+        if labels_SL is None:
+            raise ValueError("fused_lm_head=True needs labels [S, L], the input ids with -100 where none is scored")
+        if labels_SL.dim() != 2 or not labels_SL.numel() or labels_SL.is_meta:
+            raise ValueError(
+                "labels must be [S, L] with values, a token at least, got "
+                f"{tuple(labels_SL.shape)} on {labels_SL.device}; leave empty batches out"
             )
+        if kwargs.get("logits_to_keep"):
+            raise ValueError("logits_to_keep chooses among logits, which are not made; label the other tokens -100")
+        found_on = foundation(model, labels_SL.device.type)
+        form = self.forms.get(found_on)
+        if form is None:
+            plain = LogpsHead(("log_probs",), self.backward)
+            form = find_form(model, labels_SL, args, kwargs, lambda *given: plain.score(model, *given)["log_probs"])
+            self.forms[found_on] = form
+        decoded = decoder_of(model)(*args, **kwargs | {"use_cache": False})
+        # The last position has no next token here.
+        targets_SL = torch.nn.functional.pad(labels_SL[:, 1:], (0, 1), value=IGNORE_INDEX)
+        scores = self.score(model, form, decoded.last_hidden_state, targets_SL)
+        scores = {name: values if name in EVERYWHERE else values[:, :-1] for name, values in scores.items()}
+        if kwargs.get("output_router_logits"):
+            scores["aux_loss"] = balance_loss(model, decoded.router_logits, kwargs.get("attention_mask"))
         return TokenLogps(**scores)
 
-    def score(self, model: PreTrainedModel, hidden_SLH: Tensor, labels_SL: Tensor) -> dict[str, Tensor]:
-        """Fields of `TokenLogps` from the hidden states of all positions."""
-        answer = _Answer(self, torch.nn.functional.pad(labels_SL[:, 1:], (0, 1), value=IGNORE_INDEX))
-        with answer:
-            model.get_output_embeddings()(hidden_SLH)
+    def score(
+        self, model: PreTrainedModel, form: LogitForm, hidden_SLH: Tensor, targets_SL: Tensor
+    ) -> dict[str, Tensor]:
+        """Fields of `TokenLogps`, each [S, L], of the ids `targets` at the hidden states."""
+        answer = _Answer(self, form, targets_SL)
+        head, device = model.get_output_embeddings(), hidden_SLH.device.type
+        name = f"{type(head).__name__} of {type(model).__name__}"
+        is_cut_off = torch.is_autocast_enabled(device) and not form.with_autocast
+        autocast = torch.autocast(device, enabled=False) if is_cut_off else nullcontext()
+        with own_linear(), autocast, AnsweredProduct(form.vocab_size, answer):
+            try:
+                # What is returned, not what was answered: hooks of sharded layers have put their nodes on it.
+                stand_in = head(hidden_SLH.to(form.input_dtype))
+            except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+                if not answer.fields or isinstance(error, ConfigError):
+                    raise
+                raise _changed_product(name, f"which gave {type(error).__name__} ({error})") from error
         if not answer.fields:
             raise ConfigError(
-                f"the output layer of {type(model).__name__} must be a linear layer, got "
-                f"{type(model.get_output_embeddings()).__name__}; leave it out of quantization"
+                f"the output layer must be a linear layer with one product of {form.vocab_size} outputs, got {name}; "
+                "leave it out of quantization"
             )
-        return answer.fields
-
-    @torch.compiler.disable
-    def check(
-        self, model: PreTrainedModel, own_forward: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
-    ) -> None:
-        """Compare a few tokens with the model's own logits, at the least likely id, which feels every change most.
-
-        Raises:
-            ConfigError: they differ by more than two roundings of the largest logit.
-        """
-        self.is_checked = True
-        if kwargs.get("past_key_values") is not None:
-            return  # a prefix for the whole batch, which a part of it does not fit
-
-        def first(value: Any) -> Any:
-            return value[:1, :CHECKED_TOKENS] if isinstance(value, Tensor) and value.dim() > 1 else value
-
-        args, kwargs = [first(value) for value in args], {name: first(value) for name, value in kwargs.items()}
-        kwargs["use_cache"] = False
-        device = model.get_output_embeddings().weight.device
-        devices = [device] if device.type == "cuda" else []
-        runs = []
-        for run in (own_forward, model.base_model):
-            with torch.no_grad(), torch.random.fork_rng(devices):
-                torch.manual_seed(0)  # the same dropout in both
-                runs.append(run(*args, **kwargs))
-        logits_LV = runs[0].logits[0].float()
-        ids_L = logits_LV.argmin(dim=1)
-        labels_1L = torch.nn.functional.pad(ids_L, (1, 0), value=IGNORE_INDEX)[None, :-1]
-        with torch.no_grad():
-            found_L = self.score(model, runs[1].last_hidden_state, labels_1L)["log_probs"][0]
-        expected_L = logits_LV.log_softmax(dim=1).gather(1, ids_L[:, None])[:-1, 0]
-        dtypes = (runs[0].logits.dtype, runs[1].last_hidden_state.dtype)
-        epsilon = max(TF32_EPSILON, *(torch.finfo(dtype).eps for dtype in dtypes))
-        difference, limit = (found_L - expected_L).abs().max(), 2 * epsilon * logits_LV.abs().max()
-        if not difference <= limit:  # a NaN differs too
-            raise ConfigError(
-                f"log-probs of {type(model).__name__} must be those of its logits within {float(limit):.2g}, got a "
-                f"difference of {float(difference):.2g} on the first {len(ids_L)} tokens: its logits are more than a "
-                "linear layer, a scale and a softcap; use TRL's own trainer for this model"
-            )
+        if not isinstance(stand_in, Tensor) or stand_in.numel() != targets_SL.numel():
+            shape = getattr(stand_in, "shape", None)
+            found = type(stand_in).__name__ if shape is None else f"shape {tuple(shape)}"
+            raise _changed_product(name, f"got {found} back")
+        return answer.fields | {"log_probs": stand_in.view(targets_SL.shape)}
 
 
-class _Answer(TorchFunctionMode):
-    """While active, the product of the output layer is answered by log-probs, which end up in `fields`."""
+def _changed_product(head: str, found: str) -> ConfigError:
+    return ConfigError(
+        f"the output layer, {head}, and hooks on it must leave its product as it is: log-probs stand for it, one a "
+        f"position, {found}; remove the hook, or use TRL's own trainer"
+    )
 
-    def __init__(self, head: _LogpsHead, labels_SL: Tensor) -> None:
-        super().__init__()
-        self.head, self.labels_SL = head, labels_SL
+
+class _Answer:
+    """Answers the output layer's product by log-probs, as if it had one output; `fields` has all that was asked for."""
+
+    def __init__(self, head: LogpsHead, form: LogitForm, targets_SL: Tensor) -> None:
+        self.head, self.form, self.targets_SL = head, form, targets_SL
+        # On the host, where the op reads them; one sync.
+        self.rows_R = (targets_SL != IGNORE_INDEX).cpu().flatten().nonzero().squeeze(1)
+        self.is_differentiable = torch.is_grad_enabled()
         self.fields: dict[str, Tensor] = {}
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if func is not torch.nn.functional.linear:
-            return func(*args, **(kwargs or {}))
-        self.fields = self.answer(*args, **(kwargs or {}))
-        return self.fields
-
-    def answer(self, hidden_SLH: Tensor, weight_VH: Tensor, bias_V: Tensor | None = None) -> dict[str, Tensor]:
-        """Fields of `TokenLogps`, in place of `linear(hidden, weight, bias)`."""
-        head, device = self.head, hidden_SLH.device
-        if torch.is_autocast_enabled(device.type):  # which a product obeys whatever its inputs are
+    def __call__(self, product: Product) -> Tensor:
+        """Score the targets, in place of the product."""
+        if self.fields:
+            raise ConfigError(
+                "the output layer must have no adapter, got a second product with an output for each token: an adapter "
+                "adds to logits, which are never made; take it out of target_modules, or train the layer itself by "
+                "modules_to_save"
+            )
+        if torch.is_grad_enabled() != self.is_differentiable:
+            raise ConfigError(
+                "the output layer's product must be differentiable by PyTorch, got one inside an autograd function "
+                "with a backward pass of its own; leave the layer out of quantization"
+            )
+        hidden, weight_VH, bias_V = product
+        if hidden.shape[:-1].numel() != self.targets_SL.numel():
+            raise ConfigError(
+                f"the output layer must multiply the hidden state of each position, {self.targets_SL.numel()} here, "
+                f"got {tuple(hidden.shape)}; use TRL's own trainer"
+            )
+        device = hidden.device
+        # What autocast does to a product, whatever dtypes its inputs have.
+        if torch.is_autocast_enabled(device.type) and hidden.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device.type)
-            hidden_SLH, weight_VH = hidden_SLH.to(dtype), weight_VH.to(dtype)
+            hidden, weight_VH = hidden.to(dtype), weight_VH.to(dtype)
             bias_V = None if bias_V is None else bias_V.to(dtype)
-        # On the host, where the op reads them; one sync.
-        rows_R = (self.labels_SL != IGNORE_INDEX).cpu().flatten().nonzero().squeeze(1)
+        hidden_SLH = hidden.view(*self.targets_SL.shape, -1)
+        self.fields = self.score(hidden_SLH, weight_VH, bias_V)
+        return self.fields["log_probs"].view(*hidden.shape[:-1], 1)
+
+    def score(self, hidden_SLH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> dict[str, Tensor]:
+        """Fields of `TokenLogps`, each [S, L]."""
+        outputs, form, device = self.head.outputs, self.form, hidden_SLH.device
+        rows_R = self.rows_R
         score = functools.partial(
             linear_logps,
             hidden_SLH,
             weight_VH,
-            self.labels_SL.to(device),
+            self.targets_SL.to(device),
             rows=rows_R,
-            cu_rows=torch.arange(len(rows_R) + 1),
+            cu_rows=torch.arange(len(rows_R) + 1, dtype=torch.int64, device="cpu"),
             bias=bias_V,
-            backward=head.backward,
+            backward=self.head.backward,
         )
-        names = [name for name in STATS if name in head.outputs]
-        scored = score(logit_scale=head.logit_scale, softcap=head.softcap, stats=[STATS[name] for name in names])
+        names = [name for name in STATS if name in outputs]
+        scored = score(logit_scale=form.logit_scale, softcap=form.softcap, stats=[STATS[name] for name in names])
         rows = {"log_probs": scored.logps} | {name: getattr(scored, STATS[name]) for name in names}
         if "is_top1" in rows:
             rows["is_top1"] = rows["is_top1"] > 0
-        if "log_sum_sq_probs" in head.outputs:
+        if "log_sum_sq_probs" in outputs:
             # With doubled logits a log-prob is 2 z_y - log(sum_v exp(2 z_v)): subtracted from twice the plain one, the
             # label's logit is gone.
-            cap = None if head.softcap is None else 2 * head.softcap
+            cap = None if form.softcap is None else 2 * form.softcap
             with torch.no_grad():
-                doubled_R = score(logit_scale=2 * head.logit_scale, softcap=cap).logps
+                doubled_R = score(logit_scale=2 * form.logit_scale, softcap=cap).logps
                 rows["log_sum_sq_probs"] = 2 * scored.logps - doubled_R
         scores = {name: self._spread(values_R, rows_R.to(device)) for name, values_R in rows.items()}
-        if "mean_logits_everywhere" in head.outputs:
+        if "mean_logits_everywhere" in outputs:
             with torch.no_grad():
                 scores["mean_logits_everywhere"] = mean_logits(
-                    hidden_SLH, weight_VH, bias_V, head.logit_scale, head.softcap
+                    hidden_SLH, weight_VH, bias_V, form.logit_scale, form.softcap
                 )
         return scores
 
     def _spread(self, values_R: Tensor, rows_R: Tensor) -> Tensor:
-        """Values of labelled tokens in their places, [S, L-1]; connected to the graph without any label too."""
-        spread_T = values_R.new_zeros(self.labels_SL.numel()).index_copy(0, rows_R, values_R)
-        return spread_T.view(self.labels_SL.shape)[:, :-1]
+        """Values of labelled tokens in their places, [S, L]; connected to the graph without any label too."""
+        spread_T = values_R.new_zeros(self.targets_SL.numel()).index_copy(0, rows_R, values_R)
+        return spread_T.view(self.targets_SL.shape)
 
 
 def mean_logits(
@@ -258,8 +316,8 @@ def mean_logits(
             hidden_SLH,
             weight_VH,
             any_ids_SL,
-            rows=torch.arange(num_positions),
-            cu_rows=torch.arange(num_positions + 1),
+            rows=torch.arange(num_positions, dtype=torch.int64, device="cpu"),
+            cu_rows=torch.arange(num_positions + 1, dtype=torch.int64, device="cpu"),
             bias=bias_V,
             logit_scale=logit_scale,
             softcap=softcap,
@@ -270,15 +328,6 @@ def mean_logits(
     with torch.autocast(hidden_SLH.device.type, enabled=False):
         means_SL = hidden_SLH.float() @ weight_VH.mean(dim=0, dtype=torch.float32)
     return logit_scale * (means_SL if bias_V is None else means_SL + bias_V.float().mean())
-
-
-def logit_transform(config: Any) -> tuple[float, float | None]:
-    """Scale and softcap between the output layer's product and the logits, from a model's config."""
-    scale = 1.0
-    for name, power in SCALE_FIELDS.items():
-        factor = getattr(config, name, None)
-        scale *= 1.0 if factor is None else factor**power
-    return scale, getattr(config, "final_logit_softcapping", None)
 
 
 def _refuse_unsupported(model: PreTrainedModel) -> None:
@@ -297,9 +346,17 @@ def _refuse_unsupported(model: PreTrainedModel) -> None:
             "model (AutoModelForCausalLM), or use TRL's own trainer"
         )
     head = model.get_output_embeddings()
-    if head is None:
-        raise ConfigError(f"the model must have an output layer, got {name}; load it as AutoModelForCausalLM")
-    if hasattr(head, "base_layer"):
+    if head is None or decoder_of(model) is model:
+        missing = "an output layer" if head is None else "a decoder apart from its output layer"
+        raise ConfigError(f"the model must have {missing}, got {name}; load it as AutoModelForCausalLM")
+    quantized = sorted({str(weight.dtype) for weight in head.parameters() if not weight.is_floating_point()})
+    if quantized:
+        raise ConfigError(
+            f"the output layer of {name} must have floating-point weights, got {', '.join(quantized)}; leave it out of "
+            "quantization (llm_int8_skip_modules, modules_to_not_convert)"
+        )
+    # Trainable tokens of PEFT replace rows of the weight; every other adapter adds to the product.
+    if hasattr(head, "base_layer") and not hasattr(head, "trainable_tokens_delta"):
         raise ConfigError(
             f"the output layer of {name} must have no adapter, got {type(head).__name__}: an adapter adds to logits, "
             "which are never made; take it out of target_modules, or train the layer itself by modules_to_save"

@@ -43,7 +43,8 @@ def lower_bounds(x_RH: Tensor, head: Head, labels_R: Tensor) -> Tensor:
         [R] in the accumulation dtype; -inf where there is no column at all. One device sync, for the distinct labels.
     """
     num_columns = head.weight_VH.shape[0]
-    pilot_L = torch.arange(min(int(num_columns * PILOT_SHARE) + 1, MAX_PILOT, num_columns), device=x_RH.device)
+    num_first = min(int(num_columns * PILOT_SHARE) + 1, MAX_PILOT, num_columns)
+    pilot_L = torch.arange(num_first, dtype=torch.int64, device=x_RH.device)
     labels_R = labels_R[(labels_R >= 0) & (labels_R < num_columns)]
     pilot_L = torch.cat([pilot_L, labels_R]).unique()
     operand, dtype = operand_dtype(x_RH), accumulation_dtype(x_RH.dtype)

@@ -21,9 +21,9 @@ from torch.distributed import ProcessGroup
 from fastpref.kernels import checks
 from fastpref.kernels.engine import Head
 from fastpref.kernels.engines import resolve_backend
-from fastpref.kernels.ops import linear_logps_fwd
 from fastpref.kernels.reference import RowOutputs, reference_rows
 from fastpref.kernels.rows import check_rows, derive_rows, gather_rows, segment_sum
+from fastpref.kernels.transforms import score_rows
 from fastpref.kernels.vocab_parallel import shard_start, vocabulary_size
 
 
@@ -145,14 +145,18 @@ def linear_logps(
     Memory: O(R * H) and a few tiles of logits, never R x V; "cached" holds its budget.
 
     Determinism: bitwise repeatable; a sequence's log-probabilities do not depend, bit for bit, on what else is in the
-    batch or on packing (fp64, meant for gradient checks, is excepted: BLAS rounds it by position where H is odd).
+    batch or on packing (excepted are fp64, meant for gradient checks, which BLAS rounds by position where H is odd, and
+    "reference", whose products have as many rows as the batch).
 
     Raises:
-        TypeError, ValueError: arguments that do not fit, before any work is done.
+        TypeError, ValueError: arguments that do not fit, before any work is done; among them tensors that keep their
+            numbers elsewhere (DTensor, quantised, sparse, nested, meta).
         IndexError: with `debug`, a label outside [0, V) other than `ignore_index`; names the token.
         MissingDependencyError: a backend whose dependency is not installed.
-        NotImplementedError: a second derivative.
-        RuntimeError: in backward, an input was changed in place since the forward pass.
+        NotImplementedError: a second derivative, or one in forward mode; "reference" has both. `torch.func.grad`,
+            `vjp`, `jacrev` and `vmap` are right with every backend.
+        RuntimeError: in backward, an input was changed in place since the forward pass ("reference": one that its
+            gradients need; it has copies of the rows).
     """
     checks.check_stats(stats)
     checks.check_scalars(logit_scale, softcap, ignore_index)
@@ -176,7 +180,8 @@ def linear_logps(
     nll_labels_T = None if nll_labels is None else nll_labels.reshape(-1)
     if rows is None or cu_rows is None:
         if cu_seqlens is None:
-            cu_seqlens = torch.arange(hidden.shape[0] + 1) * hidden.shape[1]
+            bounds = torch.arange(hidden.shape[0] + 1, dtype=torch.int64, device="cpu")
+            cu_seqlens = bounds * hidden.shape[1]
         rows, cu_rows = derive_rows(labels_T, nll_labels_T, cu_seqlens, ignore_index)
     else:
         rows, cu_rows = check_rows(rows, cu_rows, labels_T.shape[0])
@@ -215,7 +220,7 @@ def _fused_rows(
     """Score rows by the fused operator; also what it leaves out, where a gradient can be asked for."""
     inputs = [tensor for tensor in (hidden, head.weight_VH, head.bias_V) if tensor is not None]
     needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-    token_logps_R, _, _, hits_R, entropy_R, mean_logit_R, _, _, _, _, summary = linear_logps_fwd(
+    token_logps_R, _, _, hits_R, entropy_R, mean_logit_R, _, _, _, _, summary = score_rows(
         hidden,
         head.weight_VH,
         head.bias_V,
@@ -236,10 +241,10 @@ def _fused_rows(
 
 
 def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Bring inputs of different dtypes to the dtype of autocast where it is on."""
+    """Bring inputs of different dtypes to the dtype of autocast where it is on; it takes fp32 and 16 bits only."""
     given = [tensor for tensor in (hidden, weight, bias) if isinstance(tensor, Tensor)]
-    device = given[0].device.type if given else "cpu"
-    if not torch.is_autocast_enabled(device) or len({tensor.dtype for tensor in given}) <= 1:
+    dtypes, device = {tensor.dtype for tensor in given}, given[0].device.type if given else "cpu"
+    if len(dtypes) <= 1 or not dtypes <= set(checks.AUTOCAST_DTYPES) or not torch.is_autocast_enabled(device):
         return hidden, weight, bias
     dtype = torch.get_autocast_dtype(device)
     return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)

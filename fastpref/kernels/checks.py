@@ -9,7 +9,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.distributed import ProcessGroup
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
 ACTIVITY_STATS = ("active_fraction", "cold_mass")
 STATS = ("token_logps", "entropy", "hits", "mean_logit", *ACTIVITY_STATS)
@@ -17,7 +20,10 @@ BACKENDS = ("auto", "reference", "torch", "triton", "cuda")
 BACKWARD_PLANS = ("auto", "exact", "recompute", "active", "cached")
 DEFAULT_ACTIVE_EPS = 2.0**-8
 DEFAULT_DEVICE_CACHE_BYTES = 512 * 2**20
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FLOAT_DTYPES = (*AUTOCAST_DTYPES, torch.float64)
+# Subclasses that operators see through: those of tracing, and a tensor that a collective is still on its way to.
+TRANSPARENT_TENSORS = (FakeTensor, FunctionalTensor, AsyncCollectiveTensor)
 
 
 class BackwardPlan(NamedTuple):
@@ -159,7 +165,8 @@ def check_scalars(logit_scale: float, softcap: float | None, ignore_index: int) 
                 f"{name} must be a Python number (it gets no gradient), got {type(number).__name__}; pass a float, "
                 "or fold a learned factor into `hidden`"
             )
-        if not math.isfinite(number):
+        # Not `isfinite`, which the compiler does not know of numbers that it leaves open.
+        if not -math.inf < number < math.inf:
             raise ValueError(f"{name} must be finite, got {number}")
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap must be > 0 (Gemma-2 uses 30.0), got {softcap}; pass None for no cap")
@@ -168,11 +175,32 @@ def check_scalars(logit_scale: float, softcap: float | None, ignore_index: int) 
 
 
 def _require_tensor(name: str, value: object) -> None:
+    """Check that there is a tensor, and that its elements are where its shape says."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if torch.compiler.is_compiling():
+        return
+    if value.is_nested:
+        raise TypeError(
+            f"{name} must be a plain tensor, got a nested one; pass its values() flat, and its offsets() as cu_seqlens"
+        )
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}; pass {name}.to_dense()")
+    is_wrapper = type(value).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    if is_wrapper and not isinstance(value, TRANSPARENT_TENSORS):
+        raise TypeError(
+            f"{name} must be a plain tensor, got a {type(value).__name__}, which keeps its numbers elsewhere; pass "
+            "full_tensor() of a DTensor (or to_local() of a sharded vocabulary, with tp_group), dequantize() of a "
+            "quantised weight"
+        )
 
 
 def _require_like(name: str, tensor: Tensor, hidden: Tensor) -> None:
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise TypeError(
+            f"{name} and hidden must have one dtype, got {tensor.dtype} and {hidden.dtype}; the codes of a quantised "
+            f"tensor are no numbers, dequantize {name} first"
+        )
     if tensor.dtype != hidden.dtype:
         raise TypeError(
             f"{name} and hidden must have one dtype, got {tensor.dtype} and {hidden.dtype}; cast one of them, "
@@ -190,13 +218,15 @@ def check_model_tensors(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> 
     """Check types, shapes and devices of the differentiable inputs.
 
     Raises:
-        TypeError: no tensor, no floating dtype, or unequal dtypes.
-        ValueError: shapes or devices that do not fit.
+        TypeError: no plain dense tensor, no floating dtype, or unequal dtypes.
+        ValueError: shapes or devices that do not fit, or no numbers at all.
     """
     _require_tensor("hidden", hidden)
     _require_tensor("weight", weight)
     if hidden.dtype not in FLOAT_DTYPES:
         raise TypeError(f"hidden must be float32, bfloat16, float16 or float64, got {hidden.dtype}")
+    if hidden.is_meta and not isinstance(hidden, FakeTensor):
+        raise ValueError("hidden is on the meta device, which has shapes and no numbers; move the model and its inputs")
     if hidden.dim() not in (2, 3):
         raise ValueError(f"hidden must be [T, H] or [S, L, H], got shape {tuple(hidden.shape)}")
     _require_like("weight", weight, hidden)

@@ -61,6 +61,7 @@ def engine_for(backend: str, weight_VH: Tensor, *, with_cache: bool) -> Engine:
             raise ValueError(f"backend='triton' cannot run on {weight_VH.device}: {reason}")
         return cast(Engine, triton_engine)
     # The native passes multiply the logits out again; keeping the exponentials is PyTorch's work.
-    if weight_VH.device.type == "cpu" and not with_cache and native.supports(weight_VH.dtype):
+    could_be_native = weight_VH.device.type == "cpu" and weight_VH.shape[1] > 0
+    if could_be_native and not with_cache and native.supports(weight_VH.dtype):
         return cast(Engine, native)
     return cast(Engine, torch_tiles)

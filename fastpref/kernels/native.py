@@ -7,6 +7,7 @@
 - Sums are fp32. Operands are widened to fp32, but for bf16 numbers on a CPU with AVX512-BF16, which multiplies them in
   pairs at almost twice the rate. What counts is the numbers: `logit_gradient` gets them widened and does the same.
 - fp64, other devices and `with_cache` are not its business.
+- C++ sees addresses, so what is at them is checked here, in `_pointer`, by checks that `python -O` keeps.
 
 `FASTPREF_NATIVE` in the environment chooses the build: unset or 1 the best for this CPU, 0 none, or its name.
 
@@ -117,14 +118,14 @@ def forward_rows(
     assert not with_cache, "the native engine keeps no exponentials"
     num_rows, num_columns = x_RH.shape[0], head.weight_VH.shape[0]
     fields = NUM_FIELDS_WITH_STATS if with_stats else NUM_FIELDS
-    partials_FR = torch.empty(fields, num_rows, dtype=torch.float64)
-    mass_V = None if bound_R is None else torch.empty(num_columns)
+    partials_FR = torch.empty(fields, num_rows, dtype=torch.float64, device="cpu")
+    mass_V = None if bound_R is None else torch.empty(num_columns, dtype=torch.float32, device="cpu")
     product, keep = _product(x_RH, head, labels_R)
     args = _ForwardArgs(
         product=product,
-        bound=None if bound_R is None else _fp32_pointer(bound_R, (num_rows,)),
-        partials=partials_FR.data_ptr(),
-        mass=None if mass_V is None else mass_V.data_ptr(),
+        bound=None if bound_R is None else _pointer("bound", bound_R, torch.float32, (num_rows,)),
+        partials=_pointer("partials", partials_FR, torch.float64, (fields, num_rows)),
+        mass=None if mass_V is None else _pointer("mass", mass_V, torch.float32, (num_columns,)),
         with_stats=with_stats,
         num_threads=torch.get_num_threads(),
     )
@@ -140,16 +141,17 @@ def logit_gradient(
 
     Rows with coefficient 0 get zeros, whatever they hold, and add nothing to `covered_r`.
     """
-    assert x_rH.dtype == torch.float32, "the native engine takes blocks of fp32 operands"
+    if x_rH.dtype != torch.float32:
+        raise TypeError(f"the native engine takes blocks of fp32 operands, got {x_rH.dtype}; widen them")
     num_rows, num_columns = x_rH.shape[0], head.weight_VH.shape[0]
     product, keep = _product(x_rH, head, labels_r)
     args = _GradientArgs(
         product=product,
-        coefficients=_fp32_pointer(rows.coefficients, (num_rows,)),
-        row_max=_fp32_pointer(rows.row_max, (num_rows,)),
-        row_sum=_fp32_pointer(rows.row_sum, (num_rows,)),
-        out=_fp32_pointer(out_rv, (num_rows, num_columns)),
-        covered=None if covered_r is None else _fp32_pointer(covered_r, (num_rows,)),
+        coefficients=_pointer("coefficients", rows.coefficients, torch.float32, (num_rows,)),
+        row_max=_pointer("row_max", rows.row_max, torch.float32, (num_rows,)),
+        row_sum=_pointer("row_sum", rows.row_sum, torch.float32, (num_rows,)),
+        out=_pointer("out", out_rv, torch.float32, (num_rows, num_columns)),
+        covered=None if covered_r is None else _pointer("covered", covered_r, torch.float32, (num_rows,)),
         num_threads=torch.get_num_threads(),
     )
     _call("fastpref_logit_gradient", args)
@@ -158,35 +160,58 @@ def logit_gradient(
 
 def _product(x_RH: Tensor, head: Head, labels_R: Tensor) -> tuple[_Product, Tensor | None]:
     """Describe the operands; the tensor that comes along must outlive the call."""
-    weight_VH = head.weight_VH
+    weight_VH, dtype = head.weight_VH, x_RH.dtype
     (num_rows, hidden_size), num_columns = x_RH.shape, weight_VH.shape[0]
-    assert x_RH.dtype == weight_VH.dtype and x_RH.dtype in DTYPES and hidden_size > 0
-    assert x_RH.device.type == weight_VH.device.type == labels_R.device.type == "cpu"
-    assert weight_VH.shape[1] == hidden_size and x_RH.stride(1) == 1 and weight_VH.stride(1) == 1
-    assert labels_R.dtype == torch.int64 and labels_R.shape == (num_rows,) and labels_R.is_contiguous()
+    if dtype not in DTYPES or not hidden_size:
+        raise ValueError(f"the native engine multiplies {list(DTYPES)} with H > 0, got {dtype} and H = {hidden_size}")
     assert head.softcap is None or head.softcap > 0
-    bias_V = None if head.bias_V is None else head.bias_V.to(weight_VH.dtype).contiguous()
-    assert bias_V is None or bias_V.shape == (num_columns,)
+    bias_V = None if head.bias_V is None else head.bias_V.to(dtype).contiguous()
     product = _Product(
-        x=x_RH.data_ptr(),
-        weight=weight_VH.data_ptr(),
-        bias=None if bias_V is None else bias_V.data_ptr(),
-        labels=labels_R.data_ptr(),
+        x=_pointer("x", x_RH, dtype, (num_rows, hidden_size), any_row_stride=True),
+        weight=_pointer("weight", weight_VH, dtype, (num_columns, hidden_size), any_row_stride=True),
+        bias=None if bias_V is None else _pointer("bias", bias_V, dtype, (num_columns,)),
+        labels=_pointer("labels", labels_R, torch.int64, (num_rows,)),
         num_rows=num_rows,
         num_columns=num_columns,
         hidden_size=hidden_size,
         x_stride=x_RH.stride(0),
         weight_stride=weight_VH.stride(0),
-        dtype=DTYPES[x_RH.dtype],
+        dtype=DTYPES[dtype],
         logit_scale=head.logit_scale,
         softcap=head.softcap or 0.0,
     )
     return product, bias_V
 
 
-def _fp32_pointer(tensor: Tensor, shape: tuple[int, ...]) -> int:
-    assert tensor.dtype == torch.float32 and tensor.shape == shape and tensor.is_contiguous()
-    assert tensor.device.type == "cpu"
+def _pointer(
+    name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], *, any_row_stride: bool = False
+) -> int:
+    """Return the address of a tensor, once it is certain that C++ finds `shape` elements of `dtype` there.
+
+    Args:
+        name: for the message.
+        tensor: what C++ will read or write.
+        dtype: as C++ takes it.
+        shape: as C++ takes it.
+        any_row_stride: rows may have any distance; else contiguous.
+
+    Raises:
+        ValueError: it is something else, or has no memory of its own (another device, a wrapper, freed storage).
+    """
+    is_strided = tensor.layout == torch.strided
+    found = f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+    if tensor.dtype != dtype or tensor.shape != shape or tensor.device.type != "cpu" or not is_strided:
+        raise ValueError(f"the native engine takes {name} as {dtype} {shape} on cpu, got {found}; convert it")
+    rows_are_dense = any_row_stride and (shape[1] == 1 or tensor.stride(1) == 1)
+    if not (tensor.is_contiguous() or rows_are_dense) or tensor.is_neg():
+        raise ValueError(
+            f"the native engine takes {name} {shape} with contiguous {'rows' if any_row_stride else 'elements'}, got "
+            f"strides {tensor.stride()}; pass {name}.contiguous()"
+        )
+    reach = sum((size - 1) * stride for size, stride in zip(shape, tensor.stride(), strict=True)) + 1
+    needed = (tensor.storage_offset() + reach) * tensor.element_size() if tensor.numel() else 0
+    if tensor.untyped_storage().nbytes() < needed or (needed and not tensor.data_ptr()):
+        raise ValueError(f"{name} is {found} without memory behind it; its storage was freed, gather or allocate it")
     return tensor.data_ptr()
 
 

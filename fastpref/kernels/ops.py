@@ -10,12 +10,14 @@ Dims: `R` rows, `H` hidden, `V` vocabulary, `F` fields of a part, `C` chunks of 
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastpref.kernels.active import forward_with_activity
 from fastpref.kernels.engine import ExponentCache, Head, RowScalars, accumulation_dtype
@@ -26,9 +28,22 @@ from fastpref.kernels.schedule import live_rows
 from fastpref.kernels.vocab_parallel import group_by_name, merge_shards, row_access
 
 Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Body = TypeVar("Body", bound=Callable[..., Any])
+
+
+def _without_autocast(body: Body) -> Body:
+    """Run an operator's body as if autocast was off: its dtypes are its own business, forward and backward."""
+
+    @functools.wraps(body)
+    def run(*inputs: Any) -> Any:
+        with torch.autocast(inputs[0].device.type, enabled=False):
+            return body(*inputs)
+
+    return run  # type: ignore[return-value]
 
 
 @torch.library.custom_op("fastpref::linear_logps_fwd", mutates_args=())
+@_without_autocast
 def linear_logps_fwd(
     hidden: Tensor,
     weight: Tensor,
@@ -141,6 +156,7 @@ def _(
     )
 
 
+@_without_autocast
 def _differentiate(
     d_token_logps_R: Tensor,
     token_logps_R: Tensor,
@@ -249,7 +265,8 @@ linear_logps_bwd.register_fake(_fake_gradients)
 linear_logps_bwd_into.register_fake(_fake_gradients)
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Keep what `differentiate_rows` needs."""
     hidden, weight, bias, rows, labels_R, ctx.main_grad, *options = inputs
     logit_scale, softcap, group_name, sequence_parallel, _, backend, *_ = options
     ctx.options = (logit_scale, softcap, group_name, sequence_parallel, backend)
@@ -258,10 +275,18 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, d_token_logps_R: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def differentiate_rows(
+    ctx: Any,
+    d_token_logps_R: Tensor | None,
+    *_: Tensor | None,
+    backward_op: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None,
+) -> tuple[Tensor | None, ...]:
+    """Return a gradient per input; `backward_op` stands in for the operator `linear_logps_bwd`."""
     num_inputs = 15
     if d_token_logps_R is None:
         return (None,) * num_inputs
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(d_token_logps_R).tangent is not None:
+        refuse_forward_mode()
     if ctx.main_grad is not None and torch.is_grad_enabled():
         raise NotImplementedError(
             "create_graph=True cannot be combined with main_grad: a gradient that is added to a buffer has no graph; "
@@ -269,18 +294,30 @@ def _backward(ctx: Any, d_token_logps_R: Tensor | None, *_: Tensor | None) -> tu
         )
     needs = list(ctx.needs_input_grad[:3])
     inputs = (d_token_logps_R, *ctx.saved_tensors, *ctx.options, needs)
-    gradients = linear_logps_bwd(*inputs) if ctx.main_grad is None else linear_logps_bwd_into(*inputs, ctx.main_grad)
+    if ctx.main_grad is None:
+        gradients = (backward_op or linear_logps_bwd)(*inputs)
+    else:
+        gradients = linear_logps_bwd_into(*inputs, ctx.main_grad)
     is_returned = (needs[0], needs[1] and ctx.main_grad is None, needs[2])
     differentiable = (gradient if given else None for gradient, given in zip(gradients, is_returned, strict=True))
     return (*differentiable, *(None for _ in range(num_inputs - 3)))
 
 
-def _refuse_second_derivative(ctx: Any, *_: Tensor | None) -> None:
+def refuse_second_derivative(ctx: Any, *_: Tensor | None) -> None:
+    """Say that there is none, and what has one."""
     raise NotImplementedError(
         "linear_logps has no second derivative: its backward pass keeps no logits to differentiate; "
         "use backend='reference' for double backward"
     )
 
 
-linear_logps_fwd.register_autograd(_backward, setup_context=_save_for_backward)
-linear_logps_bwd.register_autograd(_refuse_second_derivative)
+def refuse_forward_mode() -> None:
+    """Say that there is no derivative in forward mode, and what has one."""
+    raise NotImplementedError(
+        "linear_logps has no forward-mode derivative (torch.func.jvp, jacfwd, hessian, linearize; forward_ad): its "
+        "tiles are differentiated in reverse mode only; use backend='reference', or torch.func.vjp and jacrev"
+    )
+
+
+linear_logps_fwd.register_autograd(differentiate_rows, setup_context=save_for_backward)
+linear_logps_bwd.register_autograd(refuse_second_derivative)

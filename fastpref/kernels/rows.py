@@ -8,6 +8,8 @@ Dims: `S` sequences, `T` tokens, `R` rows.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -54,6 +56,23 @@ def _(labels_T: Tensor, nll_labels_T: Tensor | None, cu_seqlens: Tensor, ignore_
     return labels_T.new_empty(num_rows), labels_T.new_empty(cu_seqlens.shape[0])
 
 
+@derive_rows.register_vmap
+def _(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    examples = []
+    for at in range(info.batch_size):
+        picked = (
+            value if axis is None else value.select(axis, at) for value, axis in zip(inputs, in_dims, strict=True)
+        )
+        examples.append(derive_rows(*picked))
+    rows, cu_rows = zip(*examples, strict=True)
+    if len({len(example) for example in rows}) > 1:
+        raise NotImplementedError(
+            f"vmap over labels needs as many labels in every example, got {[len(example) for example in rows]}; pass "
+            "rows and cu_rows (rows without a label count for nothing)"
+        )
+    return (torch.stack(rows), torch.stack(cu_rows)), (0, 0)
+
+
 @torch.library.custom_op("fastpref::check_rows", mutates_args=())
 def check_rows(rows: Tensor, cu_rows: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
     """Check the caller's rows before anything is read through them; no device sync when they are on the host.
@@ -88,9 +107,11 @@ def gather_rows(hidden: Tensor, rows: Tensor) -> Tensor:
     """Rows `rows` of the flattened token axis of `hidden` ([T, H] or [S, L, H], any strides), as [R, H]."""
     if hidden.dim() == 2:
         return hidden.index_select(0, rows)
-    # Flattening a transposed [S, L, H] would copy all of it.
     length = hidden.shape[1]
-    return hidden[rows // length, rows % length] if length else hidden.new_empty(rows.shape[0], hidden.shape[2])
+    if not length:
+        return hidden.flatten(0, 1).index_select(0, rows)
+    # Flattening a transposed [S, L, H] would copy all of it.
+    return hidden[rows // length, rows % length]
 
 
 def scatter_rows(values_RH: Tensor, rows: Tensor, like: Tensor) -> Tensor:
@@ -106,5 +127,38 @@ def segment_sum(values_R: Tensor, cu_rows: Tensor) -> Tensor:
 
     Determinism: a sequence's sum depends on its own rows alone, bit for bit.
     """
-    sums_S = torch.segment_reduce(values_R.double(), "sum", offsets=cu_rows, axis=0, unsafe=True, initial=0)
-    return sums_S.to(values_R.dtype)
+    # The compiler traces no Function that has a `jvp`, and takes no second derivative.
+    add = _segment_sum if torch.compiler.is_compiling() else _SegmentSum.apply
+    return add(values_R.double(), cu_rows).to(values_R.dtype)
+
+
+def _segment_sum(values_R: Tensor, cu_rows: Tensor) -> Tensor:
+    return torch.segment_reduce(values_R, "sum", offsets=cu_rows, axis=0, unsafe=True, initial=0)
+
+
+class _SegmentSum(torch.autograd.Function):
+    """`segment_reduce` with all its derivatives: PyTorch has the first one, in reverse mode, only."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(values_R: Tensor, cu_rows: Tensor) -> Tensor:
+        return _segment_sum(values_R, cu_rows)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        values_R, cu_rows = inputs
+        ctx.save_for_backward(cu_rows)
+        ctx.save_for_forward(cu_rows)
+        ctx.num_rows = values_R.shape[0]
+
+    @staticmethod
+    def backward(ctx: Any, d_sums_S: Tensor) -> tuple[Tensor, None]:
+        (cu_rows,) = ctx.saved_tensors
+        places_R = torch.arange(ctx.num_rows, dtype=cu_rows.dtype, device=cu_rows.device)
+        return d_sums_S.index_select(0, torch.searchsorted(cu_rows, places_R, right=True) - 1), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent_R: Tensor, _: None) -> Tensor:
+        (cu_rows,) = ctx.saved_tensors
+        return _SegmentSum.apply(tangent_R, cu_rows)

@@ -107,13 +107,13 @@ class Part(NamedTuple):
         if self.picked is None:
             return positions_R
         rank_v = positions_R.new_full((width + 1,), -1)
-        rank_v[self.picked] = torch.arange(self.picked.shape[0], device=rank_v.device)
+        rank_v[self.picked] = torch.arange(self.picked.shape[0], dtype=torch.int64, device=rank_v.device)
         return rank_v[torch.where((positions_R >= 0) & (positions_R < width), positions_R, width)]
 
 
 def chunks(num_chunks: int, rows: LiveRows) -> list[slice]:
     """Return where each chunk's rows are among the live ones; a chunk is `CHUNK_ROWS` of all rows."""
-    edges = torch.arange(num_chunks + 1) * CHUNK_ROWS
+    edges = torch.arange(num_chunks + 1, dtype=torch.int64, device="cpu") * CHUNK_ROWS
     num_live = rows.x_RH.shape[0]
     bounds = edges.clamp_(max=num_live) if rows.places is None else torch.searchsorted(rows.places, edges)
     return [slice(start, stop) for start, stop in pairwise(bounds.tolist())]

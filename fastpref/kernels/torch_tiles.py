@@ -254,7 +254,8 @@ def cached_logit_gradient(
 ) -> None:
     """See `engine.Engine`."""
     dtype = accumulation_dtype(out_rv.dtype)
-    group_v = torch.arange(columns.start, columns.stop, device=out_rv.device) // cache.columns_per_group
+    columns_v = torch.arange(columns.start, columns.stop, dtype=torch.int64, device=out_rv.device)
+    group_v = columns_v // cache.columns_per_group
     scales_rN = (cache.exponents_RN[places_r].to(dtype) - (rows.row_max * LOG2E).unsqueeze(1)).exp2_()
     numerators_rv = cache.values_RV[places_r, columns].to(dtype).mul_(scales_rN[:, group_v])
     _weigh_softmax(numerators_rv, logit_scale, labels_r, rows, None)

@@ -59,7 +59,7 @@ def tune(
         path: file to write, for FASTPREF_TILES.
         hidden_sizes: values of H to measure; each serves those up to the next.
         widths: of the operands in bits, 16 and 32.
-        seconds: after these no further H and width is begun; what has been measured is written.
+        seconds: after these no further H and width is begun; what has been measured is written, if anything.
         report: gets the key of the table, H and what was measured; None prints it.
 
     Returns:
@@ -85,7 +85,8 @@ def tune(
             (report or _report)(key, hidden_size, found)
         if best:
             table[key] = entries(best)
-    save_table(path, table)
+    if table:  # nothing measured is no reason to replace what an earlier run found
+        save_table(path, table)
     return table
 
 
@@ -96,10 +97,13 @@ def measure(tile: Tile, dtype: torch.dtype, hidden_size: int) -> Measurement:
     # fp32 has no tensor core: a tenth of the work takes as long.
     num_rows, vocab_size = (NUM_ROWS, VOCAB_SIZE) if dtype.itemsize == 2 else (NUM_ROWS // 4, VOCAB_SIZE // 4)
     generator = torch.Generator(device="cuda").manual_seed(0)
-    x_RH = torch.randn(num_rows, hidden_size, generator=generator, device="cuda").to(dtype)
-    weight_VH = torch.randn(vocab_size, hidden_size, generator=generator, device="cuda") * (2.0 / hidden_size**0.5)
-    labels_R = torch.randint(0, vocab_size, (num_rows,), generator=generator, device="cuda")
-    head = Head(weight_VH.to(dtype), None, 1.0, None)
+    x_RH, weight_VH = (
+        torch.randn(size, hidden_size, generator=generator, dtype=torch.float32, device="cuda")
+        for size in (num_rows, vocab_size)
+    )
+    labels_R = torch.randint(0, vocab_size, (num_rows,), generator=generator, dtype=torch.int64, device="cuda")
+    head = Head((weight_VH * (2.0 / hidden_size**0.5)).to(dtype), None, 1.0, None)
+    x_RH = x_RH.to(dtype)
     with mock.patch.object(triton_engine, "select_tile", lambda *_: tile):
         try:
             error = _disagreement(x_RH, head, labels_R)

@@ -58,7 +58,7 @@ def _(weight_VH: Tensor, group_name: str) -> Tensor:
 
 def vocabulary_size(weight_VH: Tensor, group: ProcessGroup) -> int:
     """Return the rows of all ranks' shards together."""
-    total = torch.tensor(weight_VH.shape[0], device=weight_VH.device)
+    total = torch.tensor(weight_VH.shape[0], dtype=torch.int64, device=weight_VH.device)
     dist.all_reduce(total, group=group)
     return int(total)
 
@@ -113,7 +113,7 @@ class ExchangedRows(NamedTuple):
         firsts_P = counts_P.cumsum(0) - counts_P
         width = int(counts_P.max())
         sorted_owners_R = owners_R[order_R]
-        places_R = torch.arange(rows.shape[0], device=rows.device) - firsts_P[sorted_owners_R]
+        places_R = torch.arange(rows.shape[0], dtype=torch.int64, device=rows.device) - firsts_P[sorted_owners_R]
         slots_R = torch.empty_like(rows)
         slots_R[order_R] = sorted_owners_R * width + places_R
         first = int(firsts_P[group.rank()])

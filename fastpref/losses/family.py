@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .inputs import LossContext, PairLogps
-from .numerics import MAX_EXPONENT, divergence_score, log_odds, smoothed_logistic
+from .numerics import MAX_EXPONENT, divergence_score, odds_ratio_loss, smoothed_logistic
 
 if TYPE_CHECKING:
     from .config import DPOConfig
@@ -149,7 +149,7 @@ def discopop(config: DPOConfig, logps: PairLogps, context: LossContext) -> Tenso
 def orpo(config: DPOConfig, logps: PairLogps, context: LossContext) -> Tensor:
     """NLL - beta logsigmoid(log_odds(m_c) - log_odds(m_r)); beta is the paper's lambda. Source: Hong et al. 2024."""
     chosen, rejected = mean_logps(logps)
-    penalty = smoothed_logistic(log_odds(chosen) - log_odds(rejected))
+    penalty = odds_ratio_loss(chosen, rejected)
     nll = -chosen if config.orpo_nll == "response" else nll_per_pair(logps, context)
     return nll + config.beta * penalty
 

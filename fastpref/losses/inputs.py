@@ -17,7 +17,8 @@ class PairLogps:
         chosen: (B,) sums of the response-token log-probs of the chosen responses under the policy, float32 or float64
             (16-bit sums are promoted to float32 by `preference_loss`).
         rejected: (B,) the same for the rejected responses.
-        chosen_counts: (B,) response tokens in each chosen sum; 0 is allowed and gives a mean of 0.
+        chosen_counts: (B,) response tokens in each chosen sum; 0 is allowed and gives a mean of 0. Counts never receive
+            a gradient.
         rejected_counts: (B,) the same for the rejected responses.
         ref_chosen: (B,) the chosen sums under the reference; never receives a gradient.
         ref_rejected: (B,) the rejected sums under the reference.

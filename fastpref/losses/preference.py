@@ -60,7 +60,8 @@ def expected_initial_loss(config: DPOConfig) -> float | None:
     if not all(LOSSES[name].reads_reference for name in config.loss_names):
         return None
     # any log-probs would do: only their ratios to the reference enter, and those are 0
-    zero, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.int64)
+    zero = torch.zeros(1, dtype=torch.float64, device="cpu")
+    one = torch.ones(1, dtype=torch.int64, device="cpu")
     same = PairLogps(
         chosen=zero, rejected=zero, chosen_counts=one, rejected_counts=one, ref_chosen=zero, ref_rejected=zero
     )
@@ -83,7 +84,7 @@ def _check_inputs(config: DPOConfig, logps: PairLogps) -> None:
 
 
 def _without_filler(logps: PairLogps, pair_weights: Tensor | None) -> PairLogps:
-    """Promote the sums, cut the reference out of the graph, and neutralise pairs of weight 0."""
+    """Promote the sums, cut reference and counts out of the graph, and neutralise pairs of weight 0."""
     sums = {
         "chosen": logps.chosen,
         "rejected": logps.rejected,
@@ -92,9 +93,11 @@ def _without_filler(logps: PairLogps, pair_weights: Tensor | None) -> PairLogps:
         "nll": logps.nll,
     }
     clean = {name: promoted(value) for name, value in sums.items() if value is not None}
+    counts = {name: getattr(logps, name) for name in ("chosen_counts", "rejected_counts", "nll_counts")}
+    clean |= {name: value.detach() for name, value in counts.items() if value is not None}
     if pair_weights is not None:
         # selected before the loss, not after: the backward of an infinite loss turns a zero gradient into NaN
-        clean = {name: torch.where(pair_weights != 0, value, 0.0) for name, value in clean.items()}
+        clean = {name: torch.where(pair_weights != 0, value, 0) for name, value in clean.items()}
     return replace(logps, **clean)
 
 

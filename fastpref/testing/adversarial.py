@@ -61,13 +61,17 @@ def ragged_inputs(
         logit_std: standard deviation of the logits; 3 is that of a trained model's, roughly.
     """
     generator = torch.Generator().manual_seed(seed)
-    hidden_SLH = torch.randn(num_sequences, length, hidden_size, generator=generator, dtype=torch.float32)
-    weight_VH = torch.randn(vocab_size, hidden_size, generator=generator, dtype=torch.float32)
+    hidden_SLH = torch.randn(num_sequences, length, hidden_size, generator=generator, dtype=torch.float32, device="cpu")
+    weight_VH = torch.randn(vocab_size, hidden_size, generator=generator, dtype=torch.float32, device="cpu")
     weight_VH *= logit_std / hidden_size**0.5
-    labels_SL = torch.randint(0, vocab_size, (num_sequences, length), generator=generator, dtype=torch.int64)
+    labels_SL = torch.randint(
+        0, vocab_size, (num_sequences, length), generator=generator, dtype=torch.int64, device="cpu"
+    )
     for s in range(num_sequences):
-        first = int(torch.randint(0, length // 2 + 1, (), generator=generator, dtype=torch.int64))
-        last = int(torch.randint((length + 1) // 2, length + 1, (), generator=generator, dtype=torch.int64))
+        first = int(torch.randint(0, length // 2 + 1, (), generator=generator, dtype=torch.int64, device="cpu"))
+        last = int(
+            torch.randint((length + 1) // 2, length + 1, (), generator=generator, dtype=torch.int64, device="cpu")
+        )
         labels_SL[s, :first] = IGNORE
         labels_SL[s, last:] = IGNORE
     if num_sequences > 2 and length:
@@ -80,7 +84,7 @@ def ragged_inputs(
 def _biased(fill: Callable[[Tensor], object]) -> HeadInputs:
     """Ordinary inputs with a bias that `fill` writes."""
     inputs = ragged_inputs()
-    bias_V = torch.zeros(inputs.weight_VH.shape[0], dtype=torch.float32)
+    bias_V = torch.zeros(inputs.weight_VH.shape[0], dtype=torch.float32, device="cpu")
     fill(bias_V)
     return inputs._replace(bias_V=bias_V)
 
@@ -120,7 +124,9 @@ def common_offset() -> HeadInputs:
 
 def wide_margin() -> HeadInputs:
     """Spread the logits over 1.5e4: probabilities are 0 or 1, log-probs in the thousands."""
-    return _biased(lambda bias_V: bias_V.copy_(torch.linspace(-1e4, 5e3, bias_V.numel(), dtype=torch.float32)))
+    return _biased(
+        lambda bias_V: bias_V.copy_(torch.linspace(-1e4, 5e3, bias_V.numel(), dtype=torch.float32, device="cpu"))
+    )
 
 
 def near_overflow() -> HeadInputs:
@@ -128,7 +134,7 @@ def near_overflow() -> HeadInputs:
     inputs = ragged_inputs()
     hidden_SLH, weight_VH = torch.zeros_like(inputs.hidden_SLH), torch.zeros_like(inputs.weight_VH)
     hidden_SLH[..., 0] = 240.0
-    weight_VH[:, 0] = torch.linspace(-250.0, 250.0, weight_VH.shape[0], dtype=torch.float32)
+    weight_VH[:, 0] = torch.linspace(-250.0, 250.0, weight_VH.shape[0], dtype=torch.float32, device="cpu")
     return inputs._replace(hidden_SLH=hidden_SLH, weight_VH=weight_VH)
 
 
@@ -142,13 +148,13 @@ def certain() -> HeadInputs:
     """Let every label have probability 1 to within rounding: log-probs and gradients near 0."""
     inputs = ragged_inputs(hidden_size=97, vocab_size=97)
     hidden_SLH = torch.nn.functional.one_hot(inputs.labels_SL.clamp(min=0), 97).float()
-    return inputs._replace(hidden_SLH=hidden_SLH, weight_VH=torch.eye(97, dtype=torch.float32) * 40.0)
+    return inputs._replace(hidden_SLH=hidden_SLH, weight_VH=torch.eye(97, dtype=torch.float32, device="cpu") * 40.0)
 
 
 def edge_labels() -> HeadInputs:
     """Label with the first and the last id only."""
     inputs = ragged_inputs()
-    is_even_L = torch.arange(inputs.labels_SL.shape[1], dtype=torch.int64) % 2 == 0
+    is_even_L = torch.arange(inputs.labels_SL.shape[1], dtype=torch.int64, device="cpu") % 2 == 0
     edges_L = torch.where(is_even_L, 0, inputs.weight_VH.shape[0] - 1)
     return inputs._replace(labels_SL=torch.where(inputs.labels_SL >= 0, edges_L, IGNORE))
 
@@ -162,7 +168,9 @@ def repeated_labels() -> HeadInputs:
 def scaled_and_capped() -> HeadInputs:
     """Use bias, scale and softcap together, strong enough that the order of scale and cap shows."""
     inputs = ragged_inputs(logit_std=20.0)
-    bias_V = torch.randn(inputs.weight_VH.shape[0], generator=torch.Generator().manual_seed(1), dtype=torch.float32)
+    bias_V = torch.randn(
+        inputs.weight_VH.shape[0], generator=torch.Generator().manual_seed(1), dtype=torch.float32, device="cpu"
+    )
     return inputs._replace(bias_V=bias_V, logit_scale=0.6, softcap=15.0)
 
 
@@ -171,10 +179,10 @@ def second_mask() -> HeadInputs:
     inputs = ragged_inputs()
     generator = torch.Generator().manual_seed(2)
     drawn_SL = torch.randint(
-        0, inputs.weight_VH.shape[0], inputs.labels_SL.shape, generator=generator, dtype=torch.int64
+        0, inputs.weight_VH.shape[0], inputs.labels_SL.shape, generator=generator, dtype=torch.int64, device="cpu"
     )
     agreed_SL = torch.where(inputs.labels_SL >= 0, inputs.labels_SL, drawn_SL)
-    is_kept_SL = torch.rand(inputs.labels_SL.shape, generator=generator, dtype=torch.float32) < 0.6
+    is_kept_SL = torch.rand(inputs.labels_SL.shape, generator=generator, dtype=torch.float32, device="cpu") < 0.6
     return inputs._replace(nll_labels_SL=torch.where(is_kept_SL, agreed_SL, IGNORE))
 
 

@@ -53,7 +53,7 @@ def read_end(output_dir: Path) -> RunEnd:
     reader = dcp.FileSystemReader(path)
     stored = reader.read_metadata().state_dict_metadata
     content: dict[str, Any] = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        name: torch.empty(entry.size, dtype=entry.properties.dtype, device="cpu")
         for name, entry in stored.items()
         if isinstance(entry, TensorStorageMetadata)
     }

@@ -189,7 +189,7 @@ class DPOTrainer:
         metrics = [
             {name: total / weight for name, (total, weight) in result.metrics.items()} for result in step.results
         ]
-        loss = torch.tensor(step.loss, dtype=torch.float32)
+        loss = torch.tensor(step.loss, dtype=torch.float32, device="cpu")
         return loss, metrics, step.skipped_iter, step.grad_norm, step.num_zeros_in_grad
 
     def attach_reference(self, batches: Sequence[Microbatch], dataset: Any) -> list[Microbatch]:

@@ -115,4 +115,4 @@ class ScaledEmbedding(LanguageModelEmbedding):
 def scale_embedding(embedding: LanguageModelEmbedding, scale: float) -> None:
     """Make an embedding multiply by `scale`, rounded to the format of its weight; in place."""
     embedding.__class__ = ScaledEmbedding
-    embedding.scale = torch.tensor(scale, dtype=embedding.word_embeddings.weight.dtype).item()
+    embedding.scale = torch.tensor(scale, dtype=embedding.word_embeddings.weight.dtype, device="cpu").item()

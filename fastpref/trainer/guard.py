@@ -66,7 +66,7 @@ def check_step(
             totals[:2] += torch.stack([part.double() for part in result.metrics["loss"]])
     bad_gradient = not scaled and not gradients_are_finite(models)
     totals[2] = float(bool(bad) or bad_gradient)
-    totals[3:] = torch.tensor(signals, dtype=torch.float64)
+    totals[3:] = torch.tensor(signals, dtype=torch.float64, device="cpu")
     torch.distributed.all_reduce(totals)
     loss_sum, weight, num_bad, *num_signals = totals.tolist()
     findings = _all_findings(bad, bad_gradient) if num_bad else ()

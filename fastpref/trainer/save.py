@@ -148,7 +148,7 @@ class Save:
             is_writing = any(writer.is_alive() for writer in writers)
             is_late = is_writing and time.monotonic() > deadline
             has_failed = self._abandoned.is_set() or any(writer.error is not None for writer in writers)
-            flags = torch.tensor([is_writing, is_late, has_failed], dtype=torch.int32)
+            flags = torch.tensor([is_writing, is_late, has_failed], dtype=torch.int32, device="cpu")
             torch.distributed.all_reduce(flags, group=self._group)
             num_writing, num_late, num_failed = flags.tolist()
             if num_failed:

@@ -1,5 +1,6 @@
 """Model directories: what is written can be read by others, and nothing hostile is."""
 
+import contextlib
 import json
 import os
 import sys
@@ -288,3 +289,25 @@ def test_writers_of_one_directory_do_not_mix(tmp_path: Path) -> None:
     assert len(errors) == 1  # the second rename finds the name taken
     assert ModelDirectory(path).tensors.keys() == TENSORS.keys()
     assert [file.name for file in tmp_path.iterdir()] == ["m"]
+
+
+def test_writer_that_failed_in_a_tensor_takes_no_more(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "m"
+    with pytest.raises(CheckpointError, match=r"tensor b of .* was written in part"), ModelWriter(path, SPECS, {}) as w:
+        monkeypatch.setattr("fastpref.checkpoint.hf.encode_header", lambda shard: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            w.write("b", TENSORS["b"])
+        monkeypatch.undo()
+        w.write("b", TENSORS["b"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_writer_entered_again_after_an_error_begins_again(tmp_path: Path) -> None:
+    writer = ModelWriter(tmp_path / "m", SPECS, {})
+    for end in (KeyboardInterrupt, None):
+        with contextlib.suppress(KeyboardInterrupt), writer:
+            for name, tensor in TENSORS.items():
+                writer.write(name, tensor)
+            if end:
+                raise end
+    assert ModelDirectory(tmp_path / "m").tensors.keys() == TENSORS.keys()

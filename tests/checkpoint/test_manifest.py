@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastpref.checkpoint import manifest
-from fastpref.checkpoint.directory import finished_steps, read_state
+from fastpref.checkpoint.directory import finished_steps, publish, read_state
 from fastpref.checkpoint.manifest import MANIFEST_FILE, FileRecord
 from fastpref.errors import CheckpointError
 
@@ -129,3 +129,23 @@ def test_finished_steps_takes_no_other_spelling_of_a_number(tmp_path: Path) -> N
         (tmp_path / name).mkdir()
         (tmp_path / name / MANIFEST_FILE).touch()
     assert finished_steps(tmp_path) == [7]
+
+
+@pytest.mark.parametrize("failing", ["rename", "fsync"])
+def test_publish_that_failed_can_be_called_again(tmp_path: Path, monkeypatch, failing: str) -> None:
+    temporary, final = tmp_path / "step-1.tmp-x", tmp_path / "step-1"
+    temporary.mkdir()
+    (temporary / "weights").write_bytes(b"abc")
+    records = manifest.record_files(temporary, ["weights"])
+
+    def fail(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, failing, fail)
+        for _ in range(2):
+            with pytest.raises(OSError, match="No space left"):
+                publish(temporary, final, records)
+            assert not (temporary / MANIFEST_FILE).exists()
+    publish(temporary, final, records)
+    manifest.verify(final)

@@ -273,3 +273,25 @@ def test_files_have_the_mode_of_the_umask(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "cache").iterdir()} == {0o640}
+
+
+def test_cache_without_a_shard_whose_write_failed_is_not_published(tmp_path: Path, monkeypatch) -> None:
+    writer = CacheWriter(tmp_path / "cache", IDENTITY, PLANS)
+    with writer.open() as missing:
+        for table, shard in missing:
+            pairs = PLANS[table].pairs_of(shard)
+            rows = rows_of(PLANS[table])[pairs.start : pairs.stop].double()  # written as fp32
+            if (table, shard) == missing[1]:
+                with monkeypatch.context() as patched, pytest.raises(OSError, match="full"):
+                    patched.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
+                    writer.write(table, shard, rows)
+            else:
+                writer.write(table, shard, rows)
+        for _ in range(2):
+            with pytest.raises(CheckpointError, match="lacks 1 shards, the first 0-000001"):
+                writer.publish({})
+    assert not (tmp_path / "cache").exists()
+    assert write(tmp_path / "cache") == missing[1:2]
+    with torch.device("meta"):
+        rows = ReferenceCache(tmp_path / "cache").read(TRAIN)
+    assert torch.equal(rows, rows_of(PLANS[0]))

@@ -1,5 +1,7 @@
 """The native CPU engine against the formula in fp64, by the numeric rule."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,9 +18,11 @@ from native_problems import (
     run_torch,
     tensors,
 )
+from torch import Tensor
 
+from fastpref import linear_logps
 from fastpref.kernels import native
-from fastpref.kernels.engine import RowScalars
+from fastpref.kernels.engine import Head, RowScalars
 from fastpref.kernels.partials import MAX, MOMENT, SUM, TARGET
 from fastpref.testing.numerics import assert_within_rule, max_error
 
@@ -197,3 +201,72 @@ def test_logit_gradient_of_certain_token_is_zero(case: str, dtype: str, build: s
     results = run_native(given)
     assert (results.outputs["token_logps"] == 0).all() and (results.outputs["hits"] == 1).all()
     assert (results.d_logits_RV == 0).all() and (results.covered_R == 1).all()
+
+
+def freed(tensor: Tensor) -> Tensor:
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+# changes of `forward_rows`' arguments on 6 rows, 8 features and 40 columns; what C++ would have read or written there
+WRONG_MEMORY = {
+    "bound too short": ({"bound_R": torch.zeros(5)}, r"takes bound as torch.float32 \(6,\) on cpu, got .*\(5,\)"),
+    "bound in fp64": ({"bound_R": torch.zeros(6, dtype=torch.float64)}, "takes bound as torch.float32"),
+    "bound on meta": ({"bound_R": torch.zeros(6, device="meta")}, "on cpu, got .*on meta"),
+    "bound expanded": ({"bound_R": torch.zeros(1).expand(6)}, "contiguous elements, got strides"),
+    "labels int32": ({"labels_R": torch.zeros(6, dtype=torch.int32)}, "takes labels as torch.int64"),
+    "labels 2-D": ({"labels_R": torch.zeros(6, 1, dtype=torch.int64)}, "takes labels"),
+    "weight of another H": ({"weight_VH": torch.randn(40, 7)}, r"takes weight as torch.float32 \(40, 8\)"),
+    "weight of another dtype": ({"weight_VH": torch.randn(40, 8).bfloat16()}, "takes weight as torch.float32"),
+    "weight transposed": ({"weight_VH": torch.randn(8, 40).t()}, "contiguous rows, got strides"),
+    "weight without storage": ({"weight_VH": freed(torch.randn(40, 8))}, "without memory behind it.*freed"),
+    "weight sparse": ({"weight_VH": torch.randn(40, 8).to_sparse()}, "takes weight"),
+    "negated view": ({"x_RH": torch._neg_view(torch.randn(6, 8))}, "contiguous rows"),
+    "bias too short": ({"bias_V": torch.zeros(39)}, "takes bias"),
+    "no features": ({"x_RH": torch.zeros(6, 0), "weight_VH": torch.zeros(40, 0)}, "H > 0"),
+}
+
+
+@needs_library
+@pytest.mark.parametrize("case", WRONG_MEMORY)
+def test_forward_rows_refuses_memory_that_is_not_as_described(case: str) -> None:
+    """By exceptions, not asserts: `python -O` must not turn a wrong shape into a fault of memory."""
+    changes, message = WRONG_MEMORY[case]
+    given = {"x_RH": torch.randn(6, 8), "labels_R": torch.zeros(6, dtype=torch.int64), "bound_R": torch.zeros(6)}
+    given |= {"weight_VH": torch.randn(40, 8), "bias_V": None} | changes
+    head = Head(given["weight_VH"], given["bias_V"], 1.0, None)
+    with pytest.raises(ValueError, match=message):
+        native.forward_rows(
+            given["x_RH"], head, given["labels_R"], with_stats=False, bound_R=given["bound_R"], with_cache=False
+        )
+
+
+@needs_library
+@pytest.mark.parametrize("name", ["coefficients", "row_max", "row_sum", "out", "covered"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda values: values.double(),
+        lambda values: values[:-1],
+        lambda values: values.new_zeros(2 * len(values), *values.shape[1:])[::2],
+    ],
+    ids=["dtype", "shape", "strides"],
+)
+def test_logit_gradient_refuses_memory_that_is_not_as_described(name: str, change: Callable) -> None:
+    given = problem(6, 8, 40)
+    memory = {"coefficients": torch.ones(6), "row_max": torch.ones(6), "row_sum": torch.ones(6)}
+    memory |= {"out": torch.zeros(6, 40), "covered": torch.zeros(6)}
+    memory[name] = change(memory[name])
+    scalars = RowScalars(memory["coefficients"], memory["row_max"], memory["row_sum"])
+    with pytest.raises(ValueError, match=f"the native engine takes {name}"):
+        native.logit_gradient(*given, scalars, memory["out"], memory["covered"])
+
+
+@needs_library
+def test_linear_logps_of_one_feature_in_a_transposed_weight() -> None:
+    """A stride says nothing about an axis of length 1."""
+    hidden_TH, labels_T = torch.randn(5, 1), torch.arange(5)
+    weight_VH = torch.randn(1, 30).t()
+    bounds = torch.tensor([0, 5])
+    found = linear_logps(hidden_TH, weight_VH, labels_T, cu_seqlens=bounds)
+    assert torch.equal(found.logps, linear_logps(hidden_TH, weight_VH.clone(), labels_T, cu_seqlens=bounds).logps)

@@ -39,8 +39,8 @@ class ORPOTrainer(_TRLTrainer):
         super().__init__(*args, **kwargs)
         if self.args.n_gpu > 1:
             raise ConfigError(
-                f"one process must see one GPU, got {self.args.n_gpu}: nn.DataParallel copies no fused head; start one "
-                "process per GPU with `accelerate launch` or torchrun"
+                f"one process must see one GPU, got {self.args.n_gpu}: the fused head is not tested under "
+                "nn.DataParallel; start one process per GPU with `accelerate launch` or torchrun"
             )
         refuse_parallelism(self.accelerator)
         model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model

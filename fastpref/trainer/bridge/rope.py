@@ -34,7 +34,7 @@ class Rope(NamedTuple):
         Source: Su et al., "RoFormer"; Chen et al., "Extending context window ... via positional interpolation"
         (linear); the Llama 3.1 reference code (llama3).
         """
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device="cpu").float() / head_dim
         inv_freq = 1.0 / (self.theta**exponents)
         if self.kind == "linear":
             return inv_freq / self.factor

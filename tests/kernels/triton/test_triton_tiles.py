@@ -150,3 +150,13 @@ def test_tune_begins_no_further_size_after_its_seconds(tmp_path: Path, monkeypat
     assert reported == [("sm_90/16", 4096, len(candidates)), ("sm_90/16", 2048, len(candidates))]
     assert table == {"sm_90/16": (next(tile for tile in candidates if tile.stages == 3),)}
     assert load_table(str(tmp_path / "tiles.json")) == table
+
+
+def test_tune_without_time_keeps_the_table_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It wrote an empty one over it."""
+    path = str(tmp_path / "tiles.json")
+    save_table(path, {"sm_90/16": (HOPPER,)})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert tuning.tune(path, seconds=0.0) == {}
+    assert json.loads(Path(path).read_text(encoding="utf-8")).keys() == {"sm_90/16"}
