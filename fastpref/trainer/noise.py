@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastpref.losses import PairLogps
 
-TOKEN_NOISE = {torch.float32: 32.0, torch.float16: 4.0, torch.bfloat16: 2.5}
+TOKEN_NOISE = {torch.float32: 32.0, torch.float16: 4.0, torch.bfloat16: 3.0}
 """Standard deviation between two passes of one model in other rows, per response token, in units of the dtype's eps.
 
 Measured by `python -m bench.tie_noise` (docs/reference-cache.md). Sums over all tokens of a pair differ by this times
