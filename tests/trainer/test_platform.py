@@ -63,6 +63,7 @@ def test_cuda_requests_land_on_the_cpu() -> None:
 @needs_cpu
 def test_torchscript_knows_the_factories_that_go_to_the_cpu() -> None:
     """It knows them by identity, and PyTorch scripts its own code when forward mode is first used."""
+    platform.install_cpu_platform()
 
     def zeros_and_ones(x: torch.Tensor) -> list[torch.Tensor]:
         return [torch.zeros(2), torch.ones([2, 3]), torch.full([2], 3.0), torch.empty_like(x).zero_(), torch.arange(3)]
