@@ -70,15 +70,27 @@ class _OwnLogits(NamedTuple):
 
 
 def foundation(model: PreTrainedModel, device: str) -> tuple[Any, ...]:
-    """Return what a `LogitForm` was found on: layer, hooks, dtypes, autocast, mode; with others it is not known."""
-    head = model.get_output_embeddings()
+    """Return what a `LogitForm` was found on; with anything else it is not known.
+
+    That is the output layer and its hooks, the fields of the config that are read, dtypes, autocast and the mode.
+    """
+    head, config = model.get_output_embeddings(), model.config
     modules = tuple(
-        (type(module).__qualname__, len(module._forward_hooks), len(module._forward_pre_hooks))
+        (
+            f"{type(module).__module__}.{type(module).__qualname__}",
+            getattr(module, "out_features", None),
+            "forward" in vars(module),
+            # Numbers that no two hooks share: one may take the place of another.
+            *((*module._forward_hooks,), (*module._forward_pre_hooks,)),
+        )
         for module in head.modules()
     )
+    # Some families keep the numbers of their config in the model.
+    given = [getattr(owner, name, None) for owner in (config, model) for name in (*SCALE_POWERS, *SOFTCAPS)]
+    numbers = tuple(number if isinstance(number, (int, float)) else None for number in given)
     dtypes = tuple(weight.dtype for weight in head.parameters())
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    return modules, dtypes, autocast, model.training
+    return modules, getattr(config, "vocab_size", None), numbers, dtypes, autocast, model.training
 
 
 def decoder_of(model: PreTrainedModel) -> Any:
