@@ -83,7 +83,8 @@ def foundation(model: PreTrainedModel, device: str) -> tuple[Any, ...]:
             getattr(module, "out_features", None),
             "forward" in vars(module),
             # Numbers that no two hooks share: one may take the place of another.
-            *((*module._forward_hooks,), (*module._forward_pre_hooks,)),
+            tuple(module._forward_hooks),
+            tuple(module._forward_pre_hooks),
         )
         for module in head.modules()
     )
