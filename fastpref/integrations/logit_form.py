@@ -131,7 +131,7 @@ def find_form(
     # The least likely tokens feel every change of the logits most. Neighbours get different ones, or a layer that mixes
     # up positions would not show where one token is the least likely everywhere.
     least_GN2 = own.logits_GNV.topk(min(2, own.logits_GNV.shape[2]), dim=2, largest=False).indices
-    at_N = torch.arange(len(places_N), device=least_GN2.device)
+    at_N = torch.arange(len(places_N), dtype=torch.int64, device=least_GN2.device)
     ids_GN = least_GN2[:, at_N, at_N % least_GN2.shape[2]]
     expected_GN = own.logits_GNV.float().log_softmax(dim=2).gather(2, ids_GN[..., None])[..., 0]
     best: tuple[LogitForm, float, float] | None = None
