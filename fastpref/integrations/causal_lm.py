@@ -31,7 +31,16 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from fastpref.errors import ConfigError
-from fastpref.integrations.logit_form import IGNORE_INDEX, LogitForm, balance_loss, decoder_of, find_form, foundation
+from fastpref.integrations.logit_form import (
+    FOR_DECODER,
+    IGNORE_INDEX,
+    LogitForm,
+    balance_loss,
+    check_labels,
+    decoder_of,
+    find_form,
+    foundation,
+)
 from fastpref.integrations.products import AnsweredProduct, Product, own_linear
 from fastpref.kernels import linear_logps
 
@@ -171,13 +180,17 @@ class LogpsHead:
             )
         if kwargs.get("logits_to_keep"):
             raise ValueError("logits_to_keep chooses among logits, which are not made; label the other tokens -100")
+        if kwargs.get("return_dict") is False:
+            raise ValueError("fused_lm_head=True returns its fields by name; leave return_dict=False out")
         found_on = foundation(model, labels_SL.device.type)
         form = self.forms.get(found_on)
         if form is None:
             plain = LogpsHead(("log_probs",), self.backward)
             form = find_form(model, labels_SL, args, kwargs, lambda *given: plain.score(model, *given)["log_probs"])
-            self.forms[found_on] = form
-        decoded = decoder_of(model)(*args, **kwargs | {"use_cache": False})
+            if labels_SL.numel() > 1:  # a single position would not show a layer that moves them
+                self.forms[found_on] = form
+        decoded = decoder_of(model)(*args, **kwargs | FOR_DECODER)
+        check_labels(labels_SL.shape, decoded.last_hidden_state)
         # The last position has no next token here.
         targets_SL = torch.nn.functional.pad(labels_SL[:, 1:], (0, 1), value=IGNORE_INDEX)
         scores = self.score(model, form, decoded.last_hidden_state, targets_SL)
@@ -257,7 +270,7 @@ class _Answer:
             dtype = torch.get_autocast_dtype(device.type)
             hidden, weight_VH = hidden.to(dtype), weight_VH.to(dtype)
             bias_V = None if bias_V is None else bias_V.to(dtype)
-        hidden_SLH = hidden.view(*self.targets_SL.shape, -1)
+        hidden_SLH = hidden.reshape(*self.targets_SL.shape, -1)
         self.fields = self.score(hidden_SLH, weight_VH, bias_V)
         return self.fields["log_probs"].view(*hidden.shape[:-1], 1)
 

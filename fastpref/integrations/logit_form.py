@@ -7,7 +7,7 @@ they are and once larger, as a softcap shows in large logits only.
 
 The pass is made on every rank alike, with the whole batch: sharded layers meet in it.
 
-Dims: `S` sequences, `L` positions, `N` hidden states, `H` hidden, `V` vocabulary.
+Dims: `S` sequences, `L` positions, `N` chosen positions, `G` gains, `H` hidden, `V` vocabulary.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from fastpref.errors import ConfigError
 IGNORE_INDEX = -100
 CHECKED_TOKENS = 8
 GAINS = (1.0, 8.0)
+# Whatever the config says: its hidden states are read by their name, and nothing grows.
+FOR_DECODER = {"use_cache": False, "return_dict": True}
 # Fields that some families multiply their logits by and others divide by; the usual power of each comes first.
 SCALE_POWERS = {
     "logit_scale": (1, -1, 0),
@@ -61,24 +63,37 @@ class LogitForm(NamedTuple):
 
 
 class _OwnLogits(NamedTuple):
-    """What the model's own forward pass made of some positions: both [1, N, ...], N for each gain."""
+    """What the model's own forward pass made of some positions, a row of them for each gain."""
 
-    hidden_1NH: Tensor
-    logits_NV: Tensor
+    hidden_GNH: Tensor
+    logits_GNV: Tensor
     input_dtype: torch.dtype
     with_autocast: bool
 
 
 def foundation(model: PreTrainedModel, device: str) -> tuple[Any, ...]:
-    """Return what a `LogitForm` was found on: layer, hooks, dtypes, autocast, mode; with others it is not known."""
-    head = model.get_output_embeddings()
+    """Return what a `LogitForm` was found on; with anything else it is not known.
+
+    That is the output layer and its hooks, the fields of the config that are read, dtypes, autocast and the mode.
+    """
+    head, config = model.get_output_embeddings(), model.config
     modules = tuple(
-        (type(module).__qualname__, len(module._forward_hooks), len(module._forward_pre_hooks))
+        (
+            f"{type(module).__module__}.{type(module).__qualname__}",
+            getattr(module, "out_features", None),
+            "forward" in vars(module),
+            # Numbers that no two hooks share: one may take the place of another.
+            tuple(module._forward_hooks),
+            tuple(module._forward_pre_hooks),
+        )
         for module in head.modules()
     )
+    # Some families keep the numbers of their config in the model.
+    given = [getattr(owner, name, None) for owner in (config, model) for name in (*SCALE_POWERS, *SOFTCAPS)]
+    numbers = tuple(number if isinstance(number, (int, float)) else None for number in given)
     dtypes = tuple(weight.dtype for weight in head.parameters())
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    return modules, dtypes, autocast, model.training
+    return modules, getattr(config, "vocab_size", None), numbers, dtypes, autocast, model.training
 
 
 def decoder_of(model: PreTrainedModel) -> Any:
@@ -103,28 +118,32 @@ def find_form(
         labels_SL: labels of the batch; tokens with a label are looked at first.
         args: of the model's forward.
         kwargs: likewise.
-        log_probs: (form, hidden states [1, N, H], ids [1, N]) -> log-probs [1, N] by the op.
+        log_probs: (form, hidden states [G, N, H], ids [G, N]) -> log-probs [G, N] by the op.
 
     Raises:
+        ValueError: labels of another shape than the batch.
         ConfigError: no way to read its config gives the model's own log-probs of its least likely tokens, within the
             roundings of the dtype that the layer multiplies in.
     """
     is_unlabelled_SL = torch.nn.functional.pad(labels_SL[:, 1:], (0, 1), value=IGNORE_INDEX) == IGNORE_INDEX
     places_N = is_unlabelled_SL.flatten().int().argsort(stable=True)[:CHECKED_TOKENS]
-    own = _own_logits(model, places_N, labels_SL.numel(), args, kwargs)
-    # The least likely token feels every change of the logits most.
-    ids_1N = own.logits_NV.argmin(dim=1)[None]
-    expected_N = own.logits_NV.float().log_softmax(dim=1).gather(1, ids_1N.T)[:, 0]
+    own = _own_logits(model, places_N, labels_SL.shape, args, kwargs)
+    # The least likely tokens feel every change of the logits most. Neighbours get different ones, or a layer that mixes
+    # up positions would not show where one token is the least likely everywhere.
+    least_GN2 = own.logits_GNV.topk(min(2, own.logits_GNV.shape[2]), dim=2, largest=False).indices
+    at_N = torch.arange(len(places_N), dtype=torch.int64, device=least_GN2.device)
+    ids_GN = least_GN2[:, at_N, at_N % least_GN2.shape[2]]
+    expected_GN = own.logits_GNV.float().log_softmax(dim=2).gather(2, ids_GN[..., None])[..., 0]
     best: tuple[LogitForm, float, float] | None = None
     # Every reading is tried on every rank, so that all make the same calls.
     for scale, softcap in _readings(model.config):
-        form = LogitForm(own.logits_NV.shape[1], scale, softcap, own.input_dtype, own.with_autocast)
-        error_N = (log_probs(form, own.hidden_1NH, ids_1N)[0] - expected_N).abs()
-        limit_N = _rounding(form, own) * own.logits_NV.float().abs().amax(dim=1)
-        limit_N = limit_N + 4 * torch.finfo(torch.float32).eps * expected_N.abs()
-        excess = (error_N / limit_N).nan_to_num(nan=math.inf).amax().item()  # a NaN differs, too
+        form = LogitForm(own.logits_GNV.shape[2], scale, softcap, own.input_dtype, own.with_autocast)
+        error_GN = (log_probs(form, own.hidden_GNH, ids_GN) - expected_GN).abs()
+        limit_GN = _rounding(form, own) * own.logits_GNV.float().abs().amax(dim=2)
+        limit_GN = limit_GN + 4 * torch.finfo(torch.float32).eps * expected_GN.abs()
+        excess = (error_GN / limit_GN).nan_to_num(nan=math.inf).amax().item()  # a NaN differs, too
         if best is None or (excess <= 1.0 < best[1]):
-            best = form, excess, error_N.amax().item()
+            best = form, excess, error_GN.amax().item()
     assert best is not None, "there is one reading at least"
     form, excess, error = best
     if excess > 1.0:
@@ -155,11 +174,11 @@ def _rounding(form: LogitForm, own: _OwnLogits) -> float:
     Counted are the roundings of a logit: its product's, its scale's and the three of a softcap; each shifts the label's
     logit and the log-sum-exp by half an epsilon of the dtype that is computed in, not of the one that is returned.
     """
-    device = own.hidden_1NH.device.type
+    device = own.hidden_GNH.device.type
     dtype = torch.get_autocast_dtype(device) if form.with_autocast else form.input_dtype
-    epsilon = max(torch.finfo(dtype).eps, torch.finfo(own.logits_NV.dtype).eps)
+    epsilon = max(torch.finfo(dtype).eps, torch.finfo(own.logits_GNV.dtype).eps)
     # A sum of H products in fp32, in another order.
-    epsilon = max(epsilon, own.hidden_1NH.shape[-1] * torch.finfo(torch.float32).eps)
+    epsilon = max(epsilon, own.hidden_GNH.shape[-1] * torch.finfo(torch.float32).eps)
     if device == "cuda" and torch.backends.cuda.matmul.allow_tf32:
         epsilon = max(epsilon, TF32_EPSILON)
     roundings = 1 + (form.logit_scale != 1.0) + 3 * (form.softcap is not None)
@@ -167,10 +186,11 @@ def _rounding(form: LogitForm, own: _OwnLogits) -> float:
 
 
 def _own_logits(
-    model: PreTrainedModel, places_N: Tensor, num_positions: int, args: Sequence[Any], kwargs: dict[str, Any]
+    model: PreTrainedModel, places_N: Tensor, shape_SL: torch.Size, args: Sequence[Any], kwargs: dict[str, Any]
 ) -> _OwnLogits:
     """Run the model's own forward pass, its output layer on some positions alone."""
     seen: dict[str, Any] = {}
+    num_positions = shape_SL.numel()
 
     def narrow(hidden: Tensor) -> Tensor:
         if hidden.shape[:-1].numel() != num_positions:
@@ -179,7 +199,7 @@ def _own_logits(
                 f"{num_positions} in this batch, got {tuple(hidden.shape)}; use TRL's own trainer for this model"
             )
         chosen_NH = hidden.reshape(num_positions, -1)[places_N.to(hidden.device)]
-        return torch.cat([gain * chosen_NH for gain in GAINS])[None]
+        return torch.stack([gain * chosen_NH for gain in GAINS])
 
     def before_head(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         names = list(kwargs)
@@ -189,6 +209,7 @@ def _own_logits(
         return ((narrow(hidden), *args[1:]), kwargs) if args else (args, kwargs | {names[0]: narrow(hidden)})
 
     def after_decoder(module: torch.nn.Module, args: Any, output: Any) -> None:
+        check_labels(shape_SL, output.last_hidden_state)
         seen["decoded"] = output
 
     with (
@@ -209,16 +230,28 @@ def _own_logits(
             "trainer for this model"
         )
     _check_balance(model, own, decoded, kwargs)
-    hidden_1NH = narrow(decoded.last_hidden_state)
-    logits = own.logits
-    if not isinstance(logits, Tensor) or logits.shape[:-1].numel() != hidden_1NH.shape[1]:
+    hidden_GNH, logits = narrow(decoded.last_hidden_state), own.logits
+    if not isinstance(logits, Tensor) or logits.shape[:-1].numel() != hidden_GNH.shape[:-1].numel():
         found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ConfigError(
-            f"{type(model).__name__} must return the logits of its output layer, those of {hidden_1NH.shape[1]} hidden "
-            f"states here, got {found}; use TRL's own trainer for this model"
+            f"{type(model).__name__} must return the logits of its output layer, those of "
+            f"{hidden_GNH.shape[:-1].numel()} hidden states here, got {found}; use TRL's own trainer for this model"
         )
-    logits_NV = logits.reshape(hidden_1NH.shape[1], -1)
-    return _OwnLogits(hidden_1NH, logits_NV, seen["input_dtype"], seen["with_autocast"])
+    logits_GNV = logits.reshape(*hidden_GNH.shape[:-1], -1)
+    return _OwnLogits(hidden_GNH, logits_GNV, seen["input_dtype"], seen["with_autocast"])
+
+
+def check_labels(shape_SL: torch.Size, hidden: Tensor) -> None:
+    """Check the shape of labels against hidden states.
+
+    Raises:
+        ValueError: another batch's.
+    """
+    if hidden.dim() == 3 and hidden.shape[:2] != shape_SL:
+        raise ValueError(
+            f"labels must be [S, L] = {tuple(hidden.shape[:2])}, one for each position of the batch, got "
+            f"{tuple(shape_SL)}; pass the input ids with -100 where none is scored"
+        )
 
 
 def _check_balance(model: PreTrainedModel, own: Any, decoded: Any, kwargs: dict[str, Any]) -> None:
@@ -271,4 +304,4 @@ def _for_a_trial(kwargs: dict[str, Any]) -> dict[str, Any]:
         cache = copy.copy(cache)
         cache.layers = [copy.copy(layer) for layer in cache.layers]
         kwargs = kwargs | {"past_key_values": cache}
-    return kwargs | {"use_cache": False}
+    return kwargs | FOR_DECODER

@@ -158,6 +158,119 @@ def test_a_model_that_changes_is_compared_again() -> None:
             model(**inputs, fused_lm_head=True)
 
 
+@pytest.mark.parametrize("family", ["gemma2", "granite", "cohere"])
+def test_a_field_that_changes_is_read_again(family: str) -> None:
+    """The form of the first call was kept: log-probs were those of the old softcap or scale."""
+    names = {"gemma2": "final_logit_softcapping", "granite": "logits_scaling", "cohere": "logit_scale"}
+    model, inputs = tiny_model(family, 0), batch()
+    add_logps_head(model)
+    model(**inputs, fused_lm_head=True)
+    for owner in (model.config, model):
+        if hasattr(owner, names[family]):
+            setattr(owner, names[family], 0.7)
+    expected = expected_fields(model, inputs)["log_probs"]
+    torch.testing.assert_close(model(**inputs, fused_lm_head=True).log_probs, expected, check_dtype=False)
+
+
+def test_a_number_that_a_model_changes_apart_from_its_config_is_refused() -> None:
+    model = tiny_model("cohere", 0)
+    add_logps_head(model)
+    model(**batch(), fused_lm_head=True)
+    model.logit_scale = 0.7
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="must be those of its logits"):
+            model(**batch(), fused_lm_head=True)
+
+
+@pytest.mark.parametrize("way", ["hook", "forward"])
+def test_what_takes_the_place_of_another_is_compared(way: str) -> None:
+    """Hooks were counted: one that doubles logits in the place of one that looks on doubled log-probs."""
+    model, inputs = tiny_llama(0), batch()
+    handle = model.lm_head.register_forward_hook(lambda module, args, output: None)
+    add_logps_head(model)
+    model(**inputs, fused_lm_head=True)
+    if way == "hook":
+        handle.remove()
+        model.lm_head.register_forward_hook(lambda module, args, output: output * 2)
+    else:
+        own = model.lm_head.forward
+        model.lm_head.forward = lambda hidden: own(hidden) * 2
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="must be those of its logits"):
+            model(**inputs, fused_lm_head=True)
+
+
+@pytest.mark.parametrize("family", ["llama", "tied"])
+@pytest.mark.parametrize("size", [V + 8, V - 4])
+def test_a_vocabulary_of_another_size_is_scored(family: str, size: int) -> None:
+    """The old width was waited for: every later call was refused, as if the layer were quantized."""
+    model, inputs = tiny_model(family, 0), batch()
+    add_logps_head(model)
+    model(**inputs, fused_lm_head=True)
+    model.resize_token_embeddings(size)
+    inputs = inputs | {name: inputs[name].clamp(max=size - 1) for name in ("input_ids", "labels")}
+    expected = expected_fields(model, inputs)["log_probs"]
+    torch.testing.assert_close(model(**inputs, fused_lm_head=True).log_probs, expected, check_dtype=False)
+
+
+class MovesPositions(torch.nn.Module):
+    """Multiplies the hidden states in another order than that of the batch."""
+
+    def __init__(self, layer: torch.nn.Module, make: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer, self.make = layer, make
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.layer(self.make(hidden.transpose(0, 1))).transpose(0, 1)
+
+
+@pytest.mark.parametrize("make", [Tensor.contiguous, lambda hidden: hidden], ids=["contiguous", "a view"])
+@pytest.mark.parametrize("num_tokens", [2, 12])
+def test_a_layer_that_moves_positions_is_refused(make: Any, num_tokens: int) -> None:
+    """One row alone was compared, in which nothing moves; the log-probs of several were mixed up."""
+    model, inputs = tiny_llama(0), batch()
+    model.lm_head = MovesPositions(model.lm_head, make)
+    add_logps_head(model)
+    single = {name: values[:1, :1] for name, values in inputs.items()}
+    assert model(**single, fused_lm_head=True).log_probs.shape == (1, 0)
+    for some in ({name: values[:1, :num_tokens] for name, values in inputs.items()}, inputs):
+        with pytest.raises(ConfigError, match="must be those of its logits"):
+            model(**some, fused_lm_head=True)
+
+
+def test_moved_positions_show_where_one_token_is_the_least_likely_everywhere() -> None:
+    model = tiny_model("phi", 0)
+    with torch.no_grad():
+        model.lm_head.bias[7] = -50.0
+    model.lm_head = MovesPositions(model.lm_head, Tensor.contiguous)
+    add_logps_head(model)
+    with pytest.raises(ConfigError, match="must be those of its logits"):
+        model(**batch(), fused_lm_head=True)
+
+
+@pytest.mark.parametrize("change", [lambda labels: labels[:, :-2], lambda labels: labels.T, lambda labels: labels[:2]])
+def test_labels_of_another_shape_are_refused(change: Any) -> None:
+    """Transposed ones have as many values as the batch has positions: they were scored, wrongly."""
+    model, inputs = tiny_llama(0), batch()
+    add_logps_head(model)
+    wrong = inputs | {"labels": change(inputs["labels"])}
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"labels must be \[S, L\] = \(4, 12\), one for each position"):
+            model(**wrong, fused_lm_head=True)
+        model(**inputs, fused_lm_head=True)
+
+
+@pytest.mark.parametrize("family", ["mamba", "bloom"])
+def test_fields_have_names_whatever_the_config_says(family: str) -> None:
+    model, inputs = tiny_model(family, 0), batch()
+    expected = expected_fields(model, inputs)["log_probs"]
+    model.config.return_dict = False
+    add_logps_head(model)
+    torch.testing.assert_close(model(**inputs, fused_lm_head=True).log_probs, expected, check_dtype=False)
+    with pytest.raises(ValueError, match="returns its fields by name; leave return_dict=False out"):
+        model(**inputs, fused_lm_head=True, return_dict=False)
+
+
 def test_hooks_that_look_on_are_called() -> None:
     model, inputs = tiny_llama(0), batch()
     expected = expected_fields(model, inputs)["log_probs"]
