@@ -362,6 +362,12 @@ def _refuse_unsupported(model: PreTrainedModel) -> None:
     if head is None or decoder_of(model) is model:
         missing = "an output layer" if head is None else "a decoder apart from its output layer"
         raise ConfigError(f"the model must have {missing}, got {name}; load it as AutoModelForCausalLM")
+    learned = [name for name, weight in model.named_parameters(recurse=False) if weight.requires_grad]
+    if learned:
+        raise ConfigError(
+            f"{name} must have no trainable weights outside of its decoder and output layer, got {', '.join(learned)}: "
+            "a number that its logits depend on would get no gradient; freeze them, or use TRL's own trainer"
+        )
     quantized = sorted({str(weight.dtype) for weight in head.parameters() if not weight.is_floating_point()})
     if quantized:
         raise ConfigError(

@@ -121,10 +121,16 @@ def find_form(
         log_probs: (form, hidden states [G, N, H], ids [G, N]) -> log-probs [G, N] by the op.
 
     Raises:
-        ValueError: labels of another shape than the batch.
+        ValueError: labels of another shape than the batch, or weights without numbers.
         ConfigError: no way to read its config gives the model's own log-probs of its least likely tokens, within the
             roundings of the dtype that the layer multiplies in.
     """
+    for name, module in model.named_modules():
+        # Accelerate's hooks bring the numbers when the module runs.
+        if any(weight.is_meta for weight in module.parameters(recurse=False)) and not hasattr(module, "_hf_hook"):
+            raise ValueError(
+                f"{name} of {type(model).__name__} is on the meta device, without numbers; load its weights"
+            )
     is_unlabelled_SL = torch.nn.functional.pad(labels_SL[:, 1:], (0, 1), value=IGNORE_INDEX) == IGNORE_INDEX
     places_N = is_unlabelled_SL.flatten().int().argsort(stable=True)[:CHECKED_TOKENS]
     own = _own_logits(model, places_N, labels_SL.shape, args, kwargs)

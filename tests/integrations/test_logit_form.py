@@ -393,6 +393,25 @@ def test_what_has_no_values_or_is_not_made_is_refused() -> None:
         model(**batch(), fused_lm_head=True, logits_to_keep=3)
 
 
+def test_weights_without_numbers_are_refused() -> None:
+    model = tiny_llama(0)
+    add_logps_head(model)
+    with pytest.raises(
+        ValueError, match="model.embed_tokens of LlamaForCausalLM is on the meta device, without numbers"
+    ):
+        model.to("meta")(**batch(), fused_lm_head=True)
+
+
+def test_a_learned_factor_of_the_logits_is_refused() -> None:
+    """Its first value is a field of the config; it would be left as it is, without a gradient."""
+    model = changed(lambda z: z)
+    model.logit_scale = torch.nn.Parameter(torch.tensor(0.5))
+    with pytest.raises(ConfigError, match=r"no trainable weights outside of .*, got logit_scale"):
+        add_logps_head(model)
+    model.logit_scale.requires_grad_(False)
+    add_logps_head(model)
+
+
 def test_another_balance_of_experts_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("mixtral", 0)
     add_logps_head(model)
