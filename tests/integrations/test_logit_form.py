@@ -396,9 +396,7 @@ def test_what_has_no_values_or_is_not_made_is_refused() -> None:
 def test_weights_without_numbers_are_refused() -> None:
     model = tiny_llama(0)
     add_logps_head(model)
-    with pytest.raises(
-        ValueError, match="model.embed_tokens of LlamaForCausalLM is on the meta device, without numbers"
-    ):
+    with pytest.raises(ValueError, match=r"embed_tokens of LlamaForCausalLM is on the meta device, without numbers"):
         model.to("meta")(**batch(), fused_lm_head=True)
 
 
