@@ -6,7 +6,8 @@ A forward that remembered its model ran the original for every copy, and gradien
 import copy
 import io
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ pytest.importorskip("transformers", reason="the models are Hugging Face's (extra
 
 from accelerate import Accelerator, cpu_offload
 from accelerate.hooks import ModelHook, add_hook_to_module
+from accelerate.state import AcceleratorState, PartialState
 from test_causal_lm import batch, expected_fields
 from transformers import LlamaForCausalLM
 from trl_runs import tiny_llama, tiny_model
@@ -31,14 +33,17 @@ def saved_and_loaded(model: Any) -> Any:
     return torch.load(buffer, weights_only=False)
 
 
-def accelerated(model: Any) -> Any:
-    """What Accelerate makes of a model in bf16: its forward in two wrappers."""
-    state = Accelerator(cpu=True, mixed_precision="bf16")
+@contextmanager
+def bf16_accelerator() -> Iterator[Accelerator]:
+    """An accelerator of its own, whatever the process has made before; TRL's trainers share one state."""
+    before = AcceleratorState._shared_state.copy(), PartialState._shared_state.copy()
+    AcceleratorState._reset_state(reset_partial_state=True)
     try:
-        return copy.deepcopy(state.prepare_model(model))
+        yield Accelerator(cpu=True, mixed_precision="bf16")
     finally:
-        state.free_memory()
-        type(state.state)._reset_state(reset_partial_state=True)
+        for state, shared in zip((AcceleratorState, PartialState), before, strict=True):
+            state._shared_state.clear()
+            state._shared_state.update(shared)
 
 
 COPIES: dict[str, Callable[[Any], Any]] = {
@@ -90,7 +95,8 @@ def test_a_copy_can_be_prepared_again(way: str) -> None:
 def test_a_copy_of_an_accelerated_model_is_independent() -> None:
     model, inputs = tiny_llama(0), batch()
     add_logps_head(model)
-    snapshot = accelerated(model)
+    with bf16_accelerator() as accelerator:
+        snapshot = copy.deepcopy(accelerator.prepare_model(model))
     with torch.no_grad():
         expected = snapshot(**inputs, fused_lm_head=True).log_probs
         for weight in model.parameters():
@@ -105,11 +111,8 @@ def test_wrappers_that_accelerate_takes_off_leave_the_head() -> None:
     model, inputs = tiny_llama(0), batch()
     add_logps_head(model)
     expected = model(**inputs, fused_lm_head=True).log_probs
-    state = Accelerator(cpu=True, mixed_precision="bf16")
-    try:
-        bare = state.unwrap_model(state.prepare_model(model), keep_fp32_wrapper=False)
-    finally:
-        type(state.state)._reset_state(reset_partial_state=True)
+    with bf16_accelerator() as accelerator:
+        bare = accelerator.unwrap_model(accelerator.prepare_model(model), keep_fp32_wrapper=False)
     torch.testing.assert_close(bare(**inputs, fused_lm_head=True).log_probs, expected, rtol=0, atol=0)
 
 

@@ -129,35 +129,49 @@ def test_cut_pass_of_two_ranks_is_finished_by_one(rank_pool_2: RankPool, single,
     )
 
 
-def first_logs(layout: Layout, path: str | None, output_dir: str, settings: dict) -> dict[str, float]:
-    """Metrics before and at the first step of a run that starts at its reference: a cache, or a copy in memory."""
+def first_logs(layout: Layout, path: str, output_dir: str, settings: dict) -> list[dict[str, float]]:
+    """Metrics before and at the first step of runs that start at their reference: a cache, then a copy in memory."""
     args = replace(arguments(layout, output_dir), max_steps=1, eval_on_start=True, **settings)
     initialize_megatron(args)
+    logs = []
     try:
         options, data = ModelOptions(sequence_parallel=layout.sequence_parallel), PreferenceDataset(PAIRS)
-        models = build_models(SHARP, options, seed=0)
-        reference = None if path is None else ReferenceCache(path, starts_at_policy=True)
-        trainer = DPOTrainer(models, DPOConfig(), reference, args, train_dataset=data, eval_dataset=data)
-        trainer.train()
-        return trainer.log_history[0] | trainer.log_history[1]
+        for name, reference in (("cached", ReferenceCache(path, starts_at_policy=True)), ("live", None)):
+            args = replace(args, output_dir=f"{output_dir}-{name}")
+            models = build_models(SHARP, options, seed=0)
+            trainer = DPOTrainer(models, DPOConfig(), reference, args, train_dataset=data, eval_dataset=data)
+            trainer.train()
+            logs.append(trainer.log_history[0] | trainer.log_history[1])
     finally:
         destroy()
+    return logs
 
 
-@pytest.mark.parametrize("settings", [{}, {"packing": True, "prefix_sharing": True}], ids=["padded", "shared"])
-def test_every_layout_ties_a_policy_with_its_reference(rank_pool_2: RankPool, tmp_path, settings: dict) -> None:
-    """With a cache that one process wrote, and with a copy in memory, whose margins are exactly 0."""
-    path = str(tmp_path / "cache")
+SHARED = {"packing": True, "prefix_sharing": True}
+TIED = [(name, "shared", SHARED) for name in (*LAYOUTS, "cp2")] + [(name, "padded", {}) for name in ("dp2", "tp2")]
+
+
+@pytest.fixture(scope="module")
+def cache_of_one_process(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = str(tmp_path_factory.mktemp("reference") / "cache")
     initialize_megatron(arguments(Layout()))
     models = build_models(SHARP, seed=0)
     score_reference(models, [PreferenceDataset(PAIRS)], path, arguments(Layout()), identity={})
     destroy()
-    for name, layout in (LAYOUTS | {"cp2": Layout(cp=2)}).items():
-        for log in rank_pool_2.run(first_logs, layout, path, str(tmp_path / name), settings):
-            assert log["rewards/accuracies"] == log["eval_rewards/accuracies"] == 0.5, name
-        for log in rank_pool_2.run(first_logs, layout, None, str(tmp_path / f"{name}-live"), settings):
-            for metric in ("rewards/margins", "kl/chosen", "kl/rejected"):
-                assert log[metric] == log[f"eval_{metric}"] == 0.0, (name, metric)
+    return path
+
+
+@pytest.mark.parametrize(("name", "form", "settings"), TIED, ids=[f"{name}-{form}" for name, form, _ in TIED])
+def test_every_layout_ties_a_policy_with_its_reference(
+    rank_pool_2: RankPool, cache_of_one_process: str, tmp_path, name: str, form: str, settings: dict
+) -> None:
+    """With a cache that one process wrote, and with a copy in memory, whose margins are exactly 0."""
+    layout = (LAYOUTS | {"cp2": Layout(cp=2)})[name]
+    for cached, live in rank_pool_2.run(first_logs, layout, cache_of_one_process, str(tmp_path / form), settings):
+        for log in (cached, live):
+            assert log["rewards/accuracies"] == log["eval_rewards/accuracies"] == 0.5
+        for metric in ("rewards/margins", "kl/chosen", "kl/rejected"):
+            assert live[metric] == live[f"eval_{metric}"] == 0.0, metric
 
 
 def refused(path: str) -> str:
