@@ -15,8 +15,8 @@ READY := $(VENV)/.fastpref-ready
 # The newest Megatron-Core: it declares Python 3.12 but runs on 3.11, so it is unpacked beside the installed one.
 NEXT_VERSION := 0.19.2
 NEXT := $(abspath $(VENV))/megatron-$(NEXT_VERSION)
-# Most tests keep one core busy: two processes share the suite, file by file.
-TEST_WORKERS ?= 2
+# Most tests keep one core busy, and those of ranks that hang or die wait: three processes share two cores, file by file.
+TEST_WORKERS ?= 3
 NEXT_TESTS := test_conftest.py trainer/test_platform.py trainer/test_model.py trainer/test_dpo_trainer.py \
   $(addprefix trainer/test_bridge_weights.py::, test_export_of_import_is_identical test_export_on_two_ranks_is_identical) \
   trainer/test_resume.py parallel/test_resume_layouts.py trainer/test_async_save.py parallel/test_async_save_ranks.py \
