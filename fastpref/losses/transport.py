@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .inputs import LossContext, PairLogps
 from .numerics import smoothed_logistic
@@ -53,9 +54,13 @@ def aot_unpaired(config: DPOConfig, logps: PairLogps, context: LossContext) -> T
 def _own_side(config: DPOConfig, context: LossContext, own_B: Tensor, both_B: Tensor) -> Tensor:
     """Smoothed logistic loss of `beta * both_B`; its gradient goes to `own_B`, equal values without the partners'."""
     own, both = config.beta * own_B, config.beta * both_B
-    # forward mode is refused by a method of its own, which `torch.compile` does not trace
-    log_sigmoid = _OwnLogSigmoid if torch.compiler.is_compiling() else _OwnLogSigmoidOfReverseMode
-    loss = -log_sigmoid.apply(own, both, context.gather is not None)
+    is_compiled = torch.compiler.is_compiling()
+    if is_compiled and forward_ad._current_level >= 0:
+        _refuse_forward_mode()
+    # A compiled Function loses its second derivative without a word, but under `torch.func`; an operator keeps it.
+    is_operator = is_compiled and not torch._C._are_functorch_transforms_active()
+    log_sigmoid = _own_log_sigmoid if is_operator else _OwnLogSigmoid.apply
+    loss = -log_sigmoid(own, both, context.gather is not None)
     ls = config.label_smoothing
     return loss + ls * own if ls else loss
 
@@ -81,21 +86,41 @@ class _OwnLogSigmoid(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (both,) = ctx.saved_tensors
-        (own_grad,) = torch.func.vjp(F.logsigmoid, both)[1](grad)
-        if ctx.is_gathered and torch.is_grad_enabled():
-            own_grad = _FirstDerivative.apply(own_grad)
-        return own_grad, None, None
+        return _own_gradient(ctx, grad)
 
-
-class _OwnLogSigmoidOfReverseMode(_OwnLogSigmoid):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> NoReturn:
         # PyTorch runs this method with forward mode off: nested, it would lose the outer derivative without a word
-        raise NotImplementedError(
-            "aot_unpaired has no forward-mode derivative (jvp, jacfwd, hessian); use reverse mode: "
-            "vjp, jacrev, and jacrev(jacrev(...)) for a hessian"
-        )
+        _refuse_forward_mode()
+
+
+def _refuse_forward_mode() -> NoReturn:
+    raise NotImplementedError(
+        "aot_unpaired has no forward-mode derivative (jvp, jacfwd, hessian); use reverse mode: "
+        "vjp, jacrev, and jacrev(jacrev(...)) for a hessian"
+    )
+
+
+def _own_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (both,) = ctx.saved_tensors
+    (own_grad,) = torch.func.vjp(F.logsigmoid, both)[1](grad)
+    if ctx.is_gathered and torch.is_grad_enabled():
+        own_grad = _FirstDerivative.apply(own_grad)
+    return own_grad, None, None
+
+
+@torch.library.custom_op("fastpref::own_log_sigmoid", mutates_args=())
+def _own_log_sigmoid(own: Tensor, both: Tensor, is_gathered: bool) -> Tensor:
+    """`_OwnLogSigmoid` for the compiler, which takes an operator as it is."""
+    return F.logsigmoid(both)
+
+
+@_own_log_sigmoid.register_fake
+def _(own: Tensor, both: Tensor, is_gathered: bool) -> Tensor:
+    return torch.empty_like(both)
+
+
+_own_log_sigmoid.register_autograd(_own_gradient, setup_context=_OwnLogSigmoid.setup_context)
 
 
 class _FirstDerivative(torch.autograd.Function):

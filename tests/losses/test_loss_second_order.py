@@ -1,5 +1,7 @@
 """Second derivatives of every loss: those of the printed formulas, also where a margin is zero, tied or at a floor."""
 
+from collections.abc import Callable
+
 import mpmath as mp
 import pytest
 import torch
@@ -159,3 +161,32 @@ def test_orpo_keeps_the_limit_of_both_derivatives_where_the_log_odds_are_floored
     # d/dm log(1 + (e^-m - 1) odds) at m = 0, beside the NLL's -1
     assert slope.item() == pytest.approx(-1 - odds, rel=2e-6)
     assert hessian(losses, columns)[0, 0].item() == pytest.approx(odds - odds**2, rel=1e-5)
+
+
+def test_compiled_second_derivatives_of_aot_unpaired_are_right_or_refused() -> None:
+    """A compiled autograd function gives a gradient without a graph: beside another loss its part was missing."""
+    config = DPOConfig(pref_loss=("sigmoid", "aot_unpaired"))
+    generator = torch.Generator().manual_seed(0)
+    sums = [torch.randn(5, generator=generator, dtype=torch.float64) for _ in range(4)]
+    counts = torch.ones(5, dtype=torch.int64)
+
+    def loss(chosen: torch.Tensor) -> torch.Tensor:
+        pairs = PairLogps(
+            chosen=chosen,
+            rejected=sums[1],
+            ref_chosen=sums[2],
+            ref_rejected=sums[3],
+            chosen_counts=counts,
+            rejected_counts=counts,
+        )
+        return preference_loss(config, pairs).losses.sum()
+
+    def second(function: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        chosen = sums[0].clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(function(chosen), chosen, create_graph=True)
+        return torch.autograd.grad(gradient.square().sum(), chosen)[0]
+
+    torch._dynamo.reset()
+    torch.testing.assert_close(second(torch.compile(loss, backend="eager", fullgraph=True)), second(loss))
+    with pytest.raises(NotImplementedError, match="aot_unpaired has no forward-mode derivative"):
+        torch.compile(lambda x: torch.func.jvp(loss, (x,), (x,))[1], backend="eager")(sums[0])
