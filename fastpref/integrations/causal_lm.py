@@ -180,6 +180,12 @@ class LogpsHead:
             )
         if kwargs.get("logits_to_keep"):
             raise ValueError("logits_to_keep chooses among logits, which are not made; label the other tokens -100")
+        unanswered = [name for name in ("output_hidden_states", "output_attentions") if kwargs.get(name)]
+        if unanswered:
+            raise ValueError(
+                f"fused_lm_head=True returns log-probs alone, got {' and '.join(unanswered)}; leave it out, or call "
+                "the model without fused_lm_head"
+            )
         if kwargs.get("return_dict") is False:
             raise ValueError("fused_lm_head=True returns its fields by name; leave return_dict=False out")
         found_on = foundation(model, labels_SL.device.type)

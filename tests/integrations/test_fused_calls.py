@@ -141,3 +141,12 @@ def test_what_has_no_values_or_is_not_made_is_refused() -> None:
     add_logps_head(model)
     with pytest.raises(ValueError, match="logits_to_keep chooses among logits"):
         model(**batch(), fused_lm_head=True, logits_to_keep=3)
+
+
+@pytest.mark.parametrize("name", ["output_hidden_states", "output_attentions"])
+def test_what_would_not_be_returned_is_refused(name: str) -> None:
+    model = tiny_llama(0)
+    add_logps_head(model)
+    with pytest.raises(ValueError, match=f"returns log-probs alone, got {name}"):
+        model(**batch(), fused_lm_head=True, **{name: True})
+    model(**batch(), fused_lm_head=True, **{name: False})
