@@ -17,9 +17,9 @@ NEXT_VERSION := 0.19.2
 NEXT := $(abspath $(VENV))/megatron-$(NEXT_VERSION)
 # Most tests keep one core busy, and those of ranks that hang or die wait: three processes share two cores, file by file.
 TEST_WORKERS ?= 3
-NEXT_TESTS := test_conftest.py trainer/test_platform.py trainer/test_model.py trainer/test_dpo_trainer.py \
-  $(addprefix trainer/test_bridge_weights.py::, test_export_of_import_is_identical test_export_on_two_ranks_is_identical) \
-  trainer/test_resume.py parallel/test_resume_layouts.py trainer/test_async_save.py parallel/test_async_save_ranks.py \
+NEXT_TESTS := test_conftest.py trainer/ranks/test_platform.py trainer/model/test_model.py trainer/test_dpo_trainer.py \
+  $(addprefix trainer/model/test_weights.py::, test_export_of_import_is_identical test_export_on_two_ranks_is_identical) \
+  trainer/saves/test_resume.py parallel/test_resume_layouts.py trainer/saves/test_async_save.py parallel/test_async_save_ranks.py \
   $(addprefix parallel/test_layouts.py::, test_layout_trains_like_one_process test_expert_layout_trains_like_one_process) \
   parallel/test_experts.py::test_two_ranks_train_experts_like_one
 PYTEST := $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
@@ -62,15 +62,15 @@ fuzz: $(READY)
 
 # SIGKILL at every step and every file operation of a save, in four layouts; about ten minutes.
 kill-matrix: $(READY)
-	$(BIN)/python -m fastpref.testing.kill_matrix
+	$(BIN)/python -m checks.kill_matrix
 
 # The demo's training on two ranks that are killed at random, again and again; at most 15 minutes.
 soak: $(READY)
-	$(BIN)/python -m fastpref.testing.soak
+	$(BIN)/python -m checks.soak
 
 # Every parallel layout against one process, 3 steps each; about ten minutes.
 parity: $(READY)
-	$(BIN)/python examples/parity_layouts.py --output bench/results/parity_layouts.json
+	$(BIN)/python -m checks.layout_parity --output bench/results/parity_layouts.json
 
 # What stands on Megatron-Core, once more on its newest version.
 test-megatron-next: $(READY) $(NEXT)
@@ -80,11 +80,11 @@ $(NEXT): | $(READY)
 	$(BIN)/pip install --quiet --no-deps --ignore-requires-python --target $@ megatron-core==$(NEXT_VERSION)
 
 parity-trl: $(READY)
-	$(BIN)/python examples/parity_trl.py
+	$(BIN)/python -m checks.trl_parity
 
 # TRL's trainers and fastpref's under DeepSpeed ZeRO-3 on two CPU ranks: twenty settings in about three minutes, or three.
 parity-zero3: $(READY) deepspeed
-	$(BIN)/python examples/parity_zero3.py --output bench/results/parity_zero3.json
+	$(BIN)/python -m checks.zero3_parity --output bench/results/parity_zero3.json
 
 test-zero3: $(READY) deepspeed
 	$(BIN)/python -m pytest tests/integrations/test_trl_zero3.py

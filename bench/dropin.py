@@ -78,7 +78,7 @@ def _load(path: Path, vocab_size: int, is_dry: bool) -> Any:
 
     if not is_dry:
         return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    from fastpref.testing.tiny import TINY_LLAMA
+    from checks.tiny import TINY_LLAMA
 
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(**TINY_LLAMA | {"vocab_size": vocab_size}))

@@ -20,7 +20,7 @@ from bench.measure import Row
 
 if TYPE_CHECKING:
     from fastpref.trainer import DPOTrainer, TrainingArguments
-    from fastpref.trainer.feed import PairFeed
+    from fastpref.trainer.step.feed import PairFeed
 
 KINDS: dict[str, dict[str, bool]] = {
     "padded": {},
@@ -76,7 +76,7 @@ def _build(
     """One trainer, and a feed of each kind of rows for it."""
     from fastpref.data import DataConfig, load_dataset, load_tokenizer
     from fastpref.trainer import DPOConfig, DPOTrainer, TrainingArguments, initialize_megatron, load_models
-    from fastpref.trainer.feed import PairFeed
+    from fastpref.trainer.step.feed import PairFeed
 
     args = TrainingArguments(
         output_dir=str(directory),

@@ -54,7 +54,8 @@ def measure_shard(workload: str, repeats: int) -> dict[str, Row]:
     """Measures this rank's part of the head; every rank of the group calls it."""
     from megatron.core import parallel_state
 
-    from fastpref.trainer import TrainingArguments, initialize_megatron, platform
+    from fastpref.trainer import TrainingArguments, initialize_megatron
+    from fastpref.trainer.ranks import platform
 
     size = torch.distributed.get_world_size()
     initialize_megatron(TrainingArguments(tensor_model_parallel_size=size, report_to=()))

@@ -213,7 +213,7 @@ def _kill_matrix(results: Path) -> Iterator[Line]:
 
 def _soak(results: Path) -> Iterator[Line]:
     """Random kills, with saves that training waits for and with saves beside it."""
-    beside = "python -m fastpref.testing.soak --seed 1 --output bench/results/soak_async.json training.async_save=true"
+    beside = "python -m checks.soak --seed 1 --output bench/results/soak_async.json training.async_save=true"
     for name, how, command in (("soak", "", "make soak"), ("soak_async", " while it saves beside training", beside)):
         if (file := results / f"{name}.json").exists():
             row = json.loads(file.read_text(encoding="utf-8"))

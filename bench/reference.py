@@ -16,8 +16,8 @@ import torch
 
 from bench.measure import Row, status_mib
 from bench.workloads import MODELS, ROOT
+from checks.tiny import TINY_LLAMA, tiny_pairs
 from fastpref.data import DataConfig, PreferenceDataset, load_dataset, load_tokenizer
-from fastpref.testing.tiny import TINY_LLAMA, tiny_pairs
 from fastpref.trainer import (
     DPOConfig,
     DPOTrainer,
@@ -29,8 +29,8 @@ from fastpref.trainer import (
     load_models,
     score_reference,
 )
-from fastpref.trainer.optimizer import params_dtype
-from fastpref.trainer.reference import MAX_DRIFT, PrecomputedReference, build_reference
+from fastpref.trainer.reference.reference import MAX_DRIFT, PrecomputedReference, build_reference
+from fastpref.trainer.step.optimizer import params_dtype
 
 PAIRS = ROOT / "examples" / "data_real" / "pairs.jsonl"
 KINDS = ("model", "precomputed")

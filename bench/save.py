@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bench.measure import Row, return_memory, status_mib
-from fastpref.testing.tiny import tiny_pairs
+from checks.tiny import tiny_pairs
 
 if TYPE_CHECKING:
     from fastpref.trainer import DPOTrainer
@@ -37,7 +37,8 @@ def measure_saves(model: str, scratch: str, repeats: int) -> Row:
         scratch: a new directory for the checkpoints.
         repeats: of each, after one that warms up.
     """
-    from fastpref.trainer import platform, state
+    from fastpref.trainer.ranks import platform
+    from fastpref.trainer.saves import state
 
     trainer = _trainer(model, scratch)
     try:
@@ -78,7 +79,8 @@ def measure_saves(model: str, scratch: str, repeats: int) -> Row:
 
 def measure_import(model: str) -> Row:
     """Highest resident memory of `load_models` above what was there before, the model's own included."""
-    from fastpref.trainer import TrainingArguments, initialize_megatron, load_models, platform
+    from fastpref.trainer import TrainingArguments, initialize_megatron, load_models
+    from fastpref.trainer.ranks import platform
 
     initialize_megatron(TrainingArguments())
     try:
@@ -93,7 +95,8 @@ def measure_import(model: str) -> Row:
 
 def measure_export(model: str, scratch: str, shard_mib: int) -> Row:
     """Highest resident memory of `save_hf` above that of the model."""
-    from fastpref.trainer import TrainingArguments, initialize_megatron, load_models, platform, save_hf
+    from fastpref.trainer import TrainingArguments, initialize_megatron, load_models, save_hf
+    from fastpref.trainer.ranks import platform
 
     initialize_megatron(TrainingArguments())
     try:
@@ -155,7 +158,7 @@ def _save_beside(
 @contextmanager
 def _timeline() -> Iterator[dict[str, list[tuple[float, float]]]]:
     """While entered, notes when the parts of a save begin and end, in whatever thread."""
-    from fastpref.trainer import save, shards
+    from fastpref.trainer.saves import save, shards
 
     places = {
         "copy": (shards.Shards, "to_host"),

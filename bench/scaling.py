@@ -15,12 +15,13 @@ from typing import Any
 import torch
 
 from bench.measure import Row, status_mib
+from checks.tiny import pair_of
 from fastpref.data import TokenizedPair
-from fastpref.testing.tiny import pair_of
+from fastpref.run.architecture.architecture import Architecture
+from fastpref.run.plan.pipeline import head_flops, layer_flops
 from fastpref.testing.workers import RankPool
-from fastpref.trainer import DPOConfig, DPOTrainer, TrainingArguments, build_models, initialize_megatron, platform
-from fastpref.trainer.bridge.architecture import Architecture
-from fastpref.trainer.pipeline import head_flops, layer_flops
+from fastpref.trainer import DPOConfig, DPOTrainer, TrainingArguments, build_models, initialize_megatron
+from fastpref.trainer.ranks import platform
 
 VOCAB_SIZES = (16_384, 65_536, 262_144)
 LENGTHS = (256, 512, 1024, 2048)

@@ -2,8 +2,8 @@
 
     python -m bench.tie_noise MODEL_DIR --precision fp32 --pairs 6        half a minute; 16 bits take minutes
 
-The numbers behind `fastpref.trainer.noise.TOKEN_NOISE`: the difference of a pair's two log-ratios, which is 0 in exact
-arithmetic, over the square root of its response tokens, in units of the format's eps.
+The numbers behind `fastpref.trainer.step.noise.TOKEN_NOISE`: the difference of a pair's two log-ratios, which is 0 in
+exact arithmetic, over the square root of its response tokens, in units of the format's eps.
 
 Dims: B pairs, S = 2B sequences, K score columns.
 """
@@ -21,9 +21,9 @@ from torch import Tensor
 from fastpref.data import DataConfig, PackedCollator, PreferenceCollator, TokenizedPair, load_dataset, load_tokenizer
 from fastpref.losses import DPOConfig
 from fastpref.trainer import ModelOptions, TrainingArguments, initialize_megatron, load_models
-from fastpref.trainer.batch import Microbatch
-from fastpref.trainer.noise import TOKEN_NOISE
-from fastpref.trainer.reference import ReferenceModel
+from fastpref.trainer.reference.reference import ReferenceModel
+from fastpref.trainer.step.batch import Microbatch
+from fastpref.trainer.step.noise import TOKEN_NOISE
 
 DATA = Path(__file__).parents[1] / "examples" / "data_real" / "pairs.jsonl"
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

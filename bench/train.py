@@ -1,7 +1,7 @@
 """Steps of the trainer beside TRL's `DPOTrainer`: the same pairs, loss, optimizer and metrics, a process for each run.
 
 Design decisions:
-- Both trainers run through their own front doors, by `fastpref.testing.trl_parity`.
+- Both trainers run through their own front doors, by `checks.trl_parity`.
 - A step lasts from the end of one optimizer update to the end of the next, seen by a hook that torch gives to all
   optimizers: what either trainer does around its step (data, metrics, logging) counts.
 - A run begins with steps on the shortest pairs, which warm up and are not timed. Every step of every run is compared
@@ -22,8 +22,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from bench.measure import Row, return_memory, status_mib
 from bench.workloads import ROOT
+from checks.trl_parity.runs import ParityRun, fastpref_config, run_fastpref, run_trl
 from fastpref.losses import DPOConfig
-from fastpref.testing.trl_parity import ParityRun, fastpref_config, run_fastpref, run_trl
 from fastpref.trainer import ReferenceConfig, RunConfig
 
 UNTIMED_STEPS = 2

@@ -20,11 +20,11 @@ from bench import train
 from bench.commands.shared import command_line, store
 from bench.measure import Row, gemm_rate, surroundings
 from bench.train import SETTINGS, UNTIMED_STEPS, Setting
+from checks.trl_parity.runs import compare_steps, worst
 from fastpref.data import IGNORE_INDEX, DataConfig, TokenizedPair, load_dataset, load_tokenizer
 from fastpref.errors import FastprefError
-from fastpref.testing.trl_parity import compare_steps, worst
-from fastpref.trainer.bridge.architecture import Architecture
-from fastpref.trainer.pipeline import head_flops, layer_flops
+from fastpref.run.architecture.architecture import Architecture
+from fastpref.run.plan.pipeline import head_flops, layer_flops
 
 ANCHOR = "trl"
 GEMM_REPEATS = 9

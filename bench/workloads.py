@@ -138,7 +138,7 @@ def build(name: str) -> Case:
         return _finish(name, *_random_init(build("gemma3-270m")))
     model_dir = ROOT / "runs" / "models" / MODELS[name]
     if not model_dir.exists():
-        command = f"python -m fastpref.testing.real_models {MODELS[name]} {model_dir.relative_to(ROOT)}"
+        command = f"python -m checks.real_models {MODELS[name]} {model_dir.relative_to(ROOT)}"
         raise FileNotFoundError(f"workload {name} needs {model_dir}; make it with: {command}")
     weight_VH = _head_weight(model_dir)
     cached = CACHE / name / "hidden.pt"

@@ -87,9 +87,9 @@ def run(command: list[str]) -> None:
 
 def export_initial_weights(overrides: list[str], directory: Path) -> None:
     """Writes the random weights that training starts from, to compare with."""
+    from fastpref.run.config.run_file import load_run_config
     from fastpref.trainer import build_models, initialize_megatron, save_hf
-    from fastpref.trainer.config_file import load_run_config
-    from fastpref.trainer.platform import destroy
+    from fastpref.trainer.ranks.platform import destroy
 
     config = load_run_config(CONFIG, [*overrides, "training.tensor_model_parallel_size=1"])
     initialize_megatron(config.training)

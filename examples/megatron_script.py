@@ -12,12 +12,29 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from fastpref import linear_logps
-from fastpref.testing.tiny import stock_model  # stands for your model provider
-from fastpref.trainer import platform  # before Megatron: on a CPU it answers what Megatron asks of CUDA
+from fastpref.trainer.ranks import platform  # before Megatron: on a CPU it answers what Megatron asks of CUDA
 
 # isort: split
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer import TransformerConfig
+
+
+def your_model(tp: int) -> GPTModel:
+    """Stands for your model provider: a small stock `GPTModel`, its vocabulary cut over `tp` ranks."""
+    config = TransformerConfig(
+        num_layers=2,
+        hidden_size=32,
+        num_attention_heads=4,
+        tensor_model_parallel_size=tp,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        use_cpu_initialization=True,
+    )
+    layer_spec = get_gpt_layer_local_spec()
+    return GPTModel(config, layer_spec, vocab_size=64, max_sequence_length=64, position_embedding_type="rope")
 
 
 def sequence_logps(model: GPTModel, ids_SL: Tensor, labels_SL: Tensor) -> Tensor:
@@ -54,9 +71,11 @@ def random_batch(vocab_size: int) -> tuple[Tensor, Tensor]:
 def train(steps: int) -> list[float]:
     """Take `steps` steps on one batch, all ranks tensor parallel; the losses."""
     platform.initialize_distributed()
-    platform.initialize_model_parallel(tp=torch.distributed.get_world_size())
+    tp = torch.distributed.get_world_size()
+    platform.initialize_model_parallel(tp=tp)
+    torch.manual_seed(0)
     device, losses = platform.current_device(), []
-    model = stock_model(tensor_model_parallel_size=torch.distributed.get_world_size())[0].to(device)
+    model = your_model(tp).to(device)
     ids_SL, labels_SL = (batch.to(device) for batch in random_batch(model.vocab_size))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     with torch.no_grad():

@@ -92,7 +92,7 @@ training:
 def run_cli() -> Callable[..., Result]:
     """Runs the command line in this process; the process group it makes is undone."""
     from fastpref.cli.commands import cli
-    from fastpref.trainer.platform import destroy
+    from fastpref.trainer.ranks.platform import destroy
 
     def run(*arguments: str) -> Result:
         try:

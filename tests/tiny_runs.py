@@ -5,9 +5,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from fastpref.testing.tiny import stock_model, tiny_pairs
+from checks.tiny import stock_model, tiny_pairs
 from fastpref.trainer import DPOConfig, DPOTrainer, TrainingArguments, initialize_megatron
-from fastpref.trainer.platform import destroy
+from fastpref.trainer.ranks.platform import destroy
 
 PAIRS = tiny_pairs(14, seed=2)
 

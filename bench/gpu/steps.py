@@ -23,9 +23,11 @@ from torch import Tensor
 
 from bench.gpu.inputs import real_shares
 from bench.measure import Row, status_mib
+from checks.tiny import TINY_LLAMA, pair_of
 from fastpref import SequenceLogps
 from fastpref.data import PreferenceDataset, TokenizedPair
-from fastpref.testing.tiny import TINY_LLAMA, pair_of
+from fastpref.run.architecture.architecture import Architecture
+from fastpref.run.plan.pipeline import head_flops, layer_flops
 from fastpref.trainer import (
     DPOConfig,
     DPOTrainer,
@@ -38,11 +40,9 @@ from fastpref.trainer import (
     platform,
     score_reference,
 )
-from fastpref.trainer.bridge.architecture import Architecture
-from fastpref.trainer.feed import PairFeed
-from fastpref.trainer.optimizer import params_dtype
-from fastpref.trainer.pipeline import head_flops, layer_flops
-from fastpref.trainer.reference import build_reference
+from fastpref.trainer.reference.reference import build_reference
+from fastpref.trainer.step.feed import PairFeed
+from fastpref.trainer.step.optimizer import params_dtype
 
 LLAMA_1B = {
     "model_type": "llama",

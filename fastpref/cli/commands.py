@@ -66,7 +66,8 @@ cli.add_command(kernels)
 @click.option("--merge", is_flag=True, help="Export the whole model of a lora run, not its adapters alone.")
 def train(config_path: Path, overrides: tuple[str, ...], export_dir: Path | None, merge: bool) -> None:
     """Train, and end with a table of what changed."""
-    from fastpref.trainer import build, platform
+    from fastpref.trainer import build
+    from fastpref.trainer.ranks import platform
 
     config = _load(config_path, overrides)
     if export_dir is not None:
@@ -104,7 +105,8 @@ def score_ref(config_path: Path, overrides: tuple[str, ...], output: Path | None
 
     A pass that was cut goes on where it stopped; a cache that is there and fits is left as it is.
     """
-    from fastpref.trainer import build, platform
+    from fastpref.trainer import build
+    from fastpref.trainer.ranks import platform
 
     config = _load(config_path, overrides)
     start = time.perf_counter()
@@ -123,7 +125,8 @@ def evaluate(config_path: Path, overrides: tuple[str, ...]) -> None:
 
     Prints the metrics and writes them to eval.json in training.output_dir.
     """
-    from fastpref.trainer import build, platform
+    from fastpref.trainer import build
+    from fastpref.trainer.ranks import platform
 
     config = _load(config_path, overrides)
     trainer = build.build_evaluator(config)
@@ -154,7 +157,8 @@ def export(config_path: Path, overrides: tuple[str, ...], checkpoint: str, outpu
     A run with a lora section gives a peft adapter directory, or with --merge a model with the adapters added in. One
     process is enough: the parallel sizes of CONFIG are then not used.
     """
-    from fastpref.trainer import build, platform
+    from fastpref.trainer import build
+    from fastpref.trainer.ranks import platform
 
     config = _load(config_path, overrides)
     path = build.export_checkpoint(config, checkpoint, output, merge=merge)
@@ -173,9 +177,10 @@ def check(config_path: Path, overrides: tuple[str, ...], world_size: int | None)
 
     Without --world-size the plan is for the ranks of the launcher, or the fewest that the layout needs.
     """
-    from fastpref.trainer import build, inspect
-    from fastpref.trainer.prepare import launched_world_size, prepare
-    from fastpref.trainer.row_usage import row_usages
+    from fastpref.run.plan import preview
+    from fastpref.run.plan.prepare import launched_world_size, prepare
+    from fastpref.run.plan.row_usage import row_usages
+    from fastpref.trainer import build
 
     config = _load(config_path, overrides)
     if world_size is None:
@@ -184,12 +189,12 @@ def check(config_path: Path, overrides: tuple[str, ...], world_size: int | None)
     reference = build.describe_reference(run)
     reports = {name: data.report for name, data in (("train", run.train), ("eval", run.eval)) if data is not None}
     _print(
-        *(tables.pair(view, index) for index, view in enumerate(inspect.pair_views(run))),
+        *(tables.pair(view, index) for index, view in enumerate(preview.pair_views(run))),
         tables.data_report(reports),
-        tables.plan(run, inspect.layout_axes(run), reference),
-        tables.stages(inspect.stage_loads(run), config.training.pipeline_balance),
+        tables.plan(run, preview.layout_axes(run), reference),
+        tables.stages(preview.stage_loads(run), config.training.pipeline_balance),
         tables.rows(row_usages(run)),
-        tables.memory(inspect.estimate_memory(run), inspect.full_logits_bytes(run)),
+        tables.memory(preview.estimate_memory(run), preview.full_logits_bytes(run)),
         f"{config_path} is valid.",
     )
 
@@ -199,7 +204,7 @@ def check(config_path: Path, overrides: tuple[str, ...], world_size: int | None)
 @click.option("--output", type=click.Path(path_type=Path), help="Picture to write.  [default: RUN_DIR/curves.png]")
 def plot(run_dir: Path, output: Path | None) -> None:
     """Draw loss, margins, accuracies and log-probs of a run."""
-    from fastpref.trainer.curves import draw_curves, read_metrics
+    from fastpref.run.record.curves import draw_curves, read_metrics
 
     path = output or run_dir / "curves.png"
     draw_curves(read_metrics(run_dir), path)
@@ -207,7 +212,7 @@ def plot(run_dir: Path, output: Path | None) -> None:
 
 
 def _load(config_path: Path, overrides: tuple[str, ...]) -> RunConfig:
-    from fastpref.trainer.config_file import load_run_config
+    from fastpref.run.config.run_file import load_run_config
 
     return load_run_config(config_path, overrides)
 

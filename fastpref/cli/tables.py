@@ -13,9 +13,9 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from fastpref.data import DataReport, LengthStats
-    from fastpref.trainer.inspect import LayoutAxis, MemoryEstimate, PairView, StageLoad
-    from fastpref.trainer.prepare import PreparedRun
-    from fastpref.trainer.row_usage import RowUsage
+    from fastpref.run.plan.prepare import PreparedRun
+    from fastpref.run.plan.preview import LayoutAxis, MemoryEstimate, PairView, StageLoad
+    from fastpref.run.plan.row_usage import RowUsage
 
 _PROMPT_TOKENS, _ANSWER_TOKENS = 48, 96
 _MAIN_METRICS = (

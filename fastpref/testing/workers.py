@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import torch
 
 # Imported once by the fork server. A module that is not installed is skipped there.
-PRELOAD = ("torch", "fastpref.trainer.platform", "megatron.core.models.gpt", "megatron.core.optimizer")
+PRELOAD = ("torch", "fastpref.trainer.ranks.platform", "megatron.core.models.gpt", "megatron.core.optimizer")
 # How long the other ranks may take to answer once one of them has failed: they are likely to wait for it in vain.
 GRACE_S = 5.0
 # The first start of a session imports PRELOAD, which takes half a minute on a busy machine.

@@ -4,7 +4,7 @@ from fastpref.errors import MissingDependencyError
 
 try:
     # First: it keeps Megatron's import-time remarks about optional packages out of the log.
-    from fastpref.trainer import platform  # noqa: F401  (imported for its effect)
+    from fastpref.trainer.ranks import platform  # noqa: F401  (imported for its effect)
 except ImportError as error:
     if (error.name or "").split(".")[0] == "fastpref":
         raise
@@ -14,15 +14,15 @@ except ImportError as error:
 
 from fastpref.checkpoint.reference_cache import ReferenceCache
 from fastpref.losses import DPOConfig
-from fastpref.trainer.arguments import TrainingArguments
-from fastpref.trainer.config_file import load_run_config
+from fastpref.run.architecture.lora_config import LoraConfig
+from fastpref.run.config.arguments import TrainingArguments
+from fastpref.run.config.run_config import ModelConfig, ReferenceConfig, RunConfig
+from fastpref.run.config.run_file import load_run_config
 from fastpref.trainer.dpo_trainer import DPOTrainer, initialize_megatron
 from fastpref.trainer.loop import TrainResult
-from fastpref.trainer.lora import add_lora, save_adapter
-from fastpref.trainer.lora_config import LoraConfig
-from fastpref.trainer.model import ModelOptions, build_models, load_models, save_hf
-from fastpref.trainer.run_config import ModelConfig, ReferenceConfig, RunConfig
-from fastpref.trainer.scoring import score_reference
+from fastpref.trainer.model.build import ModelOptions, build_models, load_models, save_hf
+from fastpref.trainer.model.lora import add_lora, save_adapter
+from fastpref.trainer.reference.scoring import score_reference
 
 __all__ = [
     "DPOConfig",

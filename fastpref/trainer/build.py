@@ -17,19 +17,20 @@ from fastpref.checkpoint import directory
 from fastpref.checkpoint.reference_cache import ReferenceCache
 from fastpref.data import resolve_pad_token_id
 from fastpref.errors import ConfigError, DataError
-from fastpref.trainer import loop, state
-from fastpref.trainer.agreement import together
-from fastpref.trainer.arguments import ParallelArguments
-from fastpref.trainer.config_file import dump_run_config
+from fastpref.run.config.arguments import ParallelArguments
+from fastpref.run.config.run_config import RunConfig
+from fastpref.run.config.run_file import dump_run_config
+from fastpref.run.plan.identity import reference_identity
+from fastpref.run.plan.pipeline import PipelinePlan
+from fastpref.run.plan.prepare import PreparedRun, hf_config_of, launched_world_size, prepare, reference_is_policy
+from fastpref.trainer import loop
 from fastpref.trainer.dpo_trainer import DPOTrainer, initialize_megatron
-from fastpref.trainer.identity import reference_identity
-from fastpref.trainer.lora import add_lora, save_adapter
-from fastpref.trainer.model import ModelOptions, build_models, load_models, save_hf
-from fastpref.trainer.optimizer import params_dtype
-from fastpref.trainer.pipeline import PipelinePlan
-from fastpref.trainer.prepare import PreparedRun, hf_config_of, launched_world_size, prepare, reference_is_policy
-from fastpref.trainer.run_config import RunConfig
-from fastpref.trainer.scoring import from_rank_0, score_reference
+from fastpref.trainer.model.build import ModelOptions, build_models, load_models, save_hf
+from fastpref.trainer.model.lora import add_lora, save_adapter
+from fastpref.trainer.ranks.agreement import together
+from fastpref.trainer.reference.scoring import from_rank_0, score_reference
+from fastpref.trainer.saves import state
+from fastpref.trainer.step.optimizer import params_dtype
 
 
 def build_trainer(config: RunConfig) -> DPOTrainer:

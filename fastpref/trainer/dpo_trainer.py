@@ -16,31 +16,32 @@ from torch import Tensor
 from fastpref.checkpoint.reference_cache import ReferenceCache
 from fastpref.errors import ConfigError, DataError, NonFiniteError
 from fastpref.losses import DPOConfig, PairLogps, preference_loss
-from fastpref.trainer import guard, loop
-from fastpref.trainer.arguments import TrainingArguments
-from fastpref.trainer.batch import Microbatch
-from fastpref.trainer.feed import PairFeed
-from fastpref.trainer.first_step import check_first_step
-from fastpref.trainer.head import TOKEN_STATS, HeadOptions, install_heads, unwrap
-from fastpref.trainer.layout import ARGUMENT_NAMES
-from fastpref.trainer.lora import lora_of
-from fastpref.trainer.metrics import metric_names
-from fastpref.trainer.modes import evaluating
-from fastpref.trainer.moe import install_routers
-from fastpref.trainer.optimizer import (
+from fastpref.run.config.arguments import TrainingArguments
+from fastpref.run.config.layout import ARGUMENT_NAMES
+from fastpref.trainer import loop
+from fastpref.trainer.model.head import TOKEN_STATS, HeadOptions, install_heads, unwrap
+from fastpref.trainer.model.lora import lora_of
+from fastpref.trainer.model.modes import evaluating
+from fastpref.trainer.model.moe import install_routers
+from fastpref.trainer.model.packing import install_packing
+from fastpref.trainer.ranks.platform import current_layout, initialize_distributed, initialize_model_parallel
+from fastpref.trainer.reference.first_step import check_first_step
+from fastpref.trainer.reference.reference import build_reference
+from fastpref.trainer.step import guard
+from fastpref.trainer.step.batch import Microbatch
+from fastpref.trainer.step.feed import PairFeed
+from fastpref.trainer.step.metrics import metric_names
+from fastpref.trainer.step.optimizer import (
     build_optimizer,
     build_scheduler,
     check_model,
     checked_warmup,
     wrap_for_training,
 )
-from fastpref.trainer.packing import install_packing
-from fastpref.trainer.platform import current_layout, initialize_distributed, initialize_model_parallel
-from fastpref.trainer.reference import build_reference
-from fastpref.trainer.step import NO_SIGNALS, PreferenceSchedule, Signals, StepResult
+from fastpref.trainer.step.schedule import NO_SIGNALS, PreferenceSchedule, Signals, StepResult
 
 if TYPE_CHECKING:
-    from fastpref.trainer.run_config import RunConfig
+    from fastpref.run.config.run_config import RunConfig
 
 
 class DPOTrainer:

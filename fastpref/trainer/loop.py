@@ -22,24 +22,24 @@ from fastpref.checkpoint import directory
 from fastpref.checkpoint.lock import RunLock
 from fastpref.errors import CheckpointError, ConfigError
 from fastpref.losses import DPOConfig
-from fastpref.trainer import state
-from fastpref.trainer.agreement import together
-from fastpref.trainer.arguments import TrainingArguments
-from fastpref.trainer.checkpoints import Checkpoints
-from fastpref.trainer.fingerprint import run_fingerprint
-from fastpref.trainer.head import head_of, read_activity
-from fastpref.trainer.layout import ARGUMENT_NAMES
-from fastpref.trainer.lora import lora_of
-from fastpref.trainer.metrics import MetricWindow
-from fastpref.trainer.modes import evaluating
-from fastpref.trainer.noise import mean_noise
-from fastpref.trainer.optimizer import sync_parameters, use_settings
-from fastpref.trainer.platform import background_group
-from fastpref.trainer.preemption import StopRequest
-from fastpref.trainer.reporting import RunReporter
-from fastpref.trainer.save import Save
-from fastpref.trainer.step import StepResult, step_totals
-from fastpref.trainer.watch import PeerWatch
+from fastpref.run.config.arguments import TrainingArguments
+from fastpref.run.config.layout import ARGUMENT_NAMES
+from fastpref.run.record.reporting import RunReporter
+from fastpref.trainer.model.head import head_of, read_activity
+from fastpref.trainer.model.lora import lora_of
+from fastpref.trainer.model.modes import evaluating
+from fastpref.trainer.ranks.agreement import together
+from fastpref.trainer.ranks.platform import background_group
+from fastpref.trainer.ranks.preemption import StopRequest
+from fastpref.trainer.ranks.watch import PeerWatch
+from fastpref.trainer.saves import state
+from fastpref.trainer.saves.fingerprint import run_fingerprint
+from fastpref.trainer.saves.save import Save
+from fastpref.trainer.saves.slot import Checkpoints
+from fastpref.trainer.step.metrics import MetricWindow
+from fastpref.trainer.step.noise import mean_noise
+from fastpref.trainer.step.optimizer import sync_parameters, use_settings
+from fastpref.trainer.step.schedule import StepResult, step_totals
 
 if TYPE_CHECKING:
     from fastpref.trainer.dpo_trainer import DPOTrainer

@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM  # noqa: F401
 from bench import __main__ as cli
 from bench import packing
 from fastpref.trainer import TrainingArguments, build_models, initialize_megatron, save_hf
-from fastpref.trainer.platform import destroy
+from fastpref.trainer.ranks.platform import destroy
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bench import reference
-from fastpref.trainer import platform
+from fastpref.trainer.ranks import platform
 
 
 @pytest.fixture(autouse=True)

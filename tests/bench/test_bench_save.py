@@ -9,7 +9,7 @@ from tiny_project import MODEL
 
 from bench import __main__ as cli
 from fastpref.trainer import TrainingArguments, build_models, initialize_megatron, save_hf
-from fastpref.trainer.platform import destroy
+from fastpref.trainer.ranks.platform import destroy
 
 # Large enough for its memory to be told from that of everything else.
 WIDE = {**MODEL, "vocab_size": 65_536, "hidden_size": 64, "intermediate_size": 128, "tie_word_embeddings": True}

@@ -21,7 +21,7 @@ from bench.train_rows import Plan
 from bench.workloads import ROOT
 from fastpref.data import Segments
 from fastpref.data.segments import Segment
-from fastpref.trainer.platform import destroy
+from fastpref.trainer.ranks.platform import destroy
 
 PAIRS = ROOT / "examples" / "data_real" / "pairs.jsonl"
 MAX_LENGTH = 640

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fastpref.run.plan.prepare import prepare
+from fastpref.run.plan.preview import estimate_memory
 from fastpref.trainer import load_run_config
-from fastpref.trainer.inspect import estimate_memory
-from fastpref.trainer.prepare import prepare
 
 
 @pytest.fixture

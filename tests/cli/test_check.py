@@ -8,8 +8,8 @@ import pytest
 import torch
 from tiny_project import MODEL, write_pairs
 
-from fastpref.trainer.layout import ParallelLayout
-from fastpref.trainer.pipeline import plan_pipeline
+from fastpref.run.config.layout import ParallelLayout
+from fastpref.run.plan.pipeline import plan_pipeline
 
 
 def squeezed(text: str) -> str:

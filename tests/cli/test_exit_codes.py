@@ -10,7 +10,7 @@ import fastpref
 from fastpref.cli.failures import _is_said_by_rank_0, describe
 from fastpref.errors import ConfigError
 from fastpref.testing.workers import RankPool
-from fastpref.trainer import platform
+from fastpref.trainer.ranks import platform
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from tiny_project import write_pairs
 
 from fastpref.testing.workers import RankPool
-from fastpref.trainer import platform
+from fastpref.trainer.ranks import platform
 
 
 def run_on_rank(folders: list[str], arguments: list[str]) -> tuple[int, str, str]:

@@ -10,9 +10,11 @@ import pytest
 from test_check import squeezed
 from tiny_project import TEMPLATE, write_pairs
 
-from fastpref.trainer import build, inspect, scoring
-from fastpref.trainer.config_file import load_run_config
-from fastpref.trainer.prepare import prepare
+from fastpref.run.config.run_file import load_run_config
+from fastpref.run.plan import preview
+from fastpref.run.plan.prepare import prepare
+from fastpref.trainer import build
+from fastpref.trainer.reference import scoring
 
 PRECOMPUTED = "reference={mode: precomputed}"
 SHARED = "reference={mode: precomputed, cache: cache}"
@@ -200,7 +202,7 @@ def test_settings_that_make_no_sense_are_refused(project: Path, run_cli) -> None
 
 def test_memory_estimate_counts_no_reference_weights(project: Path) -> None:
     online, cached = (
-        inspect.estimate_memory(prepare(load_run_config("run.yaml", overrides), 1)) for overrides in ([], [PRECOMPUTED])
+        preview.estimate_memory(prepare(load_run_config("run.yaml", overrides), 1)) for overrides in ([], [PRECOMPUTED])
     )
     assert (online.reference, cached.reference) == (online.weights, 0)
     assert cached.total == online.total - online.weights

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastpref.trainer.config_file import load_run_config
+from fastpref.run.config.run_file import load_run_config
 
 
 def squeezed(text: str) -> str:

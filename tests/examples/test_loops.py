@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from fastpref.testing.tiny import VOCAB_SIZE, stock_model
+from checks.tiny import VOCAB_SIZE, stock_model
 from fastpref.testing.workers import RankPool
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -110,7 +110,7 @@ def megatron_step() -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
     import megatron_script
     from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
-    from fastpref.trainer import platform
+    from fastpref.trainer.ranks import platform
 
     platform.initialize_distributed()
     platform.initialize_model_parallel(tp=2)

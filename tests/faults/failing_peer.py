@@ -12,8 +12,8 @@ import faulthandler, os, signal, sys, time
 faulthandler.dump_traceback_later(150, exit=True)  # a hang shows where it hangs
 from fastpref.cli.commands import cli
 from fastpref.errors import DataError
-from fastpref.trainer import feed
-from fastpref.trainer.shards import AbandonedError, Shards
+from fastpref.trainer.step import feed
+from fastpref.trainer.saves.shards import AbandonedError, Shards
 
 original = feed.PairFeed.train_batches
 

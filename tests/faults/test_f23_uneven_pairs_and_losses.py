@@ -8,7 +8,7 @@ import torch
 
 from fastpref.errors import ConfigError, DataError
 from fastpref.losses import DPOConfig, PairLogps, split_pairs
-from fastpref.trainer.batch import Microbatch
+from fastpref.trainer.step.batch import Microbatch
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,9 @@ import torch
 from loss_oracle import CASES
 from loss_pairs import NAMES, SORTED_CASES, WEIGHTS, B, batch, config_of, run
 
+from checks.layout_parity.runs import TOLERANCES
+from checks.tiny import stock_model, tiny_pairs
 from fastpref.losses import LOSSES, DPOConfig, LossContext, PairLogps, preference_loss
-from fastpref.testing.layout_parity import TOLERANCES
-from fastpref.testing.tiny import stock_model, tiny_pairs
 from fastpref.trainer import DPOTrainer
 
 

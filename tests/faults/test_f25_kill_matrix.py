@@ -1,14 +1,14 @@
 """Faults 25 and 26: SIGKILL at a step or inside a save; what is continued ends bitwise like the undisturbed run.
 
-A sample of the matrix that `python -m fastpref.testing.kill_matrix` runs in full.
+A sample of the matrix that `python -m checks.kill_matrix` runs in full.
 """
 
 from pathlib import Path
 
 import pytest
 
-from fastpref.testing.kill_matrix import LAYOUTS, STEPS, Crash, survive, train
-from fastpref.testing.run_end import difference, read_end
+from checks.kill_matrix import LAYOUTS, STEPS, Crash, survive, train
+from checks.run_end import difference, read_end
 from fastpref.testing.workers import RankPool
 
 

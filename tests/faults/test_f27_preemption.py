@@ -9,11 +9,11 @@ import pytest
 import torch
 from click.testing import Result
 
-from fastpref.testing.tiny import stock_model, tiny_pairs
+from checks.tiny import stock_model, tiny_pairs
 from fastpref.testing.workers import RankPool
 from fastpref.trainer import DPOConfig, DPOTrainer, TrainingArguments, initialize_megatron
-from fastpref.trainer.feed import PairFeed
-from fastpref.trainer.platform import destroy
+from fastpref.trainer.ranks.platform import destroy
+from fastpref.trainer.step.feed import PairFeed
 
 
 def send_at_step(number: int, step: int) -> Callable[..., list]:

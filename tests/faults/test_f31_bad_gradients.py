@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from checks.tiny import stock_model, tiny_pairs
 from fastpref.errors import NonFiniteError
-from fastpref.testing.tiny import stock_model, tiny_pairs
 from fastpref.trainer import DPOConfig, DPOTrainer
 
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from tiny_runs import PAIRS, finish, same_parameters
 
+from checks.layout_parity.runs import LAYOUTS, TOLERANCES, ShortRun, train, untimed
 from fastpref.errors import CheckpointError, ConfigError
-from fastpref.testing.layout_parity import LAYOUTS, TOLERANCES, ShortRun, train, untimed
+from fastpref.run.config.arguments import CHANGEABLE
 from fastpref.testing.workers import RankPool
 from fastpref.trainer import DPOConfig, TrainingArguments
-from fastpref.trainer.arguments import CHANGEABLE
 
 TOLERANCE = TOLERANCES[torch.float32].metric
 

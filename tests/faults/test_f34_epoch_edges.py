@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from checks.tiny import TINY_LLAMA, tiny_pairs
 from fastpref.errors import ConfigError
-from fastpref.testing.tiny import TINY_LLAMA, tiny_pairs
 from fastpref.testing.workers import RankPool
 from fastpref.trainer import DPOConfig, DPOTrainer, TrainingArguments, build_models, initialize_megatron
-from fastpref.trainer.platform import destroy
+from fastpref.trainer.ranks.platform import destroy
 
 CASES = {
     "short last batch": (10, 2, {"per_device_train_batch_size": 2}),

@@ -9,11 +9,11 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from fastpref.testing.layout_parity import LAYOUTS, MODEL, STEP_PAIRS, TOLERANCES
-from fastpref.testing.tiny import tiny_pairs
+from checks.layout_parity.runs import LAYOUTS, MODEL, STEP_PAIRS, TOLERANCES
+from checks.tiny import tiny_pairs
 from fastpref.testing.workers import RankPool
 from fastpref.trainer import DPOConfig, DPOTrainer, TrainingArguments, build_models, initialize_megatron
-from fastpref.trainer.platform import destroy
+from fastpref.trainer.ranks.platform import destroy
 
 STEPS = 2
 

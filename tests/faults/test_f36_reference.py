@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from checks.tiny import stock_model, tiny_pairs
 from fastpref.errors import FastprefError
-from fastpref.testing.tiny import stock_model, tiny_pairs
 from fastpref.testing.workers import RankPool
 from fastpref.trainer import DPOConfig, DPOTrainer, TrainingArguments, initialize_megatron
-from fastpref.trainer.platform import destroy
+from fastpref.trainer.ranks.platform import destroy
 
 LN2 = torch.tensor(2.0).log().item()  # in the precision of the losses
 

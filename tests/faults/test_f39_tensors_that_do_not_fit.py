@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from checks.tiny import TINY_LLAMA
 from fastpref.errors import CheckpointError
-from fastpref.testing.tiny import TINY_LLAMA
 from fastpref.trainer import ModelOptions, build_models, load_models, save_hf
 
 NORM, HEAD = "model.norm.weight", "lm_head.weight"

@@ -13,7 +13,7 @@ from click.testing import Result
 
 from fastpref.checkpoint import directory, manifest
 from fastpref.testing.workers import RankPool
-from fastpref.trainer.agreement import together
+from fastpref.trainer.ranks.agreement import together
 
 RUN = ("train", "run.yaml", "training.save_steps=1")
 

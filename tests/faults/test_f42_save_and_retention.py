@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 
+from checks.tiny import stock_model, tiny_pairs
 from fastpref.checkpoint import directory, manifest
 from fastpref.errors import ConfigError
-from fastpref.testing.tiny import stock_model, tiny_pairs
 from fastpref.trainer import DPOConfig, DPOTrainer, TrainingArguments, initialize_megatron
-from fastpref.trainer.platform import destroy
+from fastpref.trainer.ranks.platform import destroy
 
 
 def checkpoint(root: Path, step: int) -> Path:

@@ -7,8 +7,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fastpref.errors import ConfigError
-from fastpref.trainer.config_file import load_run_config
-from fastpref.trainer.run_config import RunConfig
+from fastpref.run.config.run_config import RunConfig
+from fastpref.run.config.run_file import load_run_config
 
 MINIMAL = "model: {path: policy}\ndata: {train: pairs.jsonl}\ntraining:\n  "
 

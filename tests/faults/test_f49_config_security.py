@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fastpref.errors import ConfigError
-from fastpref.trainer.config_file import load_run_config
+from fastpref.run.config.run_file import load_run_config
 
 MINIMAL = "model: {path: policy}\ndata: {train: pairs.jsonl}\n"
 

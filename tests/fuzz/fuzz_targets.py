@@ -154,7 +154,7 @@ def _check_text(text: Any) -> None:
 
 def _read_config(folder: Path, name: str) -> None:
     # the other targets need not wait for Megatron
-    from fastpref.trainer.config_file import dump_run_config, load_run_config
+    from fastpref.run.config.run_file import dump_run_config, load_run_config
 
     if name == "override.txt":
         # as the operating system hands over an argument that is not valid UTF-8

@@ -10,7 +10,7 @@ from fastpref.testing.workers import RankPool
 
 pytest.importorskip("deepspeed", reason="needs DeepSpeed (pip install 'fastpref[deepspeed]')")
 
-from fastpref.testing.zero3_parity import (
+from checks.zero3_parity.runs import (
     STRICT,
     TRAINERS,
     ShortRun,

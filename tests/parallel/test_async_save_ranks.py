@@ -11,16 +11,17 @@ from typing import Any
 import pytest
 import torch
 
+from checks.kill_matrix import LAYOUTS
+from checks.tiny import TINY_LLAMA, tiny_pairs
 from fastpref.checkpoint.manifest import MANIFEST_FILE, verify
 from fastpref.cli.failures import describe
 from fastpref.errors import CheckpointError
-from fastpref.testing.kill_matrix import LAYOUTS
-from fastpref.testing.tiny import TINY_LLAMA, tiny_pairs
 from fastpref.testing.workers import RankPool
-from fastpref.trainer import DPOConfig, DPOTrainer, TrainingArguments, build_models, initialize_megatron, save
-from fastpref.trainer.feed import PairFeed
-from fastpref.trainer.platform import destroy
-from fastpref.trainer.shards import Shards
+from fastpref.trainer import DPOConfig, DPOTrainer, TrainingArguments, build_models, initialize_megatron
+from fastpref.trainer.ranks.platform import destroy
+from fastpref.trainer.saves import save
+from fastpref.trainer.saves.shards import Shards
+from fastpref.trainer.step.feed import PairFeed
 
 STEPS = 6
 # The save of this step is not even planned until the batches of the last one are read, two updates later.

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from checks.layout_parity.runs import MODEL, TOLERANCES, ShortRun, difference, train, untimed
 from fastpref.losses import DPOConfig
-from fastpref.testing.layout_parity import MODEL, TOLERANCES, ShortRun, difference, train, untimed
 from fastpref.testing.workers import RankPool
 
 EXPERTS = {

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastpref.testing.layout_parity import (
+from checks.layout_parity.runs import (
     EXPERT_LAYOUTS,
     EXPERTS,
     GEMMA,
@@ -22,10 +22,10 @@ from fastpref.testing.layout_parity import (
     train,
     untimed,
 )
-from fastpref.testing.tiny import tiny_pairs
+from checks.tiny import tiny_pairs
 from fastpref.testing.workers import RankPool
 from fastpref.trainer import DPOConfig, DPOTrainer, TrainingArguments, initialize_megatron, load_models
-from fastpref.trainer.platform import destroy
+from fastpref.trainer.ranks.platform import destroy
 
 POLICY = Path(__file__).resolve().parents[1] / "golden" / "policy_init"
 REFERENCE = POLICY.parent / "reference_init"

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from test_layouts import PAIRS, POLICY, REFERENCE
 from test_resume_layouts import numbers
 
+from checks.layout_parity.runs import LAYOUTS, STEPS
 from fastpref.errors import CheckpointError
-from fastpref.testing.layout_parity import LAYOUTS, STEPS
 from fastpref.testing.workers import RankPool
 from fastpref.trainer import (
     DPOConfig,
@@ -25,7 +25,7 @@ from fastpref.trainer import (
     load_models,
     save_adapter,
 )
-from fastpref.trainer.platform import destroy
+from fastpref.trainer.ranks.platform import destroy
 
 LORA = LoraConfig(r=4, lora_alpha=16.0)
 ONE: dict = {}

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from checks.layout_parity.runs import EXPERTS, GEMMA, LAYOUTS, TOLERANCES, ShortRun, difference, train
+from checks.tiny import pair_of, tiny_pairs
 from fastpref.data import PackedCollator, PreferenceCollator
-from fastpref.testing.layout_parity import EXPERTS, GEMMA, LAYOUTS, TOLERANCES, ShortRun, difference, train
-from fastpref.testing.tiny import pair_of, tiny_pairs
 from fastpref.testing.workers import RankPool
 from fastpref.trainer import DPOConfig, DPOTrainer, TrainingArguments, initialize_megatron, load_models
-from fastpref.trainer.platform import destroy
+from fastpref.trainer.ranks.platform import destroy
 
 POLICY = Path(__file__).resolve().parents[1] / "golden" / "policy_init"
 PAIRS = tiny_pairs(22, seed=11)

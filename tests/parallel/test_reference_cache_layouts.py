@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from checks.tiny import TINY_LLAMA, tiny_pairs
 from fastpref.data import PreferenceDataset
-from fastpref.testing.tiny import TINY_LLAMA, tiny_pairs
+from fastpref.run.config.layout import ParallelLayout as Layout
 from fastpref.testing.workers import RankPool
 from fastpref.trainer import (
     DPOConfig,
@@ -19,10 +20,9 @@ from fastpref.trainer import (
     initialize_megatron,
     load_models,
     score_reference,
-    scoring,
 )
-from fastpref.trainer.layout import ParallelLayout as Layout
-from fastpref.trainer.platform import destroy
+from fastpref.trainer.ranks.platform import destroy
+from fastpref.trainer.reference import scoring
 
 POLICY = Path(__file__).resolve().parents[1] / "golden" / "policy_init"
 REFERENCE = POLICY.parent / "reference_init"

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from checks.layout_parity.runs import GEMMA, LAYOUTS, MODEL, TOLERANCES, ShortRun, exported, train, untimed
 from fastpref.errors import CheckpointError
 from fastpref.losses import DPOConfig
-from fastpref.testing.layout_parity import GEMMA, LAYOUTS, MODEL, TOLERANCES, ShortRun, exported, train, untimed
 from fastpref.testing.workers import RankPool
 from fastpref.trainer import TrainingArguments, build_models, initialize_megatron
-from fastpref.trainer.platform import destroy
-from fastpref.trainer.state import load_weights
+from fastpref.trainer.ranks.platform import destroy
+from fastpref.trainer.saves.state import load_weights
 
 CHECKPOINT = "checkpoints/step-2"
 

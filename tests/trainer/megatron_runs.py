@@ -20,10 +20,11 @@ from megatron.core.tensor_parallel import (
 
 from fastpref.checkpoint.hf import ModelDirectory
 from fastpref.errors import ConfigError
-from fastpref.trainer import LoraConfig, TrainingArguments, add_lora, platform, save_adapter
-from fastpref.trainer.lora import lora_of
-from fastpref.trainer.model import ModelOptions, build_models, load_models, save_hf
-from fastpref.trainer.optimizer import wrap_for_training
+from fastpref.trainer import LoraConfig, TrainingArguments, add_lora, save_adapter
+from fastpref.trainer.model.build import ModelOptions, build_models, load_models, save_hf
+from fastpref.trainer.model.lora import lora_of
+from fastpref.trainer.ranks import platform
+from fastpref.trainer.step.optimizer import wrap_for_training
 
 
 class Problem(NamedTuple):

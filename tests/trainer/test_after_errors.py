@@ -8,13 +8,15 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 
+from checks.tiny import stock_model, tiny_pairs
 from fastpref.data import PackedCollator, PreferenceCollator
 from fastpref.errors import ConfigError, FastprefError, MissingDependencyError
-from fastpref.testing.tiny import stock_model, tiny_pairs
-from fastpref.trainer import DPOConfig, DPOTrainer, cpu_platform, reporting
-from fastpref.trainer.attention import SDPACoreAttention
-from fastpref.trainer.head import HeadOptions, install_heads
-from fastpref.trainer.packing import VarlenRows, install_packing
+from fastpref.run.record import reporting
+from fastpref.trainer import DPOConfig, DPOTrainer
+from fastpref.trainer.model.attention import SDPACoreAttention
+from fastpref.trainer.model.head import HeadOptions, install_heads
+from fastpref.trainer.model.packing import VarlenRows, install_packing
+from fastpref.trainer.ranks import cpu_platform
 
 PAIRS = tiny_pairs(8, seed=2)
 
@@ -114,7 +116,7 @@ def test_install_packing_changes_no_layer_or_all(one_rank) -> None:
 
 def test_install_packing_again_with_prefix_sharing_leaves_the_engine(one_rank, monkeypatch) -> None:
     """Rows without prefixes may stay with Transformer Engine, here a stand-in; its kernels know no shared ones."""
-    monkeypatch.setattr("fastpref.trainer.packing.TE_ATTENTION", (DotProductAttention,))
+    monkeypatch.setattr("fastpref.trainer.model.packing.TE_ATTENTION", (DotProductAttention,))
     chunk = stock_model(0)[0]
     for _ in range(2):
         install_packing([chunk], prefix_sharing=False)

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
+from checks.tiny import TINY_LLAMA, tiny_pairs
 from fastpref.data import PackedCollator, PreferenceCollator
 from fastpref.errors import ConfigError
-from fastpref.testing.tiny import TINY_LLAMA, tiny_pairs
 from fastpref.trainer import DPOConfig, DPOTrainer, LoraConfig, ModelOptions, add_lora, build_models
-from fastpref.trainer.batch import Microbatch
-from fastpref.trainer.lora import adapters_of, adapters_off
-from fastpref.trainer.reference import _frozen_copy
-from fastpref.trainer.step import PreferenceSchedule
+from fastpref.trainer.model.lora import adapters_of, adapters_off
+from fastpref.trainer.reference.reference import _frozen_copy
+from fastpref.trainer.step.batch import Microbatch
+from fastpref.trainer.step.schedule import PreferenceSchedule
 
 MODEL = TINY_LLAMA | {"initializer_range": 0.2}
 PAIRS = tiny_pairs(8, seed=2)

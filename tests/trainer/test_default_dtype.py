@@ -5,10 +5,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from checks.tiny import TINY_LLAMA, tiny_pairs
 from fastpref.data import PreferenceCollator, PreferenceDataset
-from fastpref.testing.tiny import TINY_LLAMA, tiny_pairs
 from fastpref.trainer import DPOConfig, DPOTrainer, LoraConfig, add_lora, build_models, score_reference
-from fastpref.trainer.batch import Microbatch
+from fastpref.trainer.step.batch import Microbatch
 
 DATA = PreferenceDataset(tiny_pairs(6, seed=3))
 TIMES = ("perf/", "memory/")

@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from checks.tiny import VOCAB_SIZE, stock_model, tiny_pairs
 from fastpref.data import PreferenceCollator
 from fastpref.errors import ConfigError, DataError
-from fastpref.testing.tiny import VOCAB_SIZE, stock_model, tiny_pairs
 from fastpref.trainer import DPOConfig, DPOTrainer
 
 COLLATE = PreferenceCollator(pad_token_id=0)

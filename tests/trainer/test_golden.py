@@ -7,7 +7,7 @@ import pytest
 
 from fastpref.data import TokenizedPair
 from fastpref.trainer import DPOConfig, DPOTrainer, TrainingArguments, initialize_megatron, load_models
-from fastpref.trainer.platform import destroy
+from fastpref.trainer.ranks.platform import destroy
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 RECORD = json.loads((GOLDEN / "seed_dpo.json").read_text())

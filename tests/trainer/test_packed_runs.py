@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from checks.tiny import stock_model, tiny_pairs
 from fastpref.data import PackedCollator, PreferenceCollator
 from fastpref.errors import ConfigError, DataError
-from fastpref.testing.tiny import stock_model, tiny_pairs
 from fastpref.trainer import DPOConfig, DPOTrainer, ModelOptions, TrainingArguments, build_models, load_models
-from fastpref.trainer.batch import Microbatch
+from fastpref.trainer.step.batch import Microbatch
 
 POLICY = Path(__file__).resolve().parents[1] / "golden" / "policy_init"
 PAIRS = tiny_pairs(22, seed=11)

@@ -11,10 +11,7 @@ pytest.importorskip("trl", reason="the other trainer of these tests is TRL (extr
 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fastpref.data import DataConfig, TokenizedPair, load_dataset, load_tokenizer
-from fastpref.errors import DataError
-from fastpref.losses import DPOConfig
-from fastpref.testing.trl_parity import (
+from checks.trl_parity.runs import (
     Comparison,
     ParityRun,
     TrainerRecord,
@@ -25,6 +22,9 @@ from fastpref.testing.trl_parity import (
     worst,
     write_text_form,
 )
+from fastpref.data import DataConfig, TokenizedPair, load_dataset, load_tokenizer
+from fastpref.errors import DataError
+from fastpref.losses import DPOConfig
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 # Longer than every prompt, shorter than some answers.

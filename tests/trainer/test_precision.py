@@ -7,9 +7,9 @@ import hf_oracle
 import pytest
 import torch
 
+from checks.tiny import tiny_pairs
 from fastpref.data import PreferenceCollator, PreferenceDataset
 from fastpref.testing.numerics import assert_within_rule
-from fastpref.testing.tiny import tiny_pairs
 from fastpref.trainer import (
     DPOConfig,
     DPOTrainer,
@@ -21,8 +21,8 @@ from fastpref.trainer import (
     save_hf,
     score_reference,
 )
-from fastpref.trainer.batch import Microbatch
-from fastpref.trainer.reference import MAX_DRIFT
+from fastpref.trainer.reference.reference import MAX_DRIFT
+from fastpref.trainer.step.batch import Microbatch
 
 POLICY = Path(__file__).resolve().parents[1] / "golden" / "policy_init"
 PAIRS = tiny_pairs(8)

@@ -1,0 +1,1 @@
+"""This repository's own long drivers: kills, soaks, and comparisons with other trainers."""

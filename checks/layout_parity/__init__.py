@@ -1,0 +1,1 @@
+"""Every parallel layout against one process, over three steps."""

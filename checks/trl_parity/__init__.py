@@ -1,0 +1,1 @@
+"""TRL's trainer against this one, on a real model and real pairs."""

@@ -1,0 +1,1 @@
+"""TRL's trainers against this library's under DeepSpeed ZeRO-3."""

@@ -1,0 +1,1 @@
+"""What a run is, without Megatron: its model, settings, plan and records."""

@@ -1,0 +1,308 @@
+"""`TrainingArguments`: how a run optimises, parallelises, logs and saves; names as in HF and Megatron.
+
+A batch size counts preference pairs; a microbatch of n pairs is 2n rows. The global batch of an optimizer step is
+`per_device_train_batch_size * gradient_accumulation_steps * data_parallel_size` pairs, also with packing, which then
+chooses the number of microbatches and the pairs of each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from fastpref.errors import ConfigError
+from fastpref.run.config.layout import ParallelLayout, schedule_problems, size_problems
+
+Rule = tuple[str, Callable[[float], bool]]
+_AT_LEAST_ONE: Rule = ("a whole number >= 1", lambda value: value >= 1)
+_NOT_NEGATIVE: Rule = ("a finite number >= 0", lambda value: value >= 0)
+_FRACTION: Rule = ("in [0, 1)", lambda value: 0 <= value < 1)
+_LEARNING_RATE: Rule = ("in [0, 10]", lambda value: 0 <= value <= 10)
+# Fields whose range is not the usual one of their type (int: >= 1, float: >= 0).
+_RULES: dict[str, Rule] = {
+    "learning_rate": _LEARNING_RATE,
+    "min_lr": _LEARNING_RATE,
+    "seed": _NOT_NEGATIVE,
+    "warmup_steps": _NOT_NEGATIVE,
+    "warmup_ratio": _FRACTION,
+    "adam_beta1": _FRACTION,
+    "adam_beta2": _FRACTION,
+    "adam_epsilon": ("a finite number > 0", lambda value: value > 0),
+    "active_eps": ("in (0, 1)", lambda value: 0 < value < 1),
+    "virtual_pipeline_model_parallel_size": (">= 2; leave it out for one chunk per stage", lambda value: value >= 2),
+    "save_total_limit": (">= 2, so that one good checkpoint survives a bad one", lambda value: value >= 2),
+}
+LR_SCHEDULES = ("constant", "linear", "cosine", "inverse-square-root")
+HEAD_BACKWARDS = ("auto", "active", "exact", "recompute", "cached")
+PIPELINE_BALANCES = ("even", "head_cost")
+REPORT_TARGETS = ("tensorboard", "wandb")
+CHANGEABLE = (
+    *("learning_rate", "min_lr", "lr_scheduler_type", "warmup_steps", "total_steps", "weight_decay"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
+    *("head_backward", "active_eps", "moe_aux_loss_coeff", "loss"),
+)
+"""What a run may go on with changed, by request. Any other change would lose or repeat pairs (seed, batch, data), or
+misread what was saved (model, adapters, number format, form of the optimizer)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizationArguments:
+    """Batch, learning rate and AdamW."""
+
+    per_device_train_batch_size: int = 1
+    """Pairs in one microbatch of one data-parallel rank."""
+    per_device_eval_batch_size: int | None = None
+    """Pairs in one evaluation microbatch; None takes the training value."""
+    gradient_accumulation_steps: int = 1
+    """Microbatches that each data-parallel rank adds up before an update."""
+    packing: bool = False
+    """Lay the pairs of an optimizer step end to end in rows, one row per microbatch: no padding between them."""
+    prefix_sharing: bool = False
+    """Compute the prompt of a packed pair once for both answers."""
+    pack_length: int | None = None
+    """Most positions of a packed row; None = the longest pair of the data set, so that no row is larger than it."""
+    num_train_epochs: int = 1
+    """Passes over the training pairs, each exact; used when `max_steps` is None."""
+    max_steps: int | None = None
+    """Optimizer steps to run; overrides `num_train_epochs`."""
+    drop_last: bool = False
+    """Drop an epoch's last partial batch instead of training on it."""
+    shuffle: bool = True
+    """Shuffle every epoch with a permutation of (seed, epoch)."""
+    seed: int = 42
+    """Seed of initial weights, dropout streams and data order."""
+    learning_rate: float = 1e-6
+    """Peak learning rate."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the schedule."""
+    lr_scheduler_type: str = "cosine"
+    """Decay after the warm-up: constant, linear, cosine or inverse-square-root (Megatron's schedules)."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from 0; the first update of a warm-up runs at learning rate 0."""
+    warmup_ratio: float | None = None
+    """Warm-up as a fraction of all steps (rounded up); excludes `warmup_steps`."""
+    weight_decay: float = 0.0
+    """Decoupled decay; biases and norm weights are exempt."""
+    adam_beta1: float = 0.9
+    """Decay of AdamW's first moment."""
+    adam_beta2: float = 0.999
+    """Decay of AdamW's second moment."""
+    adam_epsilon: float = 1e-8
+    """AdamW's epsilon."""
+    max_grad_norm: float = 1.0
+    """Global L2 norm to clip gradients to; 0 only measures the norm."""
+    log_num_zeros_in_grad: bool = False
+    """Count exact zeros in the gradient at every step (one more pass over it)."""
+    moe_aux_loss_coeff: float | None = None
+    """Weight of the load-balancing loss of experts, summed over layers; None takes the model's router_aux_loss_coef."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionArguments:
+    """Number formats and memory."""
+
+    bf16: bool = False
+    """Parameters and activations in bfloat16 with fp32 master weights."""
+    fp16: bool = False
+    """Parameters and activations in float16 with fp32 master weights and dynamic loss scaling."""
+    recompute_granularity: Literal["full", "selective"] | None = None
+    """Recompute activations in the backward pass: whole layers, or the attention core only."""
+    head_backward: Literal["auto", "active", "exact", "recompute", "cached"] = "auto"
+    """How the head's backward pass goes about the vocabulary (`linear_logps`): auto = active in 16 bits, else exact."""
+    active_eps: float | None = None
+    """Probability per row that an active backward pass may leave out; None = 2**-8."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelArguments:
+    """Layout of the ranks; data parallelism takes what is left of the world size."""
+
+    tensor_model_parallel_size: int = 1
+    """Ranks that share every layer's matrices and the vocabulary."""
+    pipeline_model_parallel_size: int = 1
+    """Stages that the layers are cut into."""
+    virtual_pipeline_model_parallel_size: int | None = None
+    """Model chunks on each stage, at least 2 (interleaved schedule: a shorter pipeline bubble); None for one."""
+    expert_model_parallel_size: int = 1
+    """Ranks that share out every layer's experts, taken from all ranks of a stage; with 1, tensor parallelism does."""
+    context_parallel_size: int = 1
+    """Ranks that share every row along its length, for rows too long for one of them."""
+    pipeline_balance: Literal["even", "head_cost"] = "even"
+    """How the layers are cut into stages: equally many, or fewer on the last, which also computes the vocabulary."""
+    sequence_parallel: bool = False
+    """Split norms and dropout along the sequence over the tensor-parallel ranks."""
+    use_distributed_optimizer: bool = False
+    """Shard optimizer state over the data-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward pass still runs."""
+    overlap_param_gather: bool = False
+    """Gather updated weights while the next forward pass already runs; needs the two settings above."""
+    distributed_timeout_seconds: int = 600
+    """How long a collective may take before the run fails."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopArguments:
+    """Logging, evaluation, saving and guards."""
+
+    output_dir: str = "runs/fastpref"
+    """Directory of everything that the run writes."""
+    logging_steps: int = 10
+    """Steps in one window of averaged metrics."""
+    report_to: tuple[str, ...] = ("tensorboard",)
+    """Writers beside `metrics.jsonl`: tensorboard, wandb."""
+    eval_steps: int | None = None
+    """Steps between evaluations; None evaluates only at the end."""
+    eval_on_start: bool = False
+    """Also evaluate before the first step."""
+    save_steps: int | None = None
+    """Steps between checkpoints; None saves only at the end."""
+    async_save: bool = False
+    """Go on training while a checkpoint is written; needs host memory for a copy of the rank's part of it."""
+    save_on_end: bool = True
+    """Save a checkpoint after the last step."""
+    save_total_limit: int | None = None
+    """Checkpoints to keep, at least 2; None keeps all."""
+    resume_from_checkpoint: str | None = None
+    """Checkpoint directory to continue from; "latest" of `output_dir`, or "latest-valid", the newest undamaged one."""
+    resume_allow_changes: tuple[str, ...] = ()
+    """Settings in `CHANGEABLE` that may differ from those of the run that is continued; its length is total_steps."""
+    check_initial_loss: bool = True
+    """Where policy and reference start equal: require the loss that the formula gives at zero margin on step 1."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """At a NaN or an infinity in loss or gradient: end the run, or leave the step out, at most 3 in a row."""
+    log_token_stats: bool = False
+    """Also log entropy, mean_token_accuracy and mean logits of the policy."""
+    disable_progress: bool = False
+    """No progress bar on rank 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingArguments(OptimizationArguments, PrecisionArguments, ParallelArguments, LoopArguments):
+    """All settings of a training run that are neither model, data nor loss.
+
+    Raises:
+        ConfigError: at construction, listing every value that cannot work.
+    """
+
+    def __post_init__(self) -> None:
+        for name in ("report_to", "resume_allow_changes"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        problems = self._number_problems()
+        # A combination can only be judged once its parts are numbers.
+        problems += [] if any("must be a number" in problem for problem in problems) else self._combination_problems()
+        if problems:
+            raise ConfigError("; ".join(problems))
+
+    def _number_problems(self) -> list[str]:
+        problems = []
+        for field in fields(self):
+            value, kind = getattr(self, field.name), str(field.type).split()[0]
+            if value is None or kind not in ("int", "float"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                problems.append(f"{field.name} must be a number, got {value!r}")
+                continue
+            rule, holds = _RULES.get(field.name, _AT_LEAST_ONE if kind == "int" else _NOT_NEGATIVE)
+            if not math.isfinite(value) or not holds(value):
+                problems.append(f"{field.name} must be {rule}, got {value}")
+            elif kind == "int" and value != int(value):
+                problems.append(f"{field.name} must be a whole number, got {value}")
+        return problems
+
+    def _combination_problems(self) -> list[str]:
+        problems = []
+        if self.bf16 and self.fp16:
+            problems.append("bf16 and fp16 exclude each other; set one of them")
+        if self.lr_scheduler_type not in LR_SCHEDULES:
+            problems.append(
+                f"lr_scheduler_type must be one of {', '.join(LR_SCHEDULES)}; got {self.lr_scheduler_type!r}"
+            )
+        if self.recompute_granularity not in (None, "full", "selective"):
+            problems.append(
+                f"recompute_granularity must be full, selective or None; got {self.recompute_granularity!r}"
+            )
+        if self.head_backward not in HEAD_BACKWARDS:
+            problems.append(f"head_backward must be one of {', '.join(HEAD_BACKWARDS)}; got {self.head_backward!r}")
+        if self.on_nonfinite not in ("stop", "skip"):
+            problems.append(f"on_nonfinite must be stop or skip; got {self.on_nonfinite!r}")
+        is_active = self.head_backward == "active" or (self.head_backward == "auto" and (self.bf16 or self.fp16))
+        if self.active_eps is not None and not is_active:
+            problems.append(
+                f"active_eps ({self.active_eps}) is used by an active backward pass only, got head_backward "
+                f"{self.head_backward!r}; set head_backward to active, or leave active_eps out"
+            )
+        if self.min_lr > self.learning_rate:
+            problems.append(f"min_lr ({self.min_lr}) must not exceed learning_rate ({self.learning_rate})")
+        if self.warmup_ratio is not None and self.warmup_steps:
+            problems.append("warmup_ratio and warmup_steps exclude each other; set one of them")
+        if self.async_save and self.save_steps is None:
+            problems.append(
+                "async_save is used by saves between steps only, got save_steps None; set save_steps or leave it out"
+            )
+        problems += self._packing_problems()
+        problems += self._resume_problems()
+        problems += size_problems(self.layout)
+        problems += schedule_problems(self.layout, self.gradient_accumulation_steps)
+        if self.pipeline_balance not in PIPELINE_BALANCES:
+            problems.append(
+                f"pipeline_balance must be one of {', '.join(PIPELINE_BALANCES)}; got {self.pipeline_balance!r}"
+            )
+        if self.pipeline_balance == "head_cost" and self.pipeline_model_parallel_size == 1:
+            problems.append("pipeline_balance head_cost needs pipeline_model_parallel_size >= 2, got 1; leave it out")
+        if self.overlap_param_gather and not (self.use_distributed_optimizer and self.overlap_grad_reduce):
+            problems.append(
+                "overlap_param_gather needs use_distributed_optimizer and overlap_grad_reduce; set both or leave it out"
+            )
+        for target in self.report_to:
+            if target not in REPORT_TARGETS:
+                problems.append(f"report_to must name only {', '.join(REPORT_TARGETS)}; got {target!r}")
+        return problems
+
+    def _resume_problems(self) -> list[str]:
+        names, problems = self.resume_allow_changes, []
+        if names and self.resume_from_checkpoint is None:
+            problems.append(
+                f"resume_allow_changes ({', '.join(names)}) is for a run that goes on; set resume_from_checkpoint, or "
+                "leave it out"
+            )
+        for name in names:
+            if name not in CHANGEABLE:
+                problems.append(f"resume_allow_changes must name only {', '.join(CHANGEABLE)}; got {name!r}")
+        return problems
+
+    def _packing_problems(self) -> list[str]:
+        problems = []
+        for name in ("prefix_sharing", "pack_length"):
+            value = getattr(self, name)
+            if value and not self.packing:
+                problems.append(f"{name} ({value}) is used by packed rows only; set packing to true or leave it out")
+        if self.packing and self.per_device_eval_batch_size is not None:
+            problems.append(
+                "per_device_eval_batch_size and packing exclude each other: a packed evaluation takes as many pairs "
+                "at a time as an optimizer step; leave one out"
+            )
+        return problems
+
+    @property
+    def layout(self) -> ParallelLayout:
+        """The parallel sizes."""
+        return ParallelLayout(
+            tp=self.tensor_model_parallel_size,
+            pp=self.pipeline_model_parallel_size,
+            vpp=self.virtual_pipeline_model_parallel_size,
+            cp=self.context_parallel_size,
+            ep=self.expert_model_parallel_size,
+            sequence_parallel=self.sequence_parallel,
+        )
+
+    @property
+    def eval_batch_pairs(self) -> int:
+        """Pairs in one evaluation microbatch."""
+        return self.per_device_eval_batch_size or self.per_device_train_batch_size
+
+    def warmup_steps_of(self, total_steps: int) -> int:
+        """Steps of warm-up in a run of `total_steps` optimizer steps."""
+        return self.warmup_steps if self.warmup_ratio is None else math.ceil(self.warmup_ratio * total_steps)

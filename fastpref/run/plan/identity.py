@@ -1,0 +1,71 @@
+"""What decides the reference's log-probs, as hashes and settings that a cache is compared with entry by entry."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastpref.checkpoint.hf import COMPANION_FILES, ModelDirectory, read_config
+from fastpref.checkpoint.reference_cache import json_sha256
+from fastpref.data.tokenizer import TOKENIZER_FILES
+from fastpref.run.config.run_config import RunConfig
+from fastpref.run.plan.prepare import PreparedRun, hf_config_of
+from fastpref.trainer.step.optimizer import params_dtype
+
+_DATA_SETTINGS = (
+    *("append_eos", "boundary", "chat_template_kwargs"),
+    *("max_length", "max_prompt_length", "max_completion_length", "truncation"),
+)
+
+
+def reference_identity(run: PreparedRun) -> dict[str, Any]:
+    """Hash the reference's weights, the tokenizer and the template of a run; list the settings that decide tokens.
+
+    Every byte of the weights is read: by all ranks together where there is a process group, each some of the files.
+
+    Raises:
+        CheckpointError: the model directory is unusable.
+    """
+    config = run.config
+    directory = Path(config.model.tokenizer_path)
+    names = sorted({*COMPANION_FILES, *TOKENIZER_FILES} - {"generation_config.json"})
+    tokenizer_files = [directory / name for name in names if (directory / name).is_file()]
+    template = config.data.chat_template or run.tokenizer.chat_template
+    return {
+        **_weights_identity(config),
+        "tokenizer_sha256": json_sha256(_files_sha256(tokenizer_files)),
+        "chat_template_sha256": json_sha256(template),
+        "params_dtype": str(params_dtype(config.training)).removeprefix("torch."),
+        **{f"data.{name}": getattr(config.data, name) for name in _DATA_SETTINGS},
+    }
+
+
+def _weights_identity(config: RunConfig) -> dict[str, Any]:
+    path = config.reference_path
+    if path is None:  # random weights are a function of the architecture and the seed
+        return {"model_config_sha256": json_sha256(hf_config_of(config)), "training.seed": config.training.seed}
+    files = sorted({info.path for info in ModelDirectory(path).tensors.values()})
+    return {"model_config_sha256": json_sha256(read_config(path)), "weights_sha256": json_sha256(_hash_together(files))}
+
+
+def _hash_together(files: Sequence[Path]) -> dict[str, str]:
+    """SHA-256 of each file by name; ranks that are there share the work."""
+    if not torch.distributed.is_initialized():
+        return _files_sha256(files)
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    parts: list[dict[str, str]] = [{}] * world_size
+    torch.distributed.all_gather_object(parts, _files_sha256(files[rank::world_size]))
+    return {name: digest for part in parts for name, digest in part.items()}
+
+
+def _files_sha256(files: Sequence[Path]) -> dict[str, str]:
+    hashes = {}
+    for path in files:
+        # Links are followed: a model directory may be made of links into a store.
+        with open(path, "rb") as file:
+            hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes

@@ -1,0 +1,310 @@
+"""Everything about a run that needs no weights: its files, architecture, layout, tokens, batches and schedule.
+
+`prepare` joins no process group and needs no GPU, so that a check sees exactly what a run would.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastpref.checkpoint import directory
+from fastpref.checkpoint.hf import read_config
+from fastpref.data import (
+    PackedCollator,
+    PairSampler,
+    PreferenceCollator,
+    PreferenceDataset,
+    check_token_ids,
+    load_dataset,
+    load_tokenizer,
+    resolve_pad_token_id,
+)
+from fastpref.errors import ConfigError
+from fastpref.run.architecture.adapters import AdapterFiles, adapted_linears
+from fastpref.run.architecture.architecture import Architecture
+from fastpref.run.config.layout import model_problems, world_problems
+from fastpref.run.config.run_config import RunConfig
+from fastpref.run.plan.pipeline import (
+    SAMPLE_PAIRS,
+    PipelinePlan,
+    expert_stage_problems,
+    head_in_layers,
+    plan_pipeline,
+    row_shape,
+)
+from fastpref.trainer import loop
+from fastpref.trainer.step.feed import default_collator, row_capacity
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedRun:
+    """A validated run: everything but the weights."""
+
+    config: RunConfig
+    """The settings."""
+    world_size: int
+    """Ranks that the run is planned for."""
+    architecture: Architecture
+    """The model."""
+    tokenizer: Any
+    """A transformers tokenizer."""
+    train: PreferenceDataset | None
+    """Training pairs; None where only an evaluation was asked for."""
+    eval: PreferenceDataset | None
+    """Evaluation pairs; None where the file names none."""
+
+    @property
+    def datasets(self) -> dict[str, PreferenceDataset]:
+        """The data sets that are there, by what they are called in a message."""
+        found = {"training pairs": self.train, "evaluation pairs": self.eval}
+        return {name: dataset for name, dataset in found.items() if dataset is not None}
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Copies of the model that work on different pairs."""
+        return self.config.training.layout.data_parallel_size(self.world_size)
+
+    @property
+    def global_batch_pairs(self) -> int:
+        """Pairs in one optimizer step over all ranks."""
+        args = self.config.training
+        return args.per_device_train_batch_size * args.gradient_accumulation_steps * self.data_parallel_size
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one pass over the training pairs."""
+        num_pairs = 0 if self.train is None else len(self.train)
+        sampler = PairSampler(num_pairs, self.global_batch_pairs, drop_last=self.config.training.drop_last)
+        return sampler.steps_per_epoch
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        args = self.config.training
+        return args.max_steps or args.num_train_epochs * self.steps_per_epoch
+
+    @cached_property
+    def head_layers(self) -> float:
+        """Cost of the vocabulary head in a step on this data, in layers."""
+        dataset = self.eval if self.train is None else self.train
+        assert dataset is not None, "a prepared run has data"
+        args = self.config.training
+        rows = row_shape(dataset[:SAMPLE_PAIRS], self.collator(), args.per_device_train_batch_size)
+        has_reference = self.config.loss.use_ref_model and not self.config.precomputes_reference
+        return head_in_layers(self.architecture, args, rows, has_reference=has_reference)
+
+    @property
+    def pipeline_plan(self) -> PipelinePlan:
+        """Layers of every pipeline chunk."""
+        args = self.config.training
+        head_layers = self.head_layers if args.pipeline_balance == "head_cost" else 0.0
+        return plan_pipeline(self.architecture.num_layers, args.layout, head_layers)
+
+    def collator(self) -> PreferenceCollator | PackedCollator:
+        """Return what turns pairs into microbatches."""
+        config, pad_token_id = self.config, resolve_pad_token_id(self.tokenizer)
+        return default_collator(config.loss, config.training, pad_token_id, config.data.pad_to_multiple_of)
+
+    def row_length(self, positions: int) -> int:
+        """Return the length of a row that holds so many positions: filled up as the data and then the layout ask."""
+        for multiple in (self.config.data.pad_to_multiple_of, self.config.training.layout.row_multiple):
+            positions = -(-positions // multiple) * multiple
+        return positions
+
+    def row_capacity(self, dataset: PreferenceDataset) -> int | None:
+        """Return the most positions of a packed row of `dataset`; None without packing.
+
+        Raises:
+            ConfigError: `pack_length` is no multiple of what rows are padded to.
+            DataError: a pair does not fit into a row.
+        """
+        collator = self.collator()
+        if not isinstance(collator, PackedCollator):
+            return None
+        return row_capacity(dataset, collator, self.config.training.pack_length)
+
+
+def prepare(
+    config: RunConfig, world_size: int | None = None, *, for_training: bool = True, saves: bool = True
+) -> PreparedRun:
+    """Validate a run against its files, and read and tokenise its data.
+
+    Args:
+        config: the run.
+        world_size: ranks to plan for; None takes those of the process group or the launcher.
+        for_training: False is for evaluation alone: training data, schedule and output directory are not looked at.
+        saves: whether training saves checkpoints; if not, those of an earlier run may be in the output directory.
+
+    Raises:
+        ConfigError: paths, layout, batches, token ids or settings do not fit each other.
+        DataError: a data file is at fault.
+        CheckpointError: a model directory has no usable `config.json`, or there is no checkpoint to continue from.
+    """
+    world_size = launched_world_size() if world_size is None else world_size
+    train_paths = config.data.train_paths if for_training else ()
+    _raise_if([*_path_problems(config, for_training, saves), *_evaluation_problems(config, for_training)])
+    if config.training.resume_from_checkpoint is not None:
+        directory.candidates(loop.checkpoint_root(config.training), config.training.resume_from_checkpoint)
+    loop.check_combination(config.training, config.loss)
+    architecture = Architecture.from_hf(hf_config_of(config))
+    _raise_if([*_layout_problems(config, architecture, world_size), *_reference_problems(config, architecture)])
+    _check_lora(config, architecture)
+    tokenizer = load_tokenizer(config.model.tokenizer_path)
+    run = PreparedRun(
+        config=config,
+        world_size=world_size,
+        architecture=architecture,
+        tokenizer=tokenizer,
+        train=load_dataset(train_paths, tokenizer, config.data) if train_paths else None,
+        eval=load_dataset(config.data.eval_paths, tokenizer, config.data) if config.data.eval_paths else None,
+    )
+    for dataset in (run.train, run.eval):
+        if dataset is not None:
+            check_token_ids(dataset, architecture.vocab_size, resolve_pad_token_id(tokenizer))
+            _check_lengths(dataset, architecture.max_positions)
+            run.row_capacity(dataset)
+    _raise_if([f"training: {problem}" for problem in expert_stage_problems(run.pipeline_plan, architecture)])
+    if for_training:
+        _check_schedule(run)
+    return run
+
+
+def launched_world_size() -> int:
+    """Return the number of ranks of the process group, else of the launcher, else 1."""
+    if torch.distributed.is_initialized():
+        return torch.distributed.get_world_size()
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError(f"the environment variable WORLD_SIZE must be a number of ranks >= 1, got {text!r}")
+    return int(text)
+
+
+def hf_config_of(config: RunConfig) -> dict[str, Any]:
+    """Return the contents of the policy's `config.json`."""
+    if config.model.path is not None:
+        return read_config(config.model.path)
+    assert config.model.config is not None
+    return dict(config.model.config)
+
+
+def reference_is_policy(config: RunConfig) -> bool:
+    """Whether the reference has the policy's first weights, adapters aside."""
+    path = config.reference_path
+    return path is None or (config.model.path is not None and Path(path).samefile(config.model.path))
+
+
+def _path_problems(config: RunConfig, for_training: bool, saves: bool) -> Iterator[str]:
+    directories = {
+        "model.path": config.model.path,
+        "model.tokenizer": config.model.tokenizer,
+        "reference.path": None if config.reference is None else config.reference.path,
+        "lora.path": None if config.lora is None else config.lora.path,
+    }
+    files = [("data.train", path) for path in config.data.train_paths if for_training]
+    files += [("data.eval", path) for path in config.data.eval_paths]
+    given = [(key, path) for key, path in directories.items() if path is not None]
+    unusable = [
+        f"{key}: {path!r} begins with ~, which only a shell expands, or holds a NUL; write the path out"
+        for key, path in [*given, *files, *_new_directories(config).items()]
+        if path.startswith("~") or "\0" in path
+    ]
+    if unusable:
+        yield from unusable
+        return
+    relative_to = f"relative paths start at the current directory, {Path.cwd()}"
+    for key, path in given:
+        if not Path(path).is_dir():
+            yield f"{key}: {path!r} is not a directory; {relative_to}"
+    for key, path in files:
+        if not Path(path).exists():
+            yield f"{key}: {path!r} does not exist; {relative_to}"
+    for key, path in _new_directories(config).items():
+        if Path(path).exists() and not Path(path).is_dir():
+            yield f"{key}: {path!r} exists and is not a directory"
+    if for_training and saves:
+        yield from _output_problems(config)
+
+
+def _new_directories(config: RunConfig) -> dict[str, str]:
+    """Directories that the run makes where they are not there."""
+    cache = {"reference.cache": str(config.reference_cache)} if config.precomputes_reference else {}
+    return {"training.output_dir": config.training.output_dir, **cache}
+
+
+def _output_problems(config: RunConfig) -> Iterator[str]:
+    output, args = Path(config.training.output_dir), config.training
+    steps = directory.finished_steps(loop.checkpoint_root(args))
+    if args.resume_from_checkpoint is None and steps:
+        yield (
+            f"training.output_dir: {str(output)!r} holds the checkpoints of another run (up to step {steps[-1]}); "
+            "continue it with training.resume_from_checkpoint=latest, or choose another directory"
+        )
+
+
+def _evaluation_problems(config: RunConfig, for_training: bool) -> Iterator[str]:
+    args = config.training
+    if for_training and not config.data.train_paths:
+        yield "data.train names no file; training needs at least one"
+    if not for_training and not config.data.eval_paths:
+        yield "data.eval names no file; an evaluation needs at least one"
+    if for_training and not config.data.eval_paths and (args.eval_on_start or args.eval_steps is not None):
+        yield "training.eval_steps and training.eval_on_start need data.eval, which names no file"
+
+
+def _layout_problems(config: RunConfig, arch: Architecture, world_size: int) -> Iterator[str]:
+    layout = config.training.layout
+    for problem in (*world_problems(layout, world_size), *model_problems(layout, arch)):
+        yield f"training: {problem}"
+
+
+def _reference_problems(config: RunConfig, arch: Architecture) -> Iterator[str]:
+    if config.reference is None or config.reference.path is None:
+        return
+    other = Architecture.from_hf(read_config(config.reference.path))
+    for field in fields(Architecture):
+        ours, theirs = getattr(arch, field.name), getattr(other, field.name)
+        # neither changes what the weights compute
+        if ours != theirs and field.name not in ("init_std", "max_positions"):
+            yield f"reference.path: {field.name} must be the policy's, {ours!r}, got {theirs!r}"
+
+
+def _check_lora(config: RunConfig, arch: Architecture) -> None:
+    if config.lora is not None:
+        adapted_linears(arch, config.lora)
+        if config.lora.path is not None:
+            AdapterFiles(config.lora.path, arch, config.lora)
+
+
+def _check_lengths(dataset: PreferenceDataset, max_positions: int) -> None:
+    report = dataset.report
+    # cheap and nearly always enough: no row is longer than the longest prompt and the longest completion together
+    if report.prompt_tokens.max + max(report.chosen_tokens.max, report.rejected_tokens.max) <= max_positions + 1:
+        return
+    for pair in dataset:
+        if pair.num_tokens - 1 > max_positions:  # the last token is only a label
+            raise ConfigError(
+                f"{pair.source}: {pair.num_tokens} tokens, but the model's max_position_embeddings is {max_positions}; "
+                f"set data.max_length to at most {max_positions}"
+            )
+
+
+def _check_schedule(run: PreparedRun) -> None:
+    total_steps = run.total_steps
+    warmup_steps = run.config.training.warmup_steps_of(total_steps)
+    if warmup_steps >= total_steps:
+        raise ConfigError(
+            f"warm-up takes {warmup_steps} of {total_steps} steps; lower training.warmup_steps or "
+            "training.warmup_ratio, or train longer"
+        )
+
+
+def _raise_if(problems: list[str]) -> None:
+    if problems:
+        raise ConfigError("\n".join(problems))

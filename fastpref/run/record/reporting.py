@@ -1,0 +1,152 @@
+"""What a run shows and records, from rank 0 only: progress, `metrics.jsonl`, TensorBoard, Weights & Biases."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from fastpref.errors import MissingDependencyError
+from fastpref.run.config.arguments import TrainingArguments
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class RunReporter:
+    """Writes metrics of a run under `args.output_dir`; does nothing on ranks other than 0.
+
+    Args:
+        args: the run's settings.
+        rank: this process's rank.
+        total_steps: length of the progress bar.
+        first_step: optimizer steps done before; records after it are dropped from `metrics.jsonl`, all of them at 0.
+    """
+
+    def __init__(self, args: TrainingArguments, rank: int, total_steps: int, first_step: int) -> None:
+        self.active = rank == 0
+        self._console = Console(stderr=True)
+        self._has_warned = False
+        self._writers: list = []
+        self._progress: Progress | None = None
+        if not self.active:
+            return
+        self.output_dir = Path(args.output_dir)
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        # First, as a package may be missing: the records of an earlier run are then still there.
+        if "tensorboard" in args.report_to:
+            self._writers.append(_TensorBoardWriter(self.output_dir / "tensorboard", first_step))
+        if "wandb" in args.report_to:
+            self._writers.append(_WandbWriter(self.output_dir))
+        if first_step:
+            _drop_records_after(self.output_dir / METRICS_FILE, first_step)
+        else:
+            (self.output_dir / METRICS_FILE).unlink(missing_ok=True)
+        self._file = (self.output_dir / METRICS_FILE).open("a", encoding="utf-8")
+        if not args.disable_progress:
+            self._progress = Progress(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[status]}"),
+                console=self._console,
+            )
+            self._task = self._progress.add_task("train", total=total_steps, completed=first_step, status="")
+
+    def __enter__(self) -> RunReporter:
+        if self._progress is not None:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self.active:
+            return
+        if self._progress is not None:
+            self._progress.stop()
+        self._file.close()
+        for writer in self._writers:
+            writer.close()
+
+    def advance(self) -> None:
+        """Moves the progress bar by one step."""
+        if self._progress is not None:
+            self._progress.advance(self._task)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Records `metrics` at `step` in every writer."""
+        if not self.active:
+            return
+        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._file.flush()
+        for writer in self._writers:
+            writer.log(step, metrics)
+        if metrics.get("alarm/likelihood_displacement") and not self._has_warned:
+            self._has_warned = True
+            self._console.print(
+                f"[yellow]step {step}: chosen answers are less likely than under the reference and still fall "
+                "(likelihood displacement); consider an sft term in pref_loss, or a larger beta"
+            )
+        if self._progress is not None:
+            shown = [("loss", "loss"), ("rewards/accuracies", "acc"), ("rewards/margins", "margin")]
+            status = "  ".join(f"{label} {metrics[name]:.3f}" for name, label in shown if name in metrics)
+            if status:
+                self._progress.update(self._task, status=status)
+
+
+class _TensorBoardWriter:
+    def __init__(self, directory: Path, first_step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise MissingDependencyError(
+                'report_to "tensorboard" needs the tensorboard package: pip install "fastpref[megatron]"'
+            ) from error
+        # `purge_step` hides the events of steps that a resumed run repeats.
+        self._writer = SummaryWriter(str(directory), purge_step=first_step + 1)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _WandbWriter:
+    def __init__(self, directory: Path) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise MissingDependencyError('report_to "wandb" needs that package: pip install wandb') from error
+        self._run = wandb.init(dir=str(directory))
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _drop_records_after(path: Path, step: int) -> None:
+    """Removes records of steps that are about to be repeated, and a last line that was cut off."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            break
+        if record["step"] <= step:
+            kept.append(line + "\n")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,1 @@
+"""The model on Megatron-Core: layers, head, weights and adapters."""

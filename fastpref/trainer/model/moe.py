@@ -1,0 +1,147 @@
+"""Mixture-of-experts layers: how Megatron is asked for them, and the load-balancing loss that keeps experts busy.
+
+Design decisions:
+- Expert-parallel ranks hold whole experts; they are taken from all ranks of a pipeline stage, tensor-parallel ones
+  first, and a token travels to its expert and back. Without them tensor parallelism splits every expert, as it splits
+  every other matrix.
+- The load-balancing loss is Megatron's: per layer and microbatch, `E * sum_e f_e * P_e` over tokens that are neither
+  padding nor of filler pairs; f_e is the share of choices that fell on expert e, P_e the mean router probability.
+  Coefficient times its sum over layers, averaged over microbatches and data-parallel ranks, is added to the gradients,
+  never to the reported preference loss. A microbatch of fillers alone has the loss 0.
+- Routers stay the modules that Megatron built, only their class changes: models that a caller built are metered too.
+
+Dims: N tokens of this rank, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.moe.router import TopKRouter
+from torch import Tensor
+
+from fastpref.errors import ConfigError
+from fastpref.run.architecture.architecture import Architecture
+from fastpref.trainer.model.head import unwrap
+from fastpref.trainer.ranks.platform import current_device
+
+# The router's projection compares this name with None, but without Transformer Engine it is never defined.
+if not hasattr(moe_utils, "te_general_gemm"):
+    moe_utils.te_general_gemm = None
+
+
+def expert_settings(arch: Architecture, aux_loss_coeff: float | None, *, grouped_gemm: bool) -> dict[str, Any]:
+    """Return the fields of `TransformerConfig` that describe the experts of a model; none for a dense one.
+
+    Args:
+        arch: the model.
+        aux_loss_coeff: weight of the load-balancing loss; None takes the one of the model's `config.json`.
+        grouped_gemm: multiply all experts of a rank at once, which needs Transformer Engine.
+    """
+    experts = arch.experts
+    if experts is None:
+        return {}
+    return {
+        "num_moe_experts": experts.num_experts,
+        "moe_layer_freq": 1 if all(experts.layers) else [int(has_experts) for has_experts in experts.layers],
+        "moe_ffn_hidden_size": experts.ffn_hidden_size,
+        "moe_router_topk": experts.experts_per_token,
+        # A softmax over the chosen logits is the softmax over all of them, divided by the sum of the chosen.
+        "moe_router_pre_softmax": not experts.norm_topk_prob,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "aux_loss",
+        "moe_aux_loss_coeff": experts.router_aux_loss_coef if aux_loss_coeff is None else aux_loss_coeff,
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_grouped_gemm": grouped_gemm,
+        "expert_model_parallel_size": parallel_state.get_expert_model_parallel_world_size(),
+        "expert_tensor_parallel_size": parallel_state.get_expert_tensor_parallel_world_size(),
+    }
+
+
+def separate_experts(model: torch.nn.Module) -> None:
+    """Have the gradients of experts reduced, and their weights updated, apart from the rest in every layout.
+
+    Megatron does so only where expert-parallel ranks share them; a checkpoint would then fit one kind of layout.
+    """
+    for module in model.modules():
+        if isinstance(module, MoELayer):
+            for parameter in module.experts.parameters():
+                parameter.allreduce = False
+
+
+class BalanceMeter:
+    """Adds up what routers measure in training, on the device, until somebody reads it."""
+
+    def __init__(self) -> None:
+        self._sum_3 = torch.zeros(3, dtype=torch.float64, device=current_device())
+
+    def add(self, loss: Tensor, imbalance: Tensor, share: Tensor) -> None:
+        """Add one layer and microbatch.
+
+        Args:
+            loss: this rank's part of the unweighted load-balancing loss (scalar).
+            imbalance: choices of the busiest expert over their mean (scalar).
+            share: this rank's part of the microbatch: 1 / ranks that share it, 0 where no token counts (scalar).
+        """
+        self._sum_3 += torch.stack([loss.detach(), imbalance * share, share]).double()
+
+    def read(self) -> dict[str, float]:
+        """Reduce over the world, on every rank of it, and start again.
+
+        Returns:
+            Means over layers, microbatches and data-parallel ranks, the same on every rank: the unweighted
+            `moe/load_balancing_loss` (1 when experts are chosen evenly, E / experts per token at worst), and
+            `moe/expert_imbalance`. Empty where nothing was added.
+        """
+        torch.distributed.all_reduce(self._sum_3)
+        loss, imbalance, count = self._sum_3.tolist()
+        self._sum_3.zero_()
+        return {"moe/load_balancing_loss": loss / count, "moe/expert_imbalance": imbalance / count} if count else {}
+
+
+class BalancedRouter(TopKRouter):
+    """Megatron's router, whose load-balancing loss is metered and stands microbatches without a token that counts."""
+
+    meter: BalanceMeter
+
+    def _apply_aux_loss(
+        self, probs: Tensor, scores_for_aux_loss: Tensor, routing_map: Tensor, with_padding_mask: bool = False
+    ) -> Tensor:
+        """Hang the weighted loss on `probs`; scores and choices [N, E] are 0 for tokens that do not count."""
+        chosen_E = routing_map.sum(0, dtype=torch.float32)
+        torch.distributed.all_reduce(chosen_E, group=self.tp_cp_group)
+        num_choices = chosen_E.sum()
+        num_tokens = (num_choices / self.topk).clamp(min=1.0)
+        share_E = chosen_E / num_choices.clamp(min=1.0)
+        loss = self.num_experts * (scores_for_aux_loss.sum(0) / num_tokens * share_E).sum()
+        counts = (num_choices > 0).float() / self.tp_cp_group.size()
+        self.meter.add(loss, share_E.max() * self.num_experts, counts)
+        return cast(Tensor, MoEAuxLossAutoScaler.apply(probs, loss * self.config.moe_aux_loss_coeff))
+
+
+def install_routers(models: Sequence[torch.nn.Module]) -> BalanceMeter | None:
+    """Turn the routers of `models` into metered ones, in place; None where no load-balancing loss is asked for.
+
+    Raises:
+        ConfigError: experts are balanced by another loss, whose tokens would not be counted.
+    """
+    config = unwrap(models[0]).config
+    if config.num_moe_experts is None or not config.moe_aux_loss_coeff:
+        return None
+    if config.moe_router_load_balancing_type != "aux_loss":
+        raise ConfigError(
+            "moe_router_load_balancing_type must be 'aux_loss' where moe_aux_loss_coeff is not 0, got "
+            f"{config.moe_router_load_balancing_type!r}; other losses are not implemented"
+        )
+    meter = BalanceMeter()
+    for module in (module for model in models for module in model.modules()):
+        if type(module) in (TopKRouter, BalancedRouter):
+            module.__class__ = BalancedRouter
+            cast(BalancedRouter, module).meter = meter
+    return meter

@@ -1,0 +1,1 @@
+"""Processes: platform, agreement, supervision and their ends."""

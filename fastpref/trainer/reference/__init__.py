@@ -1,0 +1,1 @@
+"""The reference model's log-probs: from a model, adapters or a cache."""

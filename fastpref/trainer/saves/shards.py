@@ -1,0 +1,167 @@
+"""This rank's shards of one checkpoint: copied to host memory, planned by Megatron, written by threads of this process.
+
+Only the copy keeps training waiting. Planning asks the other ranks who writes what, in a group of its own, so a thread
+does that too. Megatron would write in processes that it forks. A fork beside a GPU or running threads may hang; its
+child outlives a killed parent, writes on, and keeps the sockets open by whose end the other ranks notice. A thread has
+none of this, and training goes on beside it: neither writing nor hashing holds the interpreter's lock.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import queue
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.core import CONFIG_FNAME, CheckpointingConfig, CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from megatron.core.dist_checkpointing.strategies.state_dict_saver import save_state_dict_async_plan
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from megatron.core.dist_checkpointing.validation import validate_sharding_integrity
+
+from fastpref.errors import CheckpointError
+from fastpref.trainer.ranks.agreement import together
+
+# Files of a rank, each written and hashed by a thread of its own.
+_FILES = 2
+
+
+class AbandonedError(CheckpointError):
+    """Writing was ended because another rank has failed."""
+
+
+class Shards:
+    """What this rank writes of one checkpoint: first `to_host`, then `plan`, then `write` for each of its files.
+
+    Args:
+        payload: sharded state; it is used up.
+
+    Attributes:
+        small_files: files that one rank writes for all, by name.
+        num_files: this rank's files of shards; known after `plan`.
+    """
+
+    def __init__(self, payload: dict[str, Any]) -> None:
+        self._sharded, common = save_preprocess(payload, validate_access_integrity=False)
+        small = io.BytesIO()
+        torch.save(common, small)
+        config = json.dumps(asdict(CheckpointingConfig("torch_dist", 1)))
+        self.small_files = {COMMON_STATE_FNAME: small.getvalue(), CONFIG_FNAME: config.encode()}
+        self.num_files = 0
+
+    def to_host(self, *, copies: bool) -> None:
+        """Brings to host memory what this rank writes; what is on a GPU is copied in any case.
+
+        Args:
+            copies: also copy what is in host memory already, so that training may change its own.
+        """
+        for shard in nested_values(self._sharded):
+            if not is_main_replica(shard.replica_id):
+                continue  # another rank writes it
+            if not isinstance(shard, ShardedTensor):
+                shard.data = copy.deepcopy(shard.data) if copies else shard.data
+            elif shard.data.is_cuda:
+                shard.data = shard.data.detach().contiguous().to("cpu", non_blocking=True)
+            elif copies:
+                shard.data = shard.data.detach().clone(memory_format=torch.contiguous_format)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    def plan(self, directory: Path, group: torch.distributed.ProcessGroup) -> None:
+        """Agrees with the other ranks who writes what; every rank calls it, in any thread.
+
+        Args:
+            directory: where to; it must exist.
+            group: all ranks; nobody else may use it meanwhile.
+
+        Raises:
+            CheckpointError: the ranks' shards do not make up whole tensors.
+        """
+        self._validate(group)
+        # Megatron would start a manager process for this queue, which nobody needs here.
+        filesystem_async._results_queue = queue.Queue()
+        by_key, *_ = _replace_state_dict_keys_with_sharded_keys(self._sharded, True)
+        self._sharded = None  # so that the plan alone holds what is to be written
+        planner = MCoreSavePlanner(
+            dedup_replicated_tensors=False, flatten_state_dict=False, flatten_sharded_tensors=False
+        )
+        self._writer = FileSystemWriterAsync(directory, thread_count=_FILES)
+        (_, self._index, _), *_ = save_state_dict_async_plan(
+            mcore_to_pyt_state_dict(by_key), self._writer, group, planner=planner
+        )
+        self.num_files = len(self._writer.write_buckets)
+
+    def _validate(self, group: torch.distributed.ProcessGroup) -> None:
+        is_first = torch.distributed.get_rank() == 0
+        parts: list[Any] | None = [None] * torch.distributed.get_world_size() if is_first else None
+        mine = [shard.without_data() for shard in nested_values(self._sharded)]
+        torch.distributed.gather_object(mine, parts, group=group)
+
+        def validate() -> None:
+            try:
+                validate_sharding_integrity(parts or [])
+            except CheckpointingException as error:
+                raise CheckpointError(f"the shards of all ranks do not make up whole tensors: {error}") from error
+
+        together(validate, "planning a checkpoint", group)
+
+    def write(self, number: int, is_abandoned: Callable[[], bool]) -> tuple[str, Any]:
+        """Writes a file of shards and frees their memory on the way; any thread may call it.
+
+        Args:
+            number: which of `num_files`.
+            is_abandoned: asked before each tensor; True ends the writing.
+
+        Returns:
+            The file's name, and where in it each tensor is, for `finish`.
+
+        Raises:
+            OSError: the disk is full or fails.
+            CheckpointError: it could not be written for another reason.
+            AbandonedError: the writing was ended.
+        """
+        path, name, (objects, tensors) = self._writer.write_buckets[number]
+        bucket = (path, name, (objects, _taken(tensors, is_abandoned)))
+        transforms = [self._writer.transforms] if hasattr(self._writer, "transforms") else []
+        results: queue.Queue = queue.Queue()
+        started: queue.Queue = queue.Queue()
+        started.put(number)
+        # without its decorator, which turns the garbage collector off, here for training too
+        write = FileSystemWriterAsync.write_preloaded_data.__wrapped__
+        write(transforms, number, bucket, results, started, True)
+        _, outcome = results.get()
+        if isinstance(outcome, (OSError, AbandonedError)):
+            raise outcome
+        if isinstance(outcome, Exception):
+            raise CheckpointError(f"{path} could not be written: {outcome}") from outcome
+        return name, outcome
+
+    def finish(self, places: list[list[Any]]) -> None:
+        """Writes the index on rank 0.
+
+        Args:
+            places: by rank, what its `write` calls returned beside the names, in one list.
+        """
+        self._writer.finish(self._index, places)
+
+
+def _taken(tensors: list[tuple[Any, torch.Tensor]], is_abandoned: Callable[[], bool]) -> Iterator[Any]:
+    tensors.reverse()
+    while tensors:
+        if is_abandoned():
+            raise AbandonedError("the save was abandoned")
+        yield tensors.pop()

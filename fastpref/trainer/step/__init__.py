@@ -1,0 +1,1 @@
+"""One optimizer step: batch, schedule, update and guard."""

@@ -1,0 +1,189 @@
+"""From data sets to the microbatches of one rank at one step: a function of (seed, step), with nothing to restore."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+from fastpref.data import (
+    FILLER_ID,
+    PackedCollator,
+    PairSampler,
+    PreferenceCollator,
+    TokenizedPair,
+    plan_rows,
+    rows_of_rank,
+)
+from fastpref.data.collate import NllMask
+from fastpref.errors import ConfigError, DataError
+from fastpref.losses import DPOConfig
+from fastpref.run.config.arguments import TrainingArguments
+from fastpref.trainer.step.batch import Microbatch
+
+
+class PairFeed:
+    """Deals pairs to data-parallel ranks and microbatches.
+
+    Args:
+        args: batch sizes, epochs and seed.
+        config: the loss; decides which second label mask the collator makes.
+        train_dataset: indexable pairs, or None.
+        eval_dataset: indexable pairs, or None.
+        data_collator: list of items -> batch; None for `PreferenceCollator`, or `PackedCollator` with packing.
+        tokenizer: names the padding token of the default collator; 0 without one.
+
+    Raises:
+        ConfigError: packing with a collator that pads, or the other way round; a pack_length that rows cannot have.
+        DataError: a pair is larger than a packed row.
+    """
+
+    def __init__(
+        self,
+        args: TrainingArguments,
+        config: DPOConfig,
+        train_dataset: Any,
+        eval_dataset: Any,
+        data_collator: Callable[[list], Mapping[str, Tensor]] | None,
+        tokenizer: Any,
+    ) -> None:
+        self.args = args
+        self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
+        pad_token_id = getattr(tokenizer, "pad_token_id", None)
+        self.collate = data_collator or default_collator(config, args, 0 if pad_token_id is None else pad_token_id)
+        self.dp_size = parallel_state.get_data_parallel_world_size()
+        self.dp_rank = parallel_state.get_data_parallel_rank()
+        if args.packing != isinstance(self.collate, PackedCollator):
+            raise ConfigError(
+                f"packing is {args.packing}, but data_collator is a {type(self.collate).__name__}: rows are packed by "
+                "PackedCollator alone; leave data_collator out or change packing"
+            )
+        self._row_length = None if train_dataset is None else self._capacity(train_dataset)
+
+    @property
+    def global_batch_pairs(self) -> int:
+        """Pairs in one optimizer step over all ranks."""
+        return self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.dp_size
+
+    @property
+    def sampler(self) -> PairSampler:
+        """Order of the training pairs."""
+        if self.train_dataset is None:
+            raise ConfigError("training needs a train_dataset")
+        return PairSampler(
+            len(self.train_dataset),
+            self.global_batch_pairs,
+            seed=self.args.seed,
+            shuffle=self.args.shuffle,
+            drop_last=self.args.drop_last,
+        )
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.args.max_steps or self.args.num_train_epochs * self.sampler.steps_per_epoch
+
+    def train_batches(self, step: int) -> list[Microbatch]:
+        """This rank's microbatches of optimizer step `step`, counted from 0."""
+        sampler = self.sampler
+        if self._row_length is not None:
+            return self._packed(self.train_dataset, sampler.batch(step), self._row_length)
+        shards = sampler.shard(
+            step,
+            self.dp_rank,
+            self.dp_size,
+            self.args.per_device_train_batch_size,
+            self.args.gradient_accumulation_steps,
+        )
+        return [self._microbatch(self.train_dataset, sampler.batch(step), shard) for shard in shards]
+
+    def eval_batches(self, dataset: Any) -> Iterator[list[Microbatch]]:
+        """This rank's microbatches of one pass over `dataset`, in groups that fill the pipeline.
+
+        Raises:
+            DataError: a pair is larger than a packed row.
+        """
+        row_length = self._capacity(dataset)
+        if row_length is not None:
+            sampler = PairSampler(len(dataset), self.global_batch_pairs, shuffle=False)
+            for step in range(sampler.steps_per_epoch):
+                yield self._packed(dataset, sampler.batch(step), row_length)
+            return
+        pairs, group = self.args.eval_batch_pairs, self.args.pipeline_model_parallel_size
+        sampler = PairSampler(len(dataset), pairs * group * self.dp_size, shuffle=False)
+        for step in range(sampler.steps_per_epoch):
+            shards = sampler.shard(step, self.dp_rank, self.dp_size, pairs, group)
+            yield [self._microbatch(dataset, sampler.batch(step), shard) for shard in shards]
+
+    def _capacity(self, dataset: Any) -> int | None:
+        """Positions of a packed row of `dataset`; None where rows are padded."""
+        if not isinstance(self.collate, PackedCollator):
+            return None
+        return row_capacity(dataset, self.collate, self.args.pack_length)
+
+    def _packed(self, dataset: Any, batch: Sequence[int], row_length: int) -> list[Microbatch]:
+        """This rank's rows of the pairs `batch`; every rank gets equally many."""
+        assert isinstance(self.collate, PackedCollator)
+        pairs = [dataset[index] for index in batch]
+        costs = [self.collate.cost(pair) for pair in pairs]
+        rows = plan_rows(costs, row_length, multiple_of=self.dp_size * _interleaved_stages(), seed=self.args.seed)
+        # An empty row repeats the cheapest pair at weight 0, so that every rank runs equally many microbatches.
+        filler = replace(pairs[costs.index(min(costs))], pair_id=FILLER_ID, weight=0.0)
+        mine = rows_of_rank(rows, costs, self.dp_rank, self.dp_size)
+        return [Microbatch.from_dict(self.collate([pairs[index] for index in row] or [filler])) for row in mine]
+
+    def _microbatch(self, dataset: Any, batch: Sequence[int], shard: Sequence[int | None]) -> Microbatch:
+        # A filler repeats some pair of the step at weight 0, so that every rank runs equal shapes.
+        real = torch.tensor([index is not None for index in shard], dtype=torch.bool, device="cpu")
+        indices = [batch[0] if index is None else index for index in shard]
+        microbatch = Microbatch.from_dict(self.collate([dataset[index] for index in indices]))
+        return replace(microbatch, weights_B=microbatch.weights_B * real)
+
+
+def default_collator(
+    config: DPOConfig, args: TrainingArguments, pad_token_id: int, pad_to_multiple_of: int = 8
+) -> PreferenceCollator | PackedCollator:
+    """The collator that packs or pads as `args` say and makes the label masks that `config` needs."""
+    mask: NllMask | None = None
+    if config.ld_alpha is not None:
+        mask = "shared"
+    elif config.needs_nll_mask:
+        mask = "prompt_and_response"
+    padding = PreferenceCollator(pad_token_id, pad_to_multiple_of=pad_to_multiple_of, nll_mask=mask)
+    return PackedCollator(padding, prefix_sharing=args.prefix_sharing) if args.packing else padding
+
+
+def row_capacity(dataset: Iterable[TokenizedPair], collator: PackedCollator, pack_length: int | None) -> int:
+    """Most positions of a packed row of `dataset`: `pack_length`, or the longest pair rounded up.
+
+    Raises:
+        ConfigError: `pack_length` is no multiple of what rows are padded to.
+        DataError: a pair does not fit into a row; names the one that needs most.
+    """
+    cost, longest = max(((collator.cost(pair), pair) for pair in dataset), key=lambda item: item[0], default=(0, None))
+    if longest is None:
+        raise DataError("packing needs at least 1 pair; the data set is empty")
+    multiple = collator.pad_to_multiple_of
+    needed = -(-cost // multiple) * multiple
+    if pack_length is None:
+        return needed
+    if pack_length % multiple:
+        raise ConfigError(f"pack_length must be a multiple of pad_to_multiple_of={multiple}, got {pack_length}")
+    if needed > pack_length:
+        sharing = "" if collator.prefix_sharing else ", set prefix_sharing: true"
+        raise DataError(
+            f"{longest.source or f'pair {longest.pair_id}'}: the pair takes {cost} positions of a packed row and a row "
+            f"has pack_length={pack_length}; raise pack_length to {needed} or more{sharing}, or lower data.max_length"
+        )
+    return pack_length
+
+
+def _interleaved_stages() -> int:
+    """Pipeline stages, where the schedule interleaves them and takes microbatches in groups of that size; else 1."""
+    if parallel_state.get_virtual_pipeline_model_parallel_world_size() is None:
+        return 1
+    return parallel_state.get_pipeline_model_parallel_world_size()

@@ -1,0 +1,199 @@
+"""Megatron's DDP, optimizer and scheduler around the model chunks, and the guard in front of every update."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import Float16Module
+
+from fastpref.errors import ConfigError
+from fastpref.run.config.arguments import TrainingArguments
+from fastpref.trainer.model.head import unwrap
+from fastpref.trainer.model.moe import separate_experts
+from fastpref.trainer.ranks.platform import before_destroy
+
+
+def params_dtype(args: TrainingArguments) -> torch.dtype:
+    """The dtype of parameters and activations."""
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+
+
+def check_model(models: Sequence[GPTModel], args: TrainingArguments) -> None:
+    """Requires that chunks were built with the settings that a run can only take from them.
+
+    Raises:
+        ConfigError: number of chunks, precision, sequence parallelism, recomputation or the load-balancing loss differ;
+            lists every difference.
+    """
+    wanted = {
+        "params_dtype": params_dtype(args),
+        "sequence_parallel": args.sequence_parallel,
+        "recompute_granularity": args.recompute_granularity,
+    }
+    if args.moe_aux_loss_coeff is not None:
+        wanted["moe_aux_loss_coeff"] = args.moe_aux_loss_coeff
+    problems = [
+        f"{name}: the model was built with {getattr(model.config, name)}, TrainingArguments ask for {value}"
+        for model in models[:1]
+        for name, value in wanted.items()
+        if getattr(model.config, name) != value
+    ]
+    if args.pipeline_balance == "head_cost" and getattr(models[0], "pipeline_plan", None) is None:
+        problems.append("pipeline_balance is head_cost, but the model was built without a ModelOptions.pipeline_plan")
+    if len(models) != (args.virtual_pipeline_model_parallel_size or 1):
+        problems.append(
+            f"the model has {len(models)} chunks on this rank, virtual_pipeline_model_parallel_size is "
+            f"{args.virtual_pipeline_model_parallel_size}"
+        )
+    if problems:
+        raise ConfigError("; ".join(problems) + ". Build the model with the settings of the run")
+
+
+def to_precision(models: Sequence[torch.nn.Module], args: TrainingArguments) -> list[torch.nn.Module]:
+    """Wraps bare `GPTModel` chunks for half precision; leaves fp32 and already wrapped chunks as they are."""
+    if params_dtype(args) == torch.float32:
+        return list(models)
+    return [Float16Module(model.config, model) if isinstance(model, GPTModel) else model for model in models]
+
+
+def wrap_for_training(models: Sequence[torch.nn.Module], args: TrainingArguments) -> list[DistributedDataParallel]:
+    """Wraps chunks in Megatron's DDP; chunks that a caller wrapped already pass through."""
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=args.overlap_grad_reduce,
+        overlap_param_gather=args.overlap_param_gather,
+        use_distributed_optimizer=args.use_distributed_optimizer,
+    )
+    wrapped = []
+    for index, model in enumerate(models):
+        if isinstance(model, DistributedDataParallel):
+            for name in ("use_distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather"):
+                if getattr(model.ddp_config, name) != getattr(args, name):
+                    raise ConfigError(f"{name} differs between TrainingArguments and the chunks in DDP; set both alike")
+            ddp = model
+        else:
+            (model,) = to_precision([model], args)
+            separate_experts(model)
+            # Later chunks communicate under computation anyway; bucketing them only adds launches.
+            ddp = DistributedDataParallel(unwrap(model).config, ddp_config, model, disable_bucketing=index > 0)
+        before_destroy(partial(_let_go, ddp))
+        wrapped.append(ddp)
+    return wrapped
+
+
+def _let_go(model: DistributedDataParallel) -> None:
+    """Cuts the ties that would keep a model, and with it the threads of its process groups, for ever.
+
+    Autograd's accumulators hold the hooks of DDP and the shards of the distributed optimizer hold the accumulators,
+    where no garbage collector looks; DDP holds the former and the model's configuration the latter.
+    """
+    model.grad_accs.clear()
+    config = unwrap(model).config
+    config.grad_scale_func = config.finalize_model_grads_func = config.no_sync_func = config.grad_sync_func = None
+
+
+def build_optimizer(models: Sequence[DistributedDataParallel], args: TrainingArguments) -> MegatronOptimizer:
+    """AdamW over the chunks' parameters, and the schedule hooks that need it."""
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=args.learning_rate,
+        min_lr=args.min_lr,
+        weight_decay=args.weight_decay,
+        adam_beta1=args.adam_beta1,
+        adam_beta2=args.adam_beta2,
+        adam_eps=args.adam_epsilon,
+        bf16=args.bf16,
+        fp16=args.fp16,
+        params_dtype=params_dtype(args),
+        use_distributed_optimizer=args.use_distributed_optimizer,
+        overlap_param_gather=args.overlap_param_gather,
+        # Megatron measures the norm only where it clips; an infinite limit measures and never clips.
+        clip_grad=args.max_grad_norm or float("inf"),
+        log_num_zeros_in_grad=args.log_num_zeros_in_grad,
+    )
+    optimizer = get_megatron_optimizer(config, list(models))
+    model_config = unwrap(models[0]).config
+    model_config.grad_scale_func = optimizer.scale_loss
+    model_config.finalize_model_grads_func = finalize_model_grads
+    no_sync, start_sync = [model.no_sync for model in models], [model.start_grad_sync for model in models]
+    model_config.no_sync_func = no_sync[0] if len(models) == 1 else no_sync
+    if args.overlap_grad_reduce:
+        model_config.grad_sync_func = start_sync[0] if len(models) == 1 else start_sync
+    return optimizer
+
+
+def checked_warmup(args: TrainingArguments, total_steps: int) -> int:
+    """Steps of warm-up in a run of `total_steps` updates.
+
+    Raises:
+        ConfigError: the warm-up is as long as the run.
+    """
+    warmup = args.warmup_steps_of(total_steps)
+    if warmup >= total_steps:
+        raise ConfigError(
+            f"warm-up takes {warmup} of {total_steps} steps; lower warmup_steps or warmup_ratio, or train longer"
+        )
+    return warmup
+
+
+def build_scheduler(optimizer: MegatronOptimizer, args: TrainingArguments, total_steps: int) -> OptimizerParamScheduler:
+    """Megatron's learning-rate schedule over `total_steps` updates.
+
+    Raises:
+        ConfigError: the warm-up is as long as the run.
+    """
+    warmup = checked_warmup(args, total_steps)
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=args.learning_rate,
+        min_lr=args.min_lr,
+        lr_warmup_steps=warmup,
+        lr_decay_steps=total_steps,
+        lr_decay_style=args.lr_scheduler_type,
+        start_wd=args.weight_decay,
+        end_wd=args.weight_decay,
+        wd_incr_steps=total_steps,
+        wd_incr_style="constant",
+        # A checkpoint's own settings were compared with these, or may differ by request.
+        override_opt_param_scheduler=True,
+        use_checkpoint_opt_param_scheduler=False,
+    )
+
+
+def use_settings(optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler, args: TrainingArguments) -> None:
+    """Makes a restored optimizer follow `args`: its parameter groups came with the settings of the run that saved."""
+    for group in optimizer.param_groups:
+        group |= {
+            "max_lr": args.learning_rate,
+            "min_lr": args.min_lr,
+            "betas": (args.adam_beta1, args.adam_beta2),
+            "eps": args.adam_epsilon,
+        }
+    scheduler.step(0)  # from these the rate of the step to come
+
+
+def sync_parameters(models: Sequence[DistributedDataParallel]) -> None:
+    """Brings every rank the weights of the last update, which `overlap_param_gather` leaves to the next forward pass.
+
+    Whoever reads weights in another way than by a forward pass of `models` (a checkpoint, an export) calls it first, on
+    every rank; in every other setting the weights are complete already and nothing happens.
+    """
+    for model in models:
+        if model.ddp_config.overlap_param_gather:
+            model.start_param_sync(force_sync=True)
+
+
+def gradients_are_finite(models: Sequence[DistributedDataParallel]) -> bool:
+    """Whether the fp32 norm of every gradient buffer of this rank is finite; costs one pass over the gradients."""
+    buffers = [buffer for model in models for buffer in (*model.buffers, *model.expert_parallel_buffers)]
+    if not buffers:
+        return True
+    norms = torch.stack([torch.linalg.vector_norm(buffer.grad_data, dtype=torch.float32) for buffer in buffers])
+    return bool(torch.isfinite(norms).all())
