@@ -30,7 +30,6 @@ from fastpref.trainer import (
     score_reference,
 )
 from fastpref.trainer.reference.reference import MAX_DRIFT, PrecomputedReference, build_reference
-from fastpref.trainer.step.optimizer import params_dtype
 
 PAIRS = ROOT / "examples" / "data_real" / "pairs.jsonl"
 KINDS = ("model", "precomputed")
@@ -64,7 +63,7 @@ class Setting:
 
     def weights(self) -> list[torch.nn.Module]:
         """The model's chunks."""
-        options = ModelOptions(params_dtype=params_dtype(self.args))
+        options = ModelOptions(params_dtype=self.args.params_dtype)
         if self.model == "dry":
             return list(build_models(TINY_LLAMA, options, seed=0))
         return list(load_models(ROOT / "runs" / "models" / MODELS[self.model], options))
@@ -100,7 +99,7 @@ def time_steps(model: str, num_pairs: int, max_length: int, precision: str, repe
         }
         assert isinstance(references["precomputed"], PrecomputedReference)
         drift = _drift(references, trainer, setting.data)
-        if drift > MAX_DRIFT[params_dtype(setting.args)]:
+        if drift > MAX_DRIFT[setting.args.params_dtype]:
             raise RuntimeError(f"the cache is {drift:.3g} nat per token away from the model in memory")
         times: dict[str, dict[str, list[float]]] = {kind: {"wall_s": [], "cpu_s": []} for kind in KINDS}
         for turn in range(repeats + 1):

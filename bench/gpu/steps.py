@@ -42,7 +42,6 @@ from fastpref.trainer import (
 )
 from fastpref.trainer.reference.reference import build_reference
 from fastpref.trainer.step.feed import PairFeed
-from fastpref.trainer.step.optimizer import params_dtype
 
 LLAMA_1B = {
     "model_type": "llama",
@@ -136,7 +135,7 @@ class Steps:
         )
         initialize_megatron(self.args)
         self.data = PreferenceDataset(random_pairs(sizes))
-        models = build_models(sizes.model, ModelOptions(params_dtype=params_dtype(self.args)), seed=0)
+        models = build_models(sizes.model, ModelOptions(params_dtype=self.args.params_dtype), seed=0)
         sharpen(models[0])
         self.trainer = DPOTrainer(models, DPOConfig(), None, self.args, train_dataset=self.data)
         self._cache = folder / "reference-cache"
@@ -156,7 +155,7 @@ class Steps:
             self._precompute()
         answers, _ = self._step(setting, 0)
         row: Row = {"title": setting.title, "answers": answers, "expected": self._expected}
-        tolerance = TOLERANCES[params_dtype(self.args)]
+        tolerance = TOLERANCES[self.args.params_dtype]
         for key in COMPARED:
             if not abs(answers[key] - self._expected[key]) <= tolerance * abs(self._expected[key]):
                 reason = f"{key} is {answers[key]:.6g}, of the fused head on padded rows {self._expected[key]:.6g}"

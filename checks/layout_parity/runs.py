@@ -31,7 +31,6 @@ from fastpref.trainer import (
     save_hf,
 )
 from fastpref.trainer.ranks.platform import destroy
-from fastpref.trainer.step.optimizer import params_dtype
 
 STEPS = 3
 STEP_PAIRS = 8
@@ -200,7 +199,7 @@ def train(run: ShortRun, output_dir: str, pairs: Sequence[TokenizedPair] | None 
 def _models(run: ShortRun, args: TrainingArguments) -> tuple[list, list | None]:
     num_layers = run.policy["num_hidden_layers"] if isinstance(run.policy, Mapping) else None
     options = ModelOptions(
-        params_dtype=params_dtype(args),
+        params_dtype=args.params_dtype,
         sequence_parallel=args.sequence_parallel,
         recompute_granularity=args.recompute_granularity,
         pipeline_plan=plan_pipeline(num_layers, args.layout, run.head_layers) if num_layers else None,

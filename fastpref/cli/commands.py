@@ -178,15 +178,15 @@ def check(config_path: Path, overrides: tuple[str, ...], world_size: int | None)
     Without --world-size the plan is for the ranks of the launcher, or the fewest that the layout needs.
     """
     from fastpref.run.plan import preview
+    from fastpref.run.plan.identity import describe_reference
     from fastpref.run.plan.prepare import launched_world_size, prepare
     from fastpref.run.plan.row_usage import row_usages
-    from fastpref.trainer import build
 
     config = _load(config_path, overrides)
     if world_size is None:
         world_size = max(launched_world_size(), config.training.layout.fewest_ranks)
     run = prepare(config, world_size)
-    reference = build.describe_reference(run)
+    reference = describe_reference(run)
     reports = {name: data.report for name, data in (("train", run.train), ("eval", run.eval)) if data is not None}
     _print(
         *(tables.pair(view, index) for index, view in enumerate(preview.pair_views(run))),

@@ -18,10 +18,11 @@ from fastpref.run.architecture.lora_config import LoraConfig
 from fastpref.run.config.arguments import TrainingArguments
 from fastpref.run.config.run_config import ModelConfig, ReferenceConfig, RunConfig
 from fastpref.run.config.run_file import load_run_config
-from fastpref.trainer.dpo_trainer import DPOTrainer, initialize_megatron
+from fastpref.trainer.dpo_trainer import DPOTrainer
 from fastpref.trainer.loop import TrainResult
 from fastpref.trainer.model.build import ModelOptions, build_models, load_models, save_hf
 from fastpref.trainer.model.lora import add_lora, save_adapter
+from fastpref.trainer.ranks.platform import initialize_megatron
 from fastpref.trainer.reference.scoring import score_reference
 
 __all__ = [

@@ -23,14 +23,13 @@ from fastpref.run.config.run_file import dump_run_config
 from fastpref.run.plan.identity import reference_identity
 from fastpref.run.plan.pipeline import PipelinePlan
 from fastpref.run.plan.prepare import PreparedRun, hf_config_of, launched_world_size, prepare, reference_is_policy
-from fastpref.trainer import loop
-from fastpref.trainer.dpo_trainer import DPOTrainer, initialize_megatron
+from fastpref.trainer.dpo_trainer import DPOTrainer
 from fastpref.trainer.model.build import ModelOptions, build_models, load_models, save_hf
 from fastpref.trainer.model.lora import add_lora, save_adapter
-from fastpref.trainer.ranks.agreement import together
-from fastpref.trainer.reference.scoring import from_rank_0, score_reference
+from fastpref.trainer.ranks.agreement import from_rank_0, together
+from fastpref.trainer.ranks.platform import initialize_megatron
+from fastpref.trainer.reference.scoring import score_reference
 from fastpref.trainer.saves import state
-from fastpref.trainer.step.optimizer import params_dtype
 
 
 def build_trainer(config: RunConfig) -> DPOTrainer:
@@ -64,7 +63,7 @@ def build_evaluator(config: RunConfig) -> DPOTrainer:
     trainer = _build(run, may_score=False)
     wanted = config.training.resume_from_checkpoint
     if wanted is not None:
-        path = state.choose(loop.checkpoint_root(config.training), wanted)
+        path = state.choose(config.training.checkpoint_root, wanted)
         state.load_weights(path, trainer.model)
         saved = directory.read_state(path)
         trainer.schedule.bco_delta, trainer.schedule.bco_count = saved["bco_delta"], saved["bco_count"]
@@ -101,27 +100,6 @@ def precompute_reference(config: RunConfig, output: str | Path | None = None) ->
     return _score(path, run, identity), True
 
 
-def describe_reference(run: PreparedRun) -> str:
-    """Say where a training run would take the reference's log-probs from; loads no weights, joins no group.
-
-    Raises:
-        CheckpointError: there is a cache, of another run; or the model directory is unusable.
-    """
-    config = run.config
-    if not config.loss.use_ref_model:
-        return "none, the loss reads none"
-    if not config.precomputes_reference:
-        if not reference_is_policy(config):
-            return f"the model {config.reference_path}"
-        return "a frozen copy of the policy" if config.lora is None else "the policy with its adapters off"
-    path = config.reference_cache
-    if not path.exists():
-        pairs = sum(len(dataset) for dataset in run.datasets.values())
-        return f"precomputed: training first scores {pairs:,} pairs into {path}"
-    ReferenceCache(path).require(run.datasets, reference_identity(run))
-    return f"precomputed in {path}, which fits"
-
-
 def export_checkpoint(config: RunConfig, checkpoint: str, output: str | Path, *, merge: bool = False) -> Path:
     """Write a training checkpoint as a Hugging Face model directory with the tokenizer, or adapters as peft does.
 
@@ -144,9 +122,9 @@ def export_checkpoint(config: RunConfig, checkpoint: str, output: str | Path, *,
     if launched_world_size() == 1:
         one_rank: dict[str, Any] = {field.name: field.default for field in fields(ParallelArguments)}
         config = replace(config, training=replace(config.training, **one_rank))
-    directory.candidates(loop.checkpoint_root(config.training), checkpoint)
+    directory.candidates(config.training.checkpoint_root, checkpoint)
     initialize_megatron(config.training)
-    path = state.choose(loop.checkpoint_root(config.training), checkpoint)
+    path = state.choose(config.training.checkpoint_root, checkpoint)
     models = _policy(config)
     state.load_weights(path, models)
     export_models(models, config, output, merge=merge)
@@ -230,7 +208,7 @@ def _score(path: Path, run: PreparedRun, identity: Mapping[str, Any]) -> Referen
 def _options(config: RunConfig, plan: PipelinePlan | None) -> ModelOptions:
     args = config.training
     return ModelOptions(
-        params_dtype=params_dtype(args),
+        params_dtype=args.params_dtype,
         sequence_parallel=args.sequence_parallel,
         recompute_granularity=args.recompute_granularity,
         moe_aux_loss_coeff=args.moe_aux_loss_coeff,

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -17,14 +16,15 @@ from fastpref.checkpoint.reference_cache import ReferenceCache
 from fastpref.errors import ConfigError, DataError, NonFiniteError
 from fastpref.losses import DPOConfig, PairLogps, preference_loss
 from fastpref.run.config.arguments import TrainingArguments
-from fastpref.run.config.layout import ARGUMENT_NAMES
+from fastpref.run.config.run_config import check_combination
 from fastpref.trainer import loop
-from fastpref.trainer.model.head import TOKEN_STATS, HeadOptions, install_heads, unwrap
+from fastpref.trainer.model.chunks import unwrap, vocab_size_of
+from fastpref.trainer.model.head import TOKEN_STATS, HeadOptions, install_heads
 from fastpref.trainer.model.lora import lora_of
 from fastpref.trainer.model.modes import evaluating
 from fastpref.trainer.model.moe import install_routers
 from fastpref.trainer.model.packing import install_packing
-from fastpref.trainer.ranks.platform import current_layout, initialize_distributed, initialize_model_parallel
+from fastpref.trainer.ranks.platform import initialize_megatron
 from fastpref.trainer.reference.first_step import check_first_step
 from fastpref.trainer.reference.reference import build_reference
 from fastpref.trainer.step import guard
@@ -83,7 +83,7 @@ class DPOTrainer:
         self.train_config = train_config or DPOConfig()
         self.processing_class = processing_class
         initialize_megatron(self.args)
-        loop.check_combination(self.args, self.train_config)
+        check_combination(self.args, self.train_config)
         self.model = [unwrap(chunk) for chunk in model]
         check_model(self.model, self.args)
         # What may refuse the settings comes before what changes the models.
@@ -110,7 +110,7 @@ class DPOTrainer:
         self.models_wrapped = wrap_for_training(model, self.args)
         self.schedule = PreferenceSchedule(self.train_config)
         self.metrics_keys = list(metric_names(self.train_config, bool(token_stats)))
-        self.vocab_size = getattr(self.model[0], "real_vocab_size", self.model[0].vocab_size)
+        self.vocab_size = vocab_size_of(self.model[0])
         self.settings: str | None = None
         self._optimizer: MegatronOptimizer | None = None
         self._lr_scheduler: OptimizerParamScheduler | None = None
@@ -373,25 +373,3 @@ class DPOTrainer:
     def is_main_process(self) -> bool:
         """Whether this rank prints and writes."""
         return torch.distributed.get_rank() == 0
-
-
-def initialize_megatron(args: TrainingArguments) -> None:
-    """Joins the process group and creates Megatron's parallel state for `args`; a state of the same layout is kept.
-
-    Raises:
-        ConfigError: the sizes do not fit the number of ranks, or Megatron is initialised with another layout already.
-    """
-    initialize_distributed(args.distributed_timeout_seconds)
-    wanted = args.layout
-    if not parallel_state.model_parallel_is_initialized():
-        timeout_s = args.distributed_timeout_seconds
-        initialize_model_parallel(
-            wanted.tp, wanted.pp, wanted.vpp, wanted.cp, wanted.ep, seed=args.seed, timeout_s=timeout_s
-        )
-    found = current_layout()
-    for field, name in ARGUMENT_NAMES.items():
-        if getattr(wanted, field) != getattr(found, field):
-            raise ConfigError(
-                f"{name} is {getattr(wanted, field)} but Megatron's parallel state was made with "
-                f"{getattr(found, field)}; use the sizes of the run in both places"
-            )

@@ -21,7 +21,6 @@ import fastpref
 from fastpref.checkpoint import directory
 from fastpref.checkpoint.lock import RunLock
 from fastpref.errors import CheckpointError, ConfigError
-from fastpref.losses import DPOConfig
 from fastpref.run.config.arguments import TrainingArguments
 from fastpref.run.config.layout import ARGUMENT_NAMES
 from fastpref.run.record.reporting import RunReporter
@@ -143,30 +142,6 @@ def evaluate(trainer: DPOTrainer, eval_dataset: Any = None) -> dict[str, float]:
     return {f"eval_{name}": value for name, value in metrics.items()}
 
 
-def check_combination(args: TrainingArguments, config: DPOConfig) -> None:
-    """Refuses settings of loss and loop that do not fit.
-
-    Raises:
-        ConfigError: a loss over the global batch with gradient accumulation or packing.
-    """
-    if config.needs_global_batch and args.gradient_accumulation_steps > 1:
-        raise ConfigError(
-            f"pref_loss {' + '.join(config.loss_names)} sorts the pairs of a whole batch, which must be in memory at "
-            f"once: gradient_accumulation_steps must be 1, got {args.gradient_accumulation_steps}; raise "
-            "per_device_train_batch_size or the number of ranks instead"
-        )
-    if config.needs_global_batch and args.packing:
-        raise ConfigError(
-            f"pref_loss {' + '.join(config.loss_names)} sorts the pairs of a whole batch, which packing deals to "
-            "several rows; set packing: false"
-        )
-
-
-def checkpoint_root(args: TrainingArguments) -> Path:
-    """Directory that holds the run's `step-N` checkpoints."""
-    return Path(args.output_dir) / "checkpoints"
-
-
 def run_state(trainer: DPOTrainer, step: int) -> dict[str, Any]:
     """What a checkpoint's `state.json` records: position, layout, versions, and the settings that decide the result."""
     return {
@@ -196,7 +171,7 @@ def begin_save(trainer: DPOTrainer, step: int, *, copies: bool) -> Save:
     """
     sync_parameters(trainer.models_wrapped)
     return Save(
-        checkpoint_root(trainer.args),
+        trainer.args.checkpoint_root,
         trainer.models_wrapped,
         trainer.optimizer,
         trainer.lr_scheduler,
@@ -215,7 +190,7 @@ def _held_directory(args: TrainingArguments) -> Iterator[None]:
         def enter() -> None:
             if torch.distributed.get_rank() == 0:
                 stack.enter_context(RunLock(Path(args.output_dir)))
-                directory.remove_unfinished(checkpoint_root(args))
+                directory.remove_unfinished(args.checkpoint_root)
 
         together(enter, "taking the output directory")
         yield
@@ -233,7 +208,7 @@ def _write_settings(trainer: DPOTrainer) -> None:
 
 def _resume(trainer: DPOTrainer) -> int:
     """Restores the checkpoint that the settings ask for; returns the number of steps done."""
-    wanted, root = trainer.args.resume_from_checkpoint, checkpoint_root(trainer.args)
+    wanted, root = trainer.args.resume_from_checkpoint, trainer.args.checkpoint_root
     if wanted is None:
         if directory.finished_steps(root):
             raise CheckpointError(

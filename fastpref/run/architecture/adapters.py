@@ -17,14 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpref.checkpoint.headers import TensorSpec, listed
-from fastpref.checkpoint.hf import AdapterDirectory, AdapterWriter
+from fastpref.checkpoint.headers import listed
+from fastpref.checkpoint.hf import AdapterDirectory
 from fastpref.errors import CheckpointError, ConfigError
 from fastpref.run.architecture.architecture import Architecture
 from fastpref.run.architecture.layouts import Columns, GateUp, Layout, QueryKeyValue, Read, Replicated
 from fastpref.run.architecture.lora_config import LoraConfig
 from fastpref.run.architecture.names import is_expert, parameter_table
-from fastpref.trainer.model.weights import merged_tensors, write_tensors
 
 ADAPTER = "adapter"
 _A, _B = "lora_A", "lora_B"
@@ -271,30 +270,14 @@ def _setting_problems(config: Mapping[str, Any], lora: LoraConfig) -> Iterator[s
             yield f"{key} {config[key]!r} is not supported; train an adapter without it"
 
 
-def save_adapter(
-    parameters: Mapping[str, Tensor],
-    arch: Architecture,
-    lora: LoraConfig,
-    path: str | Path,
-    base: str | None,
-    dtype: torch.dtype,
-) -> None:
-    """Write an adapter directory that `peft.PeftModel.from_pretrained` loads; every rank of the job calls it.
+def peft_config(lora: LoraConfig, base: str | None) -> dict[str, Any]:
+    """Make the contents of `adapter_config.json`.
 
     Args:
-        parameters: this rank's adapter parameters by their name in `adapter_table`.
-        arch: the model.
         lora: the settings of the adapters.
-        path: the new directory; it must not exist, or be empty.
-        base: where the base model lies, for the adapter's config.
-        dtype: number format of the file.
-
-    Raises:
-        CheckpointError: `path` is not empty, or rank 0 could not write it.
-        OSError: on rank 0, the disk is full or not writable.
+        base: where the base model lies.
     """
-    specs = [TensorSpec(name, dtype, shape) for name, shape in adapter_shapes(arch, lora).items()]
-    config = {
+    return {
         "base_model_name_or_path": base,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -309,6 +292,3 @@ def save_adapter(
         "task_type": "CAUSAL_LM",
         "use_rslora": lora.use_rslora,
     }
-    total_bytes = sum(spec.num_bytes for spec in specs)
-    tensors = merged_tensors(parameters, adapter_table(arch, lora), dtype)
-    write_tensors(tensors, lambda: AdapterWriter(path, specs, config, max_shard_bytes=total_bytes))

@@ -10,7 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Literal
+
+import torch
 
 from fastpref.errors import ConfigError
 from fastpref.run.config.layout import ParallelLayout, schedule_problems, size_problems
@@ -297,6 +300,16 @@ class TrainingArguments(OptimizationArguments, PrecisionArguments, ParallelArgum
             ep=self.expert_model_parallel_size,
             sequence_parallel=self.sequence_parallel,
         )
+
+    @property
+    def params_dtype(self) -> torch.dtype:
+        """Number format of parameters and activations."""
+        return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
+
+    @property
+    def checkpoint_root(self) -> Path:
+        """Directory that holds the run's `step-N` checkpoints."""
+        return Path(self.output_dir) / "checkpoints"
 
     @property
     def eval_batch_pairs(self) -> int:

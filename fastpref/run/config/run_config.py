@@ -102,3 +102,22 @@ class RunConfig:
         """Directory of the precomputed log-probs, whether the run uses them or not."""
         given = None if self.reference is None else self.reference.cache
         return Path(given or Path(self.training.output_dir) / "reference-cache")
+
+
+def check_combination(args: TrainingArguments, config: DPOConfig) -> None:
+    """Refuses settings of loss and loop that do not fit.
+
+    Raises:
+        ConfigError: a loss over the global batch with gradient accumulation or packing.
+    """
+    if config.needs_global_batch and args.gradient_accumulation_steps > 1:
+        raise ConfigError(
+            f"pref_loss {' + '.join(config.loss_names)} sorts the pairs of a whole batch, which must be in memory at "
+            f"once: gradient_accumulation_steps must be 1, got {args.gradient_accumulation_steps}; raise "
+            "per_device_train_batch_size or the number of ranks instead"
+        )
+    if config.needs_global_batch and args.packing:
+        raise ConfigError(
+            f"pref_loss {' + '.join(config.loss_names)} sorts the pairs of a whole batch, which packing deals to "
+            "several rows; set packing: false"
+        )

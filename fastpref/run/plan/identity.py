@@ -10,11 +10,10 @@ from typing import Any
 import torch
 
 from fastpref.checkpoint.hf import COMPANION_FILES, ModelDirectory, read_config
-from fastpref.checkpoint.reference_cache import json_sha256
+from fastpref.checkpoint.reference_cache import ReferenceCache, json_sha256
 from fastpref.data.tokenizer import TOKENIZER_FILES
 from fastpref.run.config.run_config import RunConfig
-from fastpref.run.plan.prepare import PreparedRun, hf_config_of
-from fastpref.trainer.step.optimizer import params_dtype
+from fastpref.run.plan.prepare import PreparedRun, hf_config_of, reference_is_policy
 
 _DATA_SETTINGS = (
     *("append_eos", "boundary", "chat_template_kwargs"),
@@ -39,9 +38,30 @@ def reference_identity(run: PreparedRun) -> dict[str, Any]:
         **_weights_identity(config),
         "tokenizer_sha256": json_sha256(_files_sha256(tokenizer_files)),
         "chat_template_sha256": json_sha256(template),
-        "params_dtype": str(params_dtype(config.training)).removeprefix("torch."),
+        "params_dtype": str(config.training.params_dtype).removeprefix("torch."),
         **{f"data.{name}": getattr(config.data, name) for name in _DATA_SETTINGS},
     }
+
+
+def describe_reference(run: PreparedRun) -> str:
+    """Say where a training run would take the reference's log-probs from; loads no weights, joins no group.
+
+    Raises:
+        CheckpointError: there is a cache, of another run; or the model directory is unusable.
+    """
+    config = run.config
+    if not config.loss.use_ref_model:
+        return "none, the loss reads none"
+    if not config.precomputes_reference:
+        if not reference_is_policy(config):
+            return f"the model {config.reference_path}"
+        return "a frozen copy of the policy" if config.lora is None else "the policy with its adapters off"
+    path = config.reference_cache
+    if not path.exists():
+        pairs = sum(len(dataset) for dataset in run.datasets.values())
+        return f"precomputed: training first scores {pairs:,} pairs into {path}"
+    ReferenceCache(path).require(run.datasets, reference_identity(run))
+    return f"precomputed in {path}, which fits"
 
 
 def _weights_identity(config: RunConfig) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from fastpref.kernels import plan_name
 from fastpref.run.architecture.architecture import Architecture
 from fastpref.run.config.arguments import TrainingArguments
 from fastpref.run.config.layout import ParallelLayout
-from fastpref.trainer.step.optimizer import params_dtype
 
 # Columns that an active backward pass visits, as a fraction of the vocabulary: not known before the run, measured
 # between 0.09 (a trained model) and 0.66 (a flat one) by `bench`.
@@ -134,7 +133,7 @@ def head_in_layers(arch: Architecture, args: TrainingArguments, rows: RowShape, 
     """
     forward = 2.0 if has_reference else 1.0
     layer_passes = forward + (3.0 if args.recompute_granularity == "full" else 2.0)
-    is_active = plan_name(args.head_backward, params_dtype(args)) == "active"
+    is_active = plan_name(args.head_backward, args.params_dtype) == "active"
     # The cached plan keeps its logits; every other one makes them again.
     backward = 2.0 if args.head_backward == "cached" else 3.0
     head_passes = forward + backward * (ACTIVE_FRACTION if is_active else 1.0)

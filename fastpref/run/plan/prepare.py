@@ -30,7 +30,7 @@ from fastpref.errors import ConfigError
 from fastpref.run.architecture.adapters import AdapterFiles, adapted_linears
 from fastpref.run.architecture.architecture import Architecture
 from fastpref.run.config.layout import model_problems, world_problems
-from fastpref.run.config.run_config import RunConfig
+from fastpref.run.config.run_config import RunConfig, check_combination
 from fastpref.run.plan.pipeline import (
     SAMPLE_PAIRS,
     PipelinePlan,
@@ -39,8 +39,7 @@ from fastpref.run.plan.pipeline import (
     plan_pipeline,
     row_shape,
 )
-from fastpref.trainer import loop
-from fastpref.trainer.step.feed import default_collator, row_capacity
+from fastpref.run.plan.rows import default_collator, row_capacity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,8 +150,8 @@ def prepare(
     train_paths = config.data.train_paths if for_training else ()
     _raise_if([*_path_problems(config, for_training, saves), *_evaluation_problems(config, for_training)])
     if config.training.resume_from_checkpoint is not None:
-        directory.candidates(loop.checkpoint_root(config.training), config.training.resume_from_checkpoint)
-    loop.check_combination(config.training, config.loss)
+        directory.candidates(config.training.checkpoint_root, config.training.resume_from_checkpoint)
+    check_combination(config.training, config.loss)
     architecture = Architecture.from_hf(hf_config_of(config))
     _raise_if([*_layout_problems(config, architecture, world_size), *_reference_problems(config, architecture)])
     _check_lora(config, architecture)
@@ -240,7 +239,7 @@ def _new_directories(config: RunConfig) -> dict[str, str]:
 
 def _output_problems(config: RunConfig) -> Iterator[str]:
     output, args = Path(config.training.output_dir), config.training
-    steps = directory.finished_steps(loop.checkpoint_root(args))
+    steps = directory.finished_steps(args.checkpoint_root)
     if args.resume_from_checkpoint is None and steps:
         yield (
             f"training.output_dir: {str(output)!r} holds the checkpoints of another run (up to step {steps[-1]}); "

@@ -22,7 +22,6 @@ from fastpref.run.config.arguments import TrainingArguments
 from fastpref.run.config.layout import ParallelLayout
 from fastpref.run.plan.pipeline import PipelinePlan, stage_shares
 from fastpref.run.plan.prepare import PreparedRun, reference_is_policy
-from fastpref.trainer.step.optimizer import params_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +158,7 @@ def estimate_memory(run: PreparedRun) -> MemoryEstimate:
 
 
 def _stage_memories(run: PreparedRun) -> Iterator[MemoryEstimate]:
-    args, dtype = run.config.training, params_dtype(run.config.training)
+    args, dtype = run.config.training, run.config.training.params_dtype
     tp, num_stages, lora = args.tensor_model_parallel_size, args.pipeline_model_parallel_size, run.config.lora
     width = dtype.itemsize
     # fp32 parameters are their own master copy
@@ -247,7 +246,7 @@ def _activation_bytes(run: PreparedRun, plan: PipelinePlan, stage: int, num_toke
     layers = [_layer_bytes(args, arch, has_experts=arch.has_experts(number)) for number in numbers]
     if args.recompute_granularity == "full":
         stream = arch.hidden_size // (args.layout.tp if args.sequence_parallel else 1)
-        kept = len(layers) * stream * params_dtype(args).itemsize * in_flight + max(layers, default=0)
+        kept = len(layers) * stream * args.params_dtype.itemsize * in_flight + max(layers, default=0)
     else:
         kept = sum(layers) * in_flight
     return int(num_tokens * kept)
@@ -259,7 +258,7 @@ def _layer_bytes(args: TrainingArguments, arch: Architecture, *, has_experts: bo
     queries, keys = arch.num_heads * arch.head_dim, arch.num_query_groups * arch.head_dim
     stream = arch.hidden_size // (tp if args.sequence_parallel else 1)
     # Counted with autograd's saved-tensor hooks on Megatron's local layers, where half-precision norms work in fp32.
-    width = params_dtype(args).itemsize
+    width = args.params_dtype.itemsize
     norm = 2 if width == 4 else 3 + arch.zero_centered_norms
     layer = (2 + (4 if arch.sandwich_norms else 2) * norm) * stream
     layer += (3 * queries + 3 * keys + (0 if has_experts else 5 * arch.ffn_hidden_size)) // tp
@@ -280,7 +279,7 @@ def _expert_bytes(args: TrainingArguments, arch: Architecture) -> int:
     # split experts see every token of the tensor-parallel ranks, whole ones each token once
     stream = arch.hidden_size // (tp if args.layout.ep > 1 else 1)
     routing = 9 * experts.num_experts + 32 * experts.experts_per_token
-    return experts.experts_per_token * (stream + inner) * params_dtype(args).itemsize + routing
+    return experts.experts_per_token * (stream + inner) * args.params_dtype.itemsize + routing
 
 
 def _microbatches_in_flight(args: TrainingArguments, stage: int) -> float:
@@ -298,7 +297,7 @@ def _microbatches_in_flight(args: TrainingArguments, stage: int) -> float:
 def _head_bytes(run: PreparedRun, num_tokens: int) -> int:
     """Estimate the fused head: gathered rows, their gradient, the weight's gradient and one tile of logits."""
     args, arch = run.config.training, run.architecture
-    width, columns = params_dtype(args).itemsize, -(-arch.vocab_size // args.tensor_model_parallel_size)
+    width, columns = args.params_dtype.itemsize, -(-arch.vocab_size // args.tensor_model_parallel_size)
     rows = num_tokens * arch.hidden_size * (2 * width + 4)
     # a frozen head has no gradient
     d_weight = 0 if run.config.lora is not None else columns * arch.hidden_size * width

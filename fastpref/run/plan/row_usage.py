@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from fastpref.data import PackedCollator, PairSampler, TokenizedPair, plan_rows
 from fastpref.errors import DataError
 from fastpref.run.plan.prepare import PreparedRun
-from fastpref.trainer.step.feed import default_collator, row_capacity
+from fastpref.run.plan.rows import default_collator, row_capacity
 
 MAX_STEPS = 200
 """Steps of the first epoch that are looked at: enough for means, and quick on any data set."""

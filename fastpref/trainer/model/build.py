@@ -48,7 +48,8 @@ from fastpref.trainer.model.blocks import (
 )
 from fastpref.trainer.model.lora import MergedParameters
 from fastpref.trainer.model.moe import expert_settings
-from fastpref.trainer.model.weights import RandomTensors, TensorSource, agree, load_parameters, save_parameters
+from fastpref.trainer.model.weights import RandomTensors, TensorSource, load_parameters, save_parameters
+from fastpref.trainer.ranks.agreement import agree
 from fastpref.trainer.ranks.platform import current_layout
 
 try:
@@ -168,7 +169,7 @@ def save_hf(
 
     Raises:
         CheckpointError: `out_dir` is not empty, or rank 0 could not write it.
-        OSError: on rank 0, the disk is full or not writable.
+        OSError: rank 0's disk is full.
     """
     config = dict(hf_config) if isinstance(hf_config, Mapping) else read_config(hf_config)
     chunks = unwrap_model(list(models))

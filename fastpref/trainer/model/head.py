@@ -18,16 +18,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from torch import Tensor
 
 from fastpref.errors import ConfigError
 from fastpref.kernels import linear_logps, plan_name
+from fastpref.trainer.model.chunks import unwrap, vocab_size_of
 from fastpref.trainer.model.context_parallel import sum_over_context_ranks
+from fastpref.trainer.model.request import HeadRequest
 from fastpref.trainer.ranks.platform import current_device
 from fastpref.trainer.ranks.timing import DeviceTimer
-from fastpref.trainer.step.batch import HeadRequest
 
 TOKEN_STATS = ("entropy", "hits", "mean_logit")
 ACTIVITY_STATS = ("active_fraction", "cold_mass")
@@ -161,16 +161,6 @@ class _AddedToMainGrad(torch.autograd.Function):
         return torch.zeros_like(ctx.weight_VH)
 
 
-def unwrap(model: torch.nn.Module) -> GPTModel:
-    """The `GPTModel` inside Megatron's DDP and precision wrappers."""
-    inner: object = model
-    while not isinstance(inner, GPTModel):
-        if not hasattr(inner, "module"):
-            raise ConfigError(f"model chunks must be megatron.core GPTModel, got {type(inner).__name__}")
-        inner = inner.module
-    return inner
-
-
 def head_of(model: torch.nn.Module) -> LogpsHead | None:
     """The scoring head of a model chunk; None on chunks without the last pipeline stage."""
     chunk = unwrap(model)
@@ -223,6 +213,6 @@ def install_heads(models: Sequence[torch.nn.Module], options: HeadOptions) -> No
         head.__class__ = LogpsHead
         head.request = None
         head.options = options
-        head.vocab_size = getattr(chunk, "real_vocab_size", chunk.vocab_size)
+        head.vocab_size = vocab_size_of(chunk)
         head.timer = DeviceTimer()
         head.activity = ActivityMeter()

@@ -34,7 +34,8 @@ from megatron.core.transformer.module import param_is_not_shared
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
-from fastpref.checkpoint.hf import read_config
+from fastpref.checkpoint.headers import TensorSpec
+from fastpref.checkpoint.hf import AdapterWriter, read_config
 from fastpref.errors import ConfigError
 from fastpref.run.architecture import adapters as files
 from fastpref.run.architecture.adapters import ADAPTER, AdaptedLinear
@@ -42,8 +43,9 @@ from fastpref.run.architecture.architecture import Architecture
 from fastpref.run.architecture.layouts import GateUp
 from fastpref.run.architecture.lora_config import LoraConfig
 from fastpref.run.architecture.names import is_expert
-from fastpref.trainer.model.head import unwrap
-from fastpref.trainer.model.weights import TensorSource, agree, fill, parameters_of
+from fastpref.trainer.model.chunks import unwrap
+from fastpref.trainer.model.weights import TensorSource, fill, merged_tensors, parameters_of, write_tensors
+from fastpref.trainer.ranks.agreement import agree
 
 # What identifies the run that a checkpoint of adapters belongs to.
 LORA_FINGERPRINT = ("lora", "lora_base_checksum")
@@ -233,7 +235,7 @@ def save_adapter(models: Sequence[torch.nn.Module], out_dir: str | Path, base: s
     Raises:
         ConfigError: the model has no adapters.
         CheckpointError: `out_dir` is not empty, or rank 0 could not write it.
-        OSError: on rank 0, the disk is full or not writable.
+        OSError: rank 0's disk is full.
     """
     applied = lora_of(models)
     if applied is None:
@@ -243,7 +245,13 @@ def save_adapter(models: Sequence[torch.nn.Module], out_dir: str | Path, base: s
     mine = {name: parameter for name, parameter in parameters_of(chunks).items() if name in table}
     # a pipeline stage that holds the head alone has no adapter
     dtype = next(chunks[0].parameters()).dtype
-    files.save_adapter(mine, applied.arch, applied.config, out_dir, base, dtype)
+    specs = [
+        TensorSpec(name, dtype, shape) for name, shape in files.adapter_shapes(applied.arch, applied.config).items()
+    ]
+    config, size = files.peft_config(applied.config, base), sum(spec.num_bytes for spec in specs)
+    write_tensors(
+        merged_tensors(mine, table, dtype), lambda: AdapterWriter(out_dir, specs, config, max_shard_bytes=size)
+    )
 
 
 class MergedParameters(Mapping[str, Tensor]):

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from fastpref.errors import ConfigError
 from fastpref.run.architecture.architecture import Architecture
-from fastpref.trainer.model.head import unwrap
+from fastpref.trainer.model.chunks import unwrap
 from fastpref.trainer.ranks.platform import current_device
 
 # The router's projection compares this name with None, but without Transformer Engine it is never defined.

@@ -25,8 +25,8 @@ from torch import Tensor
 from fastpref.data import Segments
 from fastpref.errors import ConfigError
 from fastpref.trainer.model.attention import SDPACoreAttention
+from fastpref.trainer.model.chunks import unwrap
 from fastpref.trainer.model.context_parallel import local_chunks, local_positions
-from fastpref.trainer.model.head import unwrap
 from fastpref.trainer.model.segment_attention import SegmentParams
 
 try:

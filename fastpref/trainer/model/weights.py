@@ -26,6 +26,7 @@ from fastpref.run.architecture.names import (
     parameter_table,
     table_name,
 )
+from fastpref.trainer.ranks.agreement import agree, together
 
 
 class TensorSource(Protocol):
@@ -106,7 +107,7 @@ def save_parameters(
 
     Raises:
         CheckpointError: `path` exists and is not empty, or rank 0 could not write it.
-        OSError: on rank 0, the disk is full or not writable.
+        OSError: rank 0's disk is full.
     """
     specs = [TensorSpec(name, dtype, shape) for name, shape in file_shapes(arch).items()]
     tensors = merged_tensors(parameters, parameter_table(arch), dtype)
@@ -120,46 +121,22 @@ def write_tensors(tensors: Iterator[tuple[str, Tensor]], make_writer: Callable[[
 
     Raises:
         CheckpointError: the directory exists and is not empty, or rank 0 could not write it.
-        OSError: on rank 0, the disk is full or not writable.
+        OSError: rank 0's disk is full.
     """
-    writer: ModelWriter | None = None
-    failure: OSError | CheckpointError | None = None
-    try:
-        if torch.distributed.get_rank() == 0:
-            writer = make_writer()
-    except CheckpointError as error:
-        failure = error
-    agree([str(failure)] if failure else [])
-    try:
-        if writer is not None:
-            with writer:
-                for name, tensor in tensors:
-                    writer.write(name, tensor)
-    except (OSError, CheckpointError) as error:
-        failure = error
-    for _ in tensors:  # the other ranks still send, whether or not the disk took what came before
-        pass
-    if isinstance(failure, OSError):
-        _gather_problems([str(failure)])
-        raise failure
-    agree([str(failure)] if failure else [])
+    is_writer = torch.distributed.get_rank() == 0
+    writer = together(lambda: make_writer() if is_writer else None, "beginning a directory of weights")
 
+    def write() -> None:
+        try:
+            if writer is not None:
+                with writer:
+                    for name, tensor in tensors:
+                        writer.write(name, tensor)
+        finally:
+            for _ in tensors:  # the other ranks still send, whether or not the disk took what came before
+                pass
 
-def agree(problems: Sequence[str]) -> None:
-    """Raise on every rank of the job what any rank found.
-
-    Raises:
-        CheckpointError: some rank has problems; each is named once.
-    """
-    found = _gather_problems(problems)
-    if found:
-        raise CheckpointError("; ".join(found))
-
-
-def _gather_problems(problems: Sequence[str]) -> list[str]:
-    everywhere: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everywhere, list(problems))
-    return list(dict.fromkeys(problem for rank in everywhere for problem in rank))
+    together(write, "writing weights")
 
 
 def parameters_of(models: Sequence[GPTModel]) -> dict[str, Tensor]:

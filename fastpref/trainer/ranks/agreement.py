@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -18,6 +18,7 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _ERRNO = re.compile(r"\[Errno (\d+)\]")
 
 Answer = TypeVar("Answer")
+Told = TypeVar("Told")
 
 
 def together(action: Callable[[], Answer], what: str, group: torch.distributed.ProcessGroup | None = None) -> Answer:
@@ -42,13 +43,38 @@ def together(action: Callable[[], Answer], what: str, group: torch.distributed.P
         if isinstance(error, RuntimeError) and is_peer_failure(error):
             raise  # there is nobody to tell
         failure, unexpected = f"{type(error).__name__}: {error}", error
-    failures: list[str] = [""] * torch.distributed.get_world_size(group)
-    torch.distributed.all_gather_object(failures, failure, group=group)
+    failures = _told_to_all(failure, group)
     if unexpected is not None:
         raise unexpected
     if any(failures):
         _raise(failures, what)
     return answer  # type: ignore[return-value]
+
+
+def from_rank_0(action: Callable[[], Answer], what: str) -> Answer:
+    """Return on every rank what `action` returns on rank 0; see `together` for what it raises."""
+    is_first = torch.distributed.get_rank() == 0
+    answer = [together(lambda: action() if is_first else None, what)]
+    torch.distributed.broadcast_object_list(answer, src=0)
+    return answer[0]  # type: ignore[return-value]
+
+
+def agree(problems: Sequence[str]) -> None:
+    """Raise on every rank of the job what any rank found wrong with a file that all of them read.
+
+    Raises:
+        CheckpointError: some rank has problems; each is named once.
+    """
+    found = dict.fromkeys(problem for rank in _told_to_all(list(problems)) for problem in rank)
+    if found:
+        raise CheckpointError("; ".join(found))
+
+
+def _told_to_all(mine: Told, group: torch.distributed.ProcessGroup | None = None) -> list[Told]:
+    """What every rank has to say, by rank."""
+    told: list[Told] = [mine] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(told, mine, group=group)
+    return told
 
 
 def _raise(failures: list[str], what: str) -> None:

@@ -26,7 +26,8 @@ with warnings.catch_warnings():
     from fastpref.trainer.ranks.cpu_platform import install_cpu_platform
 
 from fastpref.errors import ConfigError
-from fastpref.run.config.layout import ParallelLayout, size_problems, world_problems
+from fastpref.run.config.arguments import TrainingArguments
+from fastpref.run.config.layout import ARGUMENT_NAMES, ParallelLayout, size_problems, world_problems
 
 __all__ = [
     "background_group",
@@ -34,6 +35,7 @@ __all__ = [
     "current_layout",
     "destroy",
     "initialize_distributed",
+    "initialize_megatron",
     "initialize_model_parallel",
     "install_cpu_platform",
 ]
@@ -136,6 +138,28 @@ def initialize_model_parallel(
     stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
     torch.manual_seed(stage_seed)
     tensor_parallel.model_parallel_cuda_manual_seed(stage_seed)
+
+
+def initialize_megatron(args: TrainingArguments) -> None:
+    """Joins the process group and creates Megatron's parallel state for `args`; a state of the same layout is kept.
+
+    Raises:
+        ConfigError: the sizes do not fit the number of ranks, or Megatron is initialised with another layout already.
+    """
+    initialize_distributed(args.distributed_timeout_seconds)
+    wanted = args.layout
+    if not parallel_state.model_parallel_is_initialized():
+        timeout_s = args.distributed_timeout_seconds
+        initialize_model_parallel(
+            wanted.tp, wanted.pp, wanted.vpp, wanted.cp, wanted.ep, seed=args.seed, timeout_s=timeout_s
+        )
+    found = current_layout()
+    for field, name in ARGUMENT_NAMES.items():
+        if getattr(wanted, field) != getattr(found, field):
+            raise ConfigError(
+                f"{name} is {getattr(wanted, field)} but Megatron's parallel state was made with "
+                f"{getattr(found, field)}; use the sizes of the run in both places"
+            )
 
 
 def current_layout() -> ParallelLayout:

@@ -18,7 +18,8 @@ from fastpref.checkpoint.reference_cache import ReferenceCache
 from fastpref.errors import ConfigError, DataError
 from fastpref.losses import DPOConfig
 from fastpref.run.config.arguments import TrainingArguments
-from fastpref.trainer.model.head import ActivityMeter, HeadOptions, head_of, install_heads, unwrap
+from fastpref.trainer.model.chunks import unwrap
+from fastpref.trainer.model.head import ActivityMeter, HeadOptions, head_of, install_heads
 from fastpref.trainer.model.lora import adapters_off, lora_of
 from fastpref.trainer.model.modes import evaluating
 from fastpref.trainer.model.packing import install_packing
@@ -28,7 +29,7 @@ from fastpref.trainer.ranks.timing import DeviceTimer
 from fastpref.trainer.step.batch import Microbatch
 from fastpref.trainer.step.metrics import owns_results
 from fastpref.trainer.step.noise import token_noise
-from fastpref.trainer.step.optimizer import check_model, params_dtype, to_precision
+from fastpref.trainer.step.optimizer import check_model, to_precision
 from fastpref.trainer.step.schedule import MicrobatchResult, PreferenceSchedule, with_reference
 
 MAX_DRIFT = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
@@ -111,7 +112,7 @@ class PrecomputedReference:
                 )
         together(lambda: cache.require(datasets), "checking the reference cache")
         self.cache = cache
-        self.token_noise = token_noise(params_dtype(args))
+        self.token_noise = token_noise(args.params_dtype)
         self._rows = together(
             lambda: {dataset.sha256: cache.read(dataset) for dataset in datasets.values()},
             "reading the reference cache",

@@ -10,7 +10,7 @@ Dims: n pairs of one shard, B pairs of one microbatch, S = 2B sequences, K score
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -27,8 +27,8 @@ from fastpref.data import PairSampler, PreferenceCollator, PreferenceDataset
 from fastpref.errors import ConfigError, NonFiniteError
 from fastpref.losses import DPOConfig
 from fastpref.run.config.arguments import TrainingArguments
-from fastpref.trainer.model.head import unwrap
-from fastpref.trainer.ranks.agreement import together
+from fastpref.trainer.model.chunks import vocab_size_of
+from fastpref.trainer.ranks.agreement import from_rank_0, together
 from fastpref.trainer.ranks.platform import current_device
 from fastpref.trainer.reference.reference import ReferenceModel
 from fastpref.trainer.step.batch import Microbatch
@@ -88,14 +88,6 @@ def score_reference(
     return together(lambda: ReferenceCache(path), "opening the reference cache")
 
 
-def from_rank_0(action: Callable[[], Result], what: str) -> Result:
-    """Returns on every rank what `action` returns on rank 0; see `together` for what it raises."""
-    is_first = torch.distributed.get_rank() == 0
-    answer = [together(lambda: action() if is_first else None, what)]
-    torch.distributed.broadcast_object_list(answer, src=0)
-    return answer[0]  # type: ignore[return-value]
-
-
 def _score_shard(
     reference: ReferenceModel,
     dataset: PreferenceDataset,
@@ -128,9 +120,7 @@ def _score_shard(
 def _microbatch(
     reference: ReferenceModel, dataset: PreferenceDataset, indices: Sequence[int | None], collate: PreferenceCollator
 ) -> Microbatch:
-    chunk = unwrap(reference.models[0])
-    vocab_size = getattr(chunk, "real_vocab_size", chunk.vocab_size)
-    return Microbatch.from_dict(collate(dataset.select(indices)), vocab_size)
+    return Microbatch.from_dict(collate(dataset.select(indices)), vocab_size_of(reference.models[0]))
 
 
 def _columns(batch: Microbatch, scores_KS: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from fastpref.checkpoint import directory
 from fastpref.checkpoint.manifest import content_problems, listing_problems, read_manifest, refuse_damaged
 from fastpref.errors import CheckpointError
 from fastpref.run.config.arguments import CHANGEABLE
-from fastpref.trainer.model.head import unwrap
+from fastpref.trainer.model.chunks import unwrap
 from fastpref.trainer.model.lora import LORA_FINGERPRINT, fill_weights, sharded_weights
 from fastpref.trainer.ranks.agreement import together
 from fastpref.trainer.saves.fingerprint import weights_fingerprint

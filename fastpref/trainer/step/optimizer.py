@@ -14,14 +14,9 @@ from megatron.core.transformer.module import Float16Module
 
 from fastpref.errors import ConfigError
 from fastpref.run.config.arguments import TrainingArguments
-from fastpref.trainer.model.head import unwrap
+from fastpref.trainer.model.chunks import unwrap
 from fastpref.trainer.model.moe import separate_experts
 from fastpref.trainer.ranks.platform import before_destroy
-
-
-def params_dtype(args: TrainingArguments) -> torch.dtype:
-    """The dtype of parameters and activations."""
-    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
 
 
 def check_model(models: Sequence[GPTModel], args: TrainingArguments) -> None:
@@ -32,7 +27,7 @@ def check_model(models: Sequence[GPTModel], args: TrainingArguments) -> None:
             lists every difference.
     """
     wanted = {
-        "params_dtype": params_dtype(args),
+        "params_dtype": args.params_dtype,
         "sequence_parallel": args.sequence_parallel,
         "recompute_granularity": args.recompute_granularity,
     }
@@ -57,7 +52,7 @@ def check_model(models: Sequence[GPTModel], args: TrainingArguments) -> None:
 
 def to_precision(models: Sequence[torch.nn.Module], args: TrainingArguments) -> list[torch.nn.Module]:
     """Wraps bare `GPTModel` chunks for half precision; leaves fp32 and already wrapped chunks as they are."""
-    if params_dtype(args) == torch.float32:
+    if args.params_dtype == torch.float32:
         return list(models)
     return [Float16Module(model.config, model) if isinstance(model, GPTModel) else model for model in models]
 
@@ -110,7 +105,7 @@ def build_optimizer(models: Sequence[DistributedDataParallel], args: TrainingArg
         adam_eps=args.adam_epsilon,
         bf16=args.bf16,
         fp16=args.fp16,
-        params_dtype=params_dtype(args),
+        params_dtype=args.params_dtype,
         use_distributed_optimizer=args.use_distributed_optimizer,
         overlap_param_gather=args.overlap_param_gather,
         # Megatron measures the norm only where it clips; an infinite limit measures and never clips.

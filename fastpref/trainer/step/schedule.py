@@ -35,8 +35,9 @@ from fastpref.losses import (
     update_running_mean,
     weighted_sum,
 )
+from fastpref.trainer.model.chunks import unwrap
 from fastpref.trainer.model.context_parallel import local_positions
-from fastpref.trainer.model.head import head_of, unwrap
+from fastpref.trainer.model.head import head_of
 from fastpref.trainer.model.packing import packed_row
 from fastpref.trainer.ranks.platform import current_device, current_layout
 from fastpref.trainer.step.batch import Microbatch
