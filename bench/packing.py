@@ -123,11 +123,11 @@ def _step(trainer: DPOTrainer, feed: PairFeed, step: int, times: dict[str, list[
     """One optimizer step; its seconds are appended to `times`."""
     batches = feed.train_batches(step)
     wall, cpu = time.perf_counter(), time.process_time()
-    result = trainer.run_step(trainer.models_wrapped, batches)
+    result = trainer.engine.run_step(trainer.models_wrapped, batches)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    assert trainer.reference is not None
+    assert trainer.engine.reference is not None
     seen = {"wall_s": wall, "cpu_s": cpu, "head_s": trainer.model[0].output_layer.timer.read()}
-    seen["reference_s"] = trainer.reference.timer.read()
+    seen["reference_s"] = trainer.engine.reference.timer.read()
     for name in times:
         times[name].append(round(seen[name], 4))
     totals = {name: sum(float(each.metrics[name][0]) for each in result.results) for name in COMPARED[:-1]}

@@ -82,7 +82,7 @@ class Setting:
 
     def step(self, trainer: DPOTrainer) -> float:
         """Take one step; its loss."""
-        return trainer.run_step(trainer.models_wrapped, trainer.feed.train_batches(0)).loss
+        return trainer.engine.run_step(trainer.models_wrapped, trainer.feed.train_batches(0)).loss
 
 
 def time_steps(model: str, num_pairs: int, max_length: int, precision: str, repeats: int) -> Row:
@@ -94,7 +94,7 @@ def time_steps(model: str, num_pairs: int, max_length: int, precision: str, repe
         cache = ReferenceCache(setting.path)
         datasets = {"training pairs": setting.data}
         references: Mapping[str, Any] = {
-            "model": trainer.reference,
+            "model": trainer.engine.reference,
             "precomputed": build_reference(trainer.model, cache, trainer.train_config, setting.args, datasets),
         }
         assert isinstance(references["precomputed"], PrecomputedReference)
@@ -104,7 +104,7 @@ def time_steps(model: str, num_pairs: int, max_length: int, precision: str, repe
         times: dict[str, dict[str, list[float]]] = {kind: {"wall_s": [], "cpu_s": []} for kind in KINDS}
         for turn in range(repeats + 1):
             for kind in KINDS:
-                trainer.reference = references[kind]
+                trainer.engine.reference = references[kind]
                 wall, cpu = time.perf_counter(), time.process_time()
                 setting.step(trainer)
                 wall, cpu = time.perf_counter() - wall, time.process_time() - cpu

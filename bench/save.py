@@ -122,7 +122,7 @@ def _trainer(model: str, scratch: str) -> DPOTrainer:
 
 def _step_taker(trainer: DPOTrainer) -> Callable[[], float]:
     batches = trainer.feed.train_batches(0)
-    return lambda: _seconds(lambda: trainer.run_step(trainer.models_wrapped, batches))
+    return lambda: _seconds(lambda: trainer.engine.run_step(trainer.models_wrapped, batches))
 
 
 def _save(trainer: DPOTrainer, step: int) -> dict[str, float]:
@@ -138,12 +138,12 @@ def _save_beside(
     trainer: DPOTrainer, step: int, take_step: Callable[[], float]
 ) -> tuple[dict[str, float], list[float]]:
     """A save beside steps: seconds in which none can be taken, and those that were."""
-    from fastpref.trainer.loop import begin_save
+    from fastpref.trainer.session import Session
 
     beside: list[float] = []
     with _timeline() as spans:
         started = time.perf_counter()
-        save = begin_save(trainer, step, copies=True)
+        save = Session(trainer.engine).begin_save(step, copies=True)
         begin = time.perf_counter() - started
         while save.is_running:
             beside.append(take_step())

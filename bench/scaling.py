@@ -76,7 +76,7 @@ def take_steps(vocab_size: int, length: int, repeats: int, layout: str = "one ra
             taken: dict[str, list[float]] = {"wall_s": [], "cpu_s": []}
             for turn in range(repeats + 1):
                 wall, cpu = time.perf_counter(), time.process_time()
-                trainer.run_step(trainer.models_wrapped, trainer.feed.train_batches(0))
+                trainer.engine.run_step(trainer.models_wrapped, trainer.feed.train_batches(0))
                 wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
                 if turn:
                     taken["wall_s"].append(round(wall, 4))

@@ -142,14 +142,14 @@ def train(output_dir: str, layout: str, crash: Crash | None, resume: bool) -> li
         trainer = DPOTrainer(
             build_models(TINY_LLAMA, seed=0), DPOConfig(), None, args, train_dataset=tiny_pairs(14, seed=2)
         )
-        run_step = trainer.run_step
+        run_step = trainer.engine.run_step
 
         def run_step_or_die(models: Any, batches: Any, step: int | None, signals: Any) -> Any:
             if doom.crash is not None and doom.crash.step == step:
                 doom.strike()
             return run_step(models, batches, step, signals)
 
-        trainer.run_step = run_step_or_die  # type: ignore[method-assign,assignment]
+        trainer.engine.run_step = run_step_or_die  # type: ignore[method-assign,assignment]
         trainer.train()
         return audit.stop()
     finally:

@@ -192,7 +192,7 @@ class Steps:
         _synchronize()
         start = time.perf_counter()
         with naive_head() if setting.is_naive else nullcontext():
-            result = trainer.run_step(trainer.models_wrapped, batches)
+            result = trainer.engine.run_step(trainer.models_wrapped, batches)
         _synchronize()
         wall_s = time.perf_counter() - start
         weight = sum(float(each.metrics["loss"][1]) for each in result.results)
@@ -203,13 +203,13 @@ class Steps:
     def _precompute(self) -> None:
         """Put the reference's scores in the place of its weights."""
         trainer = self.trainer
-        assert trainer.reference is not None
-        if trainer.reference.models is None:
+        assert trainer.engine.reference is not None
+        if trainer.engine.reference.models is None:
             return
-        cache = score_reference(trainer.reference.models, [self.data], self._cache, self.args, identity={})
+        cache = score_reference(trainer.engine.reference.models, [self.data], self._cache, self.args, identity={})
         assert isinstance(cache, ReferenceCache)
         datasets = {"training pairs": self.data}
-        trainer.reference = build_reference(trainer.model, cache, trainer.train_config, self.args, datasets)
+        trainer.engine.reference = build_reference(trainer.model, cache, trainer.train_config, self.args, datasets)
 
 
 @torch.no_grad()

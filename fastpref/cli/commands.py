@@ -66,15 +66,15 @@ cli.add_command(kernels)
 @click.option("--merge", is_flag=True, help="Export the whole model of a lora run, not its adapters alone.")
 def train(config_path: Path, overrides: tuple[str, ...], export_dir: Path | None, merge: bool) -> None:
     """Train, and end with a table of what changed."""
-    from fastpref.trainer import build
+    from fastpref.trainer import DPOTrainer, export
     from fastpref.trainer.ranks import platform
 
     config = _load(config_path, overrides)
     if export_dir is not None:
-        build.check_export(config, export_dir, merge=merge)
+        export.check_export(config, export_dir, merge=merge)
     elif merge:
         raise ConfigError("--merge is about what --export writes; give --export a directory, or leave --merge out")
-    trainer = build.build_trainer(config)
+    trainer = DPOTrainer.from_config(config)
     start = time.perf_counter()
     result = trainer.train()
     seconds = time.perf_counter() - start
@@ -87,7 +87,7 @@ def train(config_path: Path, overrides: tuple[str, ...], export_dir: Path | None
         platform.destroy()
         raise SystemExit(PREEMPTED)
     if export_dir is not None:
-        build.export_models(trainer.model, config, export_dir, merge=merge)
+        export.export_models(trainer.model, config, export_dir, merge=merge)
     if trainer.is_main_process:
         written = _written(config, result.global_step, export_dir)
         _print(
@@ -125,11 +125,11 @@ def evaluate(config_path: Path, overrides: tuple[str, ...]) -> None:
 
     Prints the metrics and writes them to eval.json in training.output_dir.
     """
-    from fastpref.trainer import build
+    from fastpref.trainer import DPOTrainer
     from fastpref.trainer.ranks import platform
 
     config = _load(config_path, overrides)
-    trainer = build.build_evaluator(config)
+    trainer = DPOTrainer.for_evaluation(config)
     values = trainer.evaluate()
     if trainer.is_main_process:
         checkpoint = config.training.resume_from_checkpoint
@@ -157,11 +157,11 @@ def export(config_path: Path, overrides: tuple[str, ...], checkpoint: str, outpu
     A run with a lora section gives a peft adapter directory, or with --merge a model with the adapters added in. One
     process is enough: the parallel sizes of CONFIG are then not used.
     """
-    from fastpref.trainer import build
+    from fastpref.trainer.export import export_checkpoint
     from fastpref.trainer.ranks import platform
 
     config = _load(config_path, overrides)
-    path = build.export_checkpoint(config, checkpoint, output, merge=merge)
+    path = export_checkpoint(config, checkpoint, output, merge=merge)
     if torch.distributed.get_rank() == 0:
         _print(f"Wrote {path} to {output}")
     platform.destroy()

@@ -6,34 +6,28 @@ import errno
 import gc
 import os
 from collections.abc import Mapping
-from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
 
-from fastpref.checkpoint import directory
 from fastpref.checkpoint.reference_cache import ReferenceCache
 from fastpref.data import resolve_pad_token_id
 from fastpref.errors import ConfigError, DataError
-from fastpref.run.config.arguments import ParallelArguments
 from fastpref.run.config.run_config import RunConfig
-from fastpref.run.config.run_file import dump_run_config
 from fastpref.run.plan.identity import reference_identity
 from fastpref.run.plan.pipeline import PipelinePlan
-from fastpref.run.plan.prepare import PreparedRun, hf_config_of, launched_world_size, prepare, reference_is_policy
-from fastpref.trainer.dpo_trainer import DPOTrainer
-from fastpref.trainer.model.build import ModelOptions, build_models, load_models, save_hf
-from fastpref.trainer.model.lora import add_lora, save_adapter
+from fastpref.run.plan.prepare import PreparedRun, hf_config_of, prepare, reference_is_policy
+from fastpref.trainer.model.build import ModelOptions, build_models, load_models
+from fastpref.trainer.model.lora import add_lora
 from fastpref.trainer.ranks.agreement import from_rank_0, together
 from fastpref.trainer.ranks.platform import initialize_megatron
 from fastpref.trainer.reference.scoring import score_reference
-from fastpref.trainer.saves import state
 
 
-def build_trainer(config: RunConfig) -> DPOTrainer:
-    """Build everything that training needs; `train` then writes the settings to `config.yaml` in the output directory.
+def training_parts(config: RunConfig) -> dict[str, Any]:
+    """Build everything that training needs: arguments of `DPOTrainer`.
 
     Raises:
         ConfigError: see `prepare`; or the output directory cannot be written.
@@ -43,31 +37,20 @@ def build_trainer(config: RunConfig) -> DPOTrainer:
     run = prepare(config)
     initialize_megatron(config.training)
     _require_writable(config)
-    trainer = _build(run, may_score=True)
-    trainer.settings = dump_run_config(config)
-    return trainer
+    return _parts(run, may_score=True)
 
 
-def build_evaluator(config: RunConfig) -> DPOTrainer:
-    """Build a trainer for `evaluate` alone, with the weights of `training.resume_from_checkpoint` where it is set.
-
-    The reference of a checkpoint is that of its run: `reference.path`, else the weights that the run started from.
+def evaluation_parts(config: RunConfig) -> dict[str, Any]:
+    """Build everything that evaluating the policy's first weights needs: arguments of `DPOTrainer`.
 
     Raises:
         ConfigError: see `prepare`.
         DataError: see `prepare`; or the ranks read different data.
-        CheckpointError: a model directory or the checkpoint is unusable.
+        CheckpointError: a model directory or the reference cache is unusable.
     """
     run = prepare(config, for_training=False)
     initialize_megatron(config.training)
-    trainer = _build(run, may_score=False)
-    wanted = config.training.resume_from_checkpoint
-    if wanted is not None:
-        path = state.choose(config.training.checkpoint_root, wanted)
-        state.load_weights(path, trainer.model)
-        saved = directory.read_state(path)
-        trainer.schedule.bco_delta, trainer.schedule.bco_count = saved["bco_delta"], saved["bco_count"]
-    return trainer
+    return _parts(run, may_score=False)
 
 
 def precompute_reference(config: RunConfig, output: str | Path | None = None) -> tuple[ReferenceCache, bool]:
@@ -100,77 +83,23 @@ def precompute_reference(config: RunConfig, output: str | Path | None = None) ->
     return _score(path, run, identity), True
 
 
-def export_checkpoint(config: RunConfig, checkpoint: str, output: str | Path, *, merge: bool = False) -> Path:
-    """Write a training checkpoint as a Hugging Face model directory with the tokenizer, or adapters as peft does.
-
-    A single process takes any checkpoint: weights do not depend on the layout that saved them.
-
-    Args:
-        config: the run that saved the checkpoint.
-        checkpoint: its directory, or "latest".
-        output: the new directory; it must not exist, or be empty.
-        merge: write the whole model of a `lora` run, with the adapters added in, and not the adapters alone.
-
-    Returns:
-        The checkpoint that was read.
-
-    Raises:
-        ConfigError: the output is not empty, the settings do not fit, or there is nothing to merge.
-        CheckpointError: the checkpoint or the model directory is unusable.
-    """
-    check_export(config, output, merge=merge)
-    if launched_world_size() == 1:
-        one_rank: dict[str, Any] = {field.name: field.default for field in fields(ParallelArguments)}
-        config = replace(config, training=replace(config.training, **one_rank))
-    directory.candidates(config.training.checkpoint_root, checkpoint)
-    initialize_megatron(config.training)
-    path = state.choose(config.training.checkpoint_root, checkpoint)
-    models = _policy(config)
-    state.load_weights(path, models)
-    export_models(models, config, output, merge=merge)
-    return path
-
-
-def export_models(models: list[GPTModel], config: RunConfig, output: str | Path, *, merge: bool = False) -> None:
-    """Write trained models: the adapters of a `lora` run for peft; else, or with `merge`, whole, with the tokenizer."""
-    if config.lora is not None and not merge:
-        save_adapter(models, output, config.model.path)
-    else:
-        save_hf(models, output, hf_config_of(config), config.model.tokenizer_path)
-
-
-def check_export(config: RunConfig, output: str | Path, *, merge: bool = False) -> None:
-    """Refuse early what an export would refuse at its end.
-
-    Raises:
-        ConfigError: `output` exists and is not an empty directory, or there is nothing to merge.
-    """
-    if merge and config.lora is None:
-        raise ConfigError(
-            "merging needs a `lora` section, and this run trains the weights themselves; leave --merge out"
-        )
-    path = Path(output)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ConfigError(f"the export directory {str(path)!r} exists and is not empty; choose a new one or remove it")
-
-
-def _build(run: PreparedRun, *, may_score: bool) -> DPOTrainer:
+def _parts(run: PreparedRun, *, may_score: bool) -> dict[str, Any]:
     config = run.config
     _require_equal_data(run)
     # First, so that a reference that is only scored is gone before the policy takes memory.
     reference = (
         _cached_reference(run, may_score) if config.precomputes_reference else _reference(config, run.pipeline_plan)
     )
-    return DPOTrainer(
-        model=_policy(config, run.pipeline_plan),
-        train_config=config.loss,
-        ref_model=reference,
-        args=config.training,
-        train_dataset=run.train,
-        eval_dataset=run.eval,
-        data_collator=run.collator(),
-        processing_class=run.tokenizer,
-    )
+    return {
+        "model": build_policy(config, run.pipeline_plan),
+        "train_config": config.loss,
+        "ref_model": reference,
+        "args": config.training,
+        "train_dataset": run.train,
+        "eval_dataset": run.eval,
+        "data_collator": run.collator(),
+        "processing_class": run.tokenizer,
+    }
 
 
 def _cached_reference(run: PreparedRun, may_score: bool) -> ReferenceCache:
@@ -223,7 +152,8 @@ def _base(config: RunConfig, plan: PipelinePlan | None) -> list[GPTModel]:
     return build_models(hf_config_of(config), _options(config, plan), seed=config.training.seed)
 
 
-def _policy(config: RunConfig, plan: PipelinePlan | None = None) -> list[GPTModel]:
+def build_policy(config: RunConfig, plan: PipelinePlan | None = None) -> list[GPTModel]:
+    """Build the policy as a run starts with it, its adapters included; Megatron's parallel state must exist."""
     models = _base(config, plan)
     if config.lora is not None:
         add_lora(models, hf_config_of(config), config.lora, seed=config.training.seed)

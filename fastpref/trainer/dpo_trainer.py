@@ -4,44 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
 from fastpref.checkpoint.reference_cache import ReferenceCache
-from fastpref.errors import ConfigError, DataError, NonFiniteError
+from fastpref.errors import ConfigError, DataError
 from fastpref.losses import DPOConfig, PairLogps, preference_loss
 from fastpref.run.config.arguments import TrainingArguments
-from fastpref.run.config.run_config import check_combination
-from fastpref.trainer import loop
-from fastpref.trainer.model.chunks import unwrap, vocab_size_of
-from fastpref.trainer.model.head import TOKEN_STATS, HeadOptions, install_heads
-from fastpref.trainer.model.lora import lora_of
+from fastpref.run.config.run_config import RunConfig, check_combination
+from fastpref.run.config.run_file import dump_run_config
+from fastpref.trainer import build, loop
+from fastpref.trainer.engine import Engine
+from fastpref.trainer.model.chunks import unwrap
 from fastpref.trainer.model.modes import evaluating
-from fastpref.trainer.model.moe import install_routers
-from fastpref.trainer.model.packing import install_packing
 from fastpref.trainer.ranks.platform import initialize_megatron
-from fastpref.trainer.reference.first_step import check_first_step
-from fastpref.trainer.reference.reference import build_reference
-from fastpref.trainer.step import guard
+from fastpref.trainer.saves import state
+from fastpref.trainer.session import Session
 from fastpref.trainer.step.batch import Microbatch
 from fastpref.trainer.step.feed import PairFeed
-from fastpref.trainer.step.metrics import metric_names
-from fastpref.trainer.step.optimizer import (
-    build_optimizer,
-    build_scheduler,
-    check_model,
-    checked_warmup,
-    wrap_for_training,
-)
-from fastpref.trainer.step.schedule import NO_SIGNALS, PreferenceSchedule, Signals, StepResult
-
-if TYPE_CHECKING:
-    from fastpref.run.config.run_config import RunConfig
+from fastpref.trainer.step.optimizer import check_model
 
 
 class DPOTrainer:
@@ -84,79 +71,90 @@ class DPOTrainer:
         self.processing_class = processing_class
         initialize_megatron(self.args)
         check_combination(self.args, self.train_config)
-        self.model = [unwrap(chunk) for chunk in model]
-        check_model(self.model, self.args)
+        check_model([unwrap(chunk) for chunk in model], self.args)
         # What may refuse the settings comes before what changes the models.
         self.feed = PairFeed(self.args, self.train_config, train_dataset, eval_dataset, data_collator, processing_class)
-        datasets = {"training pairs": train_dataset, "evaluation pairs": eval_dataset}
-        datasets = {name: dataset for name, dataset in datasets.items() if dataset is not None}
-        self.reference = build_reference(self.model, ref_model, self.train_config, self.args, datasets)
-        lora = lora_of(self.model)
-        starts_at_base = lora is None or lora.config.path is None
-        self.starts_at_reference = (self.reference is not None and starts_at_base) and (
-            ref_model.starts_at_policy if isinstance(ref_model, ReferenceCache) else ref_model is None
-        )
-        token_stats = TOKEN_STATS if self.args.log_token_stats else ()
-        options = HeadOptions(
-            token_stats=token_stats,
-            backward=self.args.head_backward,
-            active_eps=self.args.active_eps,
-            overlaps_grad_reduce=self.args.overlap_grad_reduce,
-        )
-        install_heads(self.model, options)
-        if self.args.packing:
-            install_packing(self.model, prefix_sharing=self.args.prefix_sharing)
-        self.balance = install_routers(self.model)
-        self.models_wrapped = wrap_for_training(model, self.args)
-        self.schedule = PreferenceSchedule(self.train_config)
-        self.metrics_keys = list(metric_names(self.train_config, bool(token_stats)))
-        self.vocab_size = vocab_size_of(self.model[0])
-        self.settings: str | None = None
-        self._optimizer: MegatronOptimizer | None = None
-        self._lr_scheduler: OptimizerParamScheduler | None = None
+        self.engine = Engine(model, ref_model, self.train_config, self.args, self.feed)
         self.log_history: list[dict[str, float]] = []
-        self._skips_in_a_row = 0
+        self.settings: str | None = None
 
     @classmethod
-    def from_config(cls, config: RunConfig) -> DPOTrainer:
-        """Builds models, reference, tokenizer and data of a run file; see `RunConfig`."""
-        from fastpref.trainer.build import build_trainer
+    def from_config(cls, config: RunConfig) -> Self:
+        """Builds models, reference, tokenizer and data of a run file; see `RunConfig`.
 
-        return build_trainer(config)
+        `train` then writes the settings to `config.yaml` in the output directory.
+
+        Raises:
+            ConfigError: see `fastpref.run.plan.prepare.prepare`; or the output directory cannot be written.
+            DataError: likewise; or the ranks read different data.
+            CheckpointError: a model directory is unusable.
+        """
+        trainer = cls(**build.training_parts(config))
+        trainer.settings = dump_run_config(config)
+        return trainer
+
+    @classmethod
+    def for_evaluation(cls, config: RunConfig) -> Self:
+        """Builds a trainer for `evaluate` alone, with the weights of `training.resume_from_checkpoint` where it is set.
+
+        The reference of a checkpoint is that of its run: `reference.path`, else the weights that the run started from.
+
+        Raises:
+            ConfigError: see `fastpref.run.plan.prepare.prepare`.
+            DataError: likewise; or the ranks read different data.
+            CheckpointError: a model directory or the checkpoint is unusable.
+        """
+        trainer = cls(**build.evaluation_parts(config))
+        wanted = config.training.resume_from_checkpoint
+        if wanted is not None:
+            saved = state.load_weights(state.choose(config.training.checkpoint_root, wanted), trainer.model)
+            trainer.engine.schedule.restore(saved)
+        return trainer
+
+    @property
+    def model(self) -> list[GPTModel]:
+        """Chunks of the policy, bare."""
+        return self.engine.models
+
+    @property
+    def models_wrapped(self) -> list[DistributedDataParallel]:
+        """Chunks of the policy in Megatron's DDP."""
+        return self.engine.wrapped
 
     @property
     def ref_models(self) -> list[torch.nn.Module] | None:
         """Chunks of the reference; None where the loss reads none or its scores are precomputed."""
-        return None if self.reference is None else self.reference.models
+        return None if self.engine.reference is None else self.engine.reference.models
 
-    def train(self) -> loop.TrainResult:
-        """Runs (or resumes) the training loop; see `fastpref.trainer.loop.train`."""
-        return loop.train(self)
-
-    def evaluate(self, eval_dataset: Any = None) -> dict[str, float]:
-        """Means of every metric over all pairs of the evaluation set, with the prefix `eval_`."""
-        return loop.evaluate(self, eval_dataset)
-
-    def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
-        """Builds the optimizer and its schedule for a run of `num_training_steps` updates."""
-        checked_warmup(self.args, num_training_steps)
-        optimizer = build_optimizer(self.models_wrapped, self.args)
-        # Both or neither: what is kept is taken for made.
-        self._optimizer, self._lr_scheduler = optimizer, build_scheduler(optimizer, self.args, num_training_steps)
+    @property
+    def metrics_keys(self) -> list[str]:
+        """Names of the metrics of a microbatch."""
+        return list(self.engine.metric_names)
 
     @property
     def optimizer(self) -> MegatronOptimizer:
         """Megatron's optimizer; made for the whole run of the training set when nobody made it before."""
-        if self._optimizer is None:
+        if not self.engine.has_optimizer:
             self.create_optimizer_and_scheduler(self.feed.total_steps)
-        assert self._optimizer is not None
-        return self._optimizer
+        return self.engine.optimizer
 
     @property
     def lr_scheduler(self) -> OptimizerParamScheduler:
         """Megatron's learning-rate schedule, made together with the optimizer."""
-        assert self.optimizer is self._optimizer and self._lr_scheduler is not None
-        return self._lr_scheduler
+        assert self.optimizer is self.engine.optimizer
+        return self.engine.lr_scheduler
+
+    def train(self) -> loop.TrainResult:
+        """Runs (or resumes) the training loop; see `fastpref.trainer.loop.train`."""
+        return loop.train(self.engine, self.log_history, self.settings)
+
+    def evaluate(self, eval_dataset: Any = None) -> dict[str, float]:
+        """Means of every metric over all pairs of the evaluation set, with the prefix `eval_`."""
+        return loop.evaluate(self.engine, eval_dataset)
+
+    def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
+        """Builds the optimizer and its schedule for a run of `num_training_steps` updates."""
+        self.engine.create_optimizer(num_training_steps)
 
     def training_step(
         self, models: Sequence[DistributedDataParallel], data_iterator: Iterator[Mapping[str, Tensor]], seq_length: int
@@ -185,87 +183,15 @@ class DPOTrainer:
                     f"data_iterator ended after {index} microbatches; a step takes "
                     f"gradient_accumulation_steps={self.args.gradient_accumulation_steps}"
                 )
-            batches.append(Microbatch.from_dict(batch, self.vocab_size).padded_to(seq_length))
-        step = self.run_step(models, batches)
+            batches.append(Microbatch.from_dict(batch, self.engine.vocab_size).padded_to(seq_length))
+        if not self.engine.has_optimizer:
+            self.create_optimizer_and_scheduler(self.feed.total_steps)
+        step = self.engine.run_step(models, batches)
         metrics = [
             {name: total / weight for name, (total, weight) in result.metrics.items()} for result in step.results
         ]
         loss = torch.tensor(step.loss, dtype=torch.float32, device="cpu")
         return loss, metrics, step.skipped_iter, step.grad_norm, step.num_zeros_in_grad
-
-    def attach_reference(self, batches: Sequence[Microbatch], dataset: Any) -> list[Microbatch]:
-        """Returns microbatches of `dataset` with the log-probs of the reference, where the loss reads one."""
-        return list(batches) if self.reference is None else self.reference.attach(batches, dataset)
-
-    def run_step(
-        self,
-        models: Sequence[DistributedDataParallel],
-        batches: Sequence[Microbatch],
-        step: int | None = None,
-        signals: Signals = NO_SIGNALS,
-    ) -> StepResult:
-        """Reference, forward, backward, guard, update.
-
-        Args:
-            models: the wrapped chunks, `models_wrapped`.
-            batches: this rank's microbatches.
-            step: number of the step, from 1, for messages and records.
-            signals: what this rank has to tell; every rank's result says what any of them told.
-
-        Raises:
-            NonFiniteError: a loss or gradient is not finite on any rank, and `on_nonfinite` is stop, or three steps
-                have been skipped just before; nothing was updated.
-            FastprefError: policy and reference should be equal before the first update, and are not; likewise.
-        """
-        optimizer = self.optimizer
-        batches = self.attach_reference(batches, self.feed.train_dataset)
-        for model in models:
-            model.train()
-            model.zero_grad_buffer()
-        optimizer.zero_grad()
-        results = self.schedule.forward_backward(models, batches)
-        verdict = guard.check_step(models, batches, results, scaled=self.args.fp16, signals=signals)
-        learning_rate = max(group["lr"] for group in optimizer.param_groups)
-        if verdict.findings:
-            self._refuse_or_skip(verdict, step)
-            return StepResult(
-                batches=batches,
-                results=(),
-                loss=verdict.loss,
-                skipped_iter=1,
-                grad_norm=None,
-                num_zeros_in_grad=None,
-                learning_rate=learning_rate,
-                signals=verdict.signals,
-            )
-        self._skips_in_a_row = 0
-        if step == 1 and self.starts_at_reference and self.args.check_initial_loss:
-            assert self.reference is not None
-            check_first_step(verdict.loss, results, self.reference, self.train_config, self.model[0].config)
-        updated, grad_norm, num_zeros = optimizer.step()
-        if updated:
-            self.starts_at_reference = False
-            self.lr_scheduler.step(1)
-            self.schedule.update_running_mean(results)
-        return StepResult(
-            batches=batches,
-            results=results,
-            loss=verdict.loss,
-            skipped_iter=int(not updated),
-            grad_norm=grad_norm,
-            num_zeros_in_grad=num_zeros,
-            learning_rate=learning_rate,
-            signals=verdict.signals,
-        )
-
-    def _refuse_or_skip(self, verdict: guard.Verdict, step: int | None) -> None:
-        """Records what is not finite, and raises unless this step may be skipped."""
-        if step is not None and self.is_main_process:
-            directory = Path(self.args.output_dir) / "nonfinite"
-            guard.write_findings(directory, verdict, step, self.feed.train_dataset)
-        self._skips_in_a_row += 1
-        if self.args.on_nonfinite == "stop" or self._skips_in_a_row > guard.MAX_SKIPS:
-            raise NonFiniteError(verdict.describe(step))
 
     def compute_reference_log_probs(
         self,
@@ -285,14 +211,14 @@ class DPOTrainer:
         Returns:
             One `{"chosen_logps", "rejected_logps"}` of fp32 [n] per batch on the last pipeline stage; None elsewhere.
         """
-        batches = [Microbatch.from_dict(batch, self.vocab_size).padded_to(seq_length) for batch in data_list]
+        batches = [Microbatch.from_dict(batch, self.engine.vocab_size).padded_to(seq_length) for batch in data_list]
         for index, batch in enumerate(batches):
             if batch.num_pairs != micro_batch_size:
                 raise DataError(
                     f"data_list[{index}] has {batch.num_pairs} pairs, micro_batch_size is {micro_batch_size}"
                 )
         with torch.no_grad(), evaluating(models):
-            scores = self.schedule.score(models, batches)
+            scores = self.engine.schedule.score(models, batches)
         results = []
         for score in scores:
             if score is None:
@@ -367,7 +293,7 @@ class DPOTrainer:
 
         Older checkpoints go as `save_total_limit` says.
         """
-        return loop.begin_save(self, step, copies=False).finish()
+        return Session(self.engine).begin_save(step, copies=False).finish()
 
     @property
     def is_main_process(self) -> bool:

@@ -69,7 +69,7 @@ def test_accumulated_gradient_equals_that_of_the_full_batch(quiet_args, pref_los
         reference = stock_model(1) if pref_loss == "sigmoid" else None
         config = DPOConfig(pref_loss=pref_loss)
         trainer = DPOTrainer(stock_model(0), config, reference, args, train_dataset=tiny_pairs(B, seed=3))
-        step = trainer.run_step(trainer.models_wrapped, trainer.feed.train_batches(0))
+        step = trainer.engine.run_step(trainer.models_wrapped, trainer.feed.train_batches(0))
         gradient = torch.cat([parameter.main_grad.flatten() for parameter in trainer.model[0].parameters()])
         results.append((step.loss, gradient.clone()))
     (loss, gradient), *others = results

@@ -49,10 +49,10 @@ class Poison:
 
     def __init__(self, trainer: DPOTrainer, where: str, steps: list[int]) -> None:
         self.batches: list[list[int]] = []
-        self._run, self._where, self._steps = trainer.run_step, where, steps
+        self._run, self._where, self._steps = trainer.engine.run_step, where, steps
         self._now = False
-        trainer.run_step = self.run_step
-        trainer.reference.attach = self._spoiled(trainer.reference.attach)
+        trainer.engine.run_step = self.run_step
+        trainer.engine.reference.attach = self._spoiled(trainer.engine.reference.attach)
         weight = trainer.model[0].decoder.layers[0].mlp.linear_fc2.weight
         weight.register_hook(lambda d: torch.full_like(d, float("inf")) if self._is_on("gradient") else None)
 

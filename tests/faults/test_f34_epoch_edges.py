@@ -40,13 +40,13 @@ def train(output_dir: str, num_pairs: int, settings: dict) -> dict:
         pairs = tiny_pairs(num_pairs)
         model = build_models(TINY_LLAMA, seed=0)
         trainer = DPOTrainer(model, DPOConfig(pref_loss="orpo"), None, args, train_dataset=pairs)
-        steps, run_step = [], trainer.run_step
+        steps, run_step = [], trainer.engine.run_step
 
         def remember(models, batches, step, stop_requested):
             steps.append(counted(batches))
             return run_step(models, batches, step, stop_requested)
 
-        trainer.run_step = remember
+        trainer.engine.run_step = remember
         done = trainer.train().global_step
         evaluated = [pair for batches in trainer.feed.eval_batches(pairs) for pair in counted(batches)]
         return {"steps": steps, "done": done, "evaluated": evaluated, "dp_rank": trainer.feed.dp_rank}

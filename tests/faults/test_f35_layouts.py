@@ -43,7 +43,7 @@ def steps_of(settings: dict, num_microbatches: int) -> tuple[int, list[Step]]:
         steps = []
         for number in range(STEPS):
             batches = trainer.feed.train_batches(number)
-            result = trainer.run_step(trainer.models_wrapped, batches)
+            result = trainer.engine.run_step(trainer.models_wrapped, batches)
             pairs = [pair for batch in batches for pair in batch.pair_ids_B.tolist()]
             steps.append(Step(pairs, result.loss, result.grad_norm))
         return trainer.feed.dp_rank, steps

@@ -41,7 +41,7 @@ def train(output_dir: str, dropout: float) -> dict:
         )
 
         def seen() -> list[torch.Tensor]:
-            batches = trainer.attach_reference(trainer.feed.train_batches(0), pairs)
+            batches = trainer.engine.attach_reference(trainer.feed.train_batches(0), pairs)
             return [*(parameter.clone() for parameter in reference.parameters()), *(b.ref_logps_S for b in batches)]
 
         before = seen()

@@ -28,7 +28,7 @@ def cores(chunk: torch.nn.Module) -> list[torch.nn.Module]:
 def test_first_step_is_refused_before_any_update(quiet_args, monkeypatch) -> None:
     trainer = DPOTrainer(stock_model(0), DPOConfig(), None, quiet_args(), train_dataset=PAIRS)
     before = [parameter.clone() for parameter in trainer.model[0].parameters()]
-    attach = trainer.reference.attach
+    attach = trainer.engine.reference.attach
 
     def spoiled(batches, dataset):
         batches = attach(batches, dataset)
@@ -36,7 +36,7 @@ def test_first_step_is_refused_before_any_update(quiet_args, monkeypatch) -> Non
             batch.ref_logps_S[0] += 1.0
         return batches
 
-    monkeypatch.setattr(trainer.reference, "attach", spoiled)
+    monkeypatch.setattr(trainer.engine.reference, "attach", spoiled)
     for _ in range(2):
         with pytest.raises(FastprefError, match="policy and reference start equal, so the first loss must be"):
             trainer.train()

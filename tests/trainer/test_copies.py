@@ -7,7 +7,8 @@ from checks.tiny import TINY_LLAMA, tiny_pairs
 from fastpref.data import PackedCollator, PreferenceCollator
 from fastpref.errors import ConfigError
 from fastpref.trainer import DPOConfig, DPOTrainer, LoraConfig, ModelOptions, add_lora, build_models
-from fastpref.trainer.model.lora import adapters_of, adapters_off
+from fastpref.trainer.model.lora import adapters_of
+from fastpref.trainer.model.request import PassRequest, ReferenceView, answering
 from fastpref.trainer.reference.reference import _frozen_copy
 from fastpref.trainer.step.batch import Microbatch
 from fastpref.trainer.step.schedule import PreferenceSchedule
@@ -54,10 +55,12 @@ def test_copy_of_a_trained_chunk_is_independent_and_answers_alike(quiet_args, ki
     before = scores_of(chunk)
     assert torch.equal(scores_of(copy), before)
     if kind == "lora":
-        with adapters_off(chunk):
-            assert torch.equal(scores_of(copy), before) and not torch.equal(scores_of(chunk), before)
-        assert all(adapter.enabled for adapter in adapters_of(copy).values())
-    trainer.run_step(trainer.models_wrapped, trainer.feed.train_batches(0))
+        with answering(chunk, PassRequest(is_reference=True)):
+            assert torch.equal(scores_of(copy), before)
+        assert not torch.equal(scores_of(ReferenceView(chunk)), before)
+        assert {id(adapter.switch) for adapter in adapters_of(copy).values()} == {id(copy.lora.switch)}
+        assert copy.lora.switch is not chunk.lora.switch
+    trainer.engine.run_step(trainer.models_wrapped, trainer.feed.train_batches(0))
     assert torch.equal(scores_of(copy), before) and not torch.equal(scores_of(chunk), before)
 
 

@@ -106,7 +106,7 @@ def test_short_last_batch_weighs_every_pair_the_same(quiet_args) -> None:
     trainer = DPOTrainer(stock_model(0), config, None, quiet_args(shuffle=False), train_dataset=pairs)
     batches = trainer.feed.train_batches(1)
     assert [batch.weights_B.tolist() for batch in batches] == [[1.0, 0.0], [0.0, 0.0]]
-    short = trainer.run_step(trainer.models_wrapped, batches)
+    short = trainer.engine.run_step(trainer.models_wrapped, batches)
     alone = DPOTrainer(
         stock_model(0),
         config,
@@ -114,7 +114,7 @@ def test_short_last_batch_weighs_every_pair_the_same(quiet_args) -> None:
         quiet_args(shuffle=False, per_device_train_batch_size=1, gradient_accumulation_steps=1),
         train_dataset=pairs[4:],
     )
-    single = alone.run_step(alone.models_wrapped, alone.feed.train_batches(0))
+    single = alone.engine.run_step(alone.models_wrapped, alone.feed.train_batches(0))
     assert short.loss == pytest.approx(single.loss, rel=1e-6)
     assert short.grad_norm == pytest.approx(single.grad_norm, rel=1e-5)
 

@@ -10,6 +10,7 @@ from checks.tiny import stock_model, tiny_pairs
 from fastpref.data import PackedCollator, PreferenceCollator
 from fastpref.errors import ConfigError, DataError
 from fastpref.trainer import DPOConfig, DPOTrainer, ModelOptions, TrainingArguments, build_models, load_models
+from fastpref.trainer.model.request import PassRequest
 from fastpref.trainer.step.batch import Microbatch
 
 POLICY = Path(__file__).resolve().parents[1] / "golden" / "policy_init"
@@ -122,7 +123,7 @@ def scores_of(trainer: DPOTrainer, batches: list[Microbatch]) -> dict[int, tuple
     """Response sums of both sides by pair, under the policy."""
     found = {}
     with torch.no_grad():
-        for batch, scores in zip(batches, trainer.schedule.score(trainer.model, batches), strict=True):
+        for batch, scores in zip(batches, trainer.engine.schedule.score(trainer.model, batches), strict=True):
             found |= {int(pair): sides for pair, *sides in zip(batch.pair_ids_B, *scores.view(2, -1), strict=True)}
     return found
 
@@ -158,7 +159,7 @@ def test_head_answers_bit_for_bit_whatever_the_packing(args) -> None:
             generator = torch.Generator().manual_seed(sequence)
             states = hidden.setdefault(sequence, torch.randn(len(rows), hidden_size, generator=generator))
             states_TH[rows] = states
-        head.request = request
+        head.request = PassRequest(head=request)
         answers.append(head(states_TH.view(batch.seq_length, -1, hidden_size))[0])
     assert torch.equal(answers[0], answers[1]) and torch.equal(answers[0], answers[2])
 
@@ -170,7 +171,7 @@ def test_hidden_states_of_one_row_have_the_strides_of_a_matrix(args) -> None:
     for model in (trainer.model[0], trainer.ref_models[0]):
         layer = model.decoder.layers[0]
         layer.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["hidden_states"]), with_kwargs=True)
-        trainer.schedule.score([model], trainer.feed.train_batches(0)[:1])
+        trainer.engine.schedule.score([model], trainer.feed.train_batches(0)[:1])
     for hidden in seen:
         assert hidden.size(1) == 1 and hidden.stride(0) == hidden.stride(1) == hidden.size(2)
     assert len(seen) == 2 and torch.equal(*(hidden.detach() for hidden in seen))

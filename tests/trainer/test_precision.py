@@ -100,9 +100,9 @@ def test_bf16_rows_of_every_form_are_as_accurate_as_transformers(quiet_args, tmp
         for chunk in trainer.models_wrapped:
             chunk.train()
             chunk.zero_grad_buffer()
-        rows = trainer.attach_reference(trainer.feed.train_batches(0), pairs)
+        rows = trainer.engine.attach_reference(trainer.feed.train_batches(0), pairs)
         logps_S = torch.zeros(2 * len(pairs))
-        for result in trainer.schedule.forward_backward(trainer.models_wrapped, rows):
+        for result in trainer.engine.schedule.forward_backward(trainer.models_wrapped, rows):
             assert result.output.losses.tolist() == pytest.approx([math.log(2)] * result.batch.num_pairs, rel=1e-6)
             logps_S.view(2, -1)[:, result.batch.pair_ids_B] = result.logps_S.view(2, -1)
         assert_within_rule(logps_S, plain_S, exact_S)
@@ -147,7 +147,7 @@ def test_bf16_adapters_are_updated_by_adamw_in_fp32(quiet_args) -> None:
     masters = [parameter.float().requires_grad_() for parameter in start]
     plain = torch.optim.AdamW(masters, lr=learning_rate, betas=(0.9, 0.999), eps=epsilon, weight_decay=0.0)
     for step in range(4):
-        trainer.run_step(trainer.models_wrapped, trainer.feed.train_batches(step))
+        trainer.engine.run_step(trainer.models_wrapped, trainer.feed.train_batches(step))
         for master, parameter in zip(masters, adapters, strict=True):
             assert parameter.main_grad.dtype == torch.float32
             master.grad = parameter.main_grad.clone()

@@ -3,8 +3,8 @@
 Design decisions:
 - The output layer stays the module that Megatron built, in its place: only its class changes. Hooks of DDP and of the
   distributed optimizer, tied weights and state-dict names keep working.
-- Scoring is asked for by one attribute, `request`, set right before the model runs; without it the layer is the stock
-  vocabulary projection.
+- Scoring is asked for by one attribute, `request`, set while the model runs (`answering`); without it the layer is the
+  stock vocabulary projection.
 - Where Megatron's DDP keeps an fp32 gradient of the weight, the op adds to it in place: no gradient of the size of the
   vocabulary is ever made, and none is rounded to 16 bits.
 
@@ -25,11 +25,10 @@ from fastpref.errors import ConfigError
 from fastpref.kernels import linear_logps, plan_name
 from fastpref.trainer.model.chunks import unwrap, vocab_size_of
 from fastpref.trainer.model.context_parallel import sum_over_context_ranks
-from fastpref.trainer.model.request import HeadRequest
+from fastpref.trainer.model.request import PassRequest
 from fastpref.trainer.ranks.platform import current_device
 from fastpref.trainer.ranks.timing import DeviceTimer
 
-TOKEN_STATS = ("entropy", "hits", "mean_logit")
 ACTIVITY_STATS = ("active_fraction", "cold_mass")
 # What `read_activity` makes of them.
 ACTIVITY = ("active_fraction", "active_imbalance", "cold_mass", "active_fallbacks")
@@ -39,8 +38,6 @@ ACTIVITY = ("active_fraction", "active_imbalance", "cold_mass", "active_fallback
 class HeadOptions:
     """How the heads of a model score."""
 
-    token_stats: tuple[str, ...] = ()
-    """Statistics that become columns of the scores."""
     backward: str = "auto"
     """Backward plan of `linear_logps`."""
     active_eps: float | None = None
@@ -72,9 +69,9 @@ class ActivityMeter:
 
 
 class LogpsHead(ColumnParallelLinear):
-    """A vocabulary projection that answers a `HeadRequest` with per-sequence sums instead of logits."""
+    """A vocabulary projection that answers a `PassRequest` with per-sequence sums instead of logits."""
 
-    request: HeadRequest | None
+    request: PassRequest | None
     options: HeadOptions
     vocab_size: int
     timer: DeviceTimer
@@ -91,13 +88,25 @@ class LogpsHead(ColumnParallelLinear):
             runtime_gather_output: only for the stock projection, when nothing is requested.
 
         Returns:
-            (scores [S, K] fp32, None) with the columns logps, then nll where asked, then `token_stats`; or the stock
-            layer's (logits, bias) when `request` is None.
+            (scores [S, K] fp32, None) with the request's `columns`; or the stock layer's (logits, bias) when `request`
+            is None.
         """
-        request, options = self.request, self.options
+        request = self.request
         if request is None:
             return super().forward(input_, weight, runtime_gather_output)
-        self.timer.start()
+        if request.is_reference:
+            return sum_over_context_ranks(self._score(input_, weight, request, HeadOptions())), None
+        with self.timer:
+            scores_SK = self._score(input_, weight, request, self.options)
+        if scores_SK.requires_grad and input_.requires_grad:
+            scores_SK.register_hook(lambda _: self.timer.start())
+            input_.register_hook(lambda _: self.timer.stop())
+        return sum_over_context_ranks(scores_SK), None
+
+    def _score(self, input_: Tensor, weight: Tensor | None, request: PassRequest, options: HeadOptions) -> Tensor:
+        """The columns [S, K] of this rank's rows."""
+        asked = request.head
+        assert asked is not None, "a head is asked for rows"
         weight_VH = self.weight if weight is None else weight
         main_grad_VH = _main_grad(weight_VH)
         if main_grad_VH is not None and options.overlaps_grad_reduce:
@@ -112,10 +121,10 @@ class LogpsHead(ColumnParallelLinear):
         scores = linear_logps(
             input_.flatten(0, 1),
             weight_VH,
-            request.labels_T,
-            rows=request.rows_R,
-            cu_rows=request.cu_rows,
-            nll_labels=request.nll_labels_T,
+            asked.labels_T,
+            rows=asked.rows_R,
+            cu_rows=asked.cu_rows,
+            nll_labels=asked.nll_labels_T,
             bias=bias,
             tp_group=self.tp_group if self.tp_group.size() > 1 else None,
             vocab_start=min(vocab_start, self.vocab_size) if self.tp_group.size() > 1 else None,
@@ -123,17 +132,11 @@ class LogpsHead(ColumnParallelLinear):
             main_grad=None if main_grad_VH is None else main_grad_VH[:num_real],
             backward=options.backward,
             active_eps=options.active_eps,
-            stats=options.token_stats + (ACTIVITY_STATS if plan == "active" else ()),
+            stats=request.token_stats + (ACTIVITY_STATS if plan == "active" else ()),
         )
-        if scores.active_fraction is not None and scores.cold_mass is not None:
+        if scores.active_fraction is not None and scores.cold_mass is not None and not request.is_reference:
             self.activity.add(scores.active_fraction, scores.cold_mass)
-        columns = [scores.logps] if scores.nll is None else [scores.logps, scores.nll]
-        columns += [getattr(scores, name).float() for name in options.token_stats]
-        self.timer.stop()
-        if scores.logps.requires_grad and input_.requires_grad:
-            scores.logps.register_hook(lambda _: self.timer.start())
-            input_.register_hook(lambda _: self.timer.stop())
-        return sum_over_context_ranks(torch.stack(columns, dim=1)), None
+        return torch.stack([getattr(scores, name).float() for name in request.columns], dim=1)
 
 
 def _main_grad(weight_VH: Tensor) -> Tensor | None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,12 @@ from fastpref.trainer.ranks.agreement import agree
 LORA_FINGERPRINT = ("lora", "lora_base_checksum")
 
 
+class AdapterSwitch:
+    """Whether the adapters of a chunk are off, for the pass that is under way; `answering` turns it."""
+
+    is_off = False
+
+
 class LoraAdapter(torch.nn.Module):
     """The low-rank term of one linear layer, fused ones included.
 
@@ -60,24 +66,29 @@ class LoraAdapter(torch.nn.Module):
         lora_A: [N, I], or this rank's columns where the layer is row-parallel.
         lora_B: [O, r]; rows of projections that are no targets stay zero.
         reads_On1: for fused layers, which target's channels a row of B reads.
-        enabled: False leaves the layer's output as it is.
 
     Args:
         linear: the layer; its weight must not require a gradient.
         adapted: its targets and layout.
         lora: rank, scaling and dropout.
+        switch: of the chunk; off leaves the layer's output as it is.
         sequence_parallel: whether a rank holds a share of the sequence between layers.
     """
 
     reads_On1: Tensor | None
 
     def __init__(
-        self, linear: torch.nn.Module, adapted: AdaptedLinear, lora: LoraConfig, sequence_parallel: bool
+        self,
+        linear: torch.nn.Module,
+        adapted: AdaptedLinear,
+        lora: LoraConfig,
+        switch: AdapterSwitch,
+        sequence_parallel: bool,
     ) -> None:
         super().__init__()
         weight_OI = linear.weight
         assert isinstance(weight_OI, Tensor)
-        self.scaling, self.dropout, self.enabled = lora.scaling, lora.lora_dropout, True
+        self.scaling, self.dropout, self.switch = lora.scaling, lora.lora_dropout, switch
         self.adapted, self.sequence_parallel = adapted, sequence_parallel
         self.tp_group = parallel_state.get_tensor_model_parallel_group()
         num_channels = len(adapted.targets) * lora.r
@@ -125,7 +136,7 @@ class LoraAdapter(torch.nn.Module):
 
     def add_to(self, linear: torch.nn.Module, args: tuple[Tensor, ...], output: tuple[Tensor, Any]) -> Any:
         """Forward hook of the layer: adds the term to its output."""
-        if not self.enabled:
+        if self.switch.is_off:
             return output
         channels_LSN, weight_ON = self(_normed(linear, args[0]))
         out_LSO, bias = output
@@ -151,6 +162,8 @@ class AppliedLora:
     """The model."""
     base_checksum: str
     """Identifies the frozen weights, in any layout."""
+    switch: AdapterSwitch
+    """Of the chunk's adapters."""
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -185,17 +198,18 @@ def add_lora(
         if lora.path is None
         else files.AdapterFiles(lora.path, arch, lora)
     )
-    applied = AppliedLora(lora, arch, _checksum(chunks))
+    checksum = _checksum(chunks)
     problems: list[str] = []
     for chunk in chunks:
+        chunk.lora = AppliedLora(lora, arch, checksum, AdapterSwitch())
         chunk.requires_grad_(False)
         for name, linear in _linears(chunk).items():
             if name in adapted:
-                problems += _attach(linear, adapted[name], lora, source, chunk.config.sequence_parallel)
+                adapter = LoraAdapter(linear, adapted[name], lora, chunk.lora.switch, chunk.config.sequence_parallel)
+                problems += _attach(linear, adapter, source)
         if chunk.pre_process and chunk.config.recompute_granularity == "full":
             # Recomputed layers have gradients only if their input has one, and frozen embeddings give none.
             chunk.embedding.register_forward_hook(_require_grad)
-        chunk.lora = applied
     agree(problems)
 
 
@@ -208,20 +222,6 @@ def adapters_of(chunk: torch.nn.Module) -> dict[str, LoraAdapter]:
     """The adapters of a model chunk, by the names of their linear layers in the whole model."""
     adapters = {name: getattr(linear, ADAPTER, None) for name, linear in _linears(unwrap(chunk)).items()}
     return {name: adapter for name, adapter in adapters.items() if isinstance(adapter, LoraAdapter)}
-
-
-@contextmanager
-def adapters_off(chunk: torch.nn.Module) -> Iterator[None]:
-    """Inside, the chunk computes what it did without adapters."""
-    adapters = adapters_of(chunk).values()
-    before = [adapter.enabled for adapter in adapters]
-    try:
-        for adapter in adapters:
-            adapter.enabled = False
-        yield
-    finally:
-        for adapter, enabled in zip(adapters, before, strict=True):
-            adapter.enabled = enabled
 
 
 def save_adapter(models: Sequence[torch.nn.Module], out_dir: str | Path, base: str | None = None) -> None:
@@ -313,15 +313,12 @@ def fill_weights(chunk: GPTModel, loaded: Mapping[str, Any]) -> None:
         parameters[name].copy_(value)
 
 
-def _attach(
-    linear: torch.nn.Module, adapted: AdaptedLinear, lora: LoraConfig, source: TensorSource, sequence_parallel: bool
-) -> list[str]:
+def _attach(linear: torch.nn.Module, adapter: LoraAdapter, source: TensorSource) -> list[str]:
     """Gives a layer its adapter; returns what is wrong with the adapter's values."""
-    adapter = LoraAdapter(linear, adapted, lora, sequence_parallel)
     problems: list[str] = []
     with torch.no_grad():
         for name, parameter in adapter.named_parameters():
-            problems += fill(parameter, adapted.layouts[name], source)
+            problems += fill(parameter, adapter.adapted.layouts[name], source)
     linear.add_module(ADAPTER, adapter)
     linear.register_forward_hook(adapter.add_to)
     return problems

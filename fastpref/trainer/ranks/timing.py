@@ -21,6 +21,14 @@ class DeviceTimer:
         """The timer of a copied model: it has measured nothing. A GPU's events cannot be copied."""
         return DeviceTimer()
 
+    def __enter__(self) -> None:
+        """Begins a span that ends with the block; one that an error cut is not counted."""
+        self.start()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.stop()
+
     def start(self) -> None:
         """Begins a span; one that was begun and never stopped is forgotten."""
         self._start = self._now()

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -35,14 +37,19 @@ class PeerWatch:
         self._rank, self._size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self._step, self._phase = 0, "starting"
 
-    def sign(self, step: int, phase: str) -> None:
-        """Tells the others that this rank is in `phase` of optimizer step `step`, counted from 1."""
+    @contextmanager
+    def phase(self, step: int, phase: str) -> Iterator[None]:
+        """Inside, this rank is in `phase` of optimizer step `step`, counted from 1, as far as the others know."""
+        self._sign(step, phase)
+        yield
+
+    def _sign(self, step: int, phase: str) -> None:
         self._step, self._phase = step, phase
         if self._size > 1:
             _store().set(f"{_KEY}{self._rank}", f"{time.time():.1f} step {step}, {phase}")
 
     def __enter__(self) -> PeerWatch:
-        self.sign(0, "starting")
+        self._sign(0, "starting")
         return self
 
     def __exit__(

@@ -19,10 +19,11 @@ from fastpref.errors import ConfigError, DataError
 from fastpref.losses import DPOConfig
 from fastpref.run.config.arguments import TrainingArguments
 from fastpref.trainer.model.chunks import unwrap
-from fastpref.trainer.model.head import ActivityMeter, HeadOptions, head_of, install_heads
-from fastpref.trainer.model.lora import adapters_off, lora_of
+from fastpref.trainer.model.head import HeadOptions, install_heads
+from fastpref.trainer.model.lora import lora_of
 from fastpref.trainer.model.modes import evaluating
 from fastpref.trainer.model.packing import install_packing
+from fastpref.trainer.model.request import ReferenceView
 from fastpref.trainer.ranks.agreement import together
 from fastpref.trainer.ranks.platform import current_device
 from fastpref.trainer.ranks.timing import DeviceTimer
@@ -46,14 +47,14 @@ class ReferenceModel:
 
     Args:
         models: chunks of the reference, not wrapped in DDP: with parameters of their own, which are frozen and stay in
-            eval mode, or `AdaptersOff`.
+            eval mode, or `ReferenceView`s of the policy.
         config: the preference loss.
         args: the run's settings (precision, packing).
     """
 
     def __init__(self, models: Sequence[torch.nn.Module], config: DPOConfig, args: TrainingArguments) -> None:
         self.models = list(models)
-        if not isinstance(models[0], AdaptersOff):
+        if not isinstance(models[0], ReferenceView):
             install_heads(models, HeadOptions())
             if args.packing:
                 install_packing(models, prefix_sharing=args.prefix_sharing)
@@ -69,15 +70,13 @@ class ReferenceModel:
 
         A model scores any pairs, so `dataset` is not looked at.
         """
-        self.timer.start()
-        with torch.no_grad():
+        with self.timer, torch.no_grad(), evaluating(self.models):
             scores = self._schedule.score(self.models, batches)
-        self.timer.stop()
         return with_reference(batches, scores)
 
     def score_columns(self, batches: Sequence[Microbatch]) -> list[Tensor | None]:
         """Returns what the head answers, [K, S] per microbatch; None on every stage but the last."""
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(self.models):
             return self._schedule.score_columns(self.models, batches)
 
 
@@ -137,10 +136,9 @@ class PrecomputedReference:
                 f"the reference is precomputed in {self.cache.path}, which knows nothing of this data set; evaluate "
                 "the data set that the trainer was made with, or train with a reference model"
             )
-        self.timer.start()
-        # Every rank looks up and checks, so that the stages of a pipeline fail together.
-        sums = [self._response_sums(batch, rows_N6, dataset) for batch in batches]
-        self.timer.stop()
+        with self.timer:
+            # Every rank looks up and checks, so that the stages of a pipeline fail together.
+            sums = [self._response_sums(batch, rows_N6, dataset) for batch in batches]
         if not parallel_state.is_pipeline_last_stage(ignore_virtual=True):
             return list(batches)
         scores = [logps_S.to(current_device(), non_blocking=True) for logps_S in sums]
@@ -186,31 +184,6 @@ def drift_per_token(results: Sequence[MicrobatchResult]) -> float:
     return distance / tokens
 
 
-class AdaptersOff(torch.nn.Module):
-    """A policy chunk seen without its adapters and without dropout; it shares all weights with the policy.
-
-    Args:
-        policy: the chunk, bare or in a precision wrapper.
-    """
-
-    def __init__(self, policy: torch.nn.Module) -> None:
-        super().__init__()
-        self.module = policy
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the chunk computed before adapters were added; its modes and its head's meters stay as they were."""
-        chunk, head = unwrap(self), head_of(self)
-        if head is not None:
-            kept = head.options, head.timer, head.activity
-            head.options, head.timer, head.activity = HeadOptions(), DeviceTimer(), ActivityMeter()
-        try:
-            with adapters_off(chunk), evaluating([self.module]):
-                return self.module(*args, **kwargs)
-        finally:
-            if head is not None:
-                head.options, head.timer, head.activity = kept
-
-
 def build_reference(
     policy: Sequence[torch.nn.Module],
     ref_model: Sequence[torch.nn.Module] | ReferenceCache | None,
@@ -241,7 +214,7 @@ def build_reference(
     if isinstance(ref_model, ReferenceCache):
         return PrecomputedReference(ref_model, config, args, datasets)
     if ref_model is None and lora_of(policy) is not None:
-        return ReferenceModel([AdaptersOff(model) for model in to_precision(policy, args)], config, args)
+        return ReferenceModel([ReferenceView(model) for model in to_precision(policy, args)], config, args)
     if ref_model is None:
         return ReferenceModel([_frozen_copy(unwrap(model)) for model in policy], config, args)
     if len(ref_model) != len(policy):

@@ -8,14 +8,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron.core.models.gpt import GPTModel
 
+from fastpref.losses import DPOConfig
+from fastpref.run.config.arguments import TrainingArguments
 from fastpref.trainer.model.lora import lora_of
-
-if TYPE_CHECKING:
-    from fastpref.trainer.dpo_trainer import DPOTrainer
+from fastpref.trainer.step.feed import PairFeed
 
 _SETTINGS = (
     *("packing", "prefix_sharing", "pack_length"),
@@ -39,20 +39,21 @@ _MODEL_FIELDS = (
 _NOT_COMPUTED = ("init_std", "max_positions", "router_aux_loss_coef")
 
 
-def run_fingerprint(trainer: DPOTrainer) -> dict[str, Any]:
-    """Return the settings of a run by name, as values that JSON gives back equal."""
-    args, feed = trainer.args, trainer.feed
+def run_fingerprint(
+    args: TrainingArguments, loss: DPOConfig, models: Sequence[GPTModel], feed: PairFeed
+) -> dict[str, Any]:
+    """Return the settings of a run by name, as values that JSON gives back equal; `models` are bare chunks."""
     settings = {
         **{name: getattr(args, name) for name in _SETTINGS},
-        "moe_aux_loss_coeff": trainer.model[0].config.moe_aux_loss_coeff,
+        "moe_aux_loss_coeff": models[0].config.moe_aux_loss_coeff,
         "global_batch_pairs": feed.global_batch_pairs,
         "total_steps": feed.total_steps,
         "warmup_steps": args.warmup_steps_of(feed.total_steps),
         "num_train_pairs": len(feed.train_dataset),
         "train_data_sha256": getattr(feed.train_dataset, "sha256", None),
-        **{f"loss.{name}": value for name, value in asdict(trainer.train_config).items()},
+        **{f"loss.{name}": value for name, value in asdict(loss).items()},
     }
-    return {**_plain(settings), **weights_fingerprint(trainer.model)}
+    return {**_plain(settings), **weights_fingerprint(models)}
 
 
 def weights_fingerprint(chunks: Sequence[GPTModel]) -> dict[str, Any]:

@@ -110,20 +110,24 @@ def load(
     return state
 
 
-def load_weights(path: Path, models: Sequence[torch.nn.Module]) -> None:
-    """Fills chunks with the weights of a checkpoint from `choose`, saved in any layout; optimizer state is not read.
+def load_weights(path: Path, models: Sequence[torch.nn.Module]) -> dict[str, Any]:
+    """Fills chunks with the weights of a checkpoint from `choose`, saved in any layout, and returns its `state.json`.
+
+    Optimizer state is not read.
 
     Raises:
         CheckpointError: the checkpoint cannot be read or holds another model.
     """
     chunks = [unwrap(model) for model in models]
-    saved = directory.read_state(path).get("fingerprint", {})
+    whole = directory.read_state(path)
+    saved = whole.get("fingerprint", {})
     of_weights = {key: value for key, value in saved.items() if key.startswith("model.") or key in LORA_FINGERPRINT}
     _require_same(path, of_weights, weights_fingerprint(chunks))
     loaded = _read({f"model{index}": sharded_weights(chunk) for index, chunk in enumerate(chunks)}, path)
     with torch.no_grad():
         for index, chunk in enumerate(chunks):
             fill_weights(chunk, loaded[f"model{index}"])
+    return whole
 
 
 def _require_same(

@@ -63,6 +63,12 @@ class PairFeed:
         self._row_length = None if train_dataset is None else self._capacity(train_dataset)
 
     @property
+    def datasets(self) -> dict[str, Any]:
+        """The data sets that are there, by what they are called in a message."""
+        found = {"training pairs": self.train_dataset, "evaluation pairs": self.eval_dataset}
+        return {name: dataset for name, dataset in found.items() if dataset is not None}
+
+    @property
     def global_batch_pairs(self) -> int:
         """Pairs in one optimizer step over all ranks."""
         return self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.dp_size

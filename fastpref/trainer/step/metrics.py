@@ -19,7 +19,7 @@ MEANS = ("ref_seconds", "head_seconds", *ACTIVITY)
 TOTALS = (*COUNTS, *MEANS, "ranks")
 
 
-def metric_names(config: DPOConfig, token_stats: bool) -> tuple[str, ...]:
+def metric_names(config: DPOConfig, token_stats: tuple[str, ...]) -> tuple[str, ...]:
     """Names of the metrics that one microbatch yields; the same on every rank, also where no loss is computed."""
     one = torch.ones(1, dtype=torch.float32, device="cpu")
     reference = -one if config.use_ref_model else None
@@ -35,7 +35,7 @@ def metric_names(config: DPOConfig, token_stats: bool) -> tuple[str, ...]:
         nll_counts=nll,
     )
     two = torch.ones(2, dtype=torch.float32, device="cpu")
-    stats = SequenceStats(entropy=two, hits=two, mean_logit=two) if token_stats else None
+    stats = SequenceStats(**dict.fromkeys(token_stats, two))
     output = preference_loss(config, logps, LossContext())
     return tuple(preference_metrics(config, logps, output, one, stats))
 

@@ -11,10 +11,10 @@ Dims: B pairs, S = 2B sequences, K score columns, N rows of L positions, l of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core import parallel_state
@@ -37,13 +37,15 @@ from fastpref.losses import (
 )
 from fastpref.trainer.model.chunks import unwrap
 from fastpref.trainer.model.context_parallel import local_positions
-from fastpref.trainer.model.head import head_of
 from fastpref.trainer.model.packing import packed_row
+from fastpref.trainer.model.request import PassRequest, ReferenceView, answering, score_columns
 from fastpref.trainer.ranks.platform import current_device, current_layout
 from fastpref.trainer.step.batch import Microbatch
 from fastpref.trainer.step.noise import tie_noise
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
+TOKEN_STATS = tuple(field.name for field in fields(SequenceStats))
+"""Statistics of the policy's distributions that metrics are made of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,16 +84,16 @@ NO_SIGNALS = Signals()
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """One optimizer step: its microbatches, their results on the last stage, and what the optimizer said."""
+    """One optimizer step: its microbatches, their results on the last stage, and what the optimizer said, if asked."""
 
     batches: Sequence[Microbatch]
-    results: Sequence[MicrobatchResult]
     loss: float
-    skipped_iter: int
-    grad_norm: float | None
-    num_zeros_in_grad: int | None
     learning_rate: float
-    signals: Signals = NO_SIGNALS
+    signals: Signals
+    results: Sequence[MicrobatchResult] = ()
+    skipped_iter: int = 1
+    grad_norm: float | None = None
+    num_zeros_in_grad: int | None = None
 
     def without_tensors(self) -> StepResult:
         """The step's numbers alone, so that a window of steps holds no activations."""
@@ -103,15 +105,24 @@ class PreferenceSchedule:
 
     Args:
         config: the preference loss.
+        token_stats: statistics in `TOKEN_STATS` that losses and evaluations also report.
 
     Attributes:
         bco_delta: running mean of the rewards that `bco_pair` subtracts.
         bco_count: weight of the rewards behind it.
     """
 
-    def __init__(self, config: DPOConfig) -> None:
-        self.config = config
+    def __init__(self, config: DPOConfig, token_stats: tuple[str, ...] = ()) -> None:
+        self.config, self._token_stats = config, token_stats
         self.bco_delta = self.bco_count = 0.0
+
+    def state(self) -> dict[str, float]:
+        """What a checkpoint keeps of the schedule."""
+        return {"bco_delta": float(self.bco_delta), "bco_count": float(self.bco_count)}
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Goes on from `state`."""
+        self.bco_delta, self.bco_count = saved["bco_delta"], saved["bco_count"]
 
     def update_running_mean(self, results: Sequence[MicrobatchResult]) -> None:
         """Folds the rewards of a finished step, over all data-parallel ranks, into `bco_delta`."""
@@ -134,34 +145,45 @@ class PreferenceSchedule:
         # The interleaved schedule runs microbatches in groups of pp; what fills the last group is scored for nothing.
         fillers = -len(batches) % parallel_state.get_pipeline_model_parallel_world_size() if len(models) > 1 else 0
         filled = [*batches, *[batches[-1]] * fillers]
-        collected = self._run(models, filled, _columns_func, forward_only=True, collect_non_loss_data=True)
+        collected = self._run(models, filled, _columns_func, (), forward_only=True, collect_non_loss_data=True)
         return collected[: len(batches)] if collected else [None] * len(batches)
 
     def evaluate(
         self, models: Sequence[torch.nn.Module], batches: Sequence[Microbatch], totals: StepTotals
     ) -> list[MicrobatchResult]:
         """Losses and metrics without gradients, `totals` those of the whole set; empty on every stage but the last."""
-        return self._run(models, batches, partial(self._loss_func, totals, len(batches)), forward_only=True)
+        return self._run_loss(models, batches, totals, forward_only=True)
 
     def forward_backward(
         self, models: Sequence[torch.nn.Module], batches: Sequence[Microbatch]
     ) -> list[MicrobatchResult]:
         """Adds the gradient of the mean pair loss to the models' gradient buffers and finishes their reduction."""
-        totals = step_totals(batches, self.config)
-        return self._run(models, batches, partial(self._loss_func, totals, len(batches)), forward_only=False)
+        return self._run_loss(models, batches, step_totals(batches, self.config), forward_only=False)
+
+    def _run_loss(
+        self,
+        models: Sequence[torch.nn.Module],
+        batches: Sequence[Microbatch],
+        totals: StepTotals,
+        *,
+        forward_only: bool,
+    ) -> list[MicrobatchResult]:
+        loss_func = partial(self._loss_func, totals, len(batches))
+        return self._run(models, batches, loss_func, self._token_stats, forward_only=forward_only)
 
     def _run(
         self,
         models: Sequence[torch.nn.Module],
         batches: Sequence[Microbatch],
         loss_func: Callable,
+        token_stats: tuple[str, ...],
         *,
         forward_only: bool,
         collect_non_loss_data: bool = False,
     ) -> list:
         batches = aligned(batches)
         return get_forward_backward_func()(
-            forward_step_func=partial(_forward_step, loss_func),
+            forward_step_func=partial(_forward_step, loss_func, token_stats),
             data_iterator=[iter(batches) for _ in models],
             model=list(models),
             num_microbatches=len(batches),
@@ -218,11 +240,11 @@ class PreferenceSchedule:
         )
 
     def _stats(self, batch: Microbatch, scores_KS: Tensor) -> SequenceStats | None:
-        first = 1 if batch.nll_labels_NL is None else 2
-        if scores_KS.size(0) == first:
+        if not self._token_stats:
             return None
-        entropy, hits, mean_logit = scores_KS[first:].detach()
-        return SequenceStats(entropy=entropy, hits=hits, mean_logit=mean_logit)
+        columns = score_columns(batch.nll_labels_NL is not None, self._token_stats)
+        named = dict(zip(columns, scores_KS.detach(), strict=True))
+        return SequenceStats(**{name: named[name] for name in self._token_stats})
 
 
 def step_totals(batches: Iterable[Microbatch], config: DPOConfig) -> StepTotals:
@@ -254,26 +276,24 @@ def aligned(batches: Sequence[Microbatch]) -> list[Microbatch]:
 
 
 def _forward_step(
-    loss_func: Callable, batches: Iterator[Microbatch], model: torch.nn.Module
+    loss_func: Callable, token_stats: tuple[str, ...], batches: Iterator[Microbatch], model: torch.nn.Module
 ) -> tuple[Tensor, Callable]:
-    batch, device = next(batches), current_device()
+    batch, device, chunk = next(batches), current_device(), unwrap(model)
     held_l = local_positions(batch.seq_length)
     input_ids_Nl = batch.input_ids_NL[:, held_l]
-    head = head_of(model)
-    if head is not None:
-        head.request = batch.head_request(held_l).to(device)
-    try:
-        with packed_row(unwrap(model), batch.segments, device) as packed_seq_params:
-            scores = model(
-                input_ids=input_ids_Nl.to(device, non_blocking=True),
-                position_ids=batch.position_ids_NL[:, held_l].to(device, non_blocking=True),
-                attention_mask=_attention_mask(model, input_ids_Nl.size(1)),
-                packed_seq_params=packed_seq_params,
-                padding_mask=_padding_mask(model, batch, held_l),
-            )
-    finally:
-        if head is not None:
-            head.request = None
+    request = PassRequest(
+        head=batch.head_request(held_l).to(device) if chunk.post_process else None,
+        token_stats=token_stats,
+        is_reference=isinstance(model, ReferenceView),
+    )
+    with answering(chunk, request), packed_row(chunk, batch.segments, device) as packed_seq_params:
+        scores = model(
+            input_ids=input_ids_Nl.to(device, non_blocking=True),
+            position_ids=batch.position_ids_NL[:, held_l].to(device, non_blocking=True),
+            attention_mask=_attention_mask(model, input_ids_Nl.size(1)),
+            packed_seq_params=packed_seq_params,
+            padding_mask=_padding_mask(model, batch, held_l),
+        )
     return scores, partial(loss_func, batch)
 
 

@@ -19,7 +19,8 @@ from fastpref.run.plan.pipeline import PipelinePlan
 from fastpref.testing.numerics import assert_within_rule
 from fastpref.testing.workers import RankPool
 from fastpref.trainer import LoraConfig, ModelOptions, add_lora, build_models, load_models, save_adapter
-from fastpref.trainer.model.lora import adapters_of, adapters_off, lora_of
+from fastpref.trainer.model.lora import adapters_of, lora_of
+from fastpref.trainer.model.request import PassRequest, answering
 
 peft = pytest.importorskip("peft", reason="peft, the oracle of the adapters, is not installed")
 
@@ -229,14 +230,14 @@ def test_initial_adapters_are_pefts_and_the_same_in_every_layout(tmp_path: Path,
     assert len({tensor.sum().item() for name, tensor in tensors.items() if "lora_A" in name}) == len(tensors) // 2
 
 
-def test_adapters_off_is_the_base_model(saved, one_rank) -> None:
+def test_reference_pass_is_the_base_model(saved, one_rank) -> None:
     _, path, adapter = saved
     ids_SL, positions_SL = hf_oracle.make_problem(96).input_ids_SL, torch.arange(24)[None].expand(2, -1)
     plain = load_models(path)[0](ids_SL, positions_SL, None)
     (model,) = load_models(path)
     add_lora([model], path, lora_of_files(adapter), seed=0)
     adapted = model(ids_SL, positions_SL, None)
-    with adapters_off(model):
+    with answering(model, PassRequest(is_reference=True)):
         assert torch.equal(model(ids_SL, positions_SL, None), plain)
     assert torch.equal(model(ids_SL, positions_SL, None), adapted)
     assert (adapted - plain).abs().max() > 0.1
@@ -274,7 +275,7 @@ def test_dropout_acts_in_training_only_and_follows_the_seed(one_rank) -> None:
         return model(ids_SL, positions_SL, None)
 
     assert torch.equal(run(1), run(1)) and not torch.equal(run(1), run(2))
-    with adapters_off(model):
+    with answering(model, PassRequest(is_reference=True)):
         assert torch.equal(run(1), run(2))
     model.eval()
     assert torch.equal(run(1), run(2))

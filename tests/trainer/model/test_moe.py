@@ -78,11 +78,11 @@ def test_gradients_hold_the_load_balancing_loss(
     )
     trainer = DPOTrainer(load_models(path, options), DPOConfig(beta=BETA), None, args)
     trainer.create_optimizer_and_scheduler(1)
-    batches = trainer.reference.attach(microbatches(), None)
+    batches = trainer.engine.reference.attach(microbatches(), None)
     for chunk in trainer.models_wrapped:
         chunk.train()
         chunk.zero_grad_buffer()
-    results = trainer.schedule.forward_backward(trainer.models_wrapped, batches)
+    results = trainer.engine.schedule.forward_backward(trainer.models_wrapped, batches)
     loss, weight = (sum(float(result.metrics["loss"][part]) for result in results) for part in (0, 1))
     assert loss / weight == pytest.approx(math.log(2.0), rel=1e-6)
     for parameter in trainer.model[0].parameters():
@@ -93,9 +93,9 @@ def test_gradients_hold_the_load_balancing_loss(
     nothing = torch.zeros(1)
     got = Answer(nothing, hf_oracle.read_tensors(tmp_path / "gradients"))
     hf_oracle.assert_as_accurate(got, Answer(nothing, expected), Answer(nothing, exact))
-    metrics = trainer.balance.read()
+    metrics = trainer.engine.balance.read()
     assert metrics["moe/load_balancing_loss"] == pytest.approx(balance, rel=1e-5)
-    assert trainer.balance.read() == {}
+    assert trainer.engine.balance.read() == {}
 
 
 def plain_shares(x_TH: Tensor, router_EH: Tensor, top_k: int) -> Tensor:
@@ -168,9 +168,9 @@ def test_reference_and_evaluation_add_nothing_to_the_balance(quiet_args, tmp_pat
     args = quiet_args(moe_aux_loss_coeff=COEFFICIENT)
     pairs = tiny_pairs(4, seed=4)
     trainer = DPOTrainer(load_models(path, options), DPOConfig(), None, args, train_dataset=pairs, eval_dataset=pairs)
-    trainer.reference.attach(microbatches(), None)
+    trainer.engine.reference.attach(microbatches(), None)
     assert set(trainer.evaluate()) >= {"eval_loss"}
-    assert trainer.balance.read() == {}
+    assert trainer.engine.balance.read() == {}
 
 
 def test_run_without_a_coefficient_has_no_balance(quiet_args, tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def test_run_without_a_coefficient_has_no_balance(quiet_args, tmp_path: Path) ->
     pairs = tiny_pairs(8, seed=4)
     args = quiet_args(max_steps=1)
     trainer = DPOTrainer(load_models(path), DPOConfig(), None, args, train_dataset=pairs)
-    assert trainer.balance is None
+    assert trainer.engine.balance is None
     trainer.train()
     assert not any(name.startswith("moe/") for name in trainer.log_history[0])
 

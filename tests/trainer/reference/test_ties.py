@@ -19,12 +19,12 @@ from fastpref.trainer import (
     TrainingArguments,
     add_lora,
     build_models,
-    loop,
     score_reference,
 )
 from fastpref.trainer.reference.reference import ReferenceModel
 from fastpref.trainer.step.batch import Microbatch
 from fastpref.trainer.step.noise import TIE_DEVIATIONS, TOKEN_NOISE, mean_noise, tie_noise, token_noise
+from fastpref.trainer.window import LogWindow
 
 # Weights at which log-probs are far from even, as those of a trained model are.
 MODEL = TINY_LLAMA | {"initializer_range": 0.2}
@@ -143,7 +143,7 @@ def test_differences_of_a_small_multiple_of_rounding_are_no_ties(
     trainer = DPOTrainer(
         model(precision), DPOConfig(), cache(precision), settings, train_dataset=TRAIN, eval_dataset=EVAL
     )
-    for rows_N6 in trainer.reference._rows.values():
+    for rows_N6 in trainer.engine.reference._rows.values():
         rows_N6[:, 0] -= multiple * noise_of(rows_N6, precision)
     trainer.train()
     evaluation, step = trainer.log_history[:2]
@@ -153,7 +153,7 @@ def test_differences_of_a_small_multiple_of_rounding_are_no_ties(
 def test_live_reference_ties_equal_rewards_alone(args) -> None:
     """Its passes round alike, so that the smallest difference is real."""
     trainer = DPOTrainer(model(), DPOConfig(), None, args(), train_dataset=TRAIN, eval_dataset=EVAL)
-    attach = trainer.reference.attach
+    attach = trainer.engine.reference.attach
 
     def smallest_step_down(batches: list[Microbatch], dataset: object) -> list[Microbatch]:
         found = []
@@ -163,7 +163,7 @@ def test_live_reference_ties_equal_rewards_alone(args) -> None:
             found.append(replace(batch, ref_logps_S=torch.cat([lower, rejected])))
         return found
 
-    trainer.reference.attach = smallest_step_down
+    trainer.engine.reference.attach = smallest_step_down
     trainer.train()
     evaluation, step = trainer.log_history[:2]
     assert evaluation["eval_rewards/accuracies"] == step["rewards/accuracies"] == 1.0
@@ -175,7 +175,7 @@ def test_displacement_alarm_does_not_count_rounding(args, cache) -> None:
     noise = mean_noise(token_noise(torch.float32), 9.0)
 
     def alarms(trainer: DPOTrainer, *ratios: float) -> list[float]:
-        window = loop._Window(trainer)
+        window = LogWindow(trainer.engine)
         found = [window._displacement({"kl/chosen": ratio, "lengths/chosen": 9.0}) for ratio in ratios]
         return [record["alarm/likelihood_displacement"] for record in found]
 

@@ -46,7 +46,7 @@ def test_resume_keeps_the_running_mean_of_bco(quiet_args, tmp_path) -> None:
     whole = finish(quiet_args(save_steps=2), config)
     path = tmp_path / "run" / "checkpoints" / "step-2"
     resumed = finish(quiet_args(resume_from_checkpoint=str(path)), config)
-    assert whole.schedule.bco_delta == resumed.schedule.bco_delta != 0.0
+    assert whole.engine.schedule.bco_delta == resumed.engine.schedule.bco_delta != 0.0
     assert same_parameters(whole, resumed)
 
 
