@@ -134,14 +134,11 @@ class DPOTrainer:
     @property
     def optimizer(self) -> MegatronOptimizer:
         """Megatron's optimizer; made for the whole run of the training set when nobody made it before."""
-        if not self.engine.has_optimizer:
-            self.create_optimizer_and_scheduler(self.feed.total_steps)
         return self.engine.optimizer
 
     @property
     def lr_scheduler(self) -> OptimizerParamScheduler:
         """Megatron's learning-rate schedule, made together with the optimizer."""
-        assert self.optimizer is self.engine.optimizer
         return self.engine.lr_scheduler
 
     def train(self) -> loop.TrainResult:
@@ -184,8 +181,6 @@ class DPOTrainer:
                     f"gradient_accumulation_steps={self.args.gradient_accumulation_steps}"
                 )
             batches.append(Microbatch.from_dict(batch, self.engine.vocab_size).padded_to(seq_length))
-        if not self.engine.has_optimizer:
-            self.create_optimizer_and_scheduler(self.feed.total_steps)
         step = self.engine.run_step(models, batches)
         metrics = [
             {name: total / weight for name, (total, weight) in result.metrics.items()} for result in step.results

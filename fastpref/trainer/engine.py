@@ -102,20 +102,17 @@ class Engine:
         self._optimizer, self._lr_scheduler = optimizer, build_scheduler(optimizer, self.args, num_steps)
 
     @property
-    def has_optimizer(self) -> bool:
-        """Whether `create_optimizer` was called."""
-        return self._optimizer is not None
-
-    @property
     def optimizer(self) -> MegatronOptimizer:
-        """Megatron's optimizer."""
-        assert self._optimizer is not None, "create_optimizer comes first"
+        """Megatron's optimizer; made for the whole run of the training set when nobody made it before."""
+        if self._optimizer is None:
+            self.create_optimizer(self.feed.total_steps)
+        assert self._optimizer is not None
         return self._optimizer
 
     @property
     def lr_scheduler(self) -> OptimizerParamScheduler:
-        """Megatron's learning-rate schedule."""
-        assert self._lr_scheduler is not None, "create_optimizer comes first"
+        """Megatron's learning-rate schedule, made together with the optimizer."""
+        assert self.optimizer is self._optimizer and self._lr_scheduler is not None
         return self._lr_scheduler
 
     def attach_reference(self, batches: Sequence[Microbatch], dataset: Any) -> list[Microbatch]:
