@@ -1,13 +1,12 @@
 """The layer rules of the package, read from its import statements."""
 
-import ast
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from import_graph import MODULES, PACKAGE, imported_names
 
-PACKAGE = Path(__file__).resolve().parents[2] / "fastpref"
 BASE = {"errors", "validation", "files"}
 MIDDLE = {"kernels", "losses", "data", "checkpoint"}
 # room -> rooms of this package that it may import (itself is always allowed)
@@ -32,25 +31,17 @@ OWNERS = {
     "click": {"cli"},
     "trl": {"integrations"},
 }
-MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+# room -> its sub-rooms from the bottom up: each may import those before it; a file beside them may import all
+FLOORS = {
+    "run": ("architecture", "config", "plan", "record"),
+    "trainer": ("ranks", "model", "step", "reference", "saves"),
+}
 
 
 def room_of(path: Path) -> str:
     return path.relative_to(PACKAGE).with_suffix("").parts[0]
-
-
-def imported_names(path: Path) -> list[str]:
-    """Absolute dotted names of everything that `path` imports, at any depth of nesting."""
-    names = []
-    package = ("fastpref", *path.relative_to(PACKAGE).with_suffix("").parts[:-1])
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
-            module = ".".join(part for part in (base, node.module) if part)
-            names += [f"{module}.{alias.name}" for alias in node.names]
-    return names
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -64,6 +55,19 @@ def test_imports_run_one_way(path: Path) -> None:
             assert target == room or target in ALLOWED[room], f"{path}: room {room!r} must not import {name}"
         if parts[0] in OWNERS:
             assert room in OWNERS[parts[0]], f"{path}: only {sorted(OWNERS[parts[0]])} may import {parts[0]}"
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in MODULES if room_of(path) in FLOORS], ids=lambda path: str(path.relative_to(PACKAGE))
+)
+def test_floors_are_built_on_those_below(path: Path) -> None:
+    room, *inner = path.relative_to(PACKAGE).with_suffix("").parts
+    floors = FLOORS[room]
+    own = floors.index(inner[0]) if inner[0] in floors else len(floors)
+    for name in imported_names(path):
+        parts = name.split(".")
+        if parts[:2] == ["fastpref", room] and len(parts) > 2 and own < len(floors):
+            assert parts[2] in floors[: own + 1], f"{path}: floor {inner[0]!r} must not import {name}"
 
 
 def test_every_room_is_covered() -> None:
