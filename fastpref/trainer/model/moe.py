@@ -31,11 +31,6 @@ from fastpref.run.architecture.architecture import Architecture
 from fastpref.trainer.model.chunks import unwrap
 from fastpref.trainer.ranks.platform import current_device
 
-# The router's projection compares this name with None, but without Transformer Engine it is never defined.
-if not hasattr(moe_utils, "te_general_gemm"):
-    moe_utils.te_general_gemm = None
-
-
 def expert_settings(arch: Architecture, aux_loss_coeff: float | None, *, grouped_gemm: bool) -> dict[str, Any]:
     """Return the fields of `TransformerConfig` that describe the experts of a model; none for a dense one.
 
@@ -47,6 +42,7 @@ def expert_settings(arch: Architecture, aux_loss_coeff: float | None, *, grouped
     experts = arch.experts
     if experts is None:
         return {}
+    complete_router()
     return {
         "num_moe_experts": experts.num_experts,
         "moe_layer_freq": 1 if all(experts.layers) else [int(has_experts) for has_experts in experts.layers],
@@ -62,6 +58,12 @@ def expert_settings(arch: Architecture, aux_loss_coeff: float | None, *, grouped
         "expert_model_parallel_size": parallel_state.get_expert_model_parallel_world_size(),
         "expert_tensor_parallel_size": parallel_state.get_expert_tensor_parallel_world_size(),
     }
+
+
+def complete_router() -> None:
+    """Define what Megatron's router projection compares with None, and imports with Transformer Engine alone."""
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
 
 
 def separate_experts(model: torch.nn.Module) -> None:
@@ -132,6 +134,7 @@ def install_routers(models: Sequence[torch.nn.Module]) -> BalanceMeter | None:
         ConfigError: experts are balanced by another loss, whose tokens would not be counted.
     """
     config = unwrap(models[0]).config
+    complete_router()
     if config.num_moe_experts is None or not config.moe_aux_loss_coeff:
         return None
     if config.moe_router_load_balancing_type != "aux_loss":

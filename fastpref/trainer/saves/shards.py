@@ -11,9 +11,8 @@ from __future__ import annotations
 import copy
 import io
 import json
-import queue
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from megatron.core.dist_checkpointing.core import CONFIG_FNAME, CheckpointingCon
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.state_dict_saver import save_state_dict_async_plan
@@ -32,6 +30,14 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from megatron.core.dist_checkpointing.validation import validate_sharding_integrity
+from torch.distributed.checkpoint import SavePlan, SavePlanner
+from torch.distributed.checkpoint.filesystem import (
+    DEFAULT_SUFFIX,
+    SerializationFormat,
+    _split_by_size_and_type,
+    _write_item,
+)
+from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 
 from fastpref.errors import CheckpointError
 from fastpref.trainer.ranks.agreement import together
@@ -92,18 +98,16 @@ class Shards:
             CheckpointError: the ranks' shards do not make up whole tensors.
         """
         self._validate(group)
-        # Megatron would start a manager process for this queue, which nobody needs here.
-        filesystem_async._results_queue = queue.Queue()
         by_key, *_ = _replace_state_dict_keys_with_sharded_keys(self._sharded, True)
         self._sharded = None  # so that the plan alone holds what is to be written
         planner = MCoreSavePlanner(
             dedup_replicated_tensors=False, flatten_state_dict=False, flatten_sharded_tensors=False
         )
-        self._writer = FileSystemWriterAsync(directory, thread_count=_FILES)
+        self._writer = _Files(directory, thread_count=_FILES)
         (_, self._index, _), *_ = save_state_dict_async_plan(
             mcore_to_pyt_state_dict(by_key), self._writer, group, planner=planner
         )
-        self.num_files = len(self._writer.write_buckets)
+        self.num_files = len(self._writer.files)
 
     def _validate(self, group: torch.distributed.ProcessGroup) -> None:
         is_first = torch.distributed.get_rank() == 0
@@ -134,21 +138,18 @@ class Shards:
             CheckpointError: it could not be written for another reason.
             AbandonedError: the writing was ended.
         """
-        path, name, (objects, tensors) = self._writer.write_buckets[number]
-        bucket = (path, name, (objects, _taken(tensors, is_abandoned)))
-        transforms = [self._writer.transforms] if hasattr(self._writer, "transforms") else []
-        results: queue.Queue = queue.Queue()
-        started: queue.Queue = queue.Queue()
-        started.put(number)
-        # without its decorator, which turns the garbage collector off, here for training too
-        write = FileSystemWriterAsync.write_preloaded_data.__wrapped__
-        write(transforms, number, bucket, results, started, True)
-        _, outcome = results.get()
-        if isinstance(outcome, (OSError, AbandonedError)):
-            raise outcome
-        if isinstance(outcome, Exception):
-            raise CheckpointError(f"{path} could not be written: {outcome}") from outcome
-        return name, outcome
+        file = self._writer.files[number]
+        try:
+            with open(self._writer.checkpoint_dir / file.name, "wb") as stream:
+                places = [
+                    _write_item(self._writer.transforms, stream, data, item, file.name, SerializationFormat.TORCH_SAVE)
+                    for item, data in file.taken(is_abandoned)
+                ]
+        except (OSError, AbandonedError):
+            raise
+        except Exception as error:  # whatever the serialisation of a tensor may raise
+            raise CheckpointError(f"{file.name} could not be written: {error}") from error
+        return file.name, places
 
     def finish(self, places: list[list[Any]]) -> None:
         """Writes the index on rank 0.
@@ -159,9 +160,45 @@ class Shards:
         self._writer.finish(self._index, places)
 
 
-def _taken(tensors: list[tuple[Any, torch.Tensor]], is_abandoned: Callable[[], bool]) -> Iterator[Any]:
-    tensors.reverse()
-    while tensors:
-        if is_abandoned():
-            raise AbandonedError("the save was abandoned")
-        yield tensors.pop()
+@dataclass
+class _File:
+    """A file of shards that is still to be written."""
+
+    name: str
+    items: list[tuple[WriteItem, Any]]
+
+    def taken(self, is_abandoned: Callable[[], bool]) -> Iterator[tuple[WriteItem, Any]]:
+        """Hands out the items one by one, and forgets each."""
+        self.items.reverse()
+        while self.items:
+            if is_abandoned():
+                raise AbandonedError("the save was abandoned")
+            item, data = self.items.pop()
+            if isinstance(data, torch.Tensor):
+                data = data.detach()
+                # a view would be stored with all that it is a view of
+                is_view = data.untyped_storage().size() != data.numel() * data.itemsize
+                data = data.clone() if is_view else data
+            yield item, data
+
+
+class _Files(FileSystemWriterAsync):
+    """Megatron's plan of what a rank writes, without the processes that it would write in.
+
+    Attributes:
+        files: known after planning.
+    """
+
+    def prepare_write_data(self, plan: SavePlan, planner: SavePlanner) -> None:
+        """Deal the rank's items to files: in each, objects before tensors."""
+        buckets = [bucket for bucket in _split_by_size_and_type(self.thread_count, plan.items) if bucket]
+        self.files = [
+            _File(
+                f"{plan.storage_data.prefix}{number}{DEFAULT_SUFFIX}",
+                [
+                    (item, planner.resolve_data(item))
+                    for item in sorted(bucket, key=lambda item: item.type != WriteItemType.BYTE_IO)
+                ],
+            )
+            for number, bucket in enumerate(buckets)
+        ]
