@@ -2,59 +2,42 @@
 
 import math
 from dataclasses import asdict, fields, replace
+from typing import NamedTuple
 
 import pytest
+from loss_pairs import NEEDED
 
 from fastpref.errors import ConfigError
 from fastpref.losses import LOSSES, DPOConfig, expected_initial_loss
 
-DEFAULT = {
-    "label_smoothing": 0.0,
-    "orpo_nll": "response",
-    "simpo_gamma": 0.5,
-    "simpo_alpha": 0.0,
-    "cpo_alpha": 1.0,
-    "nll_reduction": "token",
-    "ipo_reduction": "mean",
-    "bco_delta": "zero",
-    "discopop_tau": 0.05,
-    "f_divergence": "reverse_kl",
-    "f_alpha": 0.5,
-    "ld_alpha": None,
+MARGIN = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "robust", "exo_pair", "discopop"}
+LOG_RATIOS = MARGIN | {"nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down"}
+
+
+class Known(NamedTuple):
+    """An option: its default, a value that differs from it, and the losses that read it by their definitions."""
+
+    default: float | str | None
+    other: float | str
+    readers: set[str]
+
+
+OPTIONS = {
+    "label_smoothing": Known(0.0, 0.1, {"sigmoid", "robust", "exo_pair", "aot", "aot_unpaired", "simpo", "cpo"}),
+    "orpo_nll": Known("response", "prompt_and_response", {"orpo"}),
+    "simpo_gamma": Known(0.5, 1.0, {"simpo"}),
+    "simpo_alpha": Known(0.0, 0.2, {"simpo"}),
+    "cpo_alpha": Known(1.0, 0.5, {"cpo"}),
+    "nll_reduction": Known("token", "sequence", {"simpo", "cpo", "sft"}),
+    "ipo_reduction": Known("mean", "sum", {"ipo"}),
+    "bco_delta": Known("zero", "running_mean", {"bco_pair"}),
+    "discopop_tau": Known(0.05, 0.1, {"discopop"}),
+    "f_divergence": Known("reverse_kl", "js", MARGIN),
+    "f_alpha": Known(0.5, 0.3, MARGIN),
+    "ld_alpha": Known(None, 0.5, LOG_RATIOS),
 }
-# a value of each option that differs from its default
-OTHER_VALUE = {
-    "label_smoothing": 0.1,
-    "orpo_nll": "prompt_and_response",
-    "simpo_gamma": 1.0,
-    "simpo_alpha": 0.2,
-    "cpo_alpha": 0.5,
-    "nll_reduction": "sequence",
-    "ipo_reduction": "sum",
-    "bco_delta": "running_mean",
-    "discopop_tau": 0.1,
-    "f_divergence": "js",
-    "f_alpha": 0.3,
-    "ld_alpha": 0.5,
-}
-# option -> losses that read it, from the definitions of the losses
-READERS = {
-    "label_smoothing": {"sigmoid", "robust", "exo_pair", "aot", "aot_unpaired", "simpo", "cpo"},
-    "orpo_nll": {"orpo"},
-    "simpo_gamma": {"simpo"},
-    "simpo_alpha": {"simpo"},
-    "cpo_alpha": {"cpo"},
-    "nll_reduction": {"simpo", "cpo", "sft"},
-    "ipo_reduction": {"ipo"},
-    "bco_delta": {"bco_pair"},
-    "discopop_tau": {"discopop"},
-    "f_divergence": {"sigmoid", "sigmoid_norm", "hinge", "ipo", "robust", "exo_pair", "discopop"},
-    "f_alpha": {"sigmoid", "sigmoid_norm", "hinge", "ipo", "robust", "exo_pair", "discopop"},
-    "ld_alpha": set(LOSSES) - {"orpo", "simpo", "cpo", "sft"},
-}
-# what makes the option of the key readable, or the loss of the key possible
+# what makes the option of the key readable
 COMPANIONS = {"f_alpha": {"f_divergence": "alpha"}}
-NEEDED = {"exo_pair": {"label_smoothing": 1e-3}}
 
 
 def needed(name: str, option: str) -> dict:
@@ -84,46 +67,44 @@ def test_every_loss_needs_its_name_alone(name: str) -> None:
 
 def test_every_option_has_an_entry_here() -> None:
     own = {field.name for field in fields(DPOConfig)} - {"beta", "pref_loss", "loss_weights", "tie_value"}
-    assert own == set(DEFAULT) == set(OTHER_VALUE) == set(READERS) == set().union(*(e.options for e in LOSSES.values()))
+    assert own == set(OPTIONS) == {option for loss in LOSSES.values() for option in loss.options}
 
 
-@pytest.mark.parametrize("option", DEFAULT)
-def test_losses_agree_about_an_option(option: str) -> None:
-    rules = [loss.options[option] for loss in LOSSES.values() if option in loss.options]
-    assert {rule.default for rule in rules} == {DEFAULT[option]}
-    for name, rule in ((name, loss.options[option]) for name, loss in LOSSES.items() if option in loss.options):
-        for other, _ in filter(None, (rule.only_if, rule.unless)):
-            assert other in LOSSES[name].options
+@pytest.mark.parametrize("name", LOSSES)
+def test_conditions_of_an_option_name_options_of_the_same_loss(name: str) -> None:
+    for option in LOSSES[name].options.values():
+        assert {condition[0] for condition in (option.only_if, option.unless) if condition} <= set(LOSSES[name].options)
 
 
-@pytest.mark.parametrize("option", OTHER_VALUE)
+@pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("name", LOSSES)
 def test_option_is_read_or_refused(name: str, option: str) -> None:
-    arguments = {"pref_loss": name, option: OTHER_VALUE[option]} | needed(name, option)
-    if name in READERS[option]:
-        assert getattr(DPOConfig(**arguments), option) == OTHER_VALUE[option]
-    else:
-        with pytest.raises(ConfigError) as caught:
-            DPOConfig(**arguments)
-        message = str(caught.value)
-        assert f"{option} is not read by {name}, got {OTHER_VALUE[option]!r}; remove it, or use " in message
-        assert all(reader in message for reader in READERS[option])
+    _, other, readers = OPTIONS[option]
+    arguments = {"pref_loss": name, option: other} | needed(name, option)
+    if name in readers:
+        assert getattr(DPOConfig(**arguments), option) == other
+        return
+    with pytest.raises(ConfigError) as caught:
+        DPOConfig(**arguments)
+    message = str(caught.value)
+    assert f"{option} is not read by {name}, got {other!r}; remove it, or use " in message
+    assert all(reader in message for reader in readers)
 
 
-@pytest.mark.parametrize("option", [option for option in DEFAULT if option not in {"label_smoothing", "ld_alpha"}])
+@pytest.mark.parametrize("option", [option for option in OPTIONS if option not in {"label_smoothing", "ld_alpha"}])
 def test_option_given_at_its_default_is_refused_too_where_nothing_reads_it(option: str) -> None:
     name = "orpo" if option != "orpo_nll" else "sigmoid"
     with pytest.raises(ConfigError, match=f"{option} is not read by {name}, got"):
-        DPOConfig(pref_loss=name, **{option: DEFAULT[option]})
+        DPOConfig(pref_loss=name, **{option: OPTIONS[option].default})
 
 
-@pytest.mark.parametrize(
-    ("name", "option"),
-    [(name, option) for option in DEFAULT for name in sorted(READERS[option]) if option not in NEEDED.get(name, {})],
-)
+@pytest.mark.parametrize(("name", "option"), [(name, option) for option in OPTIONS for name in sorted(LOSSES)])
 def test_option_left_out_is_filled_in_where_it_is_read(name: str, option: str) -> None:
-    config = DPOConfig(pref_loss=name, **needed(name, option))
-    assert getattr(config, option) == DEFAULT[option]
+    default, _, readers = OPTIONS[option]
+    given = (needed(name, option) if name in readers else {}) | NEEDED.get(name, {})
+    config = DPOConfig(pref_loss=name, **given)
+    unset = 0.0 if option == "label_smoothing" else None
+    assert getattr(config, option) == given.get(option, default if name in readers else unset)
     assert DPOConfig(**asdict(config)) == config
 
 
