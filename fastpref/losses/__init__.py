@@ -1,5 +1,7 @@
 """Preference losses in plain torch on (B,) tensors: `preference_loss(DPOConfig(...), PairLogps(...))`."""
 
+# every loss enters LOSSES when its module is imported
+from . import family, transport  # noqa: F401
 from .config import DPOConfig
 from .inputs import LossContext, PairLogps, PreferenceOutput, SequenceStats, split_pairs
 from .metrics import Metrics, preference_metrics

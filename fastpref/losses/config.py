@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from types import SimpleNamespace
+from typing import Any
 
-from ..errors import ConfigError
-from .options import OPTIONS, find_problems, is_read
-from .registry import LOSSES
+from ..errors import ConfigError, Problem
+from ..validation import Validator
+from .options import Need
+from .registry import LOSSES, Loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,7 +18,8 @@ class DPOConfig:
     """Options of the preference loss.
 
     An option left at None takes its default when a chosen loss reads it and stays None otherwise. A value that no
-    chosen loss reads is an error. Lists are accepted where tuples are meant.
+    chosen loss reads is an error; `LOSSES[name].options` says what a loss reads. Lists are accepted where tuples are
+    meant.
 
     Raises:
         ConfigError: names every problem of the given values at once.
@@ -27,7 +32,7 @@ class DPOConfig:
     loss_weights: tuple[float, ...] | None = None
     """Weight of each loss in `pref_loss`, > 0; None weighs each 1."""
     label_smoothing: float = 0.0
-    """Probability of a wrong label, [0, 0.5]: sigmoid, robust (< 0.5), exo_pair (> 0), aot(_unpaired), simpo, cpo."""
+    """Probability of a wrong label, [0, 0.5], less than 0.5 for robust and more than 0 for exo_pair."""
     orpo_nll: str | None = None
     """Average of the NLL: "response" (per response, default) | "prompt_and_response" (per token of both): orpo."""
     simpo_gamma: float | None = None
@@ -37,7 +42,7 @@ class DPOConfig:
     cpo_alpha: float | None = None
     """Weight of the NLL of the chosen response, >= 0, default 1: cpo."""
     nll_reduction: str | None = None
-    """Average of the NLL: "token" (over the step's tokens, default) | "sequence" (per response): sft, cpo, simpo."""
+    """Average of the response's NLL, where a loss has one: "token" (over the step's tokens, default) | "sequence"."""
     ipo_reduction: str | None = None
     """Log-ratios per token ("mean", default) or per response ("sum", as in the paper): ipo."""
     bco_delta: str | None = None
@@ -45,9 +50,9 @@ class DPOConfig:
     discopop_tau: float | None = None
     """Temperature of the modulation, (0, 1], default 0.05: discopop."""
     f_divergence: str | None = None
-    """One of reverse_kl (default), forward_kl, js, alpha: sigmoid(_norm), hinge, ipo, robust, exo_pair, discopop."""
+    """Divergence in a margin of log-ratios: one of reverse_kl (default), forward_kl, js, alpha."""
     f_alpha: float | None = None
-    """Order of the alpha divergence, default 0.5 (1 is reverse KL, 0 forward KL): as f_divergence."""
+    """Order of the alpha divergence, default 0.5 (1 is reverse KL, 0 forward KL)."""
     ld_alpha: float | None = None
     """Weight of tokens beyond the pair's shorter response, [0, 1], default off: every loss that reads the reference."""
     tie_value: float = 0.5
@@ -60,10 +65,11 @@ class DPOConfig:
                 object.__setattr__(self, name, tuple(value))
         problems = find_problems(self)
         if problems:
-            raise ConfigError("the preference loss cannot be set up:\n" + "\n".join(f"- {text}" for text in problems))
-        for name, option in OPTIONS.items():
-            if getattr(self, name) is None and is_read(self, name):
-                object.__setattr__(self, name, option.default)
+            raise ConfigError(problems, heading="the preference loss cannot be set up")
+        for loss in self._losses:
+            for name in loss.options:
+                if getattr(self, name) is None and loss.reads(name, self):
+                    object.__setattr__(self, name, loss.options[name].default)
 
     @property
     def loss_names(self) -> tuple[str, ...]:
@@ -71,21 +77,132 @@ class DPOConfig:
         return self.pref_loss if isinstance(self.pref_loss, tuple) else (self.pref_loss,)
 
     @property
+    def _losses(self) -> tuple[Loss, ...]:
+        return tuple(LOSSES[name] for name in self.loss_names)
+
+    @property
     def use_ref_model(self) -> bool:
         """Whether a chosen loss reads the reference's log-probs."""
-        return any(LOSSES[name].reads_reference for name in self.loss_names)
+        return any(loss.reads_reference for loss in self._losses)
 
     @property
     def needs_global_batch(self) -> bool:
         """Whether a pair's loss depends on the pairs of other ranks; `LossContext.gather` brings them."""
-        return any(LOSSES[name].needs_global_batch for name in self.loss_names)
+        return any(loss.needs_global_batch for loss in self._losses)
 
     @property
     def needs_nll_mask(self) -> bool:
         """Whether the NLL covers the prompt too, so that `PairLogps.nll` comes from a second mask."""
-        return self.orpo_nll == "prompt_and_response"
+        return self._needs("prompt_nll")
+
+    @property
+    def needs_response_nll(self) -> bool:
+        """Whether a loss has an NLL of the chosen response; with `ld_alpha` it must be in `PairLogps.nll`."""
+        return self._needs("response_nll")
 
     @property
     def needs_mean_nll_count(self) -> bool:
         """Whether a loss averages an NLL over tokens, and so reads `LossContext.mean_nll_count`."""
-        return self.needs_nll_mask or self.nll_reduction == "token"
+        return self._needs("mean_nll_count")
+
+    @property
+    def needs_running_mean(self) -> bool:
+        """Whether a loss reads the mean of all rewards seen so far, `LossContext.bco_delta`."""
+        return self._needs("running_mean")
+
+    def _needs(self, need: Need) -> bool:
+        return any(loss.asking(need, self) for loss in self._losses)
+
+
+def find_problems(config: DPOConfig) -> list[Problem]:
+    """Every rule that `config` breaks: field, rule, what was found, remedy."""
+    validator = Validator(config)
+    _check_names(validator, config.loss_names)
+    # with a wrong name it is unknown which options are read
+    chosen = {} if validator.problems else {name: LOSSES[name] for name in config.loss_names}
+    _check_values(validator, chosen)
+    if chosen:
+        _check_weights(validator, config)
+        _check_unread(validator, config, chosen)
+        _check_combination(validator, config, chosen)
+    return validator.problems
+
+
+def _check_names(validator: Validator, names: tuple[Any, ...]) -> None:
+    if not names:
+        validator.note("pref_loss", "must name at least one loss, got none; the default is sigmoid")
+    for name in names:
+        one = Validator(SimpleNamespace(pref_loss=name))
+        one.choice("pref_loss", tuple(LOSSES))
+        validator.problems += one.problems
+    for name in LOSSES:
+        if names.count(name) > 1:
+            rule = "must name each loss once"
+            validator.note("pref_loss", f"{rule}, got {name} {names.count(name)} times; use loss_weights instead")
+
+
+def _check_values(validator: Validator, chosen: Mapping[str, Loss]) -> None:
+    validator.number("beta", above=0, hint="0.1 is the usual choice")
+    validator.number("tie_value", at_least=0, at_most=1, hint="0.5 counts a tie as half right")
+    for name, unset in _options().items():
+        # where no chosen loss has the option, any that has it knows its values
+        readers = _readers(name, chosen) or _readers(name, LOSSES)[:1]
+        for reader in readers:
+            # losses may leave an option different ranges: one message about it is enough
+            if not LOSSES[reader].options[name].check(name, validator, optional=unset is None):
+                break
+
+
+def _check_weights(validator: Validator, config: DPOConfig) -> None:
+    weights, count = config.loss_weights, len(config.loss_names)
+    if weights is None:
+        return
+    if not isinstance(weights, tuple) or len(weights) != count:
+        rule = f"must be a list with one weight for each of the {count} losses in pref_loss"
+        validator.note("loss_weights", f"{rule}, got {weights!r}; None weighs each 1")
+        return
+    for weight in weights:
+        one = Validator(SimpleNamespace(loss_weights=weight))
+        one.number("loss_weights", above=0, hint="to drop a loss, leave it out of pref_loss")
+        validator.problems += one.problems
+
+
+def _check_unread(validator: Validator, config: DPOConfig, chosen: Mapping[str, Loss]) -> None:
+    """Options that were given although no chosen loss reads them."""
+    for name, unset in _options().items():
+        value = getattr(config, name)
+        is_given = value is not None if unset is None else value != unset
+        if not is_given or any(loss.reads(name, config) for loss in chosen.values()):
+            continue
+        readers: dict[str, list[str]] = {}
+        for reader in _readers(name, LOSSES):
+            readers.setdefault(LOSSES[reader].options[name].condition, []).append(reader)
+        remedy = " or ".join(" or ".join(names) + condition for condition, names in readers.items())
+        validator.note(name, f"is not read by {' + '.join(chosen)}, got {value!r}; remove it, or use {remedy}")
+
+
+def _check_combination(validator: Validator, config: DPOConfig, chosen: Mapping[str, Loss]) -> None:
+    """Losses and option values that cannot go together."""
+    for name, option in {name: option for loss in chosen.values() for name, option in loss.options.items()}.items():
+        value = getattr(config, name)
+        others = [other for other, loss in chosen.items() if name not in loss.options and loss.compares_responses]
+        # beside such an option a loss of plain log-ratios would mix two objectives
+        if option.redefines_log_ratios and value not in (None, option.default) and others:
+            text = f"is not defined for {', '.join(others)}, got {value!r}; remove the option or the loss"
+            validator.note(name, text)
+    if any(loss.asking("response_nll", config) for loss in chosen.values()):
+        rule = "must leave the prompt out beside a loss that has an NLL of the response, as a run has one NLL mask"
+        for loss in chosen.values():
+            for name in loss.asking("prompt_nll", config):
+                found = f"got {getattr(config, name)!r} with {' + '.join(chosen)}"
+                validator.note(name, f"{rule}, {found}; use {loss.options[name].default!r}")
+
+
+def _options() -> dict[str, Any]:
+    """Fields that a loss can read, with what they hold where nothing is given."""
+    names = {name for loss in LOSSES.values() for name in loss.options}
+    return {field.name: field.default for field in fields(DPOConfig) if field.name in names}
+
+
+def _readers(option: str, losses: Mapping[str, Loss]) -> list[str]:
+    return [name for name, loss in losses.items() if option in loss.options]

@@ -1,4 +1,4 @@
-"""The preference losses, one pure function each: (config, logps, context) -> (B,) losses.
+"""The preference losses, one pure function each, (config, logps, context) -> (B,) losses, with its entry below it.
 
 Notation of the docstrings: `S` response log-prob sum, `n` token count, `m = S / max(n, 1)`; `r_c`, `r_r` log-ratios
 policy / reference of the chosen and the rejected response, `x = beta (r_c - r_r)`, `ls` label smoothing.
@@ -8,17 +8,17 @@ With another `f_divergence` than reverse KL the margin losses read its scores in
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .config import DPOConfig
 from .inputs import LossContext, PairLogps
-from .numerics import MAX_EXPONENT, divergence_score, odds_ratio_loss, smoothed_logistic
-
-if TYPE_CHECKING:
-    from .config import DPOConfig
+from .numerics import MAX_EXPONENT, divergence_score, log_odds, odds_ratio_loss, smoothed_logistic
+from .options import LABEL_SMOOTHING, LENGTHS, MARGIN, NLL_REDUCTION, SMOOTHED, Option, added_nll
+from .registry import LOSSES, Loss
 
 
 def per_token(sums: Tensor, counts: Tensor) -> Tensor:
@@ -73,6 +73,9 @@ def sigmoid(config: DPOConfig, logps: PairLogps, context: LossContext) -> Tensor
     return smoothed_logistic(_margin(config, logps), config.label_smoothing)
 
 
+LOSSES["sigmoid"] = Loss(sigmoid, MARGIN | SMOOTHED)
+
+
 def sigmoid_norm(config: DPOConfig, logps: PairLogps, context: LossContext) -> Tensor:
     """Length-normalised DPO: -logsigmoid(beta (r_c / n_c - r_r / n_r)). Source: Lambert et al. 2024 (Tulu 3)."""
     chosen, rejected = _scores(config, logps)
@@ -80,9 +83,15 @@ def sigmoid_norm(config: DPOConfig, logps: PairLogps, context: LossContext) -> T
     return smoothed_logistic(config.beta * difference)
 
 
+LOSSES["sigmoid_norm"] = Loss(sigmoid_norm, MARGIN)
+
+
 def hinge(config: DPOConfig, logps: PairLogps, context: LossContext) -> Tensor:
     """max(0, 1 - x). Source: Zhao et al. 2023 (SLiC-HF)."""
     return torch.relu(1 - _margin(config, logps))
+
+
+LOSSES["hinge"] = Loss(hinge, MARGIN)
 
 
 def ipo(config: DPOConfig, logps: PairLogps, context: LossContext) -> Tensor:
@@ -94,11 +103,20 @@ def ipo(config: DPOConfig, logps: PairLogps, context: LossContext) -> Tensor:
     return (chosen - rejected - 1 / (2 * config.beta)) ** 2
 
 
+LOSSES["ipo"] = Loss(ipo, MARGIN | {"ipo_reduction": Option("mean", choices=("mean", "sum"))})
+
+
 def robust(config: DPOConfig, logps: PairLogps, context: LossContext) -> Tensor:
     """[-(1 - ls) logsigmoid(x) + ls logsigmoid(-x)] / (1 - 2 ls). Source: Chowdhury et al. 2024."""
     ls = config.label_smoothing
     # = -lsig(x) - ls x / (1 - 2 ls): the smoothed loss with a negative share, without a difference of large terms
     return smoothed_logistic(_margin(config, logps), -ls / (1 - 2 * ls))
+
+
+LOSSES["robust"] = Loss(
+    robust,
+    MARGIN | {"label_smoothing": replace(LABEL_SMOOTHING, below=0.5, hint="robust divides by 1 - 2 label_smoothing")},
+)
 
 
 def exo_pair(config: DPOConfig, logps: PairLogps, context: LossContext) -> Tensor:
@@ -108,10 +126,19 @@ def exo_pair(config: DPOConfig, logps: PairLogps, context: LossContext) -> Tenso
     return prefers_chosen + torch.sigmoid(-x) * (F.logsigmoid(-x) - math.log(ls))
 
 
+LOSSES["exo_pair"] = Loss(
+    exo_pair,
+    MARGIN | {"label_smoothing": replace(LABEL_SMOOTHING, above=0, hint="exo_pair takes its logarithm; try 1e-3")},
+)
+
+
 def nca_pair(config: DPOConfig, logps: PairLogps, context: LossContext) -> Tensor:
     """-lsig(beta r_c) - lsig(-beta r_c) / 2 - lsig(-beta r_r) / 2. Source: Chen et al. 2024 (NCA)."""
     chosen, rejected = _rewards(config, logps)
     return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
+
+
+LOSSES["nca_pair"] = Loss(nca_pair, LENGTHS)
 
 
 def bco_pair(config: DPOConfig, logps: PairLogps, context: LossContext) -> Tensor:
@@ -121,10 +148,20 @@ def bco_pair(config: DPOConfig, logps: PairLogps, context: LossContext) -> Tenso
     return -F.logsigmoid(chosen - delta) - F.logsigmoid(delta - rejected)
 
 
+LOSSES["bco_pair"] = Loss(
+    bco_pair,
+    LENGTHS
+    | {"bco_delta": Option("zero", choices=("zero", "running_mean"), needs={"running_mean": ("running_mean",)})},
+)
+
+
 def sppo_hard(config: DPOConfig, logps: PairLogps, context: LossContext) -> Tensor:
     """(r_c - 1 / (2 beta))^2 + (r_r + 1 / (2 beta))^2. Source: Wu et al. 2024 (SPPO), win probability 1."""
     chosen, rejected = log_ratios(logps)
     return (chosen - 0.5 / config.beta) ** 2 + (rejected + 0.5 / config.beta) ** 2
+
+
+LOSSES["sppo_hard"] = Loss(sppo_hard, LENGTHS)
 
 
 def apo_zero(config: DPOConfig, logps: PairLogps, context: LossContext) -> Tensor:
@@ -133,10 +170,16 @@ def apo_zero(config: DPOConfig, logps: PairLogps, context: LossContext) -> Tenso
     return torch.sigmoid(-chosen) + torch.sigmoid(rejected)
 
 
+LOSSES["apo_zero"] = Loss(apo_zero, LENGTHS)
+
+
 def apo_down(config: DPOConfig, logps: PairLogps, context: LossContext) -> Tensor:
     """sig(beta r_c) + 1 - sig(x). Source: D'Oosterlinck et al. 2024 (APO), eq. 8."""
     chosen, rejected = _rewards(config, logps)
     return torch.sigmoid(chosen) + torch.sigmoid(rejected - chosen)
+
+
+LOSSES["apo_down"] = Loss(apo_down, LENGTHS)
 
 
 def discopop(config: DPOConfig, logps: PairLogps, context: LossContext) -> Tensor:
@@ -144,6 +187,10 @@ def discopop(config: DPOConfig, logps: PairLogps, context: LossContext) -> Tenso
     x, tau = _margin(config, logps), filled(config.discopop_tau)
     # m e^-x in one exponential: apart, 0 * inf at a strongly negative margin is NaN
     return torch.sigmoid(-x / tau) * -F.logsigmoid(x) + torch.exp(F.logsigmoid(x / tau) - x)
+
+
+# above 1 the modulated exponential has no bound on the losing side
+LOSSES["discopop"] = Loss(discopop, MARGIN | {"discopop_tau": Option(0.05, above=0, at_most=1)})
 
 
 def orpo(config: DPOConfig, logps: PairLogps, context: LossContext) -> Tensor:
@@ -154,11 +201,38 @@ def orpo(config: DPOConfig, logps: PairLogps, context: LossContext) -> Tensor:
     return nll + config.beta * penalty
 
 
+def _odds_metrics(logps: PairLogps) -> dict[str, Tensor]:
+    chosen, rejected = mean_logps(logps)
+    difference = log_odds(chosen) - log_odds(rejected)
+    return {"log_odds_chosen": difference, "log_odds_ratio": F.logsigmoid(difference)}
+
+
+LOSSES["orpo"] = Loss(
+    orpo,
+    {
+        "orpo_nll": Option(
+            "response",
+            choices=("response", "prompt_and_response"),
+            needs={"prompt_and_response": ("prompt_nll", "mean_nll_count")},
+        )
+    },
+    reads_reference=False,
+    metrics=_odds_metrics,
+)
+
+
 def simpo(config: DPOConfig, logps: PairLogps, context: LossContext) -> Tensor:
     """-(1 - ls) lsig(z) - ls lsig(-z), z = beta (m_c - m_r) - gamma; plus simpo_alpha NLL. Source: Meng et al. 2024."""
     chosen, rejected = mean_logps(logps)
     z = config.beta * (chosen - rejected) - filled(config.simpo_gamma)
     return _add_nll(smoothed_logistic(z, config.label_smoothing), config.simpo_alpha, config, logps, context)
+
+
+LOSSES["simpo"] = Loss(
+    simpo,
+    SMOOTHED | {"simpo_gamma": Option(0.5, at_least=0)} | added_nll("simpo_alpha", default=0.0),
+    reads_reference=False,
+)
 
 
 def cpo(config: DPOConfig, logps: PairLogps, context: LossContext) -> Tensor:
@@ -167,11 +241,17 @@ def cpo(config: DPOConfig, logps: PairLogps, context: LossContext) -> Tensor:
     return _add_nll(smoothed_logistic(z, config.label_smoothing), config.cpo_alpha, config, logps, context)
 
 
+LOSSES["cpo"] = Loss(cpo, SMOOTHED | added_nll("cpo_alpha", default=1.0), reads_reference=False, rewards_are_sums=True)
+
+
 def sft(config: DPOConfig, logps: PairLogps, context: LossContext) -> Tensor:
     """NLL of the chosen response, as a token mean over the optimizer step or as a mean of each response."""
     if config.nll_reduction == "sequence":
         return per_token(*chosen_nll(logps))
     return nll_per_pair(logps, context)
+
+
+LOSSES["sft"] = Loss(sft, {"nll_reduction": NLL_REDUCTION}, reads_reference=False, compares_responses=False)
 
 
 def _add_nll(losses: Tensor, alpha: float | None, config: DPOConfig, logps: PairLogps, context: LossContext) -> Tensor:

@@ -122,7 +122,7 @@ class LossContext:
     mean_nll_count: Tensor | float | None = None
     """NLL tokens per pair, > 0: the weighted mean over the whole optimizer step; None = the mean over this batch."""
     bco_delta: Tensor | float = 0.0
-    """Reward shift of `bco_pair` with `bco_delta="running_mean"`; see `update_running_mean`."""
+    """Running mean of the rewards (`DPOConfig.needs_running_mean`), which shifts them; see `update_running_mean`."""
     gather: Callable[[Tensor], Tensor] | None = None
     """(B,) of this rank -> (B_global,) of all ranks in rank order, without gradient; None = one rank."""
     gather_offset: int = 0

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .config import DPOConfig
-from .family import chosen_nll, mean_logps, per_token
+from .family import chosen_nll, per_token
 from .inputs import PairLogps, PreferenceOutput, SequenceStats, split_pairs
-from .numerics import log_odds, weighted_sum
+from .numerics import weighted_sum
+from .registry import LOSSES
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
 
@@ -41,7 +41,8 @@ def preference_metrics(
         Means over pairs: `loss`, `rewards/chosen`, `rewards/rejected`, `rewards/margins`, `rewards/accuracies` (a tie
         counts `config.tie_value`), `logps/chosen`, `logps/rejected` (sums per response), `sft_loss` (NLL per token of
         each chosen response), `lengths/chosen`, `lengths/rejected` (tokens); with a reference `kl/chosen`,
-        `kl/rejected` (log-ratios of whole responses); with orpo `log_odds_chosen`, `log_odds_ratio` (its logsigmoid).
+        `kl/rejected` (log-ratios of whole responses); those of the chosen losses' own: `log_odds_chosen`,
+        `log_odds_ratio` (its logsigmoid) of orpo.
         Means over tokens: `nll_loss`; with `stats` also `entropy` (both responses), `mean_token_accuracy` (chosen),
         `logits/chosen`, `logits/rejected`.
     """
@@ -69,10 +70,8 @@ def preference_metrics(
     if logps.ref_chosen is not None and logps.ref_rejected is not None:
         per_pair["kl/chosen"] = logps.chosen - logps.ref_chosen
         per_pair["kl/rejected"] = logps.rejected - logps.ref_rejected
-    if "orpo" in config.loss_names:
-        mean_chosen, mean_rejected = mean_logps(logps)
-        per_pair["log_odds_chosen"] = log_odds(mean_chosen) - log_odds(mean_rejected)
-        per_pair["log_odds_ratio"] = F.logsigmoid(per_pair["log_odds_chosen"])
+    for name in config.loss_names:
+        per_pair |= LOSSES[name].metrics(logps)
 
     weights = pair_weights.double()
     total = weights.sum()

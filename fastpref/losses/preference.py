@@ -29,8 +29,8 @@ def preference_loss(config: DPOConfig, logps: PairLogps, context: LossContext = 
 
     Returns:
         (B,) losses in the dtype of the log-probs, and (B,) detached rewards: `beta * log(policy / reference)` of whole
-        responses when a loss reads the reference; without one `beta` times the sums for cpo, `beta` times the
-        means per token for orpo, simpo and sft.
+        responses when a loss reads the reference; without one `beta` times the sums where a loss has such rewards
+        (cpo), else `beta` times the means per token.
 
     Raises:
         ValueError: reference log-probs are missing, or given although no chosen loss reads them; `nll` is missing
@@ -75,8 +75,10 @@ def _check_inputs(config: DPOConfig, logps: PairLogps) -> None:
     if not config.use_ref_model and logps.ref_chosen is not None:
         raise ValueError(f"{names} reads no reference, got ref_chosen and ref_rejected: leave them out")
     if logps.nll is None and config.needs_nll_mask:
-        raise ValueError("orpo_nll='prompt_and_response' needs nll and nll_counts over prompt and response, got None")
-    if logps.nll is None and config.ld_alpha is not None and config.nll_reduction is not None:
+        asking = {name for loss in config.loss_names for name in LOSSES[loss].asking("prompt_nll", config)}
+        setting = ", ".join(f"{name}={getattr(config, name)!r}" for name in sorted(asking))
+        raise ValueError(f"{setting} needs nll and nll_counts over prompt and response, got None: pass both")
+    if logps.nll is None and config.ld_alpha is not None and config.needs_response_nll:
         raise ValueError(
             f"{names} with ld_alpha={config.ld_alpha} needs nll and nll_counts, the plain NLL of the chosen responses: "
             "`chosen` is re-weighted; got None"
@@ -104,7 +106,7 @@ def _without_filler(logps: PairLogps, pair_weights: Tensor | None) -> PairLogps:
 def _rewards(config: DPOConfig, logps: PairLogps) -> tuple[Tensor, Tensor]:
     if config.use_ref_model:
         chosen, rejected = log_ratios(logps)
-    elif "cpo" in config.loss_names:
+    elif any(LOSSES[name].rewards_are_sums for name in config.loss_names):
         chosen, rejected = logps.chosen, logps.rejected
     else:
         chosen, rejected = mean_logps(logps)

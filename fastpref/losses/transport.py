@@ -9,18 +9,18 @@ Source: Melnyk et al. 2024, "Distributional Preference Alignment of LLMs via Opt
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .config import DPOConfig
 from .inputs import LossContext, PairLogps
 from .numerics import smoothed_logistic
-
-if TYPE_CHECKING:
-    from .config import DPOConfig
+from .options import LENGTHS, SMOOTHED
+from .registry import LOSSES, Loss
 
 
 def aot(config: DPOConfig, logps: PairLogps, context: LossContext) -> Tensor:
@@ -33,6 +33,9 @@ def aot(config: DPOConfig, logps: PairLogps, context: LossContext) -> Tensor:
     policy = logps.chosen - logps.rejected
     partner = matched(policy, logps.ref_chosen - logps.ref_rejected, context)
     return smoothed_logistic(config.beta * (policy - partner), config.label_smoothing)
+
+
+LOSSES["aot"] = Loss(aot, LENGTHS | SMOOTHED, needs_global_batch=True)
 
 
 def aot_unpaired(config: DPOConfig, logps: PairLogps, context: LossContext) -> Tensor:
@@ -49,6 +52,9 @@ def aot_unpaired(config: DPOConfig, logps: PairLogps, context: LossContext) -> T
     of_rejected = _own_side(config, context, with_rejected.detach() - rejected, with_rejected - rejected)
     terms = of_chosen + of_rejected
     return terms - 0.5 * terms.detach()
+
+
+LOSSES["aot_unpaired"] = Loss(aot_unpaired, LENGTHS | SMOOTHED, needs_global_batch=True)
 
 
 def _own_side(config: DPOConfig, context: LossContext, own_B: Tensor, both_B: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ CASES = {
     "broken JSON line": (edit_line(7, '{"prompt": "w1", "chosen": '), (), 3, ["pairs.jsonl:7:"]),
     "wrong key": (nothing, ("training.learning_rat=1.0",), 2, ["learning_rat", "did you mean", "learning_rate"]),
     "vocabulary smaller than a token id": (nothing, ("model.config.vocab_size=9",), 2, ["vocab", "9"]),
-    "unknown loss": (nothing, ("loss.pref_loss=sigmod",), 2, ["sigmod", "did you mean 'sigmoid'"]),
+    "unknown loss": (nothing, ("loss.pref_loss=sigmod",), 2, ["sigmod", "did you mean sigmoid?"]),
     "reference given for ORPO": (
         nothing,
         ("loss.pref_loss=orpo", "reference={path: somewhere}"),
@@ -38,7 +38,7 @@ CASES = {
         ["reference", "orpo reads none"],
     ),
     "missing data file": (nothing, ("data.train=absent.jsonl",), 2, ["absent.jsonl", "does not exist"]),
-    "option of another loss": (nothing, ("loss.simpo_gamma=1.0",), 2, ["loss.simpo_gamma=1.0 is not read by sigmoid"]),
+    "option of another loss": (nothing, ("loss.simpo_gamma=1.0",), 2, ["loss.simpo_gamma is not read by sigmoid"]),
     "warm-up longer than the run": (nothing, ("training.warmup_steps=500",), 2, ["warm", "500"]),
 }
 

@@ -24,8 +24,8 @@ from fastpref.trainer.step.batch import Microbatch
         ({"label_smoothing": -0.01}, r"label_smoothing must be in \[0, 0.5\].* got -0.01"),
         ({"label_smoothing": 0.51}, r"label_smoothing must be in \[0, 0.5\].* got 0.51"),
         ({"label_smoothing": math.nan}, r"label_smoothing must be .* got nan"),
-        ({"pref_loss": "robust", "label_smoothing": 0.5}, r"label_smoothing must be < 0.5 for robust"),
-        ({"pref_loss": "exo_pair"}, r"label_smoothing must be > 0 for exo_pair.*try 1e-3"),
+        ({"pref_loss": "robust", "label_smoothing": 0.5}, r"label_smoothing must be in \[0, 0.5\), got 0.5; robust"),
+        ({"pref_loss": "exo_pair"}, r"label_smoothing must be in \(0, 0.5\], got 0.0; exo_pair.*try 1e-3"),
     ],
     ids=str,
 )

@@ -126,8 +126,11 @@ def test_reference_never_receives_a_gradient() -> None:
 def test_bco_pair_subtracts_the_running_mean_only_when_asked() -> None:
     logps = pairs([-2.0], [-5.0])
     context = LossContext(bco_delta=torch.tensor(-0.3))
-    shifted = preference_loss(DPOConfig(pref_loss="bco_pair", bco_delta="running_mean"), logps, context).losses
-    plain = preference_loss(DPOConfig(pref_loss="bco_pair"), logps, context).losses
+    with_mean, without = DPOConfig(pref_loss="bco_pair", bco_delta="running_mean"), DPOConfig(pref_loss="bco_pair")
+    assert with_mean.needs_running_mean
+    assert not without.needs_running_mean
+    shifted = preference_loss(with_mean, logps, context).losses
+    plain = preference_loss(without, logps, context).losses
 
     def formula(delta: float) -> float:
         return math.log1p(math.exp(-(-0.2 - delta))) + math.log1p(math.exp(-0.5 - delta))

@@ -126,7 +126,7 @@ class PreferenceSchedule:
 
     def update_running_mean(self, results: Sequence[MicrobatchResult]) -> None:
         """Folds the rewards of a finished step, over all data-parallel ranks, into `bco_delta`."""
-        if self.config.bco_delta != "running_mean":
+        if not self.config.needs_running_mean:
             return
         totals = torch.zeros(2, dtype=torch.float64, device=current_device())
         for result in results:
