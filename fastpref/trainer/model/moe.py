@@ -31,6 +31,7 @@ from fastpref.run.architecture.architecture import Architecture
 from fastpref.trainer.model.chunks import unwrap
 from fastpref.trainer.ranks.platform import current_device
 
+
 def expert_settings(arch: Architecture, aux_loss_coeff: float | None, *, grouped_gemm: bool) -> dict[str, Any]:
     """Return the fields of `TransformerConfig` that describe the experts of a model; none for a dense one.
 
