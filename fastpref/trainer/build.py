@@ -26,31 +26,38 @@ from fastpref.trainer.ranks.platform import initialize_megatron
 from fastpref.trainer.reference.scoring import score_reference
 
 
-def training_parts(config: RunConfig) -> dict[str, Any]:
-    """Build everything that training needs: arguments of `DPOTrainer`.
+def trainer_parts(config: RunConfig, *, for_training: bool = True) -> dict[str, Any]:
+    """Build what a run file describes: arguments of `DPOTrainer`.
+
+    Args:
+        config: the run.
+        for_training: False is for evaluation alone: no training data, and no reference cache is made.
 
     Raises:
         ConfigError: see `prepare`; or the output directory cannot be written.
         DataError: see `prepare`; or the ranks read different data.
-        CheckpointError: a model directory is unusable.
-    """
-    run = prepare(config)
-    initialize_megatron(config.training)
-    _require_writable(config)
-    return _parts(run, may_score=True)
-
-
-def evaluation_parts(config: RunConfig) -> dict[str, Any]:
-    """Build everything that evaluating the policy's first weights needs: arguments of `DPOTrainer`.
-
-    Raises:
-        ConfigError: see `prepare`.
-        DataError: see `prepare`; or the ranks read different data.
         CheckpointError: a model directory or the reference cache is unusable.
     """
-    run = prepare(config, for_training=False)
+    run = prepare(config, for_training=for_training)
     initialize_megatron(config.training)
-    return _parts(run, may_score=False)
+    if for_training:
+        _require_writable(config)
+    _require_equal_data(run)
+    # First, so that a reference that is only scored is gone before the policy takes memory.
+    if config.precomputes_reference:
+        reference: Any = _cached_reference(run, may_score=for_training)
+    else:
+        reference = _reference(config, run.pipeline_plan)
+    return {
+        "model": build_policy(config, run.pipeline_plan),
+        "train_config": config.loss,
+        "ref_model": reference,
+        "args": config.training,
+        "train_dataset": run.train,
+        "eval_dataset": run.eval,
+        "data_collator": run.collator(),
+        "processing_class": run.tokenizer,
+    }
 
 
 def precompute_reference(config: RunConfig, output: str | Path | None = None) -> tuple[ReferenceCache, bool]:
@@ -83,26 +90,7 @@ def precompute_reference(config: RunConfig, output: str | Path | None = None) ->
     return _score(path, run, identity), True
 
 
-def _parts(run: PreparedRun, *, may_score: bool) -> dict[str, Any]:
-    config = run.config
-    _require_equal_data(run)
-    # First, so that a reference that is only scored is gone before the policy takes memory.
-    reference = (
-        _cached_reference(run, may_score) if config.precomputes_reference else _reference(config, run.pipeline_plan)
-    )
-    return {
-        "model": build_policy(config, run.pipeline_plan),
-        "train_config": config.loss,
-        "ref_model": reference,
-        "args": config.training,
-        "train_dataset": run.train,
-        "eval_dataset": run.eval,
-        "data_collator": run.collator(),
-        "processing_class": run.tokenizer,
-    }
-
-
-def _cached_reference(run: PreparedRun, may_score: bool) -> ReferenceCache:
+def _cached_reference(run: PreparedRun, *, may_score: bool) -> ReferenceCache:
     path, identity = run.config.reference_cache, reference_identity(run)
     if not may_score or from_rank_0(path.exists, "looking for the reference cache"):
         return _open_cache(path, run, identity)

@@ -85,11 +85,9 @@ class DPOTrainer:
         `train` then writes the settings to `config.yaml` in the output directory.
 
         Raises:
-            ConfigError: see `fastpref.run.plan.prepare.prepare`; or the output directory cannot be written.
-            DataError: likewise; or the ranks read different data.
-            CheckpointError: a model directory is unusable.
+            FastprefError: see `fastpref.trainer.build.trainer_parts`.
         """
-        trainer = cls(**build.training_parts(config))
+        trainer = cls(**build.trainer_parts(config))
         trainer.settings = dump_run_config(config)
         return trainer
 
@@ -100,11 +98,10 @@ class DPOTrainer:
         The reference of a checkpoint is that of its run: `reference.path`, else the weights that the run started from.
 
         Raises:
-            ConfigError: see `fastpref.run.plan.prepare.prepare`.
-            DataError: likewise; or the ranks read different data.
-            CheckpointError: a model directory or the checkpoint is unusable.
+            CheckpointError: the checkpoint is unusable.
+            FastprefError: see `fastpref.trainer.build.trainer_parts`.
         """
-        trainer = cls(**build.evaluation_parts(config))
+        trainer = cls(**build.trainer_parts(config, for_training=False))
         wanted = config.training.resume_from_checkpoint
         if wanted is not None:
             saved = state.load_weights(state.choose(config.training.checkpoint_root, wanted), trainer.model)
