@@ -20,8 +20,9 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from fastpref.errors import ConfigError
-from fastpref.run.architecture.architecture import FAMILIES, Architecture
+from fastpref.run.architecture.architecture import Architecture
 from fastpref.run.architecture.experts import Experts
+from fastpref.run.architecture.families import FAMILIES
 from fastpref.run.architecture.rope import Rope
 
 CONFIG_CLASSES = {
