@@ -137,5 +137,13 @@ FAMILIES = {
         experts=ExpertFamily("block_sparse_moe", "w1", "w3", "w2", 8, 2),
         fixed={"router_jitter_noise": 0},
     ),
+    "seed_oss": Family(
+        qkv_bias=True,
+        qkv_bias_key="attention_bias",
+        num_key_value_heads=8,
+        head_dim=128,
+        fixed={"attention_out_bias": False, "residual_dropout": 0},
+        absent={"attention_dropout": 0.1, "residual_dropout": 0.1},
+    ),
 }
 """Model type -> family."""
