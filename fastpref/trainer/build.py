@@ -17,6 +17,7 @@ from fastpref.checkpoint import directory
 from fastpref.checkpoint.reference_cache import ReferenceCache
 from fastpref.data import resolve_pad_token_id
 from fastpref.errors import ConfigError, DataError
+from fastpref.run.architecture.architecture import Architecture
 from fastpref.run.config.arguments import ParallelArguments
 from fastpref.run.config.run_config import RunConfig
 from fastpref.run.config.run_file import dump_run_config
@@ -136,7 +137,8 @@ def export_models(models: list[GPTModel], config: RunConfig, output: str | Path,
     if config.lora is not None and not merge:
         save_adapter(models, output, config.model.path)
     else:
-        save_hf(models, output, hf_config_of(config), config.model.tokenizer_path)
+        architecture = models[0].architecture
+        save_hf(models, output, hf_config_of(config), config.model.tokenizer_path, architecture=architecture)
 
 
 def check_export(config: RunConfig, output: str | Path, *, merge: bool = False) -> None:
@@ -158,11 +160,9 @@ def _build(run: PreparedRun, *, may_score: bool) -> DPOTrainer:
     config = run.config
     _require_equal_data(run)
     # First, so that a reference that is only scored is gone before the policy takes memory.
-    reference = (
-        _cached_reference(run, may_score) if config.precomputes_reference else _reference(config, run.pipeline_plan)
-    )
+    reference = _cached_reference(run, may_score) if config.precomputes_reference else _reference(run)
     return DPOTrainer(
-        model=_policy(config, run.pipeline_plan),
+        model=_policy(config, run.pipeline_plan, run.architecture),
         train_config=config.loss,
         ref_model=reference,
         args=config.training,
@@ -192,7 +192,7 @@ def _open_cache(path: Path, run: PreparedRun, identity: Mapping[str, Any]) -> Re
 def _score(path: Path, run: PreparedRun, identity: Mapping[str, Any]) -> ReferenceCache:
     """Score with weights that are gone when this returns."""
     score_reference(
-        _reference(run.config, run.pipeline_plan) or _base(run.config, run.pipeline_plan),
+        _reference(run) or _base(run.config, run.pipeline_plan, run.architecture),
         list(run.datasets.values()),
         path,
         run.config.training,
@@ -216,23 +216,28 @@ def _options(config: RunConfig, plan: PipelinePlan | None) -> ModelOptions:
     )
 
 
-def _base(config: RunConfig, plan: PipelinePlan | None) -> list[GPTModel]:
+def _base(config: RunConfig, plan: PipelinePlan | None, architecture: Architecture | None) -> list[GPTModel]:
     """Return the policy's first weights, without adapters."""
     if config.model.path is not None:
-        return load_models(config.model.path, _options(config, plan))
-    return build_models(hf_config_of(config), _options(config, plan), seed=config.training.seed)
+        return load_models(config.model.path, _options(config, plan), architecture=architecture)
+    return build_models(architecture or hf_config_of(config), _options(config, plan), seed=config.training.seed)
 
 
-def _policy(config: RunConfig, plan: PipelinePlan | None = None) -> list[GPTModel]:
-    models = _base(config, plan)
+def _policy(
+    config: RunConfig, plan: PipelinePlan | None = None, architecture: Architecture | None = None
+) -> list[GPTModel]:
+    models = _base(config, plan, architecture)
     if config.lora is not None:
-        add_lora(models, hf_config_of(config), config.lora, seed=config.training.seed)
+        add_lora(models, models[0].architecture, config.lora, seed=config.training.seed)
     return models
 
 
-def _reference(config: RunConfig, plan: PipelinePlan) -> list[GPTModel] | None:
+def _reference(run: PreparedRun) -> list[GPTModel] | None:
     """Return the reference's own weights; None where they are the policy's."""
-    return None if reference_is_policy(config) else load_models(str(config.reference_path), _options(config, plan))
+    if run.reference_architecture is None:
+        return None
+    options = _options(run.config, run.pipeline_plan)
+    return load_models(str(run.config.reference_path), options, architecture=run.reference_architecture)
 
 
 def _require_equal_data(run: PreparedRun) -> None:

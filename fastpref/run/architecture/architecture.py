@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from fastpref.checkpoint.hf import read_config
 from fastpref.errors import ConfigError
 from fastpref.run.architecture.config_reader import ConfigReader
 from fastpref.run.architecture.experts import Experts, read_experts
@@ -84,6 +86,18 @@ class Architecture:
     def has_experts(self, layer: int) -> bool:
         """Whether a layer, counted from 0, is a mixture of experts."""
         return self.experts is not None and self.experts.layers[layer]
+
+    @classmethod
+    def of(cls, model: Architecture | Mapping[str, Any] | str | Path) -> Architecture:
+        """Return an architecture as it is; translate the contents of a `config.json`, or the one in a directory.
+
+        Raises:
+            ConfigError: see `from_hf`.
+            CheckpointError: the directory has no readable `config.json`.
+        """
+        if isinstance(model, Architecture):
+            return model
+        return cls.from_hf(model if isinstance(model, Mapping) else read_config(model))
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Architecture:
