@@ -32,7 +32,10 @@ _FIXED = {
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """A decoder-only model of one of the supported families."""
+    """A decoder-only model of one of the supported families.
+
+    Checkpoints record it. A further field has a default, which stands for the models of checkpoints without it.
+    """
 
     model_type: str
     """A key of `FAMILIES`."""

@@ -92,7 +92,8 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, t
     Returns:
         The entries that differ, by name in order, with both values; of an object, as a rope, its fields.
     """
-    absent, found = _absent_values(), {}
+    absent = _absent_values()
+    found: dict[str, tuple[Any, Any]] = {}
     for name in sorted({*saved, *now}):
         before, after = (_opened(name, values.get(name, absent.get(name))) for values in (saved, now))
         if isinstance(before, dict) and isinstance(after, dict):
@@ -105,13 +106,9 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, t
 
 def _absent_values() -> dict[str, Any]:
     """What it means that a fingerprint lacks an entry, by its name; None for those that are not here."""
-    of_gpt = {name: parameter.default for name, parameter in inspect.signature(GPTModel).parameters.items()}
+    of_gpt = [inspect.signature(GPTModel).parameters.get(name) for name in _MODEL_FIELDS]
     of_model = {
-        **{
-            name: value
-            for name, value in of_gpt.items()
-            if name in _MODEL_FIELDS and value is not inspect.Parameter.empty
-        },
+        **{parameter.name: parameter.default for parameter in of_gpt if parameter and parameter.name != "vocab_size"},
         **{name: value for name, value in _defaults(TransformerConfig).items() if name in _CONFIG_FIELDS},
         **_defaults(Architecture),
     }
@@ -123,10 +120,10 @@ def _absent_values() -> dict[str, Any]:
     return _plain(values)
 
 
-def _defaults(settings: type) -> dict[str, Any]:
+def _defaults(settings: Any) -> dict[str, Any]:
     """The fields of a dataclass or named tuple that need not be given, and what they are then."""
     if issubclass(settings, tuple):
-        return dict(settings._field_defaults)  # type: ignore[attr-defined]
+        return dict(settings._field_defaults)
     return {field.name: field.default for field in fields(settings) if field.default is not MISSING}
 
 
