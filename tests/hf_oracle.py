@@ -17,6 +17,7 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
+    SeedOssConfig,
 )
 
 SIZES = {
@@ -74,6 +75,7 @@ VARIANTS: dict[str, PreTrainedConfig] = {
     "qwen3-tied-odd-vocab": Qwen3Config(**{**SIZES, "vocab_size": 97}, head_dim=8, tie_word_embeddings=True),
     "qwen3-moe": Qwen3MoeConfig(**SIZES, **EXPERTS, head_dim=16, norm_topk_prob=True),
     "qwen3-moe-mixed": Qwen3MoeConfig(**SIZES, **EXPERTS, mlp_only_layers=[1, 2]),
+    "seed-oss": SeedOssConfig(**SIZES, head_dim=16, attention_dropout=0.0, residual_dropout=0.0, pad_token_id=None),
     "mixtral": MixtralConfig(**SIZES, num_local_experts=4, router_aux_loss_coef=0.0, sliding_window=6),
 }
 

@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastpref.checkpoint.hf import sync
 from fastpref.checkpoint.manifest import MANIFEST_FILE, FileRecord, listing_problems, read_manifest, write_manifest
 from fastpref.errors import CheckpointError
+from fastpref.files import parse_object, sync
 
 STATE_FILE = "state.json"
 _STEP_NAME = re.compile(r"step-(0|[1-9][0-9]*)")
@@ -88,12 +88,9 @@ def read_state(path: Path) -> dict[str, Any]:
         CheckpointError: it is missing or not a JSON object.
     """
     try:
-        state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        return parse_object((path / STATE_FILE).read_bytes())
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path / STATE_FILE} cannot be read: {error}") from error
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{path / STATE_FILE} must hold a JSON object, got {type(state).__name__}")
-    return state
 
 
 def remove_unfinished(root: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 
 from fastpref.errors import CheckpointError
+from fastpref.files import parse_object
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -56,20 +56,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _parse_object(path: Path, raw: bytes) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        content = dict(pairs)
-        if len(content) != len(pairs):
-            counts = Counter(name for name, _ in pairs)
-            raise ValueError(f"duplicate keys {listed(name for name, count in counts.items() if count > 1)}")
-        return content
-
     try:
-        content = json.loads(raw, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON: {error}; copy or download the file again") from error
-    if not isinstance(content, dict):
-        refuse(path, f"must hold a JSON object, got {type(content).__name__}")
-    return content
+        return parse_object(raw)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}; copy or download the file again") from error
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:

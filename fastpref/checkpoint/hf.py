@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fastpref.checkpoint.headers import TensorInfo, TensorSpec, encode_header, listed, read_header, read_json, refuse
 from fastpref.errors import CheckpointError
+from fastpref.files import sync
 
 CONFIG_FILE = "config.json"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
@@ -303,15 +304,6 @@ def _plan_shards(specs: Sequence[TensorSpec], max_shard_bytes: int) -> list[list
         shards[-1].append(spec)
         size += spec.num_bytes
     return shards
-
-
-def sync(path: Path) -> None:
-    """Make a file's contents, or a directory's entries, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _refuse_without_weights(directory: Path, stem: str) -> NoReturn:

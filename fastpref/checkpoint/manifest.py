@@ -17,10 +17,11 @@ import reprlib
 import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from fastpref.checkpoint.headers import listed
 from fastpref.errors import CheckpointError
+from fastpref.files import unique_keys
 
 MANIFEST_FILE = "MANIFEST.json"
 SCHEMA = 1
@@ -101,7 +102,7 @@ def read_manifest(directory: Path) -> dict[str, FileRecord]:
         status = path.lstat()
         if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_BYTES:
             raise CheckpointError(f"{path} must be a plain file of at most {_MAX_BYTES} bytes")
-        content = json.loads(path.read_bytes(), object_pairs_hook=_without_duplicates)
+        content = json.loads(path.read_bytes(), object_pairs_hook=unique_keys)
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{directory} is not a finished checkpoint: {MANIFEST_FILE} is missing; use another one"
@@ -109,13 +110,6 @@ def read_manifest(directory: Path) -> dict[str, FileRecord]:
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}; use another checkpoint") from error
     return _parsed(path, content)
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a key occurs twice")
-    return result
 
 
 def _parsed(path: Path, content: object) -> dict[str, FileRecord]:

@@ -30,7 +30,6 @@ from torch import Tensor
 
 from fastpref.checkpoint import directory
 from fastpref.checkpoint.headers import TensorSpec, encode_header, read_json, refuse
-from fastpref.checkpoint.hf import sync
 from fastpref.checkpoint.lock import RunLock
 from fastpref.checkpoint.manifest import (
     MANIFEST_FILE,
@@ -41,6 +40,7 @@ from fastpref.checkpoint.manifest import (
     record_files,
 )
 from fastpref.errors import CheckpointError
+from fastpref.files import write_durably
 
 COLUMNS = (
     "chosen_logps",
@@ -220,8 +220,8 @@ class CacheWriter:
         """Write one shard; it survives whatever comes after."""
         name, content = _shard_name(table, shard), _encode(rows_n6)
         # The hash first: a shard without it, or that is not what it says, is written again.
-        _write_durably(self.partial / f"{name}.sha256", hashlib.sha256(content).hexdigest().encode())
-        _write_durably(self._files / name, content)
+        write_durably(self.partial / f"{name}.sha256", hashlib.sha256(content).hexdigest().encode())
+        write_durably(self._files / name, content)
 
     def publish(self, versions: Mapping[str, str]) -> None:
         """Write index and manifest and give the directory its name.
@@ -237,7 +237,7 @@ class CacheWriter:
             table, shard = missing[0]
             refuse(self.path, f"lacks {len(missing)} shards, the first {_shard_name(table, shard)}; write them first")
         text = json.dumps({**self.index, "versions": dict(versions)}, indent=2, sort_keys=True) + "\n"
-        _write_durably(self._files / INDEX_FILE, text.encode())
+        write_durably(self._files / INDEX_FILE, text.encode())
         directory.publish(self._files, self.path, record_files(self._files, file_names(self._files)))
 
     def _missing(self) -> list[tuple[int, int]]:
@@ -268,18 +268,6 @@ def _differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[st
 
 def _shard_name(table: int, shard: int) -> str:
     return f"{table}-{shard:06d}.safetensors"
-
-
-def _write_durably(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        temporary.write_bytes(content)
-        sync(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync(path.parent)
 
 
 def _parse_plans(file: Path, entries: list[Any]) -> list[TablePlan]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from typing import Any, NoReturn
 
 from fastpref.errors import DataError
+from fastpref.files import unique_keys
 
 _REMEDY_BY_MAGIC = {
     b"\x1f\x8b": "gzip-compressed; decompress it",
@@ -48,7 +48,7 @@ def loads(raw: bytes, path: str, first_line: int, *, unfinished: bool) -> Any:
         found = raw[error.start : error.start + 1].hex()
         raise DataError(f"column {column}: byte 0x{found} is not UTF-8; save the file as UTF-8", path, line) from error
     try:
-        return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+        return json.loads(text, object_pairs_hook=unique_keys, parse_constant=_refuse_constant)
     except json.JSONDecodeError as error:
         remedy = "mend or remove the record"
         if unfinished:
@@ -60,14 +60,6 @@ def loads(raw: bytes, path: str, first_line: int, *, unfinished: bool) -> Any:
         raise DataError(message, path, first_line) from error
     except ValueError as error:
         raise DataError(f"{error}; mend or remove the record", path, first_line) from error
-
-
-def _unique_keys(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    record = dict(items)
-    if len(record) != len(items):
-        (duplicate, _), *_ = Counter(key for key, _ in items).most_common(1)
-        raise ValueError(f"field {duplicate!r} occurs twice in one object")
-    return record
 
 
 def _refuse_constant(name: str) -> NoReturn:

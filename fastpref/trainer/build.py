@@ -15,6 +15,7 @@ from megatron.core.models.gpt import GPTModel
 from fastpref.checkpoint.reference_cache import ReferenceCache
 from fastpref.data import resolve_pad_token_id
 from fastpref.errors import ConfigError, DataError
+from fastpref.run.architecture.architecture import Architecture
 from fastpref.run.config.run_config import RunConfig
 from fastpref.run.plan.identity import reference_identity
 from fastpref.run.plan.pipeline import PipelinePlan
@@ -47,9 +48,9 @@ def trainer_parts(config: RunConfig, *, for_training: bool = True) -> dict[str, 
     if config.precomputes_reference:
         reference: Any = _cached_reference(run, may_score=for_training)
     else:
-        reference = _reference(config, run.pipeline_plan)
+        reference = _reference(run)
     return {
-        "model": build_policy(config, run.pipeline_plan),
+        "model": build_policy(config, run.pipeline_plan, run.architecture),
         "train_config": config.loss,
         "ref_model": reference,
         "args": config.training,
@@ -109,7 +110,7 @@ def _open_cache(path: Path, run: PreparedRun, identity: Mapping[str, Any]) -> Re
 def _score(path: Path, run: PreparedRun, identity: Mapping[str, Any]) -> ReferenceCache:
     """Score with weights that are gone when this returns."""
     score_reference(
-        _reference(run.config, run.pipeline_plan) or _base(run.config, run.pipeline_plan),
+        _reference(run) or _base(run.config, run.pipeline_plan, run.architecture),
         list(run.datasets.values()),
         path,
         run.config.training,
@@ -133,24 +134,29 @@ def _options(config: RunConfig, plan: PipelinePlan | None) -> ModelOptions:
     )
 
 
-def _base(config: RunConfig, plan: PipelinePlan | None) -> list[GPTModel]:
+def _base(config: RunConfig, plan: PipelinePlan | None, architecture: Architecture | None) -> list[GPTModel]:
     """Return the policy's first weights, without adapters."""
     if config.model.path is not None:
-        return load_models(config.model.path, _options(config, plan))
-    return build_models(hf_config_of(config), _options(config, plan), seed=config.training.seed)
+        return load_models(config.model.path, _options(config, plan), architecture=architecture)
+    return build_models(architecture or hf_config_of(config), _options(config, plan), seed=config.training.seed)
 
 
-def build_policy(config: RunConfig, plan: PipelinePlan | None = None) -> list[GPTModel]:
+def build_policy(
+    config: RunConfig, plan: PipelinePlan | None = None, architecture: Architecture | None = None
+) -> list[GPTModel]:
     """Build the policy as a run starts with it, its adapters included; Megatron's parallel state must exist."""
-    models = _base(config, plan)
+    models = _base(config, plan, architecture)
     if config.lora is not None:
-        add_lora(models, hf_config_of(config), config.lora, seed=config.training.seed)
+        add_lora(models, models[0].architecture, config.lora, seed=config.training.seed)
     return models
 
 
-def _reference(config: RunConfig, plan: PipelinePlan) -> list[GPTModel] | None:
+def _reference(run: PreparedRun) -> list[GPTModel] | None:
     """Return the reference's own weights; None where they are the policy's."""
-    return None if reference_is_policy(config) else load_models(str(config.reference_path), _options(config, plan))
+    if run.reference_architecture is None:
+        return None
+    options = _options(run.config, run.pipeline_plan)
+    return load_models(str(run.config.reference_path), options, architecture=run.reference_architecture)
 
 
 def _require_equal_data(run: PreparedRun) -> None:

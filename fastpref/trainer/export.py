@@ -56,7 +56,8 @@ def export_models(models: list[GPTModel], config: RunConfig, output: str | Path,
     if config.lora is not None and not merge:
         save_adapter(models, output, config.model.path)
     else:
-        save_hf(models, output, hf_config_of(config), config.model.tokenizer_path)
+        architecture = models[0].architecture
+        save_hf(models, output, hf_config_of(config), config.model.tokenizer_path, architecture=architecture)
 
 
 def check_export(config: RunConfig, output: str | Path, *, merge: bool = False) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ import fastpref
 from fastpref.checkpoint import directory
 from fastpref.checkpoint.lock import RunLock
 from fastpref.errors import CheckpointError
+from fastpref.files import write_durably
 from fastpref.run.config.layout import ARGUMENT_NAMES
 from fastpref.trainer.engine import Engine
 from fastpref.trainer.ranks.agreement import together
@@ -85,10 +85,7 @@ class Session:
 
         def write() -> None:
             if settings is not None and torch.distributed.get_rank() == 0:
-                path = Path(self._args.output_dir) / CONFIG_FILE
-                temporary = path.with_suffix(".tmp")
-                temporary.write_text(settings, encoding="utf-8")
-                os.replace(temporary, path)
+                write_durably(Path(self._args.output_dir) / CONFIG_FILE, settings.encode())
 
         together(write, "writing the settings")
 

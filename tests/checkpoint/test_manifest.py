@@ -105,7 +105,7 @@ def edited(saved: Path, change: object) -> None:
         (lambda c: c | {"files": c["files"] | {"x": {"size": 1, "sha256": "zz"}}}, "64 hex digits of 'x'"),
         (lambda c: c | {"files": c["files"] | {"x": "abc"}}, "must give size and sha256"),
         ('{"schema": 1, "files": {"x": ' + "[" * 900 + "]" * 900 + "}}", "must give size and sha256"),
-        ('{"schema": 1, "schema": 1, "files": {}}', "a key occurs twice"),
+        ('{"schema": 1, "schema": 1, "files": {}}', "field 'schema' occurs twice in one object"),
         ('{"schema": 1, "files"', "cannot be read"),
         ("", "cannot be read"),
         ("[" * 100_000, "cannot be read"),

@@ -1,5 +1,6 @@
 """Fault 33: a run continues in another layout; another model, batch, seed or loss is refused with both values."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,10 @@ import torch
 from tiny_runs import PAIRS, finish, same_parameters
 
 from checks.layout_parity.runs import LAYOUTS, TOLERANCES, ShortRun, train, untimed
+from fastpref.checkpoint.directory import STATE_FILE
+from fastpref.checkpoint.manifest import MANIFEST_FILE, file_names, record_files, write_manifest
 from fastpref.errors import CheckpointError, ConfigError
+from fastpref.run.architecture.rope import Rope
 from fastpref.run.config.arguments import CHANGEABLE
 from fastpref.testing.workers import RankPool
 from fastpref.trainer import DPOConfig, TrainingArguments
@@ -86,7 +90,51 @@ def test_command_refuses_weights_of_a_model_that_uses_them_otherwise(project: Pa
     again = ("training.max_steps=1", "training.resume_from_checkpoint=latest")
     result = run_cli(command, "run.yaml", *again, "model.config.rope_theta=5000.0")
     assert result.exit_code == 4, result.output
-    assert "model.rope: saved [10000.0, 'default'" in result.stderr and "now [5000.0, 'default'" in result.stderr
+    assert "model.rope.theta: saved 10000.0, now 5000.0. " in result.stderr
+
+
+# Settings that the oldest checkpoints do not know, by the entry of the fingerprint that lacks them.
+UNKNOWN = {"prefix_sharing": None, "loss.label_smoothing": None, "model.rope": "kind", "lora": "use_rslora"}
+
+
+def as_older(path: Path) -> None:
+    """Make a checkpoint one of a version that did not have these settings yet."""
+    state = json.loads((path / STATE_FILE).read_text())
+    saved = state["fingerprint"]
+    for name, inner in UNKNOWN.items():
+        if inner is None:
+            del saved[name]
+    saved["model.rope"] = saved["model.rope"][: Rope._fields.index(UNKNOWN["model.rope"])]
+    adapters = json.loads(saved["lora"])
+    del adapters[UNKNOWN["lora"]]
+    saved["lora"] = json.dumps(adapters, sort_keys=True)
+    (path / STATE_FILE).write_text(json.dumps(state))
+    (path / MANIFEST_FILE).unlink()
+    write_manifest(path, record_files(path, file_names(path)))
+
+
+def test_resume_takes_a_setting_that_the_checkpoint_does_not_know_for_its_default(project: Path, run_cli) -> None:
+    """A new setting, at what runs before it did, once kept every older checkpoint from being continued."""
+    run = ("train", "run.yaml", "training.packing=true", "lora.r=2")
+    assert run_cli(*run, "training.save_steps=1").exit_code == 0
+    as_older(project / "out" / "checkpoints" / "step-1")
+    again = (*run, "training.resume_from_checkpoint=out/checkpoints/step-1")
+    result = run_cli(*again)
+    assert result.exit_code == 0, result.output
+    assert run_cli("export", *run[1:], "--checkpoint", "out/checkpoints/step-1", "--output", "model").exit_code == 0
+    changes = {
+        "training.prefix_sharing=true": "prefix_sharing: saved False, now True. ",
+        "loss.label_smoothing=0.1": "loss.label_smoothing: saved 0.0, now 0.1. ",
+        "lora.use_rslora=true": "lora.use_rslora: saved False, now True. ",
+        "model.config.rope_scaling={type: linear, factor: 2}": "model.rope.kind: saved 'default', now 'linear'. ",
+    }
+    for change, message in changes.items():
+        result = run_cli(*again, change)
+        assert result.exit_code == 4, result.output
+        assert message in " ".join(result.stderr.split()), change
+        result = run_cli("eval", *again[1:], change)
+        is_of_weights = change.startswith(("lora.", "model."))
+        assert (message in " ".join(result.stderr.split())) == is_of_weights
 
 
 def test_resume_says_which_changes_can_be_allowed(quiet_args, tmp_path) -> None:

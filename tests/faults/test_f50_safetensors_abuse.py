@@ -49,7 +49,7 @@ def entry(start: int, stop: int, shape: list | None = None, dtype: str = "F32") 
         ({"a": [1]}, b"", "malformed header entry"),
         ({"a": entry(0, 8)}, b"\0" * 9, "header describes"),
         ({"a": entry(0, 8)}, b"\0" * 7, "header describes"),
-        (b'{"a": {}, "a": {}}', b"", "duplicate keys a"),
+        (b'{"a": {}, "a": {}}', b"", "field 'a' occurs twice in one object"),
         (b"[]", b"", "must hold a JSON object"),
         (b"\xff\xfe", b"", "not valid JSON"),
     ],

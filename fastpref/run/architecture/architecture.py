@@ -8,74 +8,43 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from pathlib import Path
+from typing import Any
 
+from fastpref.checkpoint.hf import read_config
 from fastpref.errors import ConfigError
 from fastpref.run.architecture.config_reader import ConfigReader
 from fastpref.run.architecture.experts import Experts, read_experts
+from fastpref.run.architecture.families import FAMILIES, Activation, Family, Window
 from fastpref.run.architecture.rope import Rope, read_ropes
 
-Activation = Literal["silu", "gelu_pytorch_tanh"]
-
-
-class _Family(NamedTuple):
-    """How a model type differs from Llama, and the defaults that transformers gives to absent keys."""
-
-    qkv_bias: bool = False
-    qk_norm: bool = False
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
-    sliding_window: int | None = None
-    norm_eps: float = 1e-6
-    keys: tuple[str, ...] = ()
-    activation: tuple[str, Activation] = ("hidden_act", "silu")
-    rope_theta: float = 10000.0
-    local_rope_theta: float | None = None
-    query_pre_attn_scalar: float | None = None
-    tie_embeddings: bool = False
-    zero_centered_norms: bool = False
-    sandwich_norms: bool = False
-    scaled_embedding: bool = False
-
-
-_QWEN_KEYS = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
-FAMILIES = {
-    "llama": _Family(),
-    "mistral": _Family(num_key_value_heads=8, sliding_window=4096, keys=("sliding_window",)),
-    "qwen2": _Family(qkv_bias=True, num_key_value_heads=32, sliding_window=4096, keys=_QWEN_KEYS),
-    "qwen3": _Family(qk_norm=True, num_key_value_heads=32, head_dim=128, sliding_window=4096, keys=_QWEN_KEYS),
-    "gemma3_text": _Family(
-        qk_norm=True,
-        num_key_value_heads=4,
-        head_dim=256,
-        sliding_window=4096,
-        keys=("sliding_window", "sliding_window_pattern", "layer_types"),
-        activation=("hidden_activation", "gelu_pytorch_tanh"),
-        rope_theta=1e6,
-        local_rope_theta=1e4,
-        query_pre_attn_scalar=256.0,
-        tie_embeddings=True,
-        zero_centered_norms=True,
-        sandwich_norms=True,
-        scaled_embedding=True,
-    ),
-    "qwen3_moe": _Family(qk_norm=True, num_key_value_heads=4),
-    "mixtral": _Family(num_key_value_heads=8, norm_eps=1e-5, rope_theta=1e6, keys=("sliding_window",)),
+# Settings of several families of which one value is implemented.
+_FIXED = {
+    "attention_bias": False,
+    "mlp_bias": False,
+    "attention_dropout": 0,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "use_bidirectional_attention": False,
+    "quantization_config": None,
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """A decoder-only model of one of the supported families."""
+    """A decoder-only model of one of the supported families.
+
+    Checkpoints record it. A further field has a default, which stands for the models of checkpoints without it.
+    """
 
     model_type: str
-    """llama, mistral, qwen2, qwen3, gemma3_text, qwen3_moe or mixtral."""
+    """A key of `FAMILIES`."""
     num_layers: int
     """Transformer layers."""
     hidden_size: int
     """Width of the residual stream."""
     ffn_hidden_size: int
-    """Width of the gated feed-forward layer; of one expert in Mixtral."""
+    """Width of the gated feed-forward layer; of one expert where all layers have experts of that width."""
     num_heads: int
     """Query heads."""
     num_query_groups: int
@@ -122,6 +91,18 @@ class Architecture:
         return self.experts is not None and self.experts.layers[layer]
 
     @classmethod
+    def of(cls, model: Architecture | Mapping[str, Any] | str | Path) -> Architecture:
+        """Return an architecture as it is; translate the contents of a `config.json`, or the one in a directory.
+
+        Raises:
+            ConfigError: see `from_hf`.
+            CheckpointError: the directory has no readable `config.json`.
+        """
+        if isinstance(model, Architecture):
+            return model
+        return cls.from_hf(model if isinstance(model, Mapping) else read_config(model))
+
+    @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Architecture:
         """Translate the contents of a `config.json`.
 
@@ -144,18 +125,16 @@ class Architecture:
         return architecture
 
 
-def _read(cls: type[Architecture], reader: ConfigReader, model_type: str, family: _Family) -> Architecture | None:
-    for key, supported in (
-        family.activation,
-        ("attention_bias", False),
-        ("mlp_bias", False),
-        ("attention_dropout", 0),
-        ("attn_logit_softcapping", None),
-        ("final_logit_softcapping", None),
-        ("use_bidirectional_attention", False),
-        ("quantization_config", None),
-    ):
-        reader.require(key, supported)
+def _read(cls: type[Architecture], reader: ConfigReader, model_type: str, family: Family) -> Architecture | None:
+    fixed = {family.activation[0]: family.activation[1], **_FIXED, **family.fixed}
+    qkv_bias = family.qkv_bias
+    if family.qkv_bias_key is not None:
+        del fixed[family.qkv_bias_key]
+        qkv_bias = reader.take(family.qkv_bias_key, bool, family.qkv_bias)
+    for key, supported in fixed.items():
+        reader.require(key, supported, family.absent.get(key, supported))
+    for key in family.inert:
+        reader.left.pop(key, None)
     num_layers, num_heads = reader.take("num_hidden_layers", int), reader.take("num_attention_heads", int)
     hidden_size = reader.take("hidden_size", int)
     sizes = {
@@ -172,8 +151,8 @@ def _read(cls: type[Architecture], reader: ConfigReader, model_type: str, family
     if family.query_pre_attn_scalar is not None:
         pre_attn = reader.take("query_pre_attn_scalar", float, family.query_pre_attn_scalar)
     rope, local_rope = read_ropes(reader, (family.rope_theta, family.local_rope_theta), sizes["max_positions"])
-    window, sliding_layers = _read_window(reader, family, num_layers or 0)
-    experts = read_experts(reader, model_type, num_layers or 0, sizes["ffn_hidden_size"])
+    window, sliding_layers = _read_window(reader, family.window, num_layers or 0)
+    experts = read_experts(reader, family.experts, num_layers or 0, sizes["ffn_hidden_size"])
     reader.problems += [
         f"{key} = {reader.left[key]!r} is not supported for {model_type}; remove it if it has no effect on the model"
         for key in sorted(reader.left)
@@ -198,7 +177,7 @@ def _read(cls: type[Architecture], reader: ConfigReader, model_type: str, family
         rope=rope,
         local_rope=local_rope if sliding_layers else None,
         attention_scale=None if pre_attn is None else pre_attn**-0.5,
-        qkv_bias=family.qkv_bias,
+        qkv_bias=qkv_bias,
         qk_norm=family.qk_norm,
         zero_centered_norms=family.zero_centered_norms,
         sandwich_norms=family.sandwich_norms,
@@ -210,15 +189,15 @@ def _read(cls: type[Architecture], reader: ConfigReader, model_type: str, family
     )
 
 
-def _read_window(reader: ConfigReader, family: _Family, num_layers: int) -> tuple[int | None, tuple[bool, ...]]:
-    """Sliding-window attention: all layers of Mistral, the layers that Qwen and Gemma name."""
-    if "sliding_window" not in family.keys:
+def _read_window(reader: ConfigReader, family: Window | None, num_layers: int) -> tuple[int | None, tuple[bool, ...]]:
+    """Size of the window, and which layers have it."""
+    if family is None:
         return None, ()
     # JSON null switches the window off; only an absent key means the default.
-    window = reader.take("sliding_window", int, None if "sliding_window" in reader.nulls else family.sliding_window)
-    if "layer_types" not in family.keys:
+    window = reader.take("sliding_window", int, None if "sliding_window" in reader.nulls else family.size)
+    if family.layers == "all":
         return window, (True,) * num_layers if window else ()
-    if "sliding_window_pattern" in family.keys:
+    if family.layers == "pattern":
         in_use, period = True, reader.take("sliding_window_pattern", int, 6) or 1
         default = [
             "full_attention" if (index + 1) % period == 0 else "sliding_attention" for index in range(num_layers)

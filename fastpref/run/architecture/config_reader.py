@@ -83,8 +83,16 @@ class ConfigReader:
             return None
         return value
 
-    def require(self, key: str, supported: Any) -> None:
-        """Take a key that may only be absent or have the one value that is implemented."""
+    def require(self, key: str, supported: Any, absent: Any = ...) -> None:
+        """Take a key that may only have the one value that is implemented, or be absent where that means the same.
+
+        Args:
+            key: the key.
+            supported: the value.
+            absent: what its absence means; that value by default.
+        """
+        if key not in self.left and absent not in (..., supported):
+            self.problems.append(f"{key} must be {supported!r}, and its absence means {absent!r}: set it")
         value = self.left.pop(key, supported)
         if value != supported:
             self.problems.append(f"{key} must be {supported!r}, got {value!r}: other values are not implemented")

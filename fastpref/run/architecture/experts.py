@@ -4,26 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from fastpref.run.architecture.config_reader import ConfigReader
-
-
-class ExpertFamily(NamedTuple):
-    """How a family names its experts in the model's files, and what transformers takes for absent keys."""
-
-    block: str
-    gate: str
-    up: str
-    down: str
-    num_experts: int
-    experts_per_token: int
-
-
-EXPERT_FAMILIES = {
-    "qwen3_moe": ExpertFamily("mlp", "gate_proj", "up_proj", "down_proj", 128, 8),
-    "mixtral": ExpertFamily("block_sparse_moe", "w1", "w3", "w2", 8, 2),
-}
+from fastpref.run.architecture.families import ExpertFamily
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,25 +33,22 @@ class Experts:
     """Weight of the load-balancing loss, >= 0."""
 
 
-def read_experts(reader: ConfigReader, model_type: str, num_layers: int, ffn_hidden_size: int | None) -> Experts | None:
+def read_experts(
+    reader: ConfigReader, family: ExpertFamily | None, num_layers: int, ffn_hidden_size: int | None
+) -> Experts | None:
     """Take the keys of the experts out of a config; None for a dense family, or where `reader` found problems."""
-    family = EXPERT_FAMILIES.get(model_type)
     if family is None:
         return None
     num_experts = _read_num_experts(reader, family.num_experts)
     per_token = reader.take("num_experts_per_tok", int, family.experts_per_token)
     layers: tuple[bool, ...] = (True,) * num_layers
     norm_topk_prob = True
-    if model_type == "qwen3_moe":
-        ffn_hidden_size = reader.take("moe_intermediate_size", int, 768)
-        norm_topk_prob = reader.take("norm_topk_prob", bool, False)
-        layers = _read_layers(reader, num_layers)
-        # The window's size and first layer mean nothing while it is off.
-        reader.require("use_sliding_window", False)
-        for key in ("sliding_window", "max_window_layers"):
-            reader.left.pop(key, None)
-    else:
-        reader.require("router_jitter_noise", 0)
+    if family.ffn_hidden_size is not None:
+        ffn_hidden_size = reader.take("moe_intermediate_size", int, family.ffn_hidden_size)
+    if family.norm_topk_prob is not None:
+        norm_topk_prob = reader.take("norm_topk_prob", bool, family.norm_topk_prob)
+    if family.dense_family is not None:
+        layers = _read_layers(reader, num_layers, family.dense_family)
     # Asks transformers to return the router's logits; the weights and the forward pass do not depend on it.
     reader.take("output_router_logits", bool, False)
     coefficient = reader.left.pop("router_aux_loss_coef", 0.001)
@@ -101,7 +82,7 @@ def _read_num_experts(reader: ConfigReader, default: int) -> int | None:
     return values.pop() if values else default
 
 
-def _read_layers(reader: ConfigReader, num_layers: int) -> tuple[bool, ...]:
+def _read_layers(reader: ConfigReader, num_layers: int, dense_family: str) -> tuple[bool, ...]:
     step = reader.take("decoder_sparse_step", int, 1) or 1
     dense = reader.take("mlp_only_layers", list, [])
     wrong = [index for index in dense or [] if isinstance(index, bool) or not isinstance(index, int)]
@@ -111,6 +92,6 @@ def _read_layers(reader: ConfigReader, num_layers: int) -> tuple[bool, ...]:
     layers = tuple(index not in (dense or []) and (index + 1) % step == 0 for index in range(num_layers))
     if num_layers and not any(layers):
         reader.problems.append(
-            "decoder_sparse_step and mlp_only_layers leave no layer with experts; use model_type qwen3"
+            f"decoder_sparse_step and mlp_only_layers leave no layer with experts; use model_type {dense_family}"
         )
     return layers

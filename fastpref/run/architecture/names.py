@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from fastpref.run.architecture.architecture import Architecture
-from fastpref.run.architecture.experts import EXPERT_FAMILIES
+from fastpref.run.architecture.families import FAMILIES
 from fastpref.run.architecture.layouts import Columns, GateUp, Layout, QueryKeyValue, Replicated, VocabRows
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -50,20 +50,18 @@ def _layer_table(arch: Architecture, prefix: str) -> dict[str, Layout]:
         groups = arch.num_query_groups
         return QueryKeyValue(query, key, value, groups, arch.num_heads // groups, arch.head_dim, tail)
 
-    def norm(place: str) -> Replicated:
-        return Replicated(f"{prefix}{place}_layernorm.weight", (hidden,))
-
+    norms = {
+        f"{name}.weight": Replicated(f"{prefix}{file_name}.weight", (hidden,))
+        for name, file_name in FAMILIES[arch.model_type].norms.items()
+    }
     table: dict[str, Layout] = {
-        "input_layernorm.weight": norm("input"),
+        "input_layernorm.weight": norms.pop("input_layernorm.weight"),
         "self_attention.linear_qkv.weight": qkv("weight", (hidden,)),
         "self_attention.linear_proj.weight": Columns(
             f"{attention}o_proj.weight", (hidden, arch.num_heads * arch.head_dim)
         ),
-        "pre_mlp_layernorm.weight": norm("pre_feedforward" if arch.sandwich_norms else "post_attention"),
+        **norms,
     }
-    if arch.sandwich_norms:
-        table["self_attn_bda.norm.weight"] = norm("post_attention")
-        table["mlp_bda.norm.weight"] = norm("post_feedforward")
     if arch.qkv_bias:
         table["self_attention.linear_qkv.bias"] = qkv("bias", ())
     if arch.qk_norm:
@@ -83,8 +81,8 @@ def _mlp_table(arch: Architecture, prefix: str) -> dict[str, Layout]:
 
 
 def _expert_table(arch: Architecture, prefix: str) -> dict[str, Layout]:
-    experts, family, hidden = arch.experts, EXPERT_FAMILIES[arch.model_type], arch.hidden_size
-    assert experts is not None
+    experts, family, hidden = arch.experts, FAMILIES[arch.model_type].experts, arch.hidden_size
+    assert experts is not None and family is not None
     block, width = f"{prefix}{family.block}.", experts.ffn_hidden_size
     table: dict[str, Layout] = {"mlp.router.weight": Replicated(f"{block}gate.weight", (experts.num_experts, hidden))}
     for index in range(experts.num_experts):

@@ -18,7 +18,10 @@ _ROPE_KEYS = {
 
 
 class Rope(NamedTuple):
-    """Rotary position embedding; `kind` is one of "default", "linear", "llama3"."""
+    """Rotary position embedding; `kind` is one of "default", "linear", "llama3".
+
+    Checkpoints record it as a list: a further field comes last and has a default.
+    """
 
     theta: float
     kind: str = "default"

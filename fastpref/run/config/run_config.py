@@ -19,7 +19,7 @@ class ModelConfig:
     """The policy: a Hugging Face model directory, or random weights of a given architecture."""
 
     path: str | None = None
-    """Directory with `config.json` and safetensors weights of one of `bridge.architecture.FAMILIES`."""
+    """Directory with `config.json` and safetensors weights of one of `run.architecture.families.FAMILIES`."""
     config: Mapping[str, Any] | None = None
     """Contents of a `config.json`, for random weights drawn from `training.seed`; excludes `path`."""
     tokenizer: str | None = None

@@ -52,6 +52,8 @@ class PreparedRun:
     """Ranks that the run is planned for."""
     architecture: Architecture
     """The model."""
+    reference_architecture: Architecture | None
+    """The reference, where it has a directory of its own."""
     tokenizer: Any
     """A transformers tokenizer."""
     train: PreferenceDataset | None
@@ -153,13 +155,15 @@ def prepare(
         directory.candidates(config.training.checkpoint_root, config.training.resume_from_checkpoint)
     check_combination(config.training, config.loss)
     architecture = Architecture.from_hf(hf_config_of(config))
-    _raise_if([*_layout_problems(config, architecture, world_size), *_reference_problems(config, architecture)])
+    reference = None if reference_is_policy(config) else Architecture.of(str(config.reference_path))
+    _raise_if([*_layout_problems(config, architecture, world_size), *_reference_problems(reference, architecture)])
     _check_lora(config, architecture)
     tokenizer = load_tokenizer(config.model.tokenizer_path)
     run = PreparedRun(
         config=config,
         world_size=world_size,
         architecture=architecture,
+        reference_architecture=reference,
         tokenizer=tokenizer,
         train=load_dataset(train_paths, tokenizer, config.data) if train_paths else None,
         eval=load_dataset(config.data.eval_paths, tokenizer, config.data) if config.data.eval_paths else None,
@@ -263,10 +267,9 @@ def _layout_problems(config: RunConfig, arch: Architecture, world_size: int) -> 
         yield f"training: {problem}"
 
 
-def _reference_problems(config: RunConfig, arch: Architecture) -> Iterator[str]:
-    if config.reference is None or config.reference.path is None:
+def _reference_problems(other: Architecture | None, arch: Architecture) -> Iterator[str]:
+    if other is None:
         return
-    other = Architecture.from_hf(read_config(config.reference.path))
     for field in fields(Architecture):
         ours, theirs = getattr(arch, field.name), getattr(other, field.name)
         # neither changes what the weights compute

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -12,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fastpref.errors import MissingDependencyError
+from fastpref.files import write_durably
 from fastpref.run.config.arguments import TrainingArguments
 
 METRICS_FILE = "metrics.jsonl"
@@ -147,6 +147,4 @@ def _drop_records_after(path: Path, step: int) -> None:
             break
         if record["step"] <= step:
             kept.append(line + "\n")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+    write_durably(path, "".join(kept).encode())

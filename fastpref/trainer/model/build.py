@@ -93,12 +93,12 @@ class ModelOptions:
 
 
 def build_models(
-    hf_config: Mapping[str, Any] | str | Path, options: ModelOptions | None = None, *, seed: int
+    hf_config: Architecture | Mapping[str, Any] | str | Path, options: ModelOptions | None = None, *, seed: int
 ) -> list[GPTModel]:
     """Build a model with random weights.
 
     Args:
-        hf_config: the contents of a `config.json`, or a directory that holds one.
+        hf_config: the contents of a `config.json`, a directory that holds one, or what was read from it.
         options: precision and memory.
         seed: decides the weights; the same in every parallel layout.
 
@@ -111,17 +111,19 @@ def build_models(
         ConfigError: a setting is not supported, or does not fit the parallel layout.
         CheckpointError: the directory has no readable `config.json`.
     """
-    config = hf_config if isinstance(hf_config, Mapping) else read_config(hf_config)
-    arch = Architecture.from_hf(config)
+    arch = Architecture.of(hf_config)
     return _filled(arch, options or ModelOptions(), RandomTensors(arch, seed))
 
 
-def load_models(path: str | Path, options: ModelOptions | None = None) -> list[GPTModel]:
+def load_models(
+    path: str | Path, options: ModelOptions | None = None, *, architecture: Architecture | None = None
+) -> list[GPTModel]:
     """Build a model with the weights of a model directory; each rank reads only its own slices.
 
     Args:
         path: a directory with `config.json` and safetensors files.
         options: precision and memory; weights are rounded to `params_dtype`.
+        architecture: what was read from `config.json`; None reads it.
 
     Returns:
         This rank's chunks, as `build_models` returns them.
@@ -139,7 +141,8 @@ def load_models(path: str | Path, options: ModelOptions | None = None) -> list[G
     agree(problems)
     assert directory is not None
     try:
-        return _filled(Architecture.from_hf(directory.config), options or ModelOptions(), _Files(directory))
+        arch = architecture or Architecture.from_hf(directory.config)
+        return _filled(arch, options or ModelOptions(), _Files(directory))
     except (ConfigError, CheckpointError) as error:
         raise type(error)(f"{directory.path}: {error}") from error
 
@@ -150,6 +153,7 @@ def save_hf(
     hf_config: Mapping[str, Any] | str | Path,
     tokenizer_dir: str | Path | None = None,
     *,
+    architecture: Architecture | None = None,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
@@ -162,6 +166,7 @@ def save_hf(
         out_dir: the new directory, which appears when it is complete; it must not exist, or be empty.
         hf_config: the model's `config.json` or a directory that holds it; written with `dtype` filled in.
         tokenizer_dir: where to copy tokenizer files and `generation_config.json` from.
+        architecture: what was read from that `config.json`; None reads it.
         dtype: number format of the files; None for that of the parameters.
         max_shard_bytes: size at which the next file begins.
 
@@ -177,7 +182,7 @@ def save_hf(
     key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
     config[key] = str(dtype).removeprefix("torch.")
     companions = None if tokenizer_dir is None else Path(tokenizer_dir)
-    arch = Architecture.from_hf(config)
+    arch = architecture or Architecture.from_hf(config)
     save_parameters(MergedParameters(chunks), arch, Path(out_dir), config, companions, dtype, max_shard_bytes)
 
 

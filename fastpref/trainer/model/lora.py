@@ -35,7 +35,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from fastpref.checkpoint.headers import TensorSpec
-from fastpref.checkpoint.hf import AdapterWriter, read_config
+from fastpref.checkpoint.hf import AdapterWriter
 from fastpref.errors import ConfigError
 from fastpref.run.architecture import adapters as files
 from fastpref.run.architecture.adapters import ADAPTER, AdaptedLinear
@@ -174,13 +174,17 @@ class AppliedLora:
 
 
 def add_lora(
-    models: Sequence[torch.nn.Module], hf_config: Mapping[str, Any] | str | Path, lora: LoraConfig, *, seed: int
+    models: Sequence[torch.nn.Module],
+    hf_config: Architecture | Mapping[str, Any] | str | Path,
+    lora: LoraConfig,
+    *,
+    seed: int,
 ) -> None:
     """Freeze a model and put adapters beside its linear layers, in place; every rank of the job calls it.
 
     Args:
         models: this rank's chunks, before anything wraps them for training.
-        hf_config: the model's `config.json` or a directory that holds it.
+        hf_config: the model's `config.json`, a directory that holds it, or what was read from it.
         lora: rank, targets and start of the adapters.
         seed: decides A where `lora.path` is None; the same in every parallel layout.
 
@@ -191,7 +195,7 @@ def add_lora(
     chunks = [unwrap(model) for model in models]
     if lora_of(chunks) is not None:
         raise ConfigError("the model has adapters already; build a new one")
-    arch = Architecture.from_hf(hf_config if isinstance(hf_config, Mapping) else read_config(hf_config))
+    arch = Architecture.of(hf_config)
     adapted = files.adapted_linears(arch, lora)
     source: TensorSource = (
         files.InitialAdapters(files.adapter_shapes(arch, lora), seed)

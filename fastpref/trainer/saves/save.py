@@ -23,9 +23,9 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from fastpref.checkpoint import directory
-from fastpref.checkpoint.hf import sync
 from fastpref.checkpoint.manifest import FileRecord, file_names, record_files
 from fastpref.errors import CheckpointError
+from fastpref.files import sync
 from fastpref.trainer.ranks.agreement import together
 from fastpref.trainer.ranks.platform import background_group
 from fastpref.trainer.saves.shards import AbandonedError, Shards

@@ -28,7 +28,7 @@ from fastpref.run.config.arguments import CHANGEABLE
 from fastpref.trainer.model.chunks import unwrap
 from fastpref.trainer.model.lora import LORA_FINGERPRINT, fill_weights, sharded_weights
 from fastpref.trainer.ranks.agreement import together
-from fastpref.trainer.saves.fingerprint import weights_fingerprint
+from fastpref.trainer.saves.fingerprint import differences, weights_fingerprint
 
 # The optimizer's shards are stored by parameter, so that any layout can read them; experts have an optimizer of their
 # own, whose shards then need no name of their own.
@@ -133,11 +133,11 @@ def load_weights(path: Path, models: Sequence[torch.nn.Module]) -> dict[str, Any
 def _require_same(
     path: Path, saved: Mapping[str, Any], now: Mapping[str, Any], may_differ: Collection[str] = ()
 ) -> None:
-    names = sorted(name for name in {*saved, *now} if saved.get(name) != now.get(name))
-    changed = {name: _setting(name) for name in names if _setting(name) not in may_differ}
+    found = differences(saved, now)
+    changed = {name: _setting(name) for name in found if _setting(name) not in may_differ}
     if not changed:
         return
-    lines = "; ".join(f"{name}: saved {saved.get(name)!r}, now {now.get(name)!r}" for name in changed)
+    lines = "; ".join(f"{name}: saved {found[name][0]!r}, now {found[name][1]!r}" for name in changed)
     remedy = "Use the saved settings or start a new run"
     if set(changed.values()) <= set(CHANGEABLE):
         allowed = ", ".join(sorted({*changed.values(), *may_differ}))

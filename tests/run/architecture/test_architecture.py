@@ -16,12 +16,14 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
+    SeedOssConfig,
 )
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from fastpref.errors import ConfigError
-from fastpref.run.architecture.architecture import FAMILIES, Architecture
+from fastpref.run.architecture.architecture import Architecture
 from fastpref.run.architecture.experts import Experts
+from fastpref.run.architecture.families import FAMILIES
 from fastpref.run.architecture.rope import Rope
 
 CONFIG_CLASSES = {
@@ -32,7 +34,11 @@ CONFIG_CLASSES = {
     "gemma3_text": Gemma3TextConfig,
     "qwen3_moe": Qwen3MoeConfig,
     "mixtral": MixtralConfig,
+    "seed_oss": SeedOssConfig,
 }
+# Absent keys of Seed-OSS mean dropout.
+NO_DROPOUT = {"attention_dropout": 0.0, "residual_dropout": 0}
+NEEDED = {"seed_oss": NO_DROPOUT}
 REQUIRED = {
     "num_hidden_layers": 3,
     "num_attention_heads": 64,
@@ -45,8 +51,9 @@ REQUIRED = {
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_from_hf_fills_absent_keys_like_transformers(model_type: str) -> None:
-    theirs = CONFIG_CLASSES[model_type](**REQUIRED)
-    ours = Architecture.from_hf({"model_type": model_type, **REQUIRED})
+    config = {**REQUIRED, **NEEDED.get(model_type, {})}
+    theirs = CONFIG_CLASSES[model_type](**config)
+    ours = Architecture.from_hf({"model_type": model_type, **config})
     assert ours.num_query_groups == theirs.num_key_value_heads
     assert ours.head_dim == (getattr(theirs, "head_dim", None) or 1024 // 64)
     assert ours.norm_eps == theirs.rms_norm_eps
@@ -65,6 +72,8 @@ def test_from_hf_fills_absent_keys_like_transformers(model_type: str) -> None:
         assert ours.experts.layers == (True,) * 3
     assert ours.sliding_layers == ((True,) * 3 if model_type in ("mistral", "gemma3_text") else ())
     assert ours.activation == (getattr(theirs, "hidden_act", None) or theirs.hidden_activation)
+    if model_type != "qwen2":  # whose models have biases that no key names
+        assert ours.qkv_bias == getattr(theirs, "attention_bias", False)
 
 
 def test_from_hf_fills_absent_keys_of_gemma_like_transformers() -> None:
@@ -107,6 +116,20 @@ def test_from_hf_reads_the_keys_of_an_older_gemma() -> None:
     assert ours.local_rope == Rope(2e4)
     assert ours.sliding_layers == tuple(kind == "sliding_attention" for kind in theirs.layer_types)
     assert ours == Architecture.from_hf(theirs.to_dict())
+
+
+def test_from_hf_reads_a_released_seed_oss_without_its_dropout() -> None:
+    """As in Seed-OSS-36B."""
+    config = {
+        **{"model_type": "seed_oss", **REQUIRED, "head_dim": 128, "num_key_value_heads": 8, "attention_bias": True},
+        **{"attention_out_bias": False, "mlp_bias": False, "pretraining_tp": 1, "rope_theta": 1e7},
+        **{"rope_scaling": {"rope_type": "default"}, "tie_word_embeddings": False, "hidden_act": "silu"},
+    }
+    with pytest.raises(ConfigError, match=r"attention_dropout must be 0, got 0\.1.*residual_dropout must be 0, got"):
+        Architecture.from_hf({**config, "attention_dropout": 0.1, "residual_dropout": 0.1})
+    arch = Architecture.from_hf({**config, **NO_DROPOUT})
+    assert (arch.qkv_bias, arch.head_dim, arch.num_query_groups, arch.rope) == (True, 128, 8, Rope(1e7))
+    assert not Architecture.from_hf({**config, **NO_DROPOUT, "attention_bias": False}).qkv_bias
 
 
 def test_from_hf_drops_the_local_rope_of_a_gemma_without_sliding_layers() -> None:
@@ -173,7 +196,7 @@ def test_from_hf_reads_which_layers_have_experts(keys: dict, layers: tuple) -> N
 @pytest.mark.parametrize(
     ("model_type", "keys", "message"),
     [
-        ("gpt2", {}, "model_type must be one of llama, .*mixtral, got 'gpt2'"),
+        ("gpt2", {}, "model_type must be one of llama, .*seed_oss, got 'gpt2'"),
         ("llama", {"auto_map": {"AutoConfig": "evil.Config"}}, "auto_map"),
         ("llama", {"attention_bias": True}, "attention_bias must be False, got True"),
         ("qwen3", {"attention_bias": True}, "attention_bias must be False, got True"),
@@ -251,6 +274,12 @@ def test_from_hf_reads_which_layers_have_experts(keys: dict, layers: tuple) -> N
         ("qwen3_moe", {"shared_expert_intermediate_size": 64}, "shared_expert_intermediate_size = 64 is not supported"),
         ("mixtral", {"router_jitter_noise": 0.1}, r"router_jitter_noise must be 0, got 0\.1"),
         ("mixtral", {"moe_intermediate_size": 8}, "moe_intermediate_size = 8 is not supported for mixtral"),
+        ("seed_oss", {"residual_dropout": 0}, r"attention_dropout must be 0, and its absence means 0\.1: set it"),
+        ("seed_oss", {"attention_dropout": 0}, r"residual_dropout must be 0, and its absence means 0\.1: set it"),
+        ("seed_oss", {**NO_DROPOUT, "attention_out_bias": True}, "attention_out_bias must be False, got True"),
+        ("seed_oss", {**NO_DROPOUT, "mlp_bias": True}, "mlp_bias must be False, got True"),
+        ("seed_oss", {**NO_DROPOUT, "attention_bias": 1}, "attention_bias must be of type bool, got 1"),
+        ("llama", {"residual_dropout": 0.1}, r"residual_dropout = 0\.1 is not supported for llama"),
     ],
 )
 def test_from_hf_refuses_what_it_does_not_honour(model_type: str, keys: dict, message: str) -> None:

@@ -46,7 +46,8 @@ LAYOUTS_4 = [Layout(tp=2, pp=2), Layout(tp=2, pp=2, vpp=2, sp=True), Layout(tp=4
 
 @pytest.mark.parametrize("layout", LAYOUTS_2, ids=str)
 @pytest.mark.parametrize(
-    "variant", ["llama3-rope", "llama-tied-odd-vocab", "qwen2", "qwen3-tied-odd-vocab", "gemma3-tied-scaled-rope"]
+    "variant",
+    ["llama3-rope", "llama-tied-odd-vocab", "qwen2", "qwen3-tied-odd-vocab", "gemma3-tied-scaled-rope", "seed-oss"],
 )
 def test_model_on_two_ranks_equals_transformers(
     rank_pool_2: RankPool, variant: str, layout: Layout, tmp_path: Path

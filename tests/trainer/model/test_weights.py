@@ -102,7 +102,7 @@ def test_export_of_import_is_identical(variant: str, tmp_path: Path, one_rank) -
 
 
 @pytest.mark.parametrize("layout", LAYOUTS_2, ids=str)
-@pytest.mark.parametrize("variant", ["llama-tied-odd-vocab", "qwen2", "qwen3", "gemma3-tied-scaled-rope"])
+@pytest.mark.parametrize("variant", ["llama-tied-odd-vocab", "qwen2", "qwen3", "gemma3-tied-scaled-rope", "seed-oss"])
 def test_export_on_two_ranks_is_identical(rank_pool_2: RankPool, variant: str, layout: Layout, tmp_path: Path) -> None:
     check_reexport(rank_pool_2, variant, layout, tmp_path)
 
