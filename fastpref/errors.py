@@ -21,15 +21,22 @@ class Problem(NamedTuple):
     """Name of the setting, dotted below the object that reports it; empty where the object as a whole is at fault."""
     text: str
     """The rule, what was found and the remedy; it reads on from the key, as in "must be >= 1, got 0"."""
+    others: tuple[str, ...] = ()
+    """Names of the other settings that it depends on: it says nothing new where one of them is wrong by itself."""
+    where: str = ""
+    """Place that the setting was given at, as in "run.yaml:3"; empty where that is unknown."""
 
     def __str__(self) -> str:
-        return f"{self.key}{self.text}" if not self.key or self.text.startswith(":") else f"{self.key} {self.text}"
+        is_clause = not self.key or self.text.startswith(":")
+        place = f"{self.where}: " if self.where else ""
+        return f"{place}{self.key}{'' if is_clause else ' '}{self.text}"
 
     def under(self, section: str) -> Problem:
         """The same problem as the owner of `section` reports it."""
-        if not self.key:
-            return Problem(section, self.text if self.text.startswith(":") else f": {self.text}")
-        return Problem(f"{section}.{self.key}", self.text)
+        others = tuple(f"{section}.{name}" for name in self.others)
+        if self.key:
+            return self._replace(key=f"{section}.{self.key}", others=others)
+        return self._replace(key=section, text=f": {self.text.removeprefix(': ')}", others=others)
 
 
 class ConfigError(FastprefError, ValueError):
@@ -44,10 +51,23 @@ class ConfigError(FastprefError, ValueError):
     """
 
     def __init__(self, problems: str | Iterable[Problem], heading: str = "") -> None:
-        given = (Problem("", problems),) if isinstance(problems, str) else tuple(problems)
-        self.problems = given
-        opening = [f"{heading}:"] if heading else []
-        super().__init__("\n".join([*opening, *map(str, given)]))
+        self.problems = (Problem("", problems),) if isinstance(problems, str) else tuple(problems)
+        if len(self.problems) == 1:
+            super().__init__(f"{heading}: {self.problems[0]}" if heading else str(self.problems[0]))
+        else:
+            opening = f"{heading or f'{len(self.problems)} problems'}:"
+            super().__init__("\n  ".join([opening, *map(str, self.problems)]))
+
+
+def raise_if_any(problems: Iterable[Problem], heading: str = "") -> None:
+    """End a series of checks.
+
+    Raises:
+        ConfigError: with all problems, where there are any.
+    """
+    found = tuple(problems)
+    if found:
+        raise ConfigError(found, heading)
 
 
 class DataError(FastprefError, ValueError):

@@ -1,13 +1,88 @@
-"""The checks that every settings object makes of its fields: numbers in their range, names among the choices."""
+"""The checks that every settings object makes of its fields: types, numbers in their range, names among the choices.
+
+A settings class says what its fields are once, by their annotations, and calls `validate` with a `Rule` for each field
+that this does not settle. What several fields must keep together is asked of an object whose fields are all good.
+"""
 
 from __future__ import annotations
 
+import copy
 import difflib
 import math
-from collections.abc import Sequence
-from typing import Any
+import os
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, fields
+from functools import cache
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from fastpref.errors import ConfigError, Problem
+from fastpref.errors import Problem, raise_if_any
+
+Settings = TypeVar("Settings")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """What the annotation of a field leaves open."""
+
+    at_least: float | None = None
+    """Lower bound of a number, itself allowed."""
+    above: float | None = None
+    """Lower bound of a number, itself not allowed."""
+    at_most: float | None = None
+    """Upper bound of a number, itself allowed."""
+    below: float | None = None
+    """Upper bound of a number, itself not allowed."""
+    choices: Sequence[Any] = ()
+    """What the field, or each of its names, may be; none for anything."""
+    noun: str = ""
+    """What a string stands for, which must then not be empty; what an object of another type is."""
+    hint: str = ""
+    """Remedy that ends the message."""
+
+
+# A number that has no rule.
+_COUNT, _AMOUNT = Rule(at_least=1), Rule(at_least=0)
+
+
+def validate(
+    settings: Settings,
+    rules: Mapping[str, Rule] | None = None,
+    combinations: Callable[[Settings], Iterable[Problem]] | None = None,
+) -> None:
+    """Check a settings object, from its `__post_init__`.
+
+    Lists become tuples where these are meant, path objects strings, and floats without a fraction whole numbers.
+
+    Args:
+        settings: a dataclass object.
+        rules: what the fields must be beyond their types; without a rule a whole number is >= 1, another one >= 0.
+        combinations: yields what is wrong with several fields together. It sees the defaults in place of fields that
+            are wrong by themselves, and what it finds of these is dropped as a mere consequence.
+
+    Raises:
+        ConfigError: with every problem.
+    """
+    validator = Validator(settings)
+    cls: type = type(settings)
+    hints = _hints(cls)
+    refused = [field for field, hint in hints if not validator.field(field.name, hint, (rules or {}).get(field.name))]
+    usable, names = copy.copy(settings), {field.name for field in refused}
+    for field in refused:
+        if field.default is not MISSING:
+            object.__setattr__(usable, field.name, field.default)
+        elif field.default_factory is not MISSING:
+            object.__setattr__(usable, field.name, field.default_factory())
+    for problem in combinations(usable) if combinations is not None else ():
+        if names.isdisjoint(name.split(".")[0] for name in (problem.key, *problem.others)):
+            validator.problems.append(problem)
+    raise_if_any(validator.problems, cls.__name__)
+
+
+@cache
+def _hints(cls: type) -> tuple[tuple[Field[Any], Any], ...]:
+    hints = get_type_hints(cls)
+    return tuple((field, hints[field.name]) for field in fields(cls))
 
 
 class Validator:
@@ -21,52 +96,41 @@ class Validator:
         self._settings = settings
         self.problems: list[Problem] = []
 
-    def note(self, key: str, text: str) -> None:
-        """Add a problem of one field, or with an empty key one of the object."""
-        self.problems.append(Problem(key, text))
+    def note(self, key: str, text: str, *others: str) -> None:
+        """Add a problem of one field that depends on `others` too, or with an empty key one of the object."""
+        self.problems.append(Problem(key, text, others))
 
-    def number(
-        self,
-        key: str,
-        *,
-        whole: bool = False,
-        at_least: float | None = None,
-        above: float | None = None,
-        at_most: float | None = None,
-        below: float | None = None,
-        optional: bool = False,
-        hint: str = "",
-    ) -> bool:
-        """Require a finite number within bounds; booleans are none.
-
-        Args:
-            key: name of the field.
-            whole: it must have no fraction.
-            at_least: lower bound, itself allowed.
-            above: lower bound, itself not allowed.
-            at_most: upper bound, itself allowed.
-            below: upper bound, itself not allowed.
-            optional: None is fine.
-            hint: remedy that ends the message.
-
-        Returns:
-            Whether the field is good.
-        """
-        value = getattr(self._settings, key)
-        if value is None and optional:
+    def field(self, key: str, hint: Any, rule: Rule | None = None) -> bool:
+        """Require of a field what its annotation says and a rule adds; return whether it is good."""
+        kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+        if getattr(self._settings, key) is None and types.NoneType in kinds:
             return True
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        kind, *others = (kind for kind in kinds if kind is not types.NoneType)
+        if kind in (int, float):
+            return self._number(key, rule or (_COUNT if kind is int else _AMOUNT), whole=kind is int)
+        rule = rule or Rule()
+        if get_origin(kind) is Literal or (rule.choices and not others and get_origin(kind) is not tuple):
+            return self.choice(key, get_args(kind) or rule.choices, hint=rule.hint)
+        if get_origin(kind) is tuple or others:
+            return self._names(key, rule, alone=kind is str)
+        return self._instance(key, get_origin(kind) or kind, rule)
+
+    def _number(self, key: str, rule: Rule, *, whole: bool) -> bool:
+        value = getattr(self._settings, key)
+        if whole and isinstance(value, float) and value.is_integer():
+            value = int(value)
+            object.__setattr__(self._settings, key, value)
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         good = (
             is_number
-            and (not whole or value == int(value))
-            and (at_least is None or value >= at_least)
-            and (above is None or value > above)
-            and (at_most is None or value <= at_most)
-            and (below is None or value < below)
+            and (isinstance(value, int) if whole else _is_finite(value))
+            and (rule.at_least is None or value >= rule.at_least)
+            and (rule.above is None or value > rule.above)
+            and (rule.at_most is None or value <= rule.at_most)
+            and (rule.below is None or value < rule.below)
         )
         if not good:
-            rule = _number_rule(whole, at_least, above, at_most, below)
-            self.note(key, f"must be {rule}, got {value!r}{hint and f'; {hint}'}")
+            self._refuse(key, _number_text(rule, whole, is_number), ",", rule.hint)
         return good
 
     def choice(self, key: str, choices: Sequence[Any], *, optional: bool = False, hint: str = "") -> bool:
@@ -74,7 +138,7 @@ class Validator:
 
         Args:
             key: name of the field.
-            choices: what it may be.
+            choices: what it may be; all of one type.
             optional: None is fine.
             hint: remedy that ends the message where no choice is near.
 
@@ -82,35 +146,80 @@ class Validator:
             Whether the field is good.
         """
         value = getattr(self._settings, key)
-        if (value is None and optional) or value in choices:
+        # the type first: an array compares with anything, and answers with an array
+        if (value is None and optional) or (isinstance(value, type(choices[0])) and value in choices):
             return True
-        near = difflib.get_close_matches(str(value), [str(choice) for choice in choices], n=1)
-        remedy = f"did you mean {near[0]}?" if near else hint
-        self.note(key, f"must be one of {', '.join(map(str, choices))}; got {value!r}{remedy and f'; {remedy}'}")
+        self._refuse(key, f"one of {', '.join(map(str, choices))}", ";", _nearest(value, choices) or hint)
         return False
 
-    def raise_if_any(self, heading: str = "") -> None:
-        """End the checks.
+    def _names(self, key: str, rule: Rule, *, alone: bool) -> bool:
+        """Require a tuple or a list of strings; `alone` lets one string stand for itself."""
+        value, noun = getattr(self._settings, key), rule.noun or "name"
+        if isinstance(value, (list, tuple)):
+            value = tuple(map(_plain_path, value))
+            object.__setattr__(self._settings, key, value)
+        elif isinstance(value, os.PathLike):
+            value = (_plain_path(value),)
+            object.__setattr__(self._settings, key, value[0])
+        names = (value,) if alone and isinstance(value, str) else value
+        if not isinstance(names, tuple) or not all(isinstance(name, str) and name for name in names):
+            remedy = f"write [{_shown(value)}]" if isinstance(value, str) and value else rule.hint
+            self._refuse(key, f"{f'a {noun} or ' if alone else ''}a list of {noun}s", ",", remedy)
+            return False
+        unknown = [name for name in names if rule.choices and name not in rule.choices]
+        if unknown:
+            near = _nearest(unknown[0], rule.choices) or rule.hint
+            found = ", ".join(map(repr, unknown))
+            self.note(key, f"must name only {', '.join(rule.choices)}; got {found}{near and f'; {near}'}")
+        return not unknown
 
-        Raises:
-            ConfigError: with every problem that was noted.
-        """
-        if self.problems:
-            raise ConfigError(self.problems, heading)
+    def _instance(self, key: str, kind: type, rule: Rule) -> bool:
+        value = _plain_path(getattr(self._settings, key)) if kind is str else getattr(self._settings, key)
+        object.__setattr__(self._settings, key, value)
+        good = isinstance(value, kind) and (value != "" or not rule.noun)
+        good = good and (kind is not Mapping or all(isinstance(name, str) for name in value))
+        if not good:
+            plain = {bool: "true or false", str: "a string"}
+            self._refuse(key, f"a {rule.noun}" if rule.noun else plain.get(kind, f"a {kind.__name__}"), ",", rule.hint)
+        return good
+
+    def _refuse(self, key: str, expected: str, comma: str, remedy: str) -> None:
+        found = _shown(getattr(self._settings, key))
+        self.note(key, f"must be {expected}{comma} got {found}{remedy and f'; {remedy}'}")
 
 
-def _number_rule(
-    whole: bool, at_least: float | None, above: float | None, at_most: float | None, below: float | None
-) -> str:
+def _plain_path(value: Any) -> Any:
+    """A path object as a string; anything else as it is."""
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond every float
+        return False
+
+
+def _nearest(value: Any, choices: Sequence[Any]) -> str:
+    near = difflib.get_close_matches(value, list(map(str, choices)), n=1) if isinstance(value, str) else []
+    return f"did you mean {near[0]}?" if near else ""
+
+
+def _number_text(rule: Rule, whole: bool, is_number: bool) -> str:
     """Bounds on both sides as an interval, one alone as a comparison."""
     kind = "a whole number" if whole else "a finite number"
-    low = at_least if above is None else above
-    high = at_most if below is None else below
+    low = rule.at_least if rule.above is None else rule.above
+    high = rule.at_most if rule.below is None else rule.below
     if low is not None and high is not None:
-        interval = f"{'[' if above is None else '('}{low:g}, {high:g}{']' if below is None else ')'}"
-        return f"{kind} in {interval}" if whole else f"in {interval}"
+        interval = f"in {'[' if rule.above is None else '('}{low:g}, {high:g}{']' if rule.below is None else ')'}"
+        return f"{kind} {interval}" if whole else interval if is_number else f"a number {interval}"
     if low is not None:
-        return f"{kind} {'>=' if above is None else '>'} {low:g}"
+        return f"{kind} {'>=' if rule.above is None else '>'} {low:g}"
     if high is not None:
-        return f"{kind} {'<=' if below is None else '<'} {high:g}"
+        return f"{kind} {'<=' if rule.below is None else '<'} {high:g}"
     return kind

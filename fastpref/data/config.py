@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastpref.errors import ConfigError
+from fastpref.errors import Problem
+from fastpref.validation import Rule, validate
 
 FORMATS = ("auto", "jsonl", "json", "parquet", "arrow")
 TRUNCATIONS = ("keep_start", "keep_end", "drop")
 BOUNDARIES = ("strict", "common_prefix", "separate")
+_FIELD_NAMES = ("prompt_field", "chosen_field", "rejected_field", "conversations_field", "weight_field")
+_RULES = {
+    "train": Rule(noun="path"),
+    "eval": Rule(noun="path"),
+    "format": Rule(choices=FORMATS),
+    **dict.fromkeys(_FIELD_NAMES, Rule(noun="field name")),
+    "chat_template": Rule(noun="Jinja template", hint="leave it out for the tokenizer's own"),
+    "chat_template_kwargs": Rule(noun="mapping of names"),
+    "boundary": Rule(choices=BOUNDARIES),
+    "max_length": Rule(at_least=2),
+    "truncation": Rule(choices=TRUNCATIONS),
+    "on_bad_pair": Rule(choices=("error", "drop")),
+    "max_record_bytes": Rule(at_least=1024),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +33,7 @@ class DataConfig:
     """Where the pairs are and how they become tokens.
 
     Raises:
-        ConfigError: at construction, with every problem on a line of its own.
+        ConfigError: at construction, listing every value that cannot work.
     """
 
     train: str | tuple[str, ...] = ()
@@ -63,73 +78,26 @@ class DataConfig:
     """Bad records gathered before reading stops with one error that lists them, >= 1."""
 
     def __post_init__(self) -> None:
-        problems = [*self._check_paths(), *self._check_choices(), *self._check_texts(), *self._check_numbers()]
-        if problems:
-            raise ConfigError("\n".join(problems))
+        validate(self, _RULES, DataConfig._combination_problems)
+
+    def _combination_problems(self) -> Iterator[Problem]:
+        names = [getattr(self, name) for name in _FIELD_NAMES]
+        if len(set(names)) != len(names):
+            yield Problem("", f"the field names must differ; got {', '.join(names)}", _FIELD_NAMES)
+        if self.max_length is not None and (self.max_prompt_length or 0) >= self.max_length:
+            yield Problem(
+                "max_prompt_length",
+                f"({self.max_prompt_length}) leaves no room for a completion in max_length ({self.max_length}); lower "
+                "the first or raise the second",
+                ("max_length",),
+            )
 
     @property
     def train_paths(self) -> tuple[str, ...]:
         """`train` as a tuple."""
-        return (self.train,) if isinstance(self.train, str) else tuple(self.train)
+        return (self.train,) if isinstance(self.train, str) else self.train
 
     @property
     def eval_paths(self) -> tuple[str, ...]:
         """`eval` as a tuple."""
-        return (self.eval,) if isinstance(self.eval, str) else tuple(self.eval)
-
-    def _check_paths(self) -> list[str]:
-        problems = []
-        for name in ("train", "eval"):
-            value = getattr(self, name)
-            paths = [value] if isinstance(value, str) else value
-            if not isinstance(paths, (list, tuple)) or not all(isinstance(path, str) and path for path in paths):
-                problems.append(f"{name} must be a path or a list of paths, got {value!r}")
-        return problems
-
-    def _check_choices(self) -> list[str]:
-        choices = {
-            "format": FORMATS,
-            "boundary": BOUNDARIES,
-            "truncation": TRUNCATIONS,
-            "on_bad_pair": ("error", "drop"),
-        }
-        return [
-            f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}"
-            for name, allowed in choices.items()
-            if getattr(self, name) not in allowed
-        ]
-
-    def _check_texts(self) -> list[str]:
-        problems = []
-        names = [f"{name}_field" for name in ("prompt", "chosen", "rejected", "conversations", "weight")]
-        for name in names:
-            if not isinstance(getattr(self, name), str) or not getattr(self, name):
-                problems.append(f"{name} must be a field name, got {getattr(self, name)!r}")
-        values = [getattr(self, name) for name in names]
-        if len(set(values)) != len(values):
-            problems.append(f"the field names must differ; got {', '.join(map(str, values))}")
-        if self.chat_template is not None and (not isinstance(self.chat_template, str) or not self.chat_template):
-            problems.append(f"chat_template must be null or the text of a template, got {self.chat_template!r}")
-        if not isinstance(self.chat_template_kwargs, Mapping):
-            problems.append(f"chat_template_kwargs must be a mapping, got {self.chat_template_kwargs!r}")
-        if not isinstance(self.append_eos, bool):
-            problems.append(f"append_eos must be true or false, got {self.append_eos!r}")
-        return problems
-
-    def _check_numbers(self) -> list[str]:
-        problems = []
-        minima = {"pad_to_multiple_of": 1, "max_record_bytes": 1024, "max_reported": 1}
-        limits = {"max_length": 2, "max_prompt_length": 1, "max_completion_length": 1}
-        for name, minimum in (minima | limits).items():
-            value = getattr(self, name)
-            if value is None and name in limits:
-                continue
-            # bool is an int to Python, never a length to us
-            if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-                problems.append(f"{name} must be an integer >= {minimum}, got {value!r}")
-        if not problems and self.max_length is not None and (self.max_prompt_length or 0) >= self.max_length:
-            problems.append(
-                f"max_prompt_length={self.max_prompt_length} leaves no room for a completion in "
-                f"max_length={self.max_length}; lower the first or raise the second"
-            )
-        return problems
+        return (self.eval,) if isinstance(self.eval, str) else self.eval

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from types import SimpleNamespace
 from typing import Any
 
 from ..errors import ConfigError, Problem
-from ..validation import Validator
+from ..validation import Rule, Validator
 from .options import Need
 from .registry import LOSSES, Loss
 
@@ -121,10 +122,15 @@ def find_problems(config: DPOConfig) -> list[Problem]:
     # with a wrong name it is unknown which options are read
     chosen = {} if validator.problems else {name: LOSSES[name] for name in config.loss_names}
     _check_values(validator, chosen)
+    _check_weights(validator, config, chosen)
     if chosen:
-        _check_weights(validator, config)
-        _check_unread(validator, config, chosen)
-        _check_combination(validator, config, chosen)
+        # a value that is wrong by itself says nothing beside others
+        usable, wrong = copy.copy(config), {problem.key for problem in validator.problems}
+        for field in fields(config):
+            if field.name in wrong:
+                object.__setattr__(usable, field.name, field.default)
+        _check_unread(validator, usable, chosen)
+        _check_combination(validator, usable, chosen)
     return validator.problems
 
 
@@ -136,14 +142,14 @@ def _check_names(validator: Validator, names: tuple[Any, ...]) -> None:
         one.choice("pref_loss", tuple(LOSSES))
         validator.problems += one.problems
     for name in LOSSES:
-        if names.count(name) > 1:
+        if [isinstance(other, str) and other == name for other in names].count(True) > 1:
             rule = "must name each loss once"
             validator.note("pref_loss", f"{rule}, got {name} {names.count(name)} times; use loss_weights instead")
 
 
 def _check_values(validator: Validator, chosen: Mapping[str, Loss]) -> None:
-    validator.number("beta", above=0, hint="0.1 is the usual choice")
-    validator.number("tie_value", at_least=0, at_most=1, hint="0.5 counts a tie as half right")
+    validator.field("beta", float, Rule(above=0, hint="0.1 is the usual choice"))
+    validator.field("tie_value", float, Rule(at_least=0, at_most=1, hint="0.5 counts a tie as half right"))
     for name, unset in _options().items():
         # where no chosen loss has the option, any that has it knows its values
         readers = _readers(name, chosen) or _readers(name, LOSSES)[:1]
@@ -153,18 +159,21 @@ def _check_values(validator: Validator, chosen: Mapping[str, Loss]) -> None:
                 break
 
 
-def _check_weights(validator: Validator, config: DPOConfig) -> None:
-    weights, count = config.loss_weights, len(config.loss_names)
+def _check_weights(validator: Validator, config: DPOConfig, chosen: Mapping[str, Loss]) -> None:
+    weights = config.loss_weights
     if weights is None:
         return
-    if not isinstance(weights, tuple) or len(weights) != count:
-        rule = f"must be a list with one weight for each of the {count} losses in pref_loss"
-        validator.note("loss_weights", f"{rule}, got {weights!r}; None weighs each 1")
+    rule, remedy = "must be a list with one weight for each loss in pref_loss", "None weighs each 1"
+    if not isinstance(weights, tuple):
+        validator.note("loss_weights", f"{rule}, got {weights!r}; {remedy}")
         return
     for weight in weights:
         one = Validator(SimpleNamespace(loss_weights=weight))
-        one.number("loss_weights", above=0, hint="to drop a loss, leave it out of pref_loss")
+        one.field("loss_weights", float, Rule(above=0, hint="to drop a loss, leave it out of pref_loss"))
         validator.problems += one.problems
+    if chosen and len(weights) != len(chosen):
+        found = f"got {len(weights)} for {' + '.join(chosen)}"
+        validator.note("loss_weights", f"{rule}, {found}; {remedy}", "pref_loss")
 
 
 def _check_unread(validator: Validator, config: DPOConfig, chosen: Mapping[str, Loss]) -> None:
@@ -178,7 +187,8 @@ def _check_unread(validator: Validator, config: DPOConfig, chosen: Mapping[str, 
         for reader in _readers(name, LOSSES):
             readers.setdefault(LOSSES[reader].options[name].condition, []).append(reader)
         remedy = " or ".join(" or ".join(names) + condition for condition, names in readers.items())
-        validator.note(name, f"is not read by {' + '.join(chosen)}, got {value!r}; remove it, or use {remedy}")
+        text = f"is not read by {' + '.join(chosen)}, got {value!r}; remove it, or use {remedy}"
+        validator.note(name, text, *_depending(name))
 
 
 def _check_combination(validator: Validator, config: DPOConfig, chosen: Mapping[str, Loss]) -> None:
@@ -189,13 +199,19 @@ def _check_combination(validator: Validator, config: DPOConfig, chosen: Mapping[
         # beside such an option a loss of plain log-ratios would mix two objectives
         if option.redefines_log_ratios and value not in (None, option.default) and others:
             text = f"is not defined for {', '.join(others)}, got {value!r}; remove the option or the loss"
-            validator.note(name, text)
+            validator.note(name, text, "pref_loss")
     if any(loss.asking("response_nll", config) for loss in chosen.values()):
         rule = "must leave the prompt out beside a loss that has an NLL of the response, as a run has one NLL mask"
         for loss in chosen.values():
             for name in loss.asking("prompt_nll", config):
                 found = f"got {getattr(config, name)!r} with {' + '.join(chosen)}"
-                validator.note(name, f"{rule}, {found}; use {loss.options[name].default!r}")
+                validator.note(name, f"{rule}, {found}; use {loss.options[name].default!r}", "pref_loss")
+
+
+def _depending(option: str) -> list[str]:
+    """The fields that decide whether an option is read."""
+    conditions = [LOSSES[reader].options[option] for reader in _readers(option, LOSSES)]
+    return ["pref_loss", *{given[0] for rule in conditions for given in (rule.only_if, rule.unless) if given}]
 
 
 def _options() -> dict[str, Any]:

@@ -103,7 +103,7 @@ def ipo(config: DPOConfig, logps: PairLogps, context: LossContext) -> Tensor:
     return (chosen - rejected - 1 / (2 * config.beta)) ** 2
 
 
-LOSSES["ipo"] = Loss(ipo, MARGIN | {"ipo_reduction": Option("mean", choices=("mean", "sum"))})
+LOSSES["ipo"] = Loss(ipo, MARGIN | {"ipo_reduction": Option(default="mean", choices=("mean", "sum"))})
 
 
 def robust(config: DPOConfig, logps: PairLogps, context: LossContext) -> Tensor:
@@ -151,7 +151,9 @@ def bco_pair(config: DPOConfig, logps: PairLogps, context: LossContext) -> Tenso
 LOSSES["bco_pair"] = Loss(
     bco_pair,
     LENGTHS
-    | {"bco_delta": Option("zero", choices=("zero", "running_mean"), needs={"running_mean": ("running_mean",)})},
+    | {
+        "bco_delta": Option(default="zero", choices=("zero", "running_mean"), needs={"running_mean": ("running_mean",)})
+    },
 )
 
 
@@ -190,7 +192,7 @@ def discopop(config: DPOConfig, logps: PairLogps, context: LossContext) -> Tenso
 
 
 # above 1 the modulated exponential has no bound on the losing side
-LOSSES["discopop"] = Loss(discopop, MARGIN | {"discopop_tau": Option(0.05, above=0, at_most=1)})
+LOSSES["discopop"] = Loss(discopop, MARGIN | {"discopop_tau": Option(default=0.05, above=0, at_most=1)})
 
 
 def orpo(config: DPOConfig, logps: PairLogps, context: LossContext) -> Tensor:
@@ -211,7 +213,7 @@ LOSSES["orpo"] = Loss(
     orpo,
     {
         "orpo_nll": Option(
-            "response",
+            default="response",
             choices=("response", "prompt_and_response"),
             needs={"prompt_and_response": ("prompt_nll", "mean_nll_count")},
         )
@@ -230,7 +232,7 @@ def simpo(config: DPOConfig, logps: PairLogps, context: LossContext) -> Tensor:
 
 LOSSES["simpo"] = Loss(
     simpo,
-    SMOOTHED | {"simpo_gamma": Option(0.5, at_least=0)} | added_nll("simpo_alpha", default=0.0),
+    SMOOTHED | {"simpo_gamma": Option(default=0.5, at_least=0)} | added_nll("simpo_alpha", default=0.0),
     reads_reference=False,
 )
 

@@ -9,55 +9,34 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from ..validation import Validator
+from ..validation import Rule, Validator
 
 Need = Literal["response_nll", "prompt_nll", "mean_nll_count", "running_mean"]
 """What a loss can need of its caller: `PairLogps.nll` over the chosen response, or over prompt and response;
 `LossContext.mean_nll_count`; `LossContext.bco_delta`."""
 
 
-@dataclass(frozen=True)
-class Option:
-    """A field of `DPOConfig` as one loss reads it.
-
-    Args:
-        default: its value where it is read and was not given.
-        choices: the values that it can have; none where it is a number.
-        at_least: lower bound of the number, itself allowed; `above`, `at_most` and `below` likewise.
-        hint: what ends the message about a bad value; empty names the default.
-        only_if: (option, value): it is read only where another option of the loss has this value.
-        unless: (option, value), in place of `only_if`: it is not read where the other option has this value.
-        needs: what the loss needs of its caller, by the value of the option that asks for it.
-        redefines_log_ratios: whether it stands for another objective than its default, so that every chosen loss that
-            compares responses must read it too.
-    """
+@dataclass(frozen=True, kw_only=True)
+class Option(Rule):
+    """A field of `DPOConfig` as one loss reads it: a name where it has `choices`, a number otherwise."""
 
     default: float | str | None
-    choices: tuple[str, ...] = ()
-    at_least: float | None = None
-    above: float | None = None
-    at_most: float | None = None
-    below: float | None = None
-    hint: str = ""
+    """Its value where it is read and was not given."""
     only_if: tuple[str, Any] | None = None
+    """(option, value): it is read only where another option of the loss has this value."""
     unless: tuple[str, Any] | None = None
+    """(option, value), in place of `only_if`: it is not read where the other option has this value."""
     needs: Mapping[str, tuple[Need, ...]] = field(default_factory=dict)
+    """What the loss needs of its caller, by the value of the option that asks for it."""
     redefines_log_ratios: bool = False
+    """It stands for another objective than its default, so that every chosen loss that compares responses must read it
+    too."""
 
     def check(self, name: str, validator: Validator, optional: bool) -> bool:
         """Note what is wrong with the value of the field `name`; return whether it is good."""
-        hint = self.hint or f"the default is {self.default}"
-        if self.choices:
-            return validator.choice(name, self.choices, optional=optional, hint=hint)
-        return validator.number(
-            name,
-            at_least=self.at_least,
-            above=self.above,
-            at_most=self.at_most,
-            below=self.below,
-            optional=optional,
-            hint=hint,
-        )
+        kind = str if self.choices else float
+        rule = self if self.hint else replace(self, hint=f"the default is {self.default}")
+        return validator.field(name, kind | None if optional else kind, rule)
 
     @property
     def condition(self) -> str:
@@ -67,25 +46,27 @@ class Option:
         return "" if self.unless is None else f" with {self.unless[0]} other than {self.unless[1]}"
 
 
-LABEL_SMOOTHING = Option(0.0, at_least=0, at_most=0.5, hint="it is the probability of a wrong label, 0 turns it off")
+LABEL_SMOOTHING = Option(
+    default=0.0, at_least=0, at_most=0.5, hint="it is the probability of a wrong label, 0 turns it off"
+)
 NLL_REDUCTION = Option(
-    "token",
+    default="token",
     choices=("token", "sequence"),
     needs={"token": ("response_nll", "mean_nll_count"), "sequence": ("response_nll",)},
 )
 
 SMOOTHED = {"label_smoothing": LABEL_SMOOTHING}
 # the weight of a token in the log-ratios of the run
-LENGTHS = {"ld_alpha": Option(None, at_least=0, at_most=1, redefines_log_ratios=True)}
+LENGTHS = {"ld_alpha": Option(default=None, at_least=0, at_most=1, redefines_log_ratios=True)}
 # the margin of two log-ratios, or of what an f-divergence puts in their place
 MARGIN = LENGTHS | {
     "f_divergence": Option(
-        "reverse_kl", choices=("reverse_kl", "forward_kl", "js", "alpha"), redefines_log_ratios=True
+        default="reverse_kl", choices=("reverse_kl", "forward_kl", "js", "alpha"), redefines_log_ratios=True
     ),
-    "f_alpha": Option(0.5, only_if=("f_divergence", "alpha")),
+    "f_alpha": Option(default=0.5, only_if=("f_divergence", "alpha")),
 }
 
 
 def added_nll(weight: str, default: float) -> dict[str, Option]:
     """Options of a loss that adds an NLL of the chosen response: its weight, and the average that the weight is of."""
-    return {weight: Option(default, at_least=0), "nll_reduction": replace(NLL_REDUCTION, unless=(weight, 0))}
+    return {weight: Option(default=default, at_least=0), "nll_reduction": replace(NLL_REDUCTION, unless=(weight, 0))}

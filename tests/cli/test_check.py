@@ -82,7 +82,9 @@ def test_check_shows_what_the_head_costs_the_last_stage(project: Path, run_cli) 
 def test_check_refuses_a_world_that_the_layout_does_not_divide(project: Path, run_cli) -> None:
     result = run_cli("check", "run.yaml", "training.tensor_model_parallel_size=2", "--world-size", "3")
     assert result.exit_code == 2
-    assert "must be a multiple of tensor_model_parallel_size = 2, got 3; start 2 or 4" in result.stderr
+    assert (
+        "training.tensor_model_parallel_size = 2 must divide the number of ranks, got 3; start 2 or 4" in result.stderr
+    )
 
 
 def test_check_reports_dropped_and_truncated_pairs(project: Path, run_cli) -> None:

@@ -24,22 +24,22 @@ def test_config_paths_may_be_one_or_several() -> None:
         ({"on_bad_pair": "warn"}, "on_bad_pair must be one of error, drop; got 'warn'"),
         ({"prompt_field": ""}, "prompt_field must be a field name, got ''"),
         ({"chosen_field": "rejected"}, "the field names must differ"),
-        ({"chat_template": ""}, "chat_template must be null or the text of a template"),
-        ({"chat_template_kwargs": [1]}, r"chat_template_kwargs must be a mapping, got \[1\]"),
+        ({"chat_template": ""}, "chat_template must be a Jinja template, got ''; leave it out"),
+        ({"chat_template_kwargs": [1]}, r"chat_template_kwargs must be a mapping of names, got \[1\]"),
         ({"append_eos": "no"}, "append_eos must be true or false, got 'no'"),
-        ({"max_length": 1}, "max_length must be an integer >= 2, got 1"),
-        ({"max_length": 1e3}, r"max_length must be an integer >= 2, got 1000\.0"),
-        ({"max_length": float("nan")}, "max_length must be an integer >= 2, got nan"),
-        ({"max_prompt_length": 0}, "max_prompt_length must be an integer >= 1, got 0"),
-        ({"max_completion_length": -5}, "max_completion_length must be an integer >= 1, got -5"),
+        ({"max_length": 1}, "max_length must be a whole number >= 2, got 1"),
+        ({"max_length": 1e3 + 0.5}, r"max_length must be a whole number >= 2, got 1000\.5"),
+        ({"max_length": float("nan")}, "max_length must be a whole number >= 2, got nan"),
+        ({"max_prompt_length": 0}, "max_prompt_length must be a whole number >= 1, got 0"),
+        ({"max_completion_length": -5}, "max_completion_length must be a whole number >= 1, got -5"),
         ({"max_completion_length": True}, "got True"),
         (
             {"max_prompt_length": 8, "max_length": 8},
-            "max_prompt_length=8 leaves no room for a completion in max_length=8",
+            r"max_prompt_length \(8\) leaves no room for a completion in max_length \(8\)",
         ),
-        ({"pad_to_multiple_of": None}, "pad_to_multiple_of must be an integer >= 1, got None"),
-        ({"max_record_bytes": 10}, "max_record_bytes must be an integer >= 1024, got 10"),
-        ({"max_reported": "10"}, "max_reported must be an integer >= 1, got '10'"),
+        ({"pad_to_multiple_of": None}, "pad_to_multiple_of must be a whole number >= 1, got None"),
+        ({"max_record_bytes": 10}, "max_record_bytes must be a whole number >= 1024, got 10"),
+        ({"max_reported": "10"}, "max_reported must be a whole number >= 1, got '10'"),
     ],
 )
 def test_config_bad_value_is_named(options: dict, match: str) -> None:
@@ -51,9 +51,9 @@ def test_config_reports_all_problems_at_once() -> None:
     bad = {"train": 3, "format": "csv", "append_eos": 1, "prompt_field": None, "max_length": 0, "max_reported": 0}
     with pytest.raises(ConfigError) as caught:
         DataConfig(**bad)
-    lines = str(caught.value).splitlines()
-    assert len(lines) == len(bad)
-    assert all(any(line.startswith(name) for line in lines) for name in bad)
+    assert {problem.key for problem in caught.value.problems} == set(bad)
+    heading, *lines = str(caught.value).splitlines()
+    assert heading == "DataConfig:" and len(lines) == len(bad)
 
 
 def test_config_cannot_be_changed_after_the_check() -> None:

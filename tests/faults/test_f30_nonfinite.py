@@ -115,5 +115,5 @@ def test_train_skips_at_most_three_steps_in_a_row(rank_pool_2: RankPool, tmp_pat
 
 
 def test_on_nonfinite_takes_two_values() -> None:
-    with pytest.raises(ConfigError, match="on_nonfinite must be stop or skip; got 'ignore'"):
+    with pytest.raises(ConfigError, match="on_nonfinite must be one of stop, skip; got 'ignore'"):
         TrainingArguments(on_nonfinite="ignore")

@@ -62,7 +62,7 @@ def test_prune_that_is_cut_off_leaves_no_half_checkpoint(tmp_path: Path, monkeyp
 
 
 def test_save_total_limit_of_one_is_refused() -> None:
-    with pytest.raises(ConfigError, match="save_total_limit must be >= 2"):
+    with pytest.raises(ConfigError, match="save_total_limit must be a whole number >= 2"):
         TrainingArguments(save_total_limit=1)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fastpref.checkpoint.hf import read_config
-from fastpref.errors import ConfigError
+from fastpref.errors import ConfigError, Problem
 from fastpref.run.architecture.config_reader import ConfigReader
 from fastpref.run.architecture.experts import Experts, read_experts
 from fastpref.run.architecture.families import FAMILIES, Activation, Family, Window
@@ -111,17 +111,17 @@ class Architecture:
                 the message lists everything at once.
         """
         if config.get("auto_map"):
-            raise ConfigError(
-                "auto_map asks for Python code of the model's own, which never runs here; use a plain model"
-            )
+            text = "asks for Python code of the model's own, which never runs here; use a plain model"
+            raise ConfigError([Problem("auto_map", text)], "config.json")
         family = FAMILIES.get(config.get("model_type", ""))
         if family is None:
-            raise ConfigError(f"model_type must be one of {', '.join(FAMILIES)}, got {config.get('model_type')!r}")
+            text = f"must be one of {', '.join(FAMILIES)}, got {config.get('model_type')!r}"
+            raise ConfigError([Problem("model_type", text)], "config.json")
         reader = ConfigReader(config)
         reader.take("model_type", str)
         architecture = _read(cls, reader, config["model_type"], family)
         if architecture is None:
-            raise ConfigError("config.json: " + "; ".join(reader.problems))
+            raise ConfigError(reader.problems, "config.json")
         return architecture
 
 
@@ -154,17 +154,17 @@ def _read(cls: type[Architecture], reader: ConfigReader, model_type: str, family
     window, sliding_layers = _read_window(reader, family.window, num_layers or 0)
     experts = read_experts(reader, family.experts, num_layers or 0, sizes["ffn_hidden_size"])
     reader.problems += [
-        f"{key} = {reader.left[key]!r} is not supported for {model_type}; remove it if it has no effect on the model"
-        for key in sorted(reader.left)
+        Problem(key, f"= {value!r} is not supported for {model_type}; remove it if it has no effect on the model")
+        for key, value in sorted(reader.left.items())
     ]
     if not reader.problems:
         if sizes["head_dim"] is None:
             if hidden_size % num_heads:
-                reader.problems.append(f"num_attention_heads {num_heads} must divide hidden_size {hidden_size}")
+                reader.note("num_attention_heads", f"{num_heads} must divide hidden_size {hidden_size}")
             sizes["head_dim"] = hidden_size // num_heads
         if num_heads % sizes["num_query_groups"]:
-            reader.problems.append(
-                f"num_key_value_heads {sizes['num_query_groups']} must divide num_attention_heads {num_heads}"
+            reader.note(
+                "num_key_value_heads", f"{sizes['num_query_groups']} must divide num_attention_heads {num_heads}"
             )
     if reader.problems or rope is None:
         return None
@@ -206,16 +206,16 @@ def _read_window(reader: ConfigReader, family: Window | None, num_layers: int) -
         in_use = reader.take("use_sliding_window", bool, False)
         first = reader.left.pop("max_window_layers", 28)
         if not isinstance(first, int) or isinstance(first, bool) or first < 0:
-            reader.problems.append(f"max_window_layers must be a whole number >= 0, got {first!r}")
+            reader.note("max_window_layers", f"must be a whole number >= 0, got {first!r}")
             first = 0
         num_full = first if in_use and window else num_layers
         default = ["full_attention"] * min(num_full, num_layers) + ["sliding_attention"] * (num_layers - num_full)
     kinds = reader.take("layer_types", list, None) or default
     if len(kinds) != num_layers or not set(kinds) <= {"full_attention", "sliding_attention"}:
-        reader.problems.append(
-            f"layer_types must name full_attention or sliding_attention for {num_layers} layers, got {kinds}"
+        reader.note(
+            "layer_types", f"must name full_attention or sliding_attention for {num_layers} layers, got {kinds}"
         )
     sliding = tuple(kind == "sliding_attention" for kind in kinds)
     if any(sliding) and not (in_use and window):
-        reader.problems.append("layer_types names sliding_attention, but use_sliding_window or sliding_window is off")
+        reader.note("layer_types", "names sliding_attention, but use_sliding_window or sliding_window is off")
     return (window, sliding) if any(sliding) else (None, ())

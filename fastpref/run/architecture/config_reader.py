@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from fastpref.errors import Problem
+
 # Keys without effect on the weights or the forward pass of training.
 INERT_KEYS = frozenset(
     {
@@ -62,7 +64,11 @@ class ConfigReader:
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.left = {key: value for key, value in config.items() if value is not None and key not in INERT_KEYS}
         self.nulls = {key for key, value in config.items() if value is None}
-        self.problems: list[str] = []
+        self.problems: list[Problem] = []
+
+    def note(self, key: str, text: str) -> None:
+        """Remember that a key is wrong."""
+        self.problems.append(Problem(key, text))
 
     def take(self, key: str, kind: type, default: Any = ...) -> Any:
         """Take a value of a type, numbers finite and > 0; `default` where the key is absent.
@@ -72,14 +78,14 @@ class ConfigReader:
         """
         value = self.left.pop(key, default)
         if value is ...:
-            self.problems.append(f"{key} is missing")
+            self.note(key, "is missing")
             return None
         good = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
         if value is not default and not good:
-            self.problems.append(f"{key} must be of type {kind.__name__}, got {value!r}")
+            self.note(key, f"must be of type {kind.__name__}, got {value!r}")
             return None
         if value is not None and kind in (int, float) and not 0 < value < math.inf:
-            self.problems.append(f"{key} must be a finite number > 0, got {value!r}")
+            self.note(key, f"must be a finite number > 0, got {value!r}")
             return None
         return value
 
@@ -92,7 +98,7 @@ class ConfigReader:
             absent: what its absence means; that value by default.
         """
         if key not in self.left and absent not in (..., supported):
-            self.problems.append(f"{key} must be {supported!r}, and its absence means {absent!r}: set it")
+            self.note(key, f"must be {supported!r}, and its absence means {absent!r}: set it")
         value = self.left.pop(key, supported)
         if value != supported:
-            self.problems.append(f"{key} must be {supported!r}, got {value!r}: other values are not implemented")
+            self.note(key, f"must be {supported!r}, got {value!r}: other values are not implemented")

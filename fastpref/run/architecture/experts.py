@@ -53,14 +53,15 @@ def read_experts(
     reader.take("output_router_logits", bool, False)
     coefficient = reader.left.pop("router_aux_loss_coef", 0.001)
     if isinstance(coefficient, bool) or not isinstance(coefficient, (int, float)) or not 0 <= coefficient < math.inf:
-        reader.problems.append(f"router_aux_loss_coef must be a finite number >= 0, got {coefficient!r}")
+        reader.note("router_aux_loss_coef", f"must be a finite number >= 0, got {coefficient!r}")
     if num_experts is not None and per_token is not None and per_token > num_experts:
-        reader.problems.append(f"num_experts_per_tok {per_token} must be at most the number of experts {num_experts}")
+        reader.note("num_experts_per_tok", f"{per_token} must be at most the number of experts {num_experts}")
     if per_token == 1 and norm_topk_prob:
-        reader.problems.append(
-            "num_experts_per_tok 1 gives every expert the weight 1 when weights are divided by their sum, which leaves "
-            "the router without a gradient: this is not implemented"
+        text = (
+            "1 gives every expert the weight 1 when weights are divided by their sum, which leaves the router without "
+            "a gradient: this is not implemented"
         )
+        reader.note("num_experts_per_tok", text)
     if num_experts is None or per_token is None or ffn_hidden_size is None or norm_topk_prob is None:
         return None
     return Experts(
@@ -78,7 +79,7 @@ def _read_num_experts(reader: ConfigReader, default: int) -> int | None:
     given: dict[str, Any] = {key: reader.take(key, int, None) for key in ("num_experts", "num_local_experts")}
     values = {value for value in given.values() if value is not None}
     if len(values) > 1:
-        reader.problems.append(f"num_experts and num_local_experts contradict each other: {given}; keep one")
+        reader.note("num_experts", f"and num_local_experts contradict each other: {given}; keep one")
     return values.pop() if values else default
 
 
@@ -87,11 +88,12 @@ def _read_layers(reader: ConfigReader, num_layers: int, dense_family: str) -> tu
     dense = reader.take("mlp_only_layers", list, [])
     wrong = [index for index in dense or [] if isinstance(index, bool) or not isinstance(index, int)]
     if wrong:
-        reader.problems.append(f"mlp_only_layers must hold layer numbers, got {dense}")
+        reader.note("mlp_only_layers", f"must hold layer numbers, got {dense}")
         return ()
     layers = tuple(index not in (dense or []) and (index + 1) % step == 0 for index in range(num_layers))
     if num_layers and not any(layers):
-        reader.problems.append(
-            f"decoder_sparse_step and mlp_only_layers leave no layer with experts; use model_type {dense_family}"
+        reader.note(
+            "decoder_sparse_step",
+            f"and mlp_only_layers leave no layer with experts; use model_type {dense_family}",
         )
     return layers

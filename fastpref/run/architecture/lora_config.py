@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from fastpref.errors import ConfigError
+from fastpref.errors import Problem
+from fastpref.validation import Rule, validate
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_RULES = {
+    "lora_alpha": Rule(above=0),
+    "lora_dropout": Rule(at_least=0, below=1),
+    "target_modules": Rule(choices=TARGETS),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,21 +42,12 @@ class LoraConfig:
     """Adapter directory, as peft writes it, to start from; None starts at the model itself (B is zero)."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "target_modules", tuple(self.target_modules))
-        problems = []
-        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
-            problems.append(f"r must be a whole number >= 1, got {self.r!r}")
-        if not 0 < self.lora_alpha < math.inf:
-            problems.append(f"lora_alpha must be a finite number > 0, got {self.lora_alpha}")
-        if not 0 <= self.lora_dropout < 1:
-            problems.append(f"lora_dropout must be in [0, 1), got {self.lora_dropout}")
-        unknown = [name for name in self.target_modules if name not in TARGETS]
-        if unknown:
-            problems.append(f"target_modules must be among {', '.join(TARGETS)}; got {', '.join(unknown)}")
+        validate(self, _RULES, LoraConfig._combination_problems)
+
+    def _combination_problems(self) -> Iterator[Problem]:
         if not self.target_modules or len(set(self.target_modules)) != len(self.target_modules):
-            problems.append(f"target_modules must name at least one layer, each once; got {list(self.target_modules)}")
-        if problems:
-            raise ConfigError("; ".join(problems))
+            text = f"must name at least one layer, each once; got {list(self.target_modules)}"
+            yield Problem("target_modules", text)
 
     @property
     def scaling(self) -> float:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastpref.errors import Problem
 from fastpref.run.architecture.config_reader import ConfigReader
 
 _ROPE_KEYS = {
@@ -71,9 +72,7 @@ def read_ropes(
     by_kind = reader.take("rope_parameters", dict, {}) or {}
     unknown = sorted(set(by_kind) - {"full_attention", "sliding_attention"})
     if unknown:
-        reader.problems.append(
-            f"rope_parameters must hold full_attention and sliding_attention, got {', '.join(unknown)}"
-        )
+        reader.note("rope_parameters", f"must hold full_attention and sliding_attention, got {', '.join(unknown)}")
     full = {key: reader.left.pop(key, None) for key in ("rope_theta", "rope_scaling")}
     local = {"rope_theta": reader.left.pop("rope_local_base_freq", None)}
     ropes = []
@@ -83,7 +82,7 @@ def read_ropes(
     ):
         inner = ConfigReader({**older, "rope_parameters": by_kind.get(kind)})
         ropes.append(_read_rope(inner, max_positions, theta))
-        reader.problems += [f"{kind}: {problem}" for problem in inner.problems]
+        reader.problems += [problem.under(kind) for problem in inner.problems]
     return ropes[0], ropes[1]
 
 
@@ -92,10 +91,10 @@ def _read_rope(reader: ConfigReader, max_positions: int | None, default_theta: f
     theta = reader.take("rope_theta", float, None)
     current, older = reader.left.pop("rope_parameters", None), reader.left.pop("rope_scaling", None)
     if current and older and current != older:
-        reader.problems.append(f"rope_parameters {current} and rope_scaling {older} contradict each other; keep one")
+        reader.note("rope_parameters", f"{current} and rope_scaling {older} contradict each other; keep one")
     settings = current or older or {}
     if not isinstance(settings, dict):
-        reader.problems.append(f"rope_parameters must be an object, got {settings!r}")
+        reader.note("rope_parameters", f"must be an object, got {settings!r}")
         return None
     inner = ConfigReader(settings)
     kind = inner.take("type", str, None)
@@ -104,7 +103,7 @@ def _read_rope(reader: ConfigReader, max_positions: int | None, default_theta: f
     inner.left.setdefault("partial_rotary_factor", reader.left.pop("partial_rotary_factor", 1.0))
     inner.require("partial_rotary_factor", 1.0)
     if kind not in _ROPE_KEYS:
-        inner.problems.append(f"rope_type must be one of {', '.join(_ROPE_KEYS)}, got {kind!r}")
+        inner.note("rope_type", f"must be one of {', '.join(_ROPE_KEYS)}, got {kind!r}")
         inner.left.clear()
     values = {}
     for key in sorted(_ROPE_KEYS.get(kind, ())):
@@ -112,9 +111,9 @@ def _read_rope(reader: ConfigReader, max_positions: int | None, default_theta: f
         field = "original_max_positions" if is_length else key
         values[field] = inner.take(key, int if is_length else float, max_positions if is_length else ...)
     if theta is not None and inner_theta != theta:
-        inner.problems.append(f"rope_theta is {inner_theta} here and {theta} outside")
-    inner.problems += [f"{key} = {value!r} is not supported" for key, value in sorted(inner.left.items())]
+        inner.note("rope_theta", f"is {inner_theta} here and {theta} outside")
+    inner.problems += [Problem(key, f"= {value!r} is not supported") for key, value in sorted(inner.left.items())]
     if not inner.problems and kind == "llama3" and values["low_freq_factor"] >= values["high_freq_factor"]:
-        inner.problems.append(f"low_freq_factor must be < high_freq_factor, got {values}")
-    reader.problems += [f"rope_parameters: {problem}" for problem in inner.problems]
+        inner.note("low_freq_factor", f"must be < high_freq_factor, got {values}")
+    reader.problems += [problem.under("rope_parameters") for problem in inner.problems]
     return None if inner.problems else Rope(inner_theta, kind, **values)

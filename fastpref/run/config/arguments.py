@@ -8,38 +8,18 @@ chooses the number of microbatches and the pairs of each.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from fastpref.errors import ConfigError
+from fastpref.errors import Problem
 from fastpref.run.config.layout import ParallelLayout, schedule_problems, size_problems
+from fastpref.validation import Rule, validate
 
-Rule = tuple[str, Callable[[float], bool]]
-_AT_LEAST_ONE: Rule = ("a whole number >= 1", lambda value: value >= 1)
-_NOT_NEGATIVE: Rule = ("a finite number >= 0", lambda value: value >= 0)
-_FRACTION: Rule = ("in [0, 1)", lambda value: 0 <= value < 1)
-_LEARNING_RATE: Rule = ("in [0, 10]", lambda value: 0 <= value <= 10)
-# Fields whose range is not the usual one of their type (int: >= 1, float: >= 0).
-_RULES: dict[str, Rule] = {
-    "learning_rate": _LEARNING_RATE,
-    "min_lr": _LEARNING_RATE,
-    "seed": _NOT_NEGATIVE,
-    "warmup_steps": _NOT_NEGATIVE,
-    "warmup_ratio": _FRACTION,
-    "adam_beta1": _FRACTION,
-    "adam_beta2": _FRACTION,
-    "adam_epsilon": ("a finite number > 0", lambda value: value > 0),
-    "active_eps": ("in (0, 1)", lambda value: 0 < value < 1),
-    "virtual_pipeline_model_parallel_size": (">= 2; leave it out for one chunk per stage", lambda value: value >= 2),
-    "save_total_limit": (">= 2, so that one good checkpoint survives a bad one", lambda value: value >= 2),
-}
 LR_SCHEDULES = ("constant", "linear", "cosine", "inverse-square-root")
-HEAD_BACKWARDS = ("auto", "active", "exact", "recompute", "cached")
-PIPELINE_BALANCES = ("even", "head_cost")
 REPORT_TARGETS = ("tensorboard", "wandb")
 CHANGEABLE = (
     *("learning_rate", "min_lr", "lr_scheduler_type", "warmup_steps", "total_steps", "weight_decay"),
@@ -48,6 +28,22 @@ CHANGEABLE = (
 )
 """What a run may go on with changed, by request. Any other change would lose or repeat pairs (seed, batch, data), or
 misread what was saved (model, adapters, number format, form of the optimizer)."""
+_RULES = {
+    "seed": Rule(at_least=0),
+    "learning_rate": Rule(at_least=0, at_most=10),
+    "min_lr": Rule(at_least=0, at_most=10),
+    "lr_scheduler_type": Rule(choices=LR_SCHEDULES),
+    "warmup_steps": Rule(at_least=0),
+    "warmup_ratio": Rule(at_least=0, below=1),
+    "adam_beta1": Rule(at_least=0, below=1),
+    "adam_beta2": Rule(at_least=0, below=1),
+    "adam_epsilon": Rule(above=0),
+    "active_eps": Rule(above=0, below=1),
+    "virtual_pipeline_model_parallel_size": Rule(at_least=2, hint="leave it out for one chunk per stage"),
+    "report_to": Rule(choices=REPORT_TARGETS),
+    "save_total_limit": Rule(at_least=2, hint="one good checkpoint has to survive a bad one"),
+    "resume_allow_changes": Rule(choices=CHANGEABLE),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,103 +187,60 @@ class TrainingArguments(OptimizationArguments, PrecisionArguments, ParallelArgum
     """
 
     def __post_init__(self) -> None:
-        for name in ("report_to", "resume_allow_changes"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        problems = self._number_problems()
-        # A combination can only be judged once its parts are numbers.
-        problems += [] if any("must be a number" in problem for problem in problems) else self._combination_problems()
-        if problems:
-            raise ConfigError("; ".join(problems))
+        validate(self, _RULES, TrainingArguments._combination_problems)
 
-    def _number_problems(self) -> list[str]:
-        problems = []
-        for field in fields(self):
-            value, kind = getattr(self, field.name), str(field.type).split()[0]
-            if value is None or kind not in ("int", "float"):
-                continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                problems.append(f"{field.name} must be a number, got {value!r}")
-                continue
-            rule, holds = _RULES.get(field.name, _AT_LEAST_ONE if kind == "int" else _NOT_NEGATIVE)
-            if not math.isfinite(value) or not holds(value):
-                problems.append(f"{field.name} must be {rule}, got {value}")
-            elif kind == "int" and value != int(value):
-                problems.append(f"{field.name} must be a whole number, got {value}")
-        return problems
-
-    def _combination_problems(self) -> list[str]:
-        problems = []
+    def _combination_problems(self) -> Iterator[Problem]:
         if self.bf16 and self.fp16:
-            problems.append("bf16 and fp16 exclude each other; set one of them")
-        if self.lr_scheduler_type not in LR_SCHEDULES:
-            problems.append(
-                f"lr_scheduler_type must be one of {', '.join(LR_SCHEDULES)}; got {self.lr_scheduler_type!r}"
-            )
-        if self.recompute_granularity not in (None, "full", "selective"):
-            problems.append(
-                f"recompute_granularity must be full, selective or None; got {self.recompute_granularity!r}"
-            )
-        if self.head_backward not in HEAD_BACKWARDS:
-            problems.append(f"head_backward must be one of {', '.join(HEAD_BACKWARDS)}; got {self.head_backward!r}")
-        if self.on_nonfinite not in ("stop", "skip"):
-            problems.append(f"on_nonfinite must be stop or skip; got {self.on_nonfinite!r}")
+            yield Problem("bf16", "and fp16 exclude each other; set one of them", ("fp16",))
         is_active = self.head_backward == "active" or (self.head_backward == "auto" and (self.bf16 or self.fp16))
         if self.active_eps is not None and not is_active:
-            problems.append(
-                f"active_eps ({self.active_eps}) is used by an active backward pass only, got head_backward "
-                f"{self.head_backward!r}; set head_backward to active, or leave active_eps out"
+            yield Problem(
+                "active_eps",
+                f"({self.active_eps}) is used by an active backward pass only, got head_backward "
+                f"{self.head_backward!r}; set head_backward to active, or leave active_eps out",
+                ("head_backward", "bf16", "fp16"),
             )
         if self.min_lr > self.learning_rate:
-            problems.append(f"min_lr ({self.min_lr}) must not exceed learning_rate ({self.learning_rate})")
+            text = f"({self.min_lr}) must not exceed learning_rate ({self.learning_rate})"
+            yield Problem("min_lr", text, ("learning_rate",))
         if self.warmup_ratio is not None and self.warmup_steps:
-            problems.append("warmup_ratio and warmup_steps exclude each other; set one of them")
-        if self.async_save and self.save_steps is None:
-            problems.append(
-                "async_save is used by saves between steps only, got save_steps None; set save_steps or leave it out"
-            )
-        problems += self._packing_problems()
-        problems += self._resume_problems()
-        problems += size_problems(self.layout)
-        problems += schedule_problems(self.layout, self.gradient_accumulation_steps)
-        if self.pipeline_balance not in PIPELINE_BALANCES:
-            problems.append(
-                f"pipeline_balance must be one of {', '.join(PIPELINE_BALANCES)}; got {self.pipeline_balance!r}"
-            )
+            yield Problem("warmup_ratio", "and warmup_steps exclude each other; set one of them", ("warmup_steps",))
+        yield from self._packing_problems()
+        yield from self._saving_problems()
+        yield from size_problems(self.layout)
+        yield from schedule_problems(self.layout, self.gradient_accumulation_steps)
         if self.pipeline_balance == "head_cost" and self.pipeline_model_parallel_size == 1:
-            problems.append("pipeline_balance head_cost needs pipeline_model_parallel_size >= 2, got 1; leave it out")
+            text = "head_cost needs pipeline_model_parallel_size >= 2, got 1; leave it out"
+            yield Problem("pipeline_balance", text, ("pipeline_model_parallel_size",))
         if self.overlap_param_gather and not (self.use_distributed_optimizer and self.overlap_grad_reduce):
-            problems.append(
-                "overlap_param_gather needs use_distributed_optimizer and overlap_grad_reduce; set both or leave it out"
-            )
-        for target in self.report_to:
-            if target not in REPORT_TARGETS:
-                problems.append(f"report_to must name only {', '.join(REPORT_TARGETS)}; got {target!r}")
-        return problems
+            text = "needs use_distributed_optimizer and overlap_grad_reduce; set both or leave it out"
+            yield Problem("overlap_param_gather", text, ("use_distributed_optimizer", "overlap_grad_reduce"))
 
-    def _resume_problems(self) -> list[str]:
-        names, problems = self.resume_allow_changes, []
-        if names and self.resume_from_checkpoint is None:
-            problems.append(
-                f"resume_allow_changes ({', '.join(names)}) is for a run that goes on; set resume_from_checkpoint, or "
-                "leave it out"
-            )
-        for name in names:
-            if name not in CHANGEABLE:
-                problems.append(f"resume_allow_changes must name only {', '.join(CHANGEABLE)}; got {name!r}")
-        return problems
-
-    def _packing_problems(self) -> list[str]:
-        problems = []
+    def _packing_problems(self) -> Iterator[Problem]:
         for name in ("prefix_sharing", "pack_length"):
             value = getattr(self, name)
             if value and not self.packing:
-                problems.append(f"{name} ({value}) is used by packed rows only; set packing to true or leave it out")
+                text = f"({value}) is used by packed rows only; set packing to true or leave it out"
+                yield Problem(name, text, ("packing",))
         if self.packing and self.per_device_eval_batch_size is not None:
-            problems.append(
-                "per_device_eval_batch_size and packing exclude each other: a packed evaluation takes as many pairs "
-                "at a time as an optimizer step; leave one out"
+            yield Problem(
+                "per_device_eval_batch_size",
+                "and packing exclude each other: a packed evaluation takes as many pairs at a time as an optimizer "
+                "step; leave one out",
+                ("packing",),
             )
-        return problems
+
+    def _saving_problems(self) -> Iterator[Problem]:
+        if self.async_save and self.save_steps is None:
+            text = "is used by saves between steps only, got save_steps None; set save_steps or leave it out"
+            yield Problem("async_save", text, ("save_steps",))
+        if self.resume_allow_changes and self.resume_from_checkpoint is None:
+            yield Problem(
+                "resume_allow_changes",
+                f"({', '.join(self.resume_allow_changes)}) is for a run that goes on; set resume_from_checkpoint, or "
+                "leave it out",
+                ("resume_from_checkpoint",),
+            )
 
     @property
     def layout(self) -> ParallelLayout:

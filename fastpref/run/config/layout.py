@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from fastpref.errors import Problem
+
 if TYPE_CHECKING:
     from fastpref.run.architecture.architecture import Architecture
 
@@ -75,36 +77,37 @@ class ParallelLayout:
         return world_size // self.row_ranks
 
 
-def size_problems(layout: ParallelLayout) -> Iterator[str]:
+def size_problems(layout: ParallelLayout) -> Iterator[Problem]:
     """Yield what is wrong with the sizes by themselves."""
     for field, name in ARGUMENT_NAMES.items():
         size = getattr(layout, field)
         if size is not None and size < 1:
-            yield f"{name} must be >= 1, got {size}"
+            yield Problem(name, f"must be >= 1, got {size}")
     if layout.sequence_parallel and layout.tp == 1:
-        yield "sequence_parallel needs tensor_model_parallel_size >= 2, got 1; raise it or leave sequence_parallel out"
+        tp = ARGUMENT_NAMES["tp"]
+        yield Problem("sequence_parallel", f"needs {tp} >= 2, got 1; raise it or leave sequence_parallel out", (tp,))
     if layout.vpp is not None and layout.pp == 1:
-        yield (
-            f"virtual_pipeline_model_parallel_size {layout.vpp} needs pipeline_model_parallel_size >= 2, got 1; "
-            "raise it or leave virtual_pipeline_model_parallel_size out"
-        )
+        vpp, pp = ARGUMENT_NAMES["vpp"], ARGUMENT_NAMES["pp"]
+        yield Problem(vpp, f"{layout.vpp} needs {pp} >= 2, got 1; raise it or leave {vpp} out", (pp,))
 
 
-def world_problems(layout: ParallelLayout, world_size: int) -> Iterator[str]:
+def world_problems(layout: ParallelLayout, world_size: int) -> Iterator[Problem]:
     """Yield why `world_size` ranks cannot take the layout."""
     for fields in (("tp", "pp", "cp"), ("pp", "ep")):
         sizes = {ARGUMENT_NAMES[field]: getattr(layout, field) for field in fields if getattr(layout, field) > 1}
         if world_size % math.prod(sizes.values()):
             fitting = _nearest(world_size, lambda ranks: ranks % layout.fewest_ranks == 0)
-            yield (
-                f"the number of ranks must be a multiple of {' * '.join(sizes)} = "
-                f"{' * '.join(map(str, sizes.values()))}, got {world_size}; "
-                f"start {fitting} (torchrun --nproc-per-node) or lower a size"
+            first, *others = sizes
+            yield Problem(
+                first,
+                f"{''.join(f'* {name} ' for name in others)}= {' * '.join(map(str, sizes.values()))} must divide the "
+                f"number of ranks, got {world_size}; start {fitting} (torchrun --nproc-per-node) or lower a size",
+                tuple(others),
             )
             return
 
 
-def model_problems(layout: ParallelLayout, arch: Architecture) -> Iterator[str]:
+def model_problems(layout: ParallelLayout, arch: Architecture) -> Iterator[Problem]:
     """Yield why the model cannot be cut as the layout says."""
     rules: list[tuple[str, Callable[[int], bool]]] = [
         (f"divide num_attention_heads {arch.num_heads}", lambda tp: arch.num_heads % tp == 0),
@@ -120,47 +123,53 @@ def model_problems(layout: ParallelLayout, arch: Architecture) -> Iterator[str]:
     broken = [text for text, holds in rules if not holds(layout.tp)]
     if broken:
         fitting = _nearest(layout.tp, lambda tp: all(holds(tp) for _, holds in rules), arch.num_heads)
-        yield f"tensor_model_parallel_size must {' and '.join(broken)}, got {layout.tp}; nearest valid: {fitting}"
+        text = f"must {' and '.join(broken)}, got {layout.tp}; nearest valid: {fitting}"
+        yield Problem(ARGUMENT_NAMES["tp"], text)
     if layout.num_chunks > arch.num_layers:
-        names, chunks = ARGUMENT_NAMES["pp"], layout.vpp or 1
-        sizes = f"{layout.pp}"
-        if layout.vpp is not None:
-            names, sizes = f"{names} * {ARGUMENT_NAMES['vpp']}", f"{layout.pp} * {layout.vpp}"
-        fitting_pp = max(1, arch.num_layers // chunks)
-        yield (
-            f"{names} must not exceed num_hidden_layers {arch.num_layers}, got {sizes}; "
-            f"nearest valid: pipeline_model_parallel_size {fitting_pp}"
+        pp, vpp = ARGUMENT_NAMES["pp"], ARGUMENT_NAMES["vpp"]
+        times, sizes = ("", layout.pp) if layout.vpp is None else (f"* {vpp} ", f"{layout.pp} * {layout.vpp}")
+        fitting_pp = max(1, arch.num_layers // (layout.vpp or 1))
+        yield Problem(
+            pp,
+            f"{times}must not exceed num_hidden_layers {arch.num_layers}, got {sizes}; "
+            f"nearest valid: {pp} {fitting_pp}",
+            (vpp,),
         )
     yield from _expert_problems(layout, arch)
 
 
-def _expert_problems(layout: ParallelLayout, arch: Architecture) -> Iterator[str]:
-    experts = arch.experts
+def _expert_problems(layout: ParallelLayout, arch: Architecture) -> Iterator[Problem]:
+    experts, ep = arch.experts, ARGUMENT_NAMES["ep"]
     if experts is None:
         if layout.ep > 1:
-            yield f"expert_model_parallel_size must be 1 for {arch.model_type}, which has no experts, got {layout.ep}"
+            yield Problem(ep, f"must be 1 for {arch.model_type}, which has no experts, got {layout.ep}")
         return
     if experts.num_experts % layout.ep:
         fitting = _nearest(layout.ep, lambda ep: experts.num_experts % ep == 0, experts.num_experts)
-        yield (
-            f"expert_model_parallel_size must divide the model's number of experts {experts.num_experts}, got "
-            f"{layout.ep}; nearest valid: {fitting}"
+        yield Problem(
+            ep,
+            f"must divide the model's number of experts {experts.num_experts}, got {layout.ep}; nearest valid: "
+            f"{fitting}",
         )
     if layout.tp > 1 and not layout.sequence_parallel:
-        yield (
-            f"tensor_model_parallel_size {layout.tp} needs sequence_parallel for a model with experts, or every rank "
-            "would send every token; set sequence_parallel: true"
+        yield Problem(
+            ARGUMENT_NAMES["tp"],
+            f"{layout.tp} needs sequence_parallel for a model with experts, or every rank would send every token; set "
+            "sequence_parallel: true",
+            ("sequence_parallel",),
         )
 
 
-def schedule_problems(layout: ParallelLayout, gradient_accumulation_steps: int) -> Iterator[str]:
+def schedule_problems(layout: ParallelLayout, gradient_accumulation_steps: int) -> Iterator[Problem]:
     """Yield why the pipeline schedule cannot run a step of so many microbatches."""
     if layout.vpp is not None and gradient_accumulation_steps % layout.pp:
         fitting = _nearest(gradient_accumulation_steps, lambda steps: steps % layout.pp == 0)
-        yield (
-            "gradient_accumulation_steps must be a multiple of pipeline_model_parallel_size "
-            f"{layout.pp} with virtual_pipeline_model_parallel_size {layout.vpp} (the interleaved schedule runs "
-            f"microbatches in groups), got {gradient_accumulation_steps}; nearest valid: {fitting}"
+        pp, vpp = ARGUMENT_NAMES["pp"], ARGUMENT_NAMES["vpp"]
+        yield Problem(
+            "gradient_accumulation_steps",
+            f"must be a multiple of {pp} {layout.pp} with {vpp} {layout.vpp} (the interleaved schedule runs "
+            f"microbatches in groups), got {gradient_accumulation_steps}; nearest valid: {fitting}",
+            (pp, vpp),
         )
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from fastpref.data.config import DataConfig
-from fastpref.errors import ConfigError
+from fastpref.errors import Problem, raise_if_any
 from fastpref.losses import DPOConfig
 from fastpref.run.architecture.lora_config import LoraConfig
 from fastpref.run.config.arguments import TrainingArguments
+from fastpref.validation import Rule, validate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,10 +27,15 @@ class ModelConfig:
     """Tokenizer directory; None takes `path`."""
 
     def __post_init__(self) -> None:
+        validate(self, {"config": Rule(noun="mapping of names")}, ModelConfig._combination_problems)
+
+    def _combination_problems(self) -> Iterator[Problem]:
         if (self.path is None) == (self.config is None):
-            raise ConfigError("model needs exactly one of path (trained weights) and config (random weights)")
-        if self.tokenizer is None and self.path is None:
-            raise ConfigError("model.tokenizer must be set when the model is built from model.config")
+            found = "neither" if self.path is None else "both"
+            text = f"(trained weights) or config (random weights) must be given, and not both; got {found}"
+            yield Problem("path", text, ("config",))
+        elif self.tokenizer is None and self.path is None:
+            yield Problem("tokenizer", "must be set when the model is built from config", ("config", "path"))
 
     @property
     def tokenizer_path(self) -> str:
@@ -49,12 +55,15 @@ class ReferenceConfig:
     """Directory of the precomputed log-probs; None takes `reference-cache` in `training.output_dir`."""
 
     def __post_init__(self) -> None:
-        if self.mode not in ("model", "precomputed"):
-            raise ConfigError(f"mode must be model or precomputed, got {self.mode!r}")
+        validate(self, combinations=ReferenceConfig._combination_problems)
+
+    def _combination_problems(self) -> Iterator[Problem]:
         if self.cache is not None and self.mode != "precomputed":
-            raise ConfigError(
-                f"cache ({self.cache!r}) is read in mode precomputed only, got mode {self.mode!r}; set "
-                "mode: precomputed, or remove cache"
+            yield Problem(
+                "cache",
+                f"({self.cache!r}) is read in mode precomputed only, got mode {self.mode!r}; set mode: precomputed, or "
+                "remove cache",
+                ("mode",),
             )
 
 
@@ -80,11 +89,18 @@ class RunConfig:
     """Optimisation, precision, parallel layout, logging and saving."""
 
     def __post_init__(self) -> None:
+        validate(self, combinations=RunConfig._combination_problems)
+
+    def _combination_problems(self) -> Iterator[Problem]:
         if self.reference is not None and not self.loss.use_ref_model:
-            raise ConfigError(
-                f"reference is given, but pref_loss {' + '.join(self.loss.loss_names)} reads none; "
-                "remove the section or choose another loss"
+            yield Problem(
+                "reference",
+                f"is given, but pref_loss {' + '.join(self.loss.loss_names)} reads none; remove the section or choose "
+                "another loss",
+                ("loss.pref_loss",),
             )
+        for problem in batch_problems(self.training, self.loss):
+            yield problem.under("training")._replace(others=("loss.pref_loss",))
 
     @property
     def reference_path(self) -> str | None:
@@ -104,20 +120,25 @@ class RunConfig:
         return Path(given or Path(self.training.output_dir) / "reference-cache")
 
 
+def batch_problems(args: TrainingArguments, config: DPOConfig) -> Iterator[Problem]:
+    """Yield which of `args` do not fit a loss over the global batch."""
+    if not config.needs_global_batch:
+        return
+    loss = f"pref_loss {' + '.join(config.loss_names)} sorts the pairs of a whole batch"
+    if args.gradient_accumulation_steps > 1:
+        yield Problem(
+            "gradient_accumulation_steps",
+            f"must be 1, got {args.gradient_accumulation_steps}: {loss}, which must be in memory at once; raise "
+            "per_device_train_batch_size or the number of ranks instead",
+        )
+    if args.packing:
+        yield Problem("packing", f"must be false: {loss}, which packing deals to several rows")
+
+
 def check_combination(args: TrainingArguments, config: DPOConfig) -> None:
-    """Refuses settings of loss and loop that do not fit.
+    """Refuse what `batch_problems` finds.
 
     Raises:
         ConfigError: a loss over the global batch with gradient accumulation or packing.
     """
-    if config.needs_global_batch and args.gradient_accumulation_steps > 1:
-        raise ConfigError(
-            f"pref_loss {' + '.join(config.loss_names)} sorts the pairs of a whole batch, which must be in memory at "
-            f"once: gradient_accumulation_steps must be 1, got {args.gradient_accumulation_steps}; raise "
-            "per_device_train_batch_size or the number of ranks instead"
-        )
-    if config.needs_global_batch and args.packing:
-        raise ConfigError(
-            f"pref_loss {' + '.join(config.loss_names)} sorts the pairs of a whole batch, which packing deals to "
-            "several rows; set packing: false"
-        )
+    raise_if_any(batch_problems(args, config))

@@ -18,9 +18,9 @@ from typing import Any, get_args, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-from fastpref.errors import ConfigError
+from fastpref.errors import ConfigError, Problem
 from fastpref.run.config.run_config import RunConfig
-from fastpref.run.config.yaml_tree import KeyPath, Problem, YamlTree, dotted
+from fastpref.run.config.yaml_tree import Finding, KeyPath, YamlTree, dotted
 
 # What a value of the wrong type should have been, by pydantic's name of the error.
 _EXPECTED = {
@@ -32,6 +32,8 @@ _EXPECTED = {
     "string_type": "a string",
     "tuple_type": "a list",
 }
+# Sections without which no file is whole, as the checks see them where they cannot be used.
+_STAND_INS = {"model": {"path": "."}, "data": {}}
 _PLAIN_KEY = re.compile(r"(?!(?:null|true|false)$)[a-z][a-z0-9_]*")
 _NOT_PRINTABLE = re.compile("[\x7f-\xa0\u2028\u2029\ufeff\ufffe\uffff]")
 _NUMBER = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9]*)?([eE][-+]?[0-9]+)?")
@@ -53,11 +55,11 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
     tree = YamlTree.read(Path(path))
     for override in overrides:
         tree.apply(override)
-    config, problems = _validate(tree)
-    if config is None or problems:
-        problems.sort(key=lambda problem: (not problem.where.line, problem.where))
-        heading = f"{path} cannot be used:" if len(problems) == 1 else f"{path} has {len(problems)} problems:"
-        raise ConfigError("\n  ".join([heading, *map(str, problems)]))
+    config, findings = _validate(tree)
+    if config is None or findings:
+        findings.sort(key=lambda finding: (not finding.where.line, finding.where))
+        heading = f"{path} has {len(findings)} problems" if len(findings) > 1 else ""
+        raise ConfigError([finding.problem._replace(where=str(finding.where)) for finding in findings], heading)
     return config
 
 
@@ -82,17 +84,28 @@ def _json(value: Any) -> str:
     return _NOT_PRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
-def _validate(tree: YamlTree) -> tuple[RunConfig | None, list[Problem]]:
-    """Check names, then types, then the rules of the sections; a value that fails is left out of what follows."""
+def _validate(tree: YamlTree) -> tuple[RunConfig | None, list[Finding]]:
+    """Check names, then types, then the rules of the sections, then how sections fit each other.
+
+    A value that fails is left out of what follows. What is then found is only a consequence, and not reported, where it
+    depends on such a value.
+    """
     values = copy.deepcopy(tree.values)
-    problems = [*tree.problems, *_unknown_keys(tree, values, _known_keys(RunConfig), ())]
-    refused = _drop(values, problems)
-    config, errors = _check(values)
-    if type_problems := _type_problems(tree, errors):
-        problems += type_problems
-        refused |= _drop(values, type_problems)
-        config, errors = _check(values)
-    return config, [*problems, *_rule_problems(tree, errors, refused)]
+    missing = [Finding(tree.root, Problem(name, "is required"), (name,)) for name in _STAND_INS if name not in values]
+    found = [*tree.findings, *missing, *_unknown_keys(tree, values, _known_keys(RunConfig), ())]
+    findings: list[Finding] = []
+    refused: set[KeyPath] = set()
+    while True:
+        findings += [finding for finding in found if not _follows(finding, refused)]
+        for path in [finding.refused for finding in found if finding.refused]:
+            # what goes on without a key is at fault as a section
+            dropped = path[:1] if path[:2] in refused else path[:2]
+            _drop(values, dropped)
+            refused.add(dropped)
+        config, errors = _check(_STAND_INS | values)
+        found = [*_type_findings(tree, errors), *_rule_findings(tree, errors)]
+        if not found:
+            return config, findings
 
 
 def _check(values: dict[str, Any]) -> tuple[RunConfig | None, list[ErrorDetails]]:
@@ -108,16 +121,19 @@ def _adapter() -> TypeAdapter[RunConfig]:
     return TypeAdapter(RunConfig)
 
 
-def _drop(values: dict[str, Any], problems: Iterable[Problem]) -> set[str]:
-    """Remove the section or key that each problem refuses, and return their names."""
-    names = set()
-    for section, *rest in (map(str, problem.refused) for problem in problems if problem.refused):
-        if rest and isinstance(values.get(section), dict):
-            values[section].pop(rest[0], None)
-        else:
-            values.pop(section, None)
-        names.add(rest[0] if rest else section)
-    return names
+def _drop(values: dict[str, Any], path: KeyPath) -> None:
+    """Remove a section, or a key of one."""
+    *section, key = map(str, path)
+    holder = values.get(section[0]) if section else values
+    if isinstance(holder, dict):
+        holder.pop(key, None)
+
+
+def _follows(finding: Finding, refused: set[KeyPath]) -> bool:
+    """Whether a finding depends on a value that was refused before."""
+    names = (finding.problem.key, *finding.problem.others)
+    paths = [finding.refused, *(tuple(name.split(".")) for name in names)]
+    return any(path[:length] in refused for path in paths for length in range(1, len(path) + 1))
 
 
 def _known_keys(cls: type) -> dict[str, dict | None]:
@@ -131,13 +147,13 @@ def _known_keys(cls: type) -> dict[str, dict | None]:
 
 def _unknown_keys(
     tree: YamlTree, values: Mapping[str, Any], known: Mapping[str, dict | None], path: KeyPath
-) -> Iterator[Problem]:
+) -> Iterator[Finding]:
     for key, value in values.items():
         inner = (*path, key)
         section = known.get(key)
         if key not in known:
-            hint = _nearest(key, known)
-            yield Problem(tree.location(inner), f"{dotted(inner)} is not a known key; {hint}", inner)
+            problem = Problem(dotted(inner), f"is not a known key; {_nearest(key, known)}")
+            yield Finding(tree.location(inner), problem, inner)
         elif section is not None and isinstance(value, dict):
             yield from _unknown_keys(tree, value, section, inner)
 
@@ -153,21 +169,19 @@ def _nearest(key: str, known: Mapping[str, dict | None]) -> str:
     return f"known are {', '.join(known)}"
 
 
-def _type_problems(tree: YamlTree, errors: Iterable[ErrorDetails]) -> list[Problem]:
-    """One problem for each value of a wrong type; alternatives of a field are joined."""
+def _type_findings(tree: YamlTree, errors: Iterable[ErrorDetails]) -> Iterator[Finding]:
+    """One for each value of a wrong type; alternatives of a field are joined."""
     expected: dict[KeyPath, list[str]] = {}
     for error in errors:
-        if error["type"] not in ("missing", "value_error"):
+        if error["type"] != "value_error":
             rule = error.get("ctx", {}).get("expected") or _EXPECTED.get(error["type"]) or error["msg"]
             expected.setdefault(_path_in(tree, error["loc"]), []).append(rule)
-    problems = []
     for path, rules in expected.items():
         if any(other[: len(path)] == path and other != path for other in expected):
             continue  # the item inside says more
         value = tree.at(path)
-        text = f"{dotted(path)} must be {' or '.join(rules)}, got {_shown(value)}{_remedy(value, rules)}"
-        problems.append(Problem(tree.location(path), text, path))
-    return problems
+        text = f"must be {' or '.join(rules)}, got {_shown(value)}{_remedy(value, rules)}"
+        yield Finding(tree.location(path), Problem(dotted(path), text), path)
 
 
 def _path_in(tree: YamlTree, loc: tuple[str | int, ...]) -> KeyPath:
@@ -189,38 +203,17 @@ def _remedy(value: Any, rules: Sequence[str]) -> str:
         return "; remove the key to keep the default"
     if isinstance(value, str) and any("number" in rule for rule in rules) and _NUMBER.fullmatch(value):
         return "; remove the quotes"
+    if isinstance(value, str) and "a list" in rules:
+        return f"; write [{value}]"
     return ""
 
 
-def _rule_problems(tree: YamlTree, errors: Iterable[ErrorDetails], refused: set[str]) -> Iterator[Problem]:
-    """Problems that the sections' own checks found, but for those that speak of a value refused before."""
+def _rule_findings(tree: YamlTree, errors: Iterable[ErrorDetails]) -> Iterator[Finding]:
+    """What the sections' own checks found, at the place of the first key that was given."""
     for error in errors:
-        path = error["loc"]
-        if error["type"] == "missing":
-            messages = [f"{dotted(path)} is required"]
-        else:
-            messages = _split(str(error["ctx"]["error"]), path)
-        for text in messages:
-            words = re.findall(r"\w+", text)
-            if refused.isdisjoint(words):
-                inner = next(((*path, word) for word in words if (*path, word) in tree.where), path)
-                yield Problem(tree.location(inner), text)
-
-
-def _split(message: str, path: KeyPath) -> list[str]:
-    """Cut the message of a section into its problems, each beginning with the full name of a key or the section."""
-    names = _known_keys(RunConfig)
-    for step in path:
-        names = names[str(step)] or {}
-    starts = "|".join(map(re.escape, names))
-    # sections list their problems on lines, or between semicolons before the name of the next key
-    parts = re.split(rf"\n(?:- )?|; (?=(?:{starts})\b)", message)
-    prefix = dotted(path)
-    texts = []
-    for part in parts:
-        if part.endswith(":"):  # a heading
-            continue
-        if prefix and not part.startswith(prefix):
-            part = f"{prefix}.{part}" if re.match(rf"(?:{starts})\b", part) else f"{prefix}: {part}"
-        texts.append(part)
-    return texts
+        if error["type"] == "value_error":
+            section = error["loc"]
+            for problem in error["ctx"]["error"].problems:
+                paths = [(*section, *name.split(".")) for name in (problem.key, *problem.others)]
+                place = next((path for path in paths if path in tree.where), section)
+                yield Finding(tree.location(place), problem.under(dotted(section)) if section else problem, place)

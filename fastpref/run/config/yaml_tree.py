@@ -17,7 +17,7 @@ from ruamel.yaml.error import MarkedYAMLError, ReusedAnchorWarning, YAMLError
 from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-from fastpref.errors import ConfigError
+from fastpref.errors import ConfigError, Problem
 
 MAX_BYTES = 64 * 2**10
 MAX_VALUES = 10_000
@@ -44,33 +44,30 @@ class Location:
 
 
 @dataclass(frozen=True)
-class Problem:
+class Finding:
     """One thing that is wrong with a run file."""
 
     where: Location
-    text: str
+    problem: Problem
     refused: KeyPath = ()
     """The value that cannot be used because of it; empty where there is none."""
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.text}"
 
 
 @dataclass
 class YamlTree:
-    """Plain values (dict, list, str, int, float, bool, None), their locations, and the problems met on the way."""
+    """Plain values (dict, list, str, int, float, bool, None), their locations, and the faults met on the way."""
 
     root: Location
     values: dict[str, Any] = field(default_factory=dict)
     where: dict[KeyPath, Location] = field(default_factory=dict)
-    problems: list[Problem] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
 
     @classmethod
     def read(cls, path: Path) -> YamlTree:
         """Read the mapping in `path`.
 
         Raises:
-            ConfigError: unreadable, too large, no YAML, or not a mapping; smaller faults go to `problems`.
+            ConfigError: unreadable, too large, no YAML, or not a mapping; smaller faults go to `findings`.
         """
         tree = cls(root=Location(str(path), 1))
         node = _compose(_read_text(path), tree.root)
@@ -83,19 +80,19 @@ class YamlTree:
         return tree
 
     def apply(self, override: str) -> None:
-        """Set one key from `section.key=value`, the value being YAML; what is wrong with it goes to `problems`."""
+        """Set one key from `section.key=value`, the value being YAML; what is wrong with it goes to `findings`."""
         shown = override if len(override) <= 60 else override[:57] + "..."
         location = Location(f"override {shown!r}")
         name, equals, text = override.partition("=")
         keys = tuple(name.strip().split("."))
         if not equals or not all(keys):
-            self.problems.append(
-                Problem(location, "must look like section.key=value, as in training.learning_rate=1e-6")
-            )
+            text = "must look like section.key=value, as in training.learning_rate=1e-6"
+            self.findings.append(Finding(location, Problem("", text)))
             return
         node = _compose(text, location)
         if node is None:
-            self.problems.append(Problem(location, f"has no value; write {name.strip()}=null to unset the key"))
+            text = f"has no value; write {name.strip()}=null to unset the key"
+            self.findings.append(Finding(location, Problem("", text)))
             return
         parent = self.values
         for depth, key in enumerate(keys[:-1], start=1):
@@ -104,7 +101,7 @@ class YamlTree:
                 self.where[keys[:depth]] = location
             parent = parent[key]
             if not isinstance(parent, dict):
-                self.problems.append(Problem(location, f"{'.'.join(keys[:depth])} is a value and has no keys"))
+                self.findings.append(Finding(location, Problem(dotted(keys[:depth]), "is a value and has no keys")))
                 return
         for path in [path for path in self.where if path[: len(keys)] == keys]:
             del self.where[path]
@@ -145,7 +142,7 @@ class _Converter:
         try:
             return _scalar(node.value if isinstance(node, ScalarNode) else "", tag)
         except ValueError as error:
-            self._note(node, path, str(error))
+            self._note(node, path, str(error), path)
             return None
 
     def _mapping(self, node: MappingNode, path: KeyPath) -> dict[str, Any]:
@@ -158,8 +155,7 @@ class _Converter:
                 self._note(key, path, f"has a key that is not valid Unicode: {key.value!r}")
             elif key.value in values:
                 first = self.tree.where[(*path, key.value)]
-                text = f"{dotted((*path, key.value))} was given before, at {first}; keep one of the two"
-                self.tree.problems.append(Problem(self._location(key), text))
+                self._note(key, (*path, key.value), f"was given before, at {first}; keep one of the two")
             else:
                 values[key.value] = self._entry(key, value, (*path, key.value))
         return values
@@ -168,8 +164,9 @@ class _Converter:
         self.tree.where[path] = self._location(key)
         return self.convert(value, path)
 
-    def _note(self, node: Node, path: KeyPath, text: str) -> None:
-        self.tree.problems.append(Problem(self._location(node), f"{dotted(path) or 'the file'} {text}", path))
+    def _note(self, node: Node, path: KeyPath, text: str, refused: KeyPath = ()) -> None:
+        problem = Problem(dotted(path) or "the file", text)
+        self.tree.findings.append(Finding(self._location(node), problem, refused))
 
     def _location(self, node: Node) -> Location:
         return Location(self.source, node.start_mark.line + 1 if self.has_lines else 0)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from fastpref.data import IGNORE_INDEX, PackedCollator, PreferenceCollator, TokenizedPair
+from fastpref.errors import Problem
 from fastpref.kernels import plan_name
 from fastpref.run.architecture.architecture import Architecture
 from fastpref.run.config.arguments import TrainingArguments
@@ -68,14 +69,15 @@ def plan_pipeline(num_layers: int, layout: ParallelLayout, head_layers: float = 
     return PipelinePlan(layout.pp, tuple(counts))
 
 
-def expert_stage_problems(plan: PipelinePlan, arch: Architecture) -> Iterator[str]:
+def expert_stage_problems(plan: PipelinePlan, arch: Architecture) -> Iterator[Problem]:
     """Yield which stages hold no layer with experts while others do: their optimizers would wait for each other."""
     with_experts = {stage for layer, stage in enumerate(plan.layer_stages) if arch.has_experts(layer)}
     without = sorted(set(range(plan.num_stages)) - with_experts)
     if with_experts and without:
-        yield (
-            f"every pipeline stage must hold a layer with experts, got none on stages {without} of {plan.num_stages} "
-            f"(layers per stage: {list(plan.stage_layers)}); lower pipeline_model_parallel_size"
+        yield Problem(
+            "pipeline_model_parallel_size",
+            f"must leave every stage a layer with experts, got none on stages {without} of {plan.num_stages} "
+            f"(layers per stage: {list(plan.stage_layers)}); lower it",
         )
 
 

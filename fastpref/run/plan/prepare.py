@@ -26,11 +26,11 @@ from fastpref.data import (
     load_tokenizer,
     resolve_pad_token_id,
 )
-from fastpref.errors import ConfigError
+from fastpref.errors import ConfigError, Problem, raise_if_any
 from fastpref.run.architecture.adapters import AdapterFiles, adapted_linears
 from fastpref.run.architecture.architecture import Architecture
 from fastpref.run.config.layout import model_problems, world_problems
-from fastpref.run.config.run_config import RunConfig, check_combination
+from fastpref.run.config.run_config import RunConfig
 from fastpref.run.plan.pipeline import (
     SAMPLE_PAIRS,
     PipelinePlan,
@@ -150,13 +150,12 @@ def prepare(
     """
     world_size = launched_world_size() if world_size is None else world_size
     train_paths = config.data.train_paths if for_training else ()
-    _raise_if([*_path_problems(config, for_training, saves), *_evaluation_problems(config, for_training)])
+    raise_if_any([*_path_problems(config, for_training, saves), *_evaluation_problems(config, for_training)])
     if config.training.resume_from_checkpoint is not None:
         directory.candidates(config.training.checkpoint_root, config.training.resume_from_checkpoint)
-    check_combination(config.training, config.loss)
     architecture = Architecture.from_hf(hf_config_of(config))
     reference = None if reference_is_policy(config) else Architecture.of(str(config.reference_path))
-    _raise_if([*_layout_problems(config, architecture, world_size), *_reference_problems(reference, architecture)])
+    raise_if_any([*_layout_problems(config, architecture, world_size), *_reference_problems(reference, architecture)])
     _check_lora(config, architecture)
     tokenizer = load_tokenizer(config.model.tokenizer_path)
     run = PreparedRun(
@@ -173,7 +172,7 @@ def prepare(
             check_token_ids(dataset, architecture.vocab_size, resolve_pad_token_id(tokenizer))
             _check_lengths(dataset, architecture.max_positions)
             run.row_capacity(dataset)
-    _raise_if([f"training: {problem}" for problem in expert_stage_problems(run.pipeline_plan, architecture)])
+    raise_if_any(problem.under("training") for problem in expert_stage_problems(run.pipeline_plan, architecture))
     if for_training:
         _check_schedule(run)
     return run
@@ -203,7 +202,7 @@ def reference_is_policy(config: RunConfig) -> bool:
     return path is None or (config.model.path is not None and Path(path).samefile(config.model.path))
 
 
-def _path_problems(config: RunConfig, for_training: bool, saves: bool) -> Iterator[str]:
+def _path_problems(config: RunConfig, for_training: bool, saves: bool) -> Iterator[Problem]:
     directories = {
         "model.path": config.model.path,
         "model.tokenizer": config.model.tokenizer,
@@ -214,7 +213,7 @@ def _path_problems(config: RunConfig, for_training: bool, saves: bool) -> Iterat
     files += [("data.eval", path) for path in config.data.eval_paths]
     given = [(key, path) for key, path in directories.items() if path is not None]
     unusable = [
-        f"{key}: {path!r} begins with ~, which only a shell expands, or holds a NUL; write the path out"
+        Problem(key, f": {path!r} begins with ~, which only a shell expands, or holds a NUL; write the path out")
         for key, path in [*given, *files, *_new_directories(config).items()]
         if path.startswith("~") or "\0" in path
     ]
@@ -224,13 +223,13 @@ def _path_problems(config: RunConfig, for_training: bool, saves: bool) -> Iterat
     relative_to = f"relative paths start at the current directory, {Path.cwd()}"
     for key, path in given:
         if not Path(path).is_dir():
-            yield f"{key}: {path!r} is not a directory; {relative_to}"
+            yield Problem(key, f": {path!r} is not a directory; {relative_to}")
     for key, path in files:
         if not Path(path).exists():
-            yield f"{key}: {path!r} does not exist; {relative_to}"
+            yield Problem(key, f": {path!r} does not exist; {relative_to}")
     for key, path in _new_directories(config).items():
         if Path(path).exists() and not Path(path).is_dir():
-            yield f"{key}: {path!r} exists and is not a directory"
+            yield Problem(key, f": {path!r} exists and is not a directory; choose another")
     if for_training and saves:
         yield from _output_problems(config)
 
@@ -241,40 +240,43 @@ def _new_directories(config: RunConfig) -> dict[str, str]:
     return {"training.output_dir": config.training.output_dir, **cache}
 
 
-def _output_problems(config: RunConfig) -> Iterator[str]:
+def _output_problems(config: RunConfig) -> Iterator[Problem]:
     output, args = Path(config.training.output_dir), config.training
     steps = directory.finished_steps(args.checkpoint_root)
     if args.resume_from_checkpoint is None and steps:
-        yield (
-            f"training.output_dir: {str(output)!r} holds the checkpoints of another run (up to step {steps[-1]}); "
-            "continue it with training.resume_from_checkpoint=latest, or choose another directory"
+        yield Problem(
+            "training.output_dir",
+            f": {str(output)!r} holds the checkpoints of another run (up to step {steps[-1]}); continue it with "
+            "training.resume_from_checkpoint=latest, or choose another directory",
         )
 
 
-def _evaluation_problems(config: RunConfig, for_training: bool) -> Iterator[str]:
+def _evaluation_problems(config: RunConfig, for_training: bool) -> Iterator[Problem]:
     args = config.training
     if for_training and not config.data.train_paths:
-        yield "data.train names no file; training needs at least one"
+        yield Problem("data.train", "names no file; training needs at least one")
     if not for_training and not config.data.eval_paths:
-        yield "data.eval names no file; an evaluation needs at least one"
-    if for_training and not config.data.eval_paths and (args.eval_on_start or args.eval_steps is not None):
-        yield "training.eval_steps and training.eval_on_start need data.eval, which names no file"
+        yield Problem("data.eval", "names no file; an evaluation needs at least one")
+    for name in ("eval_steps", "eval_on_start"):
+        if for_training and not config.data.eval_paths and getattr(args, name):
+            text = f"({getattr(args, name)}) needs data.eval, which names no file; name one or leave {name} out"
+            yield Problem(f"training.{name}", text, ("data.eval",))
 
 
-def _layout_problems(config: RunConfig, arch: Architecture, world_size: int) -> Iterator[str]:
+def _layout_problems(config: RunConfig, arch: Architecture, world_size: int) -> Iterator[Problem]:
     layout = config.training.layout
     for problem in (*world_problems(layout, world_size), *model_problems(layout, arch)):
-        yield f"training: {problem}"
+        yield problem.under("training")
 
 
-def _reference_problems(other: Architecture | None, arch: Architecture) -> Iterator[str]:
+def _reference_problems(other: Architecture | None, arch: Architecture) -> Iterator[Problem]:
     if other is None:
         return
     for field in fields(Architecture):
         ours, theirs = getattr(arch, field.name), getattr(other, field.name)
         # neither changes what the weights compute
         if ours != theirs and field.name not in ("init_std", "max_positions"):
-            yield f"reference.path: {field.name} must be the policy's, {ours!r}, got {theirs!r}"
+            yield Problem("reference.path", f": {field.name} must be the policy's, {ours!r}, got {theirs!r}")
 
 
 def _check_lora(config: RunConfig, arch: Architecture) -> None:
@@ -305,8 +307,3 @@ def _check_schedule(run: PreparedRun) -> None:
             f"warm-up takes {warmup_steps} of {total_steps} steps; lower training.warmup_steps or "
             "training.warmup_ratio, or train longer"
         )
-
-
-def _raise_if(problems: list[str]) -> None:
-    if problems:
-        raise ConfigError("\n".join(problems))

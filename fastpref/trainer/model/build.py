@@ -6,7 +6,6 @@ functions together.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +32,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, get_tr
 from megatron.core.utils import unwrap_model
 
 from fastpref.checkpoint.hf import ModelDirectory, read_config
-from fastpref.errors import CheckpointError, ConfigError
+from fastpref.errors import CheckpointError, ConfigError, Problem, raise_if_any
 from fastpref.run.architecture.architecture import Architecture
 from fastpref.run.config.layout import model_problems, size_problems
 from fastpref.run.plan.pipeline import PipelinePlan, expert_stage_problems, plan_pipeline
@@ -51,6 +50,7 @@ from fastpref.trainer.model.moe import expert_settings
 from fastpref.trainer.model.weights import RandomTensors, TensorSource, load_parameters, save_parameters
 from fastpref.trainer.ranks.agreement import agree
 from fastpref.trainer.ranks.platform import current_layout
+from fastpref.validation import Rule, validate
 
 try:
     import transformer_engine  # noqa: F401  (Megatron's module imports without it, its classes do not work)
@@ -79,17 +79,7 @@ class ModelOptions:
     """Layers of every pipeline chunk; None cuts them evenly."""
 
     def __post_init__(self) -> None:
-        if self.params_dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise ConfigError(f"params_dtype must be float32, bfloat16 or float16, got {self.params_dtype}")
-        if self.recompute_granularity not in (None, "full", "selective"):
-            raise ConfigError(
-                f"recompute_granularity must be None, 'full' or 'selective', got {self.recompute_granularity!r}"
-            )
-        coefficient = self.moe_aux_loss_coeff
-        if coefficient is not None and not 0 <= coefficient < math.inf:
-            raise ConfigError(f"moe_aux_loss_coeff must be a finite number >= 0, got {coefficient}")
-        if self.max_sequence_length is not None and self.max_sequence_length < 1:
-            raise ConfigError(f"max_sequence_length must be >= 1 token, got {self.max_sequence_length}")
+        validate(self, {"params_dtype": Rule(choices=(torch.float32, torch.bfloat16, torch.float16))})
 
 
 def build_models(
@@ -211,14 +201,12 @@ def _check_layout(arch: Architecture, options: ModelOptions) -> None:
     problems = [*size_problems(layout), *model_problems(layout, arch)]
     longest = options.max_sequence_length
     if longest is not None and longest > arch.max_positions:
-        problems.append(
-            f"max_sequence_length {longest} is more than the model's max_position_embeddings {arch.max_positions}"
-        )
+        text = f"{longest} is more than the model's max_position_embeddings {arch.max_positions}"
+        problems.append(Problem("max_sequence_length", text))
     if not problems:
         plan = options.pipeline_plan or plan_pipeline(arch.num_layers, layout)
         problems += expert_stage_problems(plan, arch)
-    if problems:
-        raise ConfigError("; ".join(problems))
+    raise_if_any(problems)
 
 
 def transformer_config(arch: Architecture, options: ModelOptions) -> TransformerConfig:

@@ -25,7 +25,7 @@ with warnings.catch_warnings():
 
     from fastpref.trainer.ranks.cpu_platform import install_cpu_platform
 
-from fastpref.errors import ConfigError
+from fastpref.errors import ConfigError, raise_if_any
 from fastpref.run.config.arguments import TrainingArguments
 from fastpref.run.config.layout import ARGUMENT_NAMES, ParallelLayout, size_problems, world_problems
 
@@ -123,9 +123,8 @@ def initialize_model_parallel(
     if parallel_state.model_parallel_is_initialized():
         raise RuntimeError("model parallel state exists already: call destroy() before another layout")
     layout = ParallelLayout(tp=tp, pp=pp, vpp=vpp, cp=cp, ep=ep)
-    problems = list(size_problems(layout)) or list(world_problems(layout, torch.distributed.get_world_size()))
-    if problems:
-        raise ConfigError("; ".join(problems))
+    raise_if_any(size_problems(layout))
+    raise_if_any(world_problems(layout, torch.distributed.get_world_size()))
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,

@@ -119,7 +119,7 @@ def _absent_values() -> dict[str, Any]:
 
 
 def _absent_loss_options(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
-    """What `DPOConfig` makes of the options that one of two fingerprints lacks, where the others are as they are now."""
+    """What `DPOConfig` makes of options that one of two fingerprints lacks, the others being what they are now."""
     given = {
         name.removeprefix("loss."): value for name, value in now.items() if name.startswith("loss.") and name in saved
     }

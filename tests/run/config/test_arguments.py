@@ -10,11 +10,11 @@ from fastpref.trainer import TrainingArguments
     ("change", "message"),
     [
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be a whole number >= 1, got 0"),
-        ({"gradient_accumulation_steps": 1.5}, "must be a whole number, got 1.5"),
+        ({"gradient_accumulation_steps": 1.5}, "must be a whole number >= 1, got 1.5"),
         ({"learning_rate": -1.0}, r"learning_rate must be in \[0, 10\]"),
         ({"learning_rate": float("nan")}, r"learning_rate must be in \[0, 10\], got nan"),
-        ({"learning_rate": "1e-5"}, "learning_rate must be a number, got '1e-5'"),
-        ({"max_steps": True}, "max_steps must be a number, got True"),
+        ({"learning_rate": "1e-5"}, r"learning_rate must be a number in \[0, 10\], got '1e-5'"),
+        ({"max_steps": True}, "max_steps must be a whole number >= 1, got True"),
         ({"adam_beta2": 1.0}, r"adam_beta2 must be in \[0, 1\)"),
         ({"adam_epsilon": 0.0}, "adam_epsilon must be a finite number > 0"),
         ({"min_lr": 1.0}, "min_lr .* must not exceed learning_rate"),
@@ -22,7 +22,10 @@ from fastpref.trainer import TrainingArguments
         ({"bf16": True, "fp16": True}, "bf16 and fp16 exclude each other"),
         ({"warmup_steps": 3, "warmup_ratio": 0.1}, "exclude each other"),
         ({"sequence_parallel": True}, "tensor_model_parallel_size >= 2"),
-        ({"virtual_pipeline_model_parallel_size": 1}, "must be >= 2; leave it out for one chunk per stage, got 1"),
+        (
+            {"virtual_pipeline_model_parallel_size": 1},
+            "must be a whole number >= 2, got 1; leave it out for one chunk per stage",
+        ),
         ({"virtual_pipeline_model_parallel_size": 2}, "needs pipeline_model_parallel_size >= 2, got 1"),
         (
             {
@@ -35,13 +38,26 @@ from fastpref.trainer import TrainingArguments
         ({"pipeline_balance": "odd"}, "pipeline_balance must be one of even, head_cost; got 'odd'"),
         ({"pipeline_balance": "head_cost"}, "head_cost needs pipeline_model_parallel_size >= 2, got 1"),
         ({"overlap_param_gather": True}, "needs use_distributed_optimizer and overlap_grad_reduce"),
-        ({"save_total_limit": 1}, "save_total_limit must be >= 2"),
+        ({"save_total_limit": 1}, "save_total_limit must be a whole number >= 2, got 1; one good checkpoint"),
         ({"async_save": True}, "async_save is used by saves between steps only, got save_steps None"),
-        ({"report_to": ("tensorbord",)}, "report_to must name only"),
-        ({"head_backward": "actve"}, "head_backward must be one of auto, active, exact"),
+        (
+            {"report_to": ("tensorbord",)},
+            "must name only tensorboard, wandb; got 'tensorbord'; did you mean tensorboard",
+        ),
+        ({"report_to": "wandb"}, r"report_to must be a list of names, got 'wandb'; write \['wandb'\]$"),
+        (
+            {"resume_allow_changes": "loss"},
+            r"resume_allow_changes must be a list of names, got 'loss'; write \['loss'\]$",
+        ),
+        ({"shuffle": "no"}, "shuffle must be true or false, got 'no'"),
+        ({"output_dir": None}, "output_dir must be a string, got None"),
+        (
+            {"head_backward": "actve"},
+            "one of auto, active, exact, recompute, cached; got 'actve'; did you mean active?",
+        ),
         ({"active_eps": 1e-3}, "active_eps .* active backward pass only, got head_backward 'auto'; set head_backward"),
         ({"active_eps": 1.0, "bf16": True}, r"active_eps must be in \(0, 1\), got 1.0"),
-        ({"recompute_granularity": "half"}, "recompute_granularity must be full, selective or None"),
+        ({"recompute_granularity": "half"}, "recompute_granularity must be one of full, selective; got 'half'"),
     ],
 )
 def test_arguments_refuse(change: dict, message: str) -> None:

@@ -190,7 +190,7 @@ def test_load_names_the_line_of_sections_that_do_not_fit(tmp_path: Path) -> None
 
 def test_load_model_without_path_or_config(tmp_path: Path) -> None:
     path = write(tmp_path, "data: {train: x}\nmodel:\n  tokenizer: t\n")
-    with pytest.raises(ConfigError, match=r"run\.yaml:2: model needs exactly one of path .* and config"):
+    with pytest.raises(ConfigError, match=r"run\.yaml:2: model\.path \(trained weights\) or config .* got neither"):
         load_run_config(path)
 
 
@@ -198,7 +198,7 @@ def test_load_says_nothing_about_the_consequences_of_a_refused_value(tmp_path: P
     path = write(tmp_path, "data: {train: x}\nmodel:\n  path: 3\n")
     with pytest.raises(ConfigError) as caught:
         load_run_config(path)
-    assert str(caught.value).splitlines()[1:] == [f"  {path}:3: model.path must be a string, got 3"]
+    assert str(caught.value) == f"{path}:3: model.path must be a string, got 3"
 
 
 def test_load_missing_sections(tmp_path: Path) -> None:

@@ -60,4 +60,4 @@ def test_every_stage_of_a_mixture_must_hold_experts(dense: list[int], stages: in
     arch = Architecture.from_hf({**config, "mlp_only_layers": dense})
     problems = list(expert_stage_problems(plan_pipeline(4, ParallelLayout(pp=stages)), arch))
     assert len(problems) == bool(found)
-    assert all(f"got none on stages {found} of {stages} (layers per stage: [" in problem for problem in problems)
+    assert all(f"got none on stages {found} of {stages} (layers per stage: [" in str(problem) for problem in problems)

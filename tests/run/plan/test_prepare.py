@@ -45,7 +45,8 @@ def test_prepare_lists_every_missing_path(project: Path) -> None:
         "data.eval: 'less.jsonl' does not exist",
     ):
         assert f"{text}; relative paths start at the current directory, {project}" in message
-    assert len(message.splitlines()) == 5
+    heading, *lines = message.splitlines()
+    assert heading == "5 problems:" and len(lines) == 5
 
 
 def test_prepare_refuses_paths_that_only_a_shell_knows(project: Path) -> None:
@@ -85,20 +86,27 @@ def test_prepare_refuses_an_output_that_is_a_file(project: Path) -> None:
         (
             ("training.tensor_model_parallel_size=2", "training.pipeline_model_parallel_size=2"),
             6,
-            ["tensor_model_parallel_size * pipeline_model_parallel_size = 2 * 2, got 6; start 4 or 8 (torchrun"],
+            [
+                "tensor_model_parallel_size * pipeline_model_parallel_size = 2 * 2 must divide",
+                "got 6; start 4 or 8 (torchrun",
+            ],
         ),
         (
             ("training.tensor_model_parallel_size=3", "training.pipeline_model_parallel_size=3"),
             2,
-            ["a multiple of", "num_attention_heads 4", "num_hidden_layers 2"],
+            ["must divide the number of ranks", "num_attention_heads 4", "num_hidden_layers 2"],
         ),
         (("data.train=[]",), 1, ["data.train names no file"]),
         (
             ("data.eval=[]", "training.eval_steps=2"),
             1,
-            ["training.eval_steps and training.eval_on_start need data.eval"],
+            ["training.eval_steps (2) needs data.eval, which names no file"],
         ),
-        (("data.eval=[]", "training.eval_on_start=true"), 1, ["need data.eval, which names no file"]),
+        (
+            ("data.eval=[]", "training.eval_on_start=true"),
+            1,
+            ["training.eval_on_start (True) needs data.eval, which names no file"],
+        ),
         (("training.warmup_steps=3",), 1, ["warm-up takes 3 of 3 steps; lower training.warmup_steps"]),
         (("training.drop_last=true", "training.per_device_train_batch_size=6"), 1, ["10 pairs", "needs 12"]),
         (("loss.pref_loss=aot",), 1, ["aot sorts the pairs of a whole batch"]),

@@ -184,8 +184,8 @@ def test_layouts_follow_each_other_in_one_process_group(rank_pool_4: RankPool) -
     ("sizes", "message"),
     [
         ({"tp": 0}, "tensor_model_parallel_size must be >= 1, got 0"),
-        ({"tp": 2}, r"number of ranks must be a multiple of tensor_model_parallel_size = 2, got 1; start 2 "),
-        ({"ep": 2}, "must be a multiple of expert_model_parallel_size = 2, got 1"),
+        ({"tp": 2}, r"tensor_model_parallel_size = 2 must divide the number of ranks, got 1; start 2 "),
+        ({"ep": 2}, "expert_model_parallel_size = 2 must divide the number of ranks, got 1"),
         ({"vpp": 2}, "parallel_size 2 needs pipeline_model_parallel_size >= 2, got 1"),
     ],
 )
