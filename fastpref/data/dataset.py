@@ -13,7 +13,7 @@ from fastpref.data.config import DataConfig
 from fastpref.data.problems import ProblemLog
 from fastpref.data.readers import gather_pairs
 from fastpref.data.report import DataReport, Tally
-from fastpref.data.schema import FILLER_ID, IGNORE_INDEX, TokenizedPair
+from fastpref.data.schema import FILLER_ID, TokenizedPair
 from fastpref.data.tokenize import iter_tokenized
 from fastpref.errors import DataError
 
@@ -44,11 +44,11 @@ class PreferenceDataset(Sequence[TokenizedPair]):
         self.sha256 = self._digest()
 
     def _append(self, pair: TokenizedPair) -> None:
-        num_prompt = pair.num_prompt_tokens
-        prompt = pair.chosen_input_ids[:num_prompt]
-        if pair.rejected_labels.count(IGNORE_INDEX) != num_prompt or pair.rejected_input_ids[:num_prompt] != prompt:
+        (chosen, num_prompt), (rejected, num_rejected_prompt) = pair.sides
+        prompt = chosen[:num_prompt]
+        if num_rejected_prompt != num_prompt or rejected[:num_prompt] != prompt:
             raise ValueError(f"pair {len(self)} ({pair.source}): both sides must begin with the same prompt tokens")
-        for part in (prompt, pair.chosen_input_ids[num_prompt:], pair.rejected_input_ids[num_prompt:]):
+        for part in (prompt, chosen[num_prompt:], rejected[num_prompt:]):
             self._tokens.extend(part)
             self._ends.append(len(self._tokens))
         self._weights.append(pair.weight)
@@ -76,13 +76,11 @@ class PreferenceDataset(Sequence[TokenizedPair]):
         prompt = self._tokens[start : ends[0]].tolist()
         chosen = self._tokens[ends[0] : ends[1]].tolist()
         rejected = self._tokens[ends[1] : ends[2]].tolist()
-        masked = [IGNORE_INDEX] * len(prompt)
         return TokenizedPair(
             pair_id=position,
             chosen_input_ids=prompt + chosen,
-            chosen_labels=masked + chosen,
             rejected_input_ids=prompt + rejected,
-            rejected_labels=masked + rejected,
+            num_prompts=(len(prompt), len(prompt)),
             weight=self._weights[position],
             source=self._sources[position],
         )

@@ -17,13 +17,11 @@ from fastpref.errors import DataError
 
 
 def make_pair(pair_id: int, prompt: list[int], chosen: list[int], rejected: list[int], weight: float) -> TokenizedPair:
-    masked = [-100] * len(prompt)
     return TokenizedPair(
         pair_id=pair_id,
         chosen_input_ids=prompt + chosen,
-        chosen_labels=masked + chosen,
         rejected_input_ids=prompt + rejected,
-        rejected_labels=masked + rejected,
+        num_prompts=(len(prompt), len(prompt)),
         weight=weight,
         source=f"pairs.jsonl:{pair_id + 1}",
     )
@@ -62,6 +60,12 @@ def test_dataset_sha256_changes_with_any_change(parts: list, data: st.DataObject
     assert PreferenceDataset([make_pair(i, *fields) for i, fields in enumerate(changed)]).sha256 != before
 
 
+def test_dataset_sha256_is_the_one_that_caches_and_checkpoints_hold() -> None:
+    pairs = [make_pair(0, [1, 2], [3], [4, 5], 0.5), make_pair(1, [7], [70000], [8], 1.0)]
+    known = "0c092ca3e4d81c545dbd243d40419e1f913a413daf34ccf5553ccc5669d0d24b"
+    assert PreferenceDataset(pairs).sha256 == known
+
+
 def test_dataset_sha256_sees_a_moved_boundary() -> None:
     moved = [make_pair(0, [1, 2], [3], [4], 1.0)], [make_pair(0, [1], [2, 3], [4], 1.0)]
     assert PreferenceDataset(moved[0]).sha256 != PreferenceDataset(moved[1]).sha256
@@ -76,18 +80,18 @@ def test_dataset_select_fills_with_the_shortest_pair_at_weight_zero() -> None:
 
 
 def test_dataset_two_sides_with_other_prompts_are_refused() -> None:
-    pair = TokenizedPair(
-        pair_id=0,
-        chosen_input_ids=[1, 2],
-        chosen_labels=[-100, 2],
-        rejected_input_ids=[9, 2],
-        rejected_labels=[-100, 2],
-        source="pairs.jsonl:1",
-    )
-    with pytest.raises(
-        ValueError, match=r"pair 0 \(pairs\.jsonl:1\): both sides must begin with the same prompt tokens"
-    ):
-        PreferenceDataset([pair])
+    for rejected, num_prompt in ([9, 2], 1), ([1, 1, 2], 2):
+        pair = TokenizedPair(
+            pair_id=0,
+            chosen_input_ids=[1, 2],
+            rejected_input_ids=rejected,
+            num_prompts=(1, num_prompt),
+            source="pairs.jsonl:1",
+        )
+        with pytest.raises(
+            ValueError, match=r"pair 0 \(pairs\.jsonl:1\): both sides must begin with the same prompt tokens"
+        ):
+            PreferenceDataset([pair])
 
 
 def record(index: int, **fields) -> str:
