@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -13,7 +12,7 @@ from fastpref.data.config import DataConfig
 from fastpref.data.problems import ProblemLog
 from fastpref.data.readers import gather_pairs
 from fastpref.data.report import DataReport, Tally
-from fastpref.data.schema import FILLER_ID, TokenizedPair
+from fastpref.data.schema import TokenizedPair
 from fastpref.data.tokenize import iter_tokenized
 from fastpref.errors import DataError
 
@@ -40,7 +39,6 @@ class PreferenceDataset(Sequence[TokenizedPair]):
         for pair in pairs:
             self._append(pair)
         self.report = DataReport(kept=len(self)) if report is None else report
-        self._filler: TokenizedPair | None = None
         self.sha256 = self._digest()
 
     def _append(self, pair: TokenizedPair) -> None:
@@ -84,19 +82,6 @@ class PreferenceDataset(Sequence[TokenizedPair]):
             weight=self._weights[position],
             source=self._sources[position],
         )
-
-    def select(self, indices: Iterable[int | None]) -> list[TokenizedPair]:
-        """Return the pairs at `indices`; None becomes a filler, the shortest pair with weight 0 and id -1."""
-        return [self._filler_pair() if index is None else self[index] for index in indices]
-
-    def _filler_pair(self) -> TokenizedPair:
-        if self._filler is None:
-            shortest = min(range(len(self)), key=self._num_stored_tokens)
-            self._filler = replace(self[shortest], pair_id=FILLER_ID, weight=0.0)
-        return self._filler
-
-    def _num_stored_tokens(self, position: int) -> int:
-        return self._ends[3 * position + 2] - (self._ends[3 * position - 1] if position else 0)
 
     def largest_token_id(self) -> tuple[int, int]:
         """Return the largest token id of the data set and the position of the first pair that has it."""

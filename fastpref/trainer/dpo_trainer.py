@@ -148,7 +148,7 @@ class DPOTrainer:
     def optimizer(self) -> MegatronOptimizer:
         """Megatron's optimizer; made for the whole run of the training set when nobody made it before."""
         if self._optimizer is None:
-            self.create_optimizer_and_scheduler(self.feed.total_steps)
+            self.create_optimizer_and_scheduler(self.feed.schedule.total_steps)
         assert self._optimizer is not None
         return self._optimizer
 

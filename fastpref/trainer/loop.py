@@ -78,7 +78,7 @@ def train(trainer: DPOTrainer) -> TrainResult:
 
 
 def _train(trainer: DPOTrainer, watch: PeerWatch, stop: StopRequest) -> TrainResult:
-    args, total_steps = trainer.args, trainer.feed.total_steps
+    args, total_steps = trainer.args, trainer.feed.schedule.total_steps
     trainer.create_optimizer_and_scheduler(total_steps)
     background_group(args.distributed_timeout_seconds)  # connecting the ranks takes a while, and no save should wait
     first_step = _resume(trainer)
@@ -295,7 +295,7 @@ class _Window:
         metrics |= {
             "lr": steps[-1].learning_rate,
             "skipped_iter": float(sum(step.skipped_iter for step in steps)),
-            "epoch": done / trainer.feed.sampler.steps_per_epoch,
+            "epoch": done / trainer.feed.schedule.steps_per_epoch,
             **self._displacement(metrics),
             "perf/pairs_per_second": totals["pairs"] / seconds,
             "perf/tokens_per_second": totals["real_tokens"] / seconds,

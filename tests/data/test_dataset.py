@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -37,7 +38,6 @@ def test_dataset_gives_back_the_pairs_it_stored(parts: list) -> None:
     dataset = PreferenceDataset(pairs)
     assert list(dataset) == pairs == dataset[:]
     assert dataset[-1] == pairs[-1]
-    assert dataset.select([0, len(pairs) - 1]) == [pairs[0], pairs[-1]]
     with pytest.raises(IndexError):
         dataset[len(pairs)]
     largest, position = dataset.largest_token_id()
@@ -69,14 +69,6 @@ def test_dataset_sha256_is_the_one_that_caches_and_checkpoints_hold() -> None:
 def test_dataset_sha256_sees_a_moved_boundary() -> None:
     moved = [make_pair(0, [1, 2], [3], [4], 1.0)], [make_pair(0, [1], [2, 3], [4], 1.0)]
     assert PreferenceDataset(moved[0]).sha256 != PreferenceDataset(moved[1]).sha256
-
-
-def test_dataset_select_fills_with_the_shortest_pair_at_weight_zero() -> None:
-    pairs = [make_pair(0, [1, 2], [3], [4], 2.0), make_pair(1, [1], [2], [3], 2.0), make_pair(2, [1], [2, 3], [4], 2.0)]
-    selected = PreferenceDataset(pairs).select([2, None])
-    assert selected[0] == pairs[2]
-    assert (selected[1].pair_id, selected[1].weight) == (FILLER_ID, 0.0)
-    assert selected[1].chosen_input_ids == [1, 2]
 
 
 def test_dataset_two_sides_with_other_prompts_are_refused() -> None:
@@ -148,7 +140,7 @@ def test_load_dataset_with_no_pair_left_is_an_error(write, byte_tokenizer) -> No
 
 
 def test_dataset_sampler_and_collator_cover_an_epoch(write, byte_tokenizer) -> None:
-    """The three parts together, as a trainer uses them: two ranks, a last batch with fillers."""
+    """The three parts together, as a loop of one's own uses them: two ranks, a last batch with fillers."""
     dataset = load_dataset(write("".join(record(i) for i in range(11))), byte_tokenizer, DataConfig())
     sampler = PairSampler(len(dataset), 8, seed=1)
     collate = PreferenceCollator(byte_tokenizer.pad_token_id, nll_mask="response")
@@ -157,7 +149,8 @@ def test_dataset_sampler_and_collator_cover_an_epoch(write, byte_tokenizer) -> N
     for step in range(sampler.steps_per_epoch):
         for rank in range(2):
             for indices in sampler.shard(step, rank, dp_size=2, micro_batch=2, num_micro=2):
-                batch = collate(dataset.select(indices))
+                filler = replace(dataset[0], pair_id=FILLER_ID, weight=0.0)
+                batch = collate([filler if index is None else dataset[index] for index in indices])
                 assert batch["input_ids"].shape[0] == 4
                 seen += batch["pair_ids"].tolist()
                 total_weight += batch["pair_weights"].sum().item()
