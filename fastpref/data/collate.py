@@ -19,52 +19,40 @@ NLL_MASKS: tuple[str, ...] = ("response", "prompt_and_response", "shared")
 
 
 class Scored(NamedTuple):
-    """A sequence and its two label masks: token t is the label of position t - 1, the last token has no position."""
+    """A sequence as the model sees it: its last token is only a label, and each label stands one position early."""
 
-    ids: list[int]
-    labelled: range
-    """Tokens that are labels: the response."""
-    nll_labelled: range
-    """Tokens that are labels under the second mask; may be none."""
-
-    @property
-    def labels(self) -> list[int]:
-        """Labels of the positions."""
-        return self._labels(self.labelled)
-
-    @property
-    def nll_labels(self) -> list[int]:
-        """Labels of the positions under the second mask."""
-        return self._labels(self.nll_labelled)
-
-    @property
-    def rows(self) -> range:
-        """Positions with a label under either mask, which lie side by side."""
-        first = min(part.start for part in (self.labelled, self.nll_labelled) if part)
-        return range(first - 1, len(self.ids) - 1)
-
-    def _labels(self, kept: range) -> list[int]:
-        before, behind = kept.start - 1, len(self.ids) - kept.stop
-        return [IGNORE_INDEX] * before + self.ids[kept.start : kept.stop] + [IGNORE_INDEX] * behind
+    input_ids: list[int]
+    labels: list[int]
+    nll_labels: list[int]
+    rows: range
+    """Positions with a label of either kind, which lie side by side."""
 
 
 def scored_sides(pair: TokenizedPair, mask: NllMask | None) -> tuple[Scored, Scored]:
     """Return both sequences of a pair with what `mask` keeps of them; see `PreferenceCollator`."""
     responses = [range(num_prompt, len(ids)) for ids, num_prompt in pair.sides]
     chosen, rejected = (response[:0] for response in responses)
-    if pair.pair_id == FILLER_ID or mask is None:
-        pass
-    elif mask == "response":
-        chosen = responses[0]
-    elif mask == "prompt_and_response":
-        chosen = range(1, len(pair.chosen_input_ids))
-    else:
-        num_shared = min(map(len, responses))
-        chosen, rejected = (response[:num_shared] for response in responses)
+    if mask is not None and pair.pair_id != FILLER_ID:
+        if mask == "response":
+            chosen = responses[0]
+        elif mask == "prompt_and_response":
+            chosen = range(1, len(pair.chosen_input_ids))
+        else:
+            num_shared = min(map(len, responses))
+            chosen, rejected = (response[:num_shared] for response in responses)
     return (
-        Scored(pair.chosen_input_ids, responses[0], chosen),
-        Scored(pair.rejected_input_ids, responses[1], rejected),
+        _scored(pair.chosen_input_ids, responses[0], chosen),
+        _scored(pair.rejected_input_ids, responses[1], rejected),
     )
+
+
+def _scored(ids: list[int], response: range, nll: range) -> Scored:
+    def labels(kept: range) -> list[int]:
+        before, behind = kept.start - 1, len(ids) - kept.stop
+        return [IGNORE_INDEX] * before + ids[kept.start : kept.stop] + [IGNORE_INDEX] * behind
+
+    first = min(response.start, nll.start)
+    return Scored(ids[:-1], labels(response), labels(nll), range(first - 1, len(ids) - 1))
 
 
 def padded(rows: Sequence[list[int]], length: int, padding: int) -> Tensor:
@@ -131,8 +119,7 @@ class PreferenceCollator:
             raise ValueError("a micro-batch needs at least 1 pair, got 0")
         chosen, rejected = zip(*(scored_sides(pair, self.nll_mask) for pair in pairs), strict=True)
         sequences: list[Scored] = [*chosen, *rejected]
-        # the last token is only a label
-        num_inputs = [len(sequence.ids) - 1 for sequence in sequences]
+        num_inputs = [len(sequence.input_ids) for sequence in sequences]
         length = -(-max(num_inputs) // self.pad_to_multiple_of) * self.pad_to_multiple_of
         position_ids_SL = torch.arange(length, dtype=torch.int64, device="cpu").repeat(len(sequences), 1)
         rows = [
@@ -140,7 +127,7 @@ class PreferenceCollator:
             for index, sequence in enumerate(sequences)
         ]
         batch = {
-            "input_ids": padded([sequence.ids[:-1] for sequence in sequences], length, self.pad_token_id),
+            "input_ids": padded([sequence.input_ids for sequence in sequences], length, self.pad_token_id),
             "labels": padded([sequence.labels for sequence in sequences], length, IGNORE_INDEX),
             "attention_mask": position_ids_SL < torch.tensor(num_inputs, dtype=torch.int64, device="cpu")[:, None],
             "position_ids": position_ids_SL,

@@ -57,9 +57,9 @@ class PackedCollator:
             shared = num_shared_tokens(pair) if self.prefix_sharing else 0
             chosen, rejected = scored_sides(pair, self.nll_mask)
             start = len(tokens)
-            tokens += chosen.ids[:-1]
+            tokens += chosen.input_ids
             branch = len(tokens)
-            tokens += rejected.ids[shared:-1]
+            tokens += rejected.input_ids[shared:]
             bounds.append((start, start + shared, branch, len(tokens)))
             labels += chosen.labels + rejected.labels[shared:]
             nll_labels += chosen.nll_labels + rejected.nll_labels[shared:]

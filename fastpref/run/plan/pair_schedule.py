@@ -26,12 +26,12 @@ class Slots(NamedTuple):
         return cls([*row] or [costs.index(min(costs))], len(row))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class PairSchedule:
     """The pairs of every step, and their microbatches where rows are padded."""
 
     sampler: PairSampler
-    """The pairs of a step over all ranks, `dp_size * micro_batch * num_micro` of them."""
+    """Deals `dp_size * micro_batch * num_micro` pairs to a step."""
     dp_size: int
     """Data-parallel ranks."""
     micro_batch: int
@@ -49,17 +49,10 @@ class PairSchedule:
             ConfigError: there is no pair, or less than a whole batch with `drop_last`.
         """
         micro_batch, num_micro = args.per_device_train_batch_size, args.gradient_accumulation_steps
-        sampler = PairSampler(
-            num_pairs,
-            dp_size * micro_batch * num_micro,
-            seed=args.seed,
-            shuffle=args.shuffle,
-            drop_last=args.drop_last,
-        )
+        pairs_per_step = dp_size * micro_batch * num_micro
+        sampler = PairSampler(num_pairs, pairs_per_step, seed=args.seed, shuffle=args.shuffle, drop_last=args.drop_last)
         total_steps = args.max_steps or args.num_train_epochs * sampler.steps_per_epoch
-        return cls(
-            sampler=sampler, dp_size=dp_size, micro_batch=micro_batch, num_micro=num_micro, total_steps=total_steps
-        )
+        return cls(sampler, dp_size, micro_batch, num_micro, total_steps)
 
     @classmethod
     def one_pass(cls, args: TrainingArguments, num_pairs: int, dp_size: int, *, packed: bool = False) -> PairSchedule:
@@ -71,13 +64,7 @@ class PairSchedule:
         micro_batch = args.eval_batch_pairs
         num_micro = args.gradient_accumulation_steps if packed else args.pipeline_model_parallel_size
         sampler = PairSampler(num_pairs, dp_size * micro_batch * num_micro, shuffle=False)
-        return cls(
-            sampler=sampler,
-            dp_size=dp_size,
-            micro_batch=micro_batch,
-            num_micro=num_micro,
-            total_steps=sampler.steps_per_epoch,
-        )
+        return cls(sampler, dp_size, micro_batch, num_micro, sampler.steps_per_epoch)
 
     @property
     def global_batch_pairs(self) -> int:
