@@ -21,7 +21,7 @@ from bench.commands.shared import command_line, store
 from bench.measure import Row, gemm_rate, surroundings
 from bench.train import SETTINGS, UNTIMED_STEPS, Setting
 from checks.trl_parity.runs import compare_steps, worst
-from fastpref.data import IGNORE_INDEX, DataConfig, TokenizedPair, load_dataset, load_tokenizer
+from fastpref.data import DataConfig, TokenizedPair, load_dataset, load_tokenizer
 from fastpref.errors import FastprefError
 from fastpref.run.architecture.architecture import Architecture
 from fastpref.run.plan.pipeline import head_flops, layer_flops
@@ -85,8 +85,8 @@ def order_pairs(plan: Plan, into: Path) -> list[Lengths]:
 
 
 def _lengths(pair: TokenizedPair) -> Lengths:
-    prompt = pair.chosen_labels.count(IGNORE_INDEX)
-    return prompt, len(pair.chosen_labels) - prompt, len(pair.rejected_labels) - prompt
+    prompt = pair.num_prompt_tokens
+    return prompt, len(pair.chosen_input_ids) - prompt, len(pair.rejected_input_ids) - prompt
 
 
 def _distance(some: Sequence[Lengths], every: Sequence[Lengths]) -> float:

@@ -29,13 +29,11 @@ TINY_LLAMA = {
 
 def pair_of(pair_id: int, prompt: list[int], chosen: list[int], rejected: list[int]) -> TokenizedPair:
     """A pair of these token ids, whose source is its number."""
-    masked = [-100] * len(prompt)
     return TokenizedPair(
         pair_id=pair_id,
         chosen_input_ids=prompt + chosen,
-        chosen_labels=masked + chosen,
         rejected_input_ids=prompt + rejected,
-        rejected_labels=masked + rejected,
+        num_prompts=(len(prompt), len(prompt)),
         source=f"tiny:{pair_id}",
     )
 

@@ -166,7 +166,7 @@ class Steps:
         active, _, _, passes = self._head.activity.read()
         row["active_fraction"] = round(active / passes, 4) if passes else None
         sides = [len(ids) for pair in self.data for ids in (pair.chosen_input_ids, pair.rejected_input_ids)]
-        rows = sum(label != -100 for pair in self.data for labels in _labels(pair) for label in labels)
+        rows = sum(len(ids) - num_prompt for pair in self.data for ids, num_prompt in pair.sides)
         shape = {"tokens": sum(sides), "rows": rows, "pairs": len(self.data), "vocab": self.arch.vocab_size}
         flops = self._flops(sum(sides), rows, sum(sides) / len(sides), has_reference=not setting.is_cached)
         return row | {"shape": shape, "wall_s": wall_s, "flops": flops, "peak_mib": round(_peak_mib(), 1)}
@@ -260,10 +260,6 @@ def random_pairs(sizes: Sizes) -> list[TokenizedPair]:
         ).tolist()
         pairs.append(pair_of(pair_id, ids[:prompt], ids[prompt : prompt + answers[0]], ids[prompt + answers[0] :]))
     return pairs
-
-
-def _labels(pair: TokenizedPair) -> tuple[list[int], list[int]]:
-    return pair.chosen_labels, pair.rejected_labels
 
 
 def _synchronize() -> None:

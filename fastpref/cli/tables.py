@@ -98,13 +98,13 @@ def plan(run: PreparedRun, axes: Sequence[LayoutAxis], reference: str) -> Render
     batches = new_table("Schedule", ("", ""))
     batches.add_row(
         "global batch",
-        f"{run.global_batch_pairs} pairs = {args.per_device_train_batch_size} per rank x "
+        f"{run.schedule.global_batch_pairs} pairs = {args.per_device_train_batch_size} per rank x "
         f"{args.gradient_accumulation_steps} accumulated x {run.data_parallel_size} data-parallel",
     )
-    batches.add_row("steps per epoch", f"{run.steps_per_epoch:,}")
-    batches.add_row("total steps", f"{run.total_steps:,}")
-    batches.add_row("warm-up steps", f"{args.warmup_steps_of(run.total_steps):,}")
-    batches.add_row("epochs", f"{run.total_steps / run.steps_per_epoch:.2f}")
+    batches.add_row("steps per epoch", f"{run.schedule.steps_per_epoch:,}")
+    batches.add_row("total steps", f"{run.schedule.total_steps:,}")
+    batches.add_row("warm-up steps", f"{args.warmup_steps_of(run.schedule.total_steps):,}")
+    batches.add_row("epochs", f"{run.schedule.total_steps / run.schedule.steps_per_epoch:.2f}")
     batches.add_row("reference", reference)
     return Group(layout, batches)
 

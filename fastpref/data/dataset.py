@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -13,7 +12,7 @@ from fastpref.data.config import DataConfig
 from fastpref.data.problems import ProblemLog
 from fastpref.data.readers import gather_pairs
 from fastpref.data.report import DataReport, Tally
-from fastpref.data.schema import FILLER_ID, IGNORE_INDEX, TokenizedPair
+from fastpref.data.schema import TokenizedPair
 from fastpref.data.tokenize import iter_tokenized
 from fastpref.errors import DataError
 
@@ -40,15 +39,14 @@ class PreferenceDataset(Sequence[TokenizedPair]):
         for pair in pairs:
             self._append(pair)
         self.report = DataReport(kept=len(self)) if report is None else report
-        self._filler: TokenizedPair | None = None
         self.sha256 = self._digest()
 
     def _append(self, pair: TokenizedPair) -> None:
-        num_prompt = pair.num_prompt_tokens
-        prompt = pair.chosen_input_ids[:num_prompt]
-        if pair.rejected_labels.count(IGNORE_INDEX) != num_prompt or pair.rejected_input_ids[:num_prompt] != prompt:
+        (chosen, num_prompt), (rejected, num_rejected_prompt) = pair.sides
+        prompt = chosen[:num_prompt]
+        if num_rejected_prompt != num_prompt or rejected[:num_prompt] != prompt:
             raise ValueError(f"pair {len(self)} ({pair.source}): both sides must begin with the same prompt tokens")
-        for part in (prompt, pair.chosen_input_ids[num_prompt:], pair.rejected_input_ids[num_prompt:]):
+        for part in (prompt, chosen[num_prompt:], rejected[num_prompt:]):
             self._tokens.extend(part)
             self._ends.append(len(self._tokens))
         self._weights.append(pair.weight)
@@ -76,29 +74,14 @@ class PreferenceDataset(Sequence[TokenizedPair]):
         prompt = self._tokens[start : ends[0]].tolist()
         chosen = self._tokens[ends[0] : ends[1]].tolist()
         rejected = self._tokens[ends[1] : ends[2]].tolist()
-        masked = [IGNORE_INDEX] * len(prompt)
         return TokenizedPair(
             pair_id=position,
             chosen_input_ids=prompt + chosen,
-            chosen_labels=masked + chosen,
             rejected_input_ids=prompt + rejected,
-            rejected_labels=masked + rejected,
+            num_prompts=(len(prompt), len(prompt)),
             weight=self._weights[position],
             source=self._sources[position],
         )
-
-    def select(self, indices: Iterable[int | None]) -> list[TokenizedPair]:
-        """Return the pairs at `indices`; None becomes a filler, the shortest pair with weight 0 and id -1."""
-        return [self._filler_pair() if index is None else self[index] for index in indices]
-
-    def _filler_pair(self) -> TokenizedPair:
-        if self._filler is None:
-            shortest = min(range(len(self)), key=self._num_stored_tokens)
-            self._filler = replace(self[shortest], pair_id=FILLER_ID, weight=0.0)
-        return self._filler
-
-    def _num_stored_tokens(self, position: int) -> int:
-        return self._ends[3 * position + 2] - (self._ends[3 * position - 1] if position else 0)
 
     def largest_token_id(self) -> tuple[int, int]:
         """Return the largest token id of the data set and the position of the first pair that has it."""

@@ -10,7 +10,7 @@ import heapq
 import random
 from collections.abc import Sequence
 
-from fastpref.data.schema import IGNORE_INDEX, TokenizedPair
+from fastpref.data.schema import TokenizedPair
 
 
 def num_shared_tokens(pair: TokenizedPair) -> int:
@@ -19,7 +19,7 @@ def num_shared_tokens(pair: TokenizedPair) -> int:
     The prompt's last token predicts the first token of both answers, and a position has one label: each branch begins
     with its own copy of it.
     """
-    most = min(labels.count(IGNORE_INDEX) for labels in (pair.chosen_labels, pair.rejected_labels)) - 1
+    most = min(pair.num_prompts) - 1
     chosen, rejected = pair.chosen_input_ids[:most], pair.rejected_input_ids[:most]
     if chosen == rejected:
         return most

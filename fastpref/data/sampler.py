@@ -82,7 +82,7 @@ class PairSampler:
 
         Pair k of the batch goes to rank `k % dp_size`, so that a short batch loads the ranks evenly. Every rank gets
         `num_micro` micro-batches of exactly `micro_batch` entries; None marks a filler, to be replaced by any pair
-        with weight 0 (`PreferenceDataset.select` does).
+        with weight 0 and the id `FILLER_ID`.
 
         Raises:
             ConfigError: `dp_size * micro_batch * num_micro` is not the global batch.

@@ -37,9 +37,14 @@ class PreferencePair:
         return isinstance(self.prompt, list)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, init=False)
 class TokenizedPair:
-    """Token ids and labels of both sides of a pair, not shifted; a label is -100 on the prompt, else the token id.
+    """Token ids of both sides of a pair, each a prompt and then the completion, which alone is scored.
+
+    Args:
+        num_prompts: how many tokens of the chosen and of the rejected side are prompt; None where the labels say it.
+        chosen_labels: instead of `num_prompts`, not shifted: -100 on the prompt, else the token id.
+        rejected_labels: like `chosen_labels`.
 
     Raises:
         ValueError: labels that do not have the form above, or a side without a prompt or a completion token.
@@ -48,35 +53,73 @@ class TokenizedPair:
     pair_id: int
     """Position of the pair in its data set, or `FILLER_ID`."""
     chosen_input_ids: list[int]
-    chosen_labels: list[int]
     rejected_input_ids: list[int]
-    rejected_labels: list[int]
+    num_prompts: tuple[int, int]
+    """Prompt tokens of the chosen and of the rejected side; equal in a pair from `tokenize_pairs`."""
     weight: float = 1.0
     source: str = ""
     """`path:line` of the pair, for messages."""
 
-    def __post_init__(self) -> None:
-        for side in ("chosen", "rejected"):
-            ids, labels = getattr(self, f"{side}_input_ids"), getattr(self, f"{side}_labels")
-            num_prompt = labels.count(IGNORE_INDEX)
-            if labels != [IGNORE_INDEX] * num_prompt + ids[num_prompt:]:
+    def __init__(
+        self,
+        *,
+        pair_id: int,
+        chosen_input_ids: list[int],
+        rejected_input_ids: list[int],
+        num_prompts: tuple[int, int] | None = None,
+        chosen_labels: list[int] | None = None,
+        rejected_labels: list[int] | None = None,
+        weight: float = 1.0,
+        source: str = "",
+    ) -> None:
+        if num_prompts is None:
+            if chosen_labels is None or rejected_labels is None:
+                raise ValueError(f"pair {pair_id} needs num_prompts, or both chosen_labels and rejected_labels")
+            num_prompts = chosen_labels.count(IGNORE_INDEX), rejected_labels.count(IGNORE_INDEX)
+        # a frozen instance takes no assignment
+        values = (pair_id, chosen_input_ids, rejected_input_ids, num_prompts, weight, source)
+        vars(self).update(zip(self.__dataclass_fields__, values, strict=True))
+        for name, labels, (ids, num_prompt) in zip(
+            ("chosen", "rejected"), (chosen_labels, rejected_labels), self.sides, strict=True
+        ):
+            if labels is not None and labels != _labels(ids, num_prompt):
                 raise ValueError(
-                    f"{side}_labels of pair {self.pair_id} must be {IGNORE_INDEX} on the prompt and repeat "
-                    f"{side}_input_ids after it (not shifted); got {len(labels)} labels for {len(ids)} tokens, "
+                    f"{name}_labels of pair {pair_id} must be {IGNORE_INDEX} on the prompt and repeat "
+                    f"{name}_input_ids after it (not shifted); got {len(labels)} labels for {len(ids)} tokens, "
                     f"{num_prompt} of them {IGNORE_INDEX}; shifting is the collator's work"
                 )
             if not 0 < num_prompt < len(ids):
                 raise ValueError(
-                    f"pair {self.pair_id} needs at least 1 prompt and 1 completion token on each side; "
-                    f"{side} has {num_prompt} prompt tokens of {len(ids)}"
+                    f"pair {pair_id} needs at least 1 prompt and 1 completion token on each side; "
+                    f"{name} has {num_prompt} prompt tokens of {len(ids)}"
                 )
 
     @property
+    def sides(self) -> tuple[tuple[list[int], int], tuple[list[int], int]]:
+        """Token ids and the number of prompt tokens among them, of the chosen and of the rejected side."""
+        chosen, rejected = self.num_prompts
+        return (self.chosen_input_ids, chosen), (self.rejected_input_ids, rejected)
+
+    @property
+    def chosen_labels(self) -> list[int]:
+        """Labels of the chosen side, not shifted: -100 on the prompt, else the token id."""
+        return _labels(*self.sides[0])
+
+    @property
+    def rejected_labels(self) -> list[int]:
+        """Labels of the rejected side, like `chosen_labels`."""
+        return _labels(*self.sides[1])
+
+    @property
     def num_prompt_tokens(self) -> int:
-        """Tokens before the completion; the same on both sides of a pair from `tokenize_pairs`."""
-        return self.chosen_labels.count(IGNORE_INDEX)
+        """Tokens before the chosen completion."""
+        return self.num_prompts[0]
 
     @property
     def num_tokens(self) -> int:
         """Tokens of the longer side, prompt included."""
         return max(len(self.chosen_input_ids), len(self.rejected_input_ids))
+
+
+def _labels(ids: list[int], num_prompt: int) -> list[int]:
+    return [IGNORE_INDEX] * num_prompt + ids[num_prompt:]

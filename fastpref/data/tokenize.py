@@ -1,4 +1,4 @@
-"""Pairs -> token ids and labels, with the token conventions of TRL 1.16."""
+"""Pairs -> token ids, with the token conventions of TRL 1.16."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from fastpref.data.config import DataConfig
 from fastpref.data.problems import BadPairError, ProblemLog
 from fastpref.data.report import DataReport, Tally
-from fastpref.data.schema import IGNORE_INDEX, Message, PreferencePair, TokenizedPair
+from fastpref.data.schema import Message, PreferencePair, TokenizedPair
 from fastpref.data.truncation import DroppedPair, Sides, truncate
 from fastpref.errors import ConfigError, DataError, MissingDependencyError
 
@@ -232,13 +232,11 @@ def _common_prefix_length(left: list[int], right: list[int]) -> int:
 
 def _tokenized_pair(pair_id: int, pair: PreferencePair, sides: Sides) -> TokenizedPair:
     prompt, chosen, rejected = sides
-    masked = [IGNORE_INDEX] * len(prompt)
     return TokenizedPair(
         pair_id=pair_id,
         chosen_input_ids=prompt + chosen,
-        chosen_labels=masked + chosen,
         rejected_input_ids=prompt + rejected,
-        rejected_labels=masked + rejected,
+        num_prompts=(len(prompt), len(prompt)),
         weight=pair.weight,
         source=f"{pair.path}:{pair.line}",
     )

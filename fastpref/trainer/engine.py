@@ -105,7 +105,7 @@ class Engine:
     def optimizer(self) -> MegatronOptimizer:
         """Megatron's optimizer; made for the whole run of the training set when nobody made it before."""
         if self._optimizer is None:
-            self.create_optimizer(self.feed.total_steps)
+            self.create_optimizer(self.feed.schedule.total_steps)
         assert self._optimizer is not None
         return self._optimizer
 

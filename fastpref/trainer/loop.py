@@ -58,7 +58,7 @@ def train(engine: Engine, log_history: list[dict[str, float]], settings: str | N
     """
     session = Session(engine)
     with PeerWatch(Path(engine.args.output_dir)) as watch, session.held_directory(), StopRequest() as stop:
-        total_steps = engine.feed.total_steps
+        total_steps = engine.feed.schedule.total_steps
         engine.create_optimizer(total_steps)
         # connecting the ranks takes a while, and no save should wait
         background_group(engine.args.distributed_timeout_seconds)
@@ -88,7 +88,7 @@ class _Run:
     def steps_after(self, first_step: int) -> TrainResult:
         """Every step of the run but the first `first_step`."""
         args, feed = self.engine.args, self.engine.feed
-        window, total_steps = LogWindow(self.engine), feed.total_steps
+        window, total_steps = LogWindow(self.engine), feed.schedule.total_steps
         last: dict[str, float] = {}
         if args.eval_on_start and first_step == 0:
             last |= self._log(0, evaluate(self.engine))

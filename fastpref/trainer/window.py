@@ -64,7 +64,7 @@ class LogWindow:
         metrics |= {
             "lr": steps[-1].learning_rate,
             "skipped_iter": float(sum(step.skipped_iter for step in steps)),
-            "epoch": done / engine.feed.sampler.steps_per_epoch,
+            "epoch": done / engine.feed.schedule.steps_per_epoch,
             **self._displacement(metrics),
             **_throughput(totals, seconds, len(steps)),
             **_activity(totals),

@@ -86,7 +86,7 @@ def run_without(module: str, *arguments: str) -> subprocess.CompletedProcess[str
     ("module", "arguments", "code"),
     [
         ("click", ["--version"], 1),
-        ("megatron", ["check", "run.yaml"], 2),
+        ("megatron", ["train", "run.yaml"], 2),
         ("ruamel", ["check", "run.yaml"], 2),
         ("matplotlib", ["plot", "."], 2),
     ],

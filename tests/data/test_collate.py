@@ -1,10 +1,11 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fastpref.data import FILLER_ID, PreferenceCollator, TokenizedPair
-from fastpref.errors import DataError
 
 PAD = 9
 
@@ -12,13 +13,11 @@ PAD = 9
 def make_pair(
     pair_id: int, prompt: list[int], chosen: list[int], rejected: list[int], weight: float = 1.0
 ) -> TokenizedPair:
-    masked = [-100] * len(prompt)
     return TokenizedPair(
         pair_id=pair_id,
         chosen_input_ids=prompt + chosen,
-        chosen_labels=masked + chosen,
         rejected_input_ids=prompt + rejected,
-        rejected_labels=masked + rejected,
+        num_prompts=(len(prompt), len(prompt)),
         weight=weight,
         source=f"pairs.jsonl:{pair_id + 1}",
     )
@@ -49,8 +48,9 @@ def test_collate_any_pairs_can_be_read_back(parts: list, multiple: int, nll_mask
         assert batch["position_ids"][index].tolist() == list(range(length))
         rows = batch["rows"][batch["cu_rows"][index] : batch["cu_rows"][index + 1]]
         assert torch.equal(rows // length, torch.full_like(rows, index))
-        assert flat_labels[rows].tolist() == [label for label in labels if label != -100]
-    assert batch["rows"].tolist() == [i for i, label in enumerate(flat_labels.tolist()) if label != -100]
+        assert [label for label in flat_labels[rows].tolist() if label != -100] == labels[labels.count(-100) :]
+    both = zip(flat_labels.tolist(), batch.get("nll_labels", batch["labels"]).flatten().tolist(), strict=True)
+    assert batch["rows"].tolist() == [place for place, labels in enumerate(both) if labels != (-100, -100)]
     assert batch["pair_ids"].tolist() == list(range(len(pairs)))
     assert batch["pair_weights"].tolist() == [pair.weight for pair in pairs]
     if nll_mask is None:
@@ -101,26 +101,12 @@ def test_collate_filler_counts_in_no_nll(nll_mask: str) -> None:
     assert (batch["cu_rows"].diff() > 0).all()
 
 
-def test_collate_seq_length_fixes_the_shape() -> None:
-    collate = PreferenceCollator(PAD, seq_length=16)
-    assert collate([make_pair(0, [1], [2], [3])])["labels"].shape == (2, 16)
-    # 17 tokens have 16 inputs: the last token is only a label
-    assert collate([make_pair(0, [1] * 10, [2] * 7, [3])])["labels"][0].tolist() == [-100] * 9 + [2] * 7
-
-
-def test_collate_row_longer_than_seq_length_names_the_pair() -> None:
-    with pytest.raises(DataError, match=r"pairs\.jsonl:4: 18 tokens do not fit into seq_length=16"):
-        PreferenceCollator(PAD, seq_length=16)([make_pair(3, [1] * 10, [2] * 8, [3])])
-
-
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
         ({"pad_token_id": -1}, "pad_token_id must be >= 0, got -1"),
         ({"pad_token_id": 0, "pad_to_multiple_of": 0}, "pad_to_multiple_of must be >= 1, got 0"),
         ({"pad_token_id": 0, "nll_mask": "chosen"}, "nll_mask must be None or one of response"),
-        ({"pad_token_id": 0, "seq_length": 12}, "multiple of pad_to_multiple_of=8, got 12"),
-        ({"pad_token_id": 0, "seq_length": 0}, "got 0"),
     ],
 )
 def test_collator_argument_out_of_range_is_refused(arguments: dict, match: str) -> None:
@@ -153,3 +139,20 @@ def test_tokenized_pair_labels_of_another_form_are_refused(ids: list[int], label
             rejected_input_ids=[1, 2],
             rejected_labels=[-100, 2],
         )
+
+
+def test_tokenized_pair_of_labels_equals_one_of_prompt_lengths() -> None:
+    sides = {"chosen_input_ids": [1, 2, 3], "rejected_input_ids": [1, 4]}
+    pair = TokenizedPair(pair_id=5, **sides, num_prompts=(2, 1), weight=0.5, source="pairs.jsonl:6")
+    labels = {"chosen_labels": [-100, -100, 3], "rejected_labels": [-100, 4]}
+    assert TokenizedPair(pair_id=5, **sides, **labels, weight=0.5, source="pairs.jsonl:6") == pair
+    assert {name: getattr(pair, name) for name in labels} == labels
+    assert replace(pair, weight=1.0) == TokenizedPair(pair_id=5, **sides, **labels, source="pairs.jsonl:6") != pair
+
+
+def test_tokenized_pair_without_a_prompt_length_is_refused() -> None:
+    sides = {"chosen_input_ids": [1, 2, 3], "rejected_input_ids": [1, 4]}
+    with pytest.raises(ValueError, match="pair 3 needs num_prompts, or both chosen_labels and rejected_labels"):
+        TokenizedPair(pair_id=3, **sides, chosen_labels=[-100, 2, 3])
+    with pytest.raises(ValueError, match="rejected has 2 prompt tokens of 2"):
+        TokenizedPair(pair_id=3, **sides, num_prompts=(2, 2))

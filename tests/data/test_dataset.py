@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -17,13 +18,11 @@ from fastpref.errors import DataError
 
 
 def make_pair(pair_id: int, prompt: list[int], chosen: list[int], rejected: list[int], weight: float) -> TokenizedPair:
-    masked = [-100] * len(prompt)
     return TokenizedPair(
         pair_id=pair_id,
         chosen_input_ids=prompt + chosen,
-        chosen_labels=masked + chosen,
         rejected_input_ids=prompt + rejected,
-        rejected_labels=masked + rejected,
+        num_prompts=(len(prompt), len(prompt)),
         weight=weight,
         source=f"pairs.jsonl:{pair_id + 1}",
     )
@@ -39,7 +38,6 @@ def test_dataset_gives_back_the_pairs_it_stored(parts: list) -> None:
     dataset = PreferenceDataset(pairs)
     assert list(dataset) == pairs == dataset[:]
     assert dataset[-1] == pairs[-1]
-    assert dataset.select([0, len(pairs) - 1]) == [pairs[0], pairs[-1]]
     with pytest.raises(IndexError):
         dataset[len(pairs)]
     largest, position = dataset.largest_token_id()
@@ -62,32 +60,30 @@ def test_dataset_sha256_changes_with_any_change(parts: list, data: st.DataObject
     assert PreferenceDataset([make_pair(i, *fields) for i, fields in enumerate(changed)]).sha256 != before
 
 
+def test_dataset_sha256_is_the_one_that_caches_and_checkpoints_hold() -> None:
+    pairs = [make_pair(0, [1, 2], [3], [4, 5], 0.5), make_pair(1, [7], [70000], [8], 1.0)]
+    known = "0c092ca3e4d81c545dbd243d40419e1f913a413daf34ccf5553ccc5669d0d24b"
+    assert PreferenceDataset(pairs).sha256 == known
+
+
 def test_dataset_sha256_sees_a_moved_boundary() -> None:
     moved = [make_pair(0, [1, 2], [3], [4], 1.0)], [make_pair(0, [1], [2, 3], [4], 1.0)]
     assert PreferenceDataset(moved[0]).sha256 != PreferenceDataset(moved[1]).sha256
 
 
-def test_dataset_select_fills_with_the_shortest_pair_at_weight_zero() -> None:
-    pairs = [make_pair(0, [1, 2], [3], [4], 2.0), make_pair(1, [1], [2], [3], 2.0), make_pair(2, [1], [2, 3], [4], 2.0)]
-    selected = PreferenceDataset(pairs).select([2, None])
-    assert selected[0] == pairs[2]
-    assert (selected[1].pair_id, selected[1].weight) == (FILLER_ID, 0.0)
-    assert selected[1].chosen_input_ids == [1, 2]
-
-
 def test_dataset_two_sides_with_other_prompts_are_refused() -> None:
-    pair = TokenizedPair(
-        pair_id=0,
-        chosen_input_ids=[1, 2],
-        chosen_labels=[-100, 2],
-        rejected_input_ids=[9, 2],
-        rejected_labels=[-100, 2],
-        source="pairs.jsonl:1",
-    )
-    with pytest.raises(
-        ValueError, match=r"pair 0 \(pairs\.jsonl:1\): both sides must begin with the same prompt tokens"
-    ):
-        PreferenceDataset([pair])
+    for rejected, num_prompt in ([9, 2], 1), ([1, 1, 2], 2):
+        pair = TokenizedPair(
+            pair_id=0,
+            chosen_input_ids=[1, 2],
+            rejected_input_ids=rejected,
+            num_prompts=(1, num_prompt),
+            source="pairs.jsonl:1",
+        )
+        with pytest.raises(
+            ValueError, match=r"pair 0 \(pairs\.jsonl:1\): both sides must begin with the same prompt tokens"
+        ):
+            PreferenceDataset([pair])
 
 
 def record(index: int, **fields) -> str:
@@ -144,7 +140,7 @@ def test_load_dataset_with_no_pair_left_is_an_error(write, byte_tokenizer) -> No
 
 
 def test_dataset_sampler_and_collator_cover_an_epoch(write, byte_tokenizer) -> None:
-    """The three parts together, as a trainer uses them: two ranks, a last batch with fillers."""
+    """The three parts together, as a loop of one's own uses them: two ranks, a last batch with fillers."""
     dataset = load_dataset(write("".join(record(i) for i in range(11))), byte_tokenizer, DataConfig())
     sampler = PairSampler(len(dataset), 8, seed=1)
     collate = PreferenceCollator(byte_tokenizer.pad_token_id, nll_mask="response")
@@ -153,7 +149,8 @@ def test_dataset_sampler_and_collator_cover_an_epoch(write, byte_tokenizer) -> N
     for step in range(sampler.steps_per_epoch):
         for rank in range(2):
             for indices in sampler.shard(step, rank, dp_size=2, micro_batch=2, num_micro=2):
-                batch = collate(dataset.select(indices))
+                filler = replace(dataset[0], pair_id=FILLER_ID, weight=0.0)
+                batch = collate([filler if index is None else dataset[index] for index in indices])
                 assert batch["input_ids"].shape[0] == 4
                 seen += batch["pair_ids"].tolist()
                 total_weight += batch["pair_weights"].sum().item()

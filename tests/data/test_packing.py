@@ -22,13 +22,11 @@ COSTS = st.lists(st.integers(1, 40), min_size=1, max_size=40)
 
 
 def pair(prompt: list[int], chosen: list[int], rejected: list[int], **settings) -> TokenizedPair:
-    masked = [IGNORE_INDEX] * len(prompt)
     return TokenizedPair(
         pair_id=settings.pop("pair_id", 0),
         chosen_input_ids=prompt + chosen,
-        chosen_labels=masked + chosen,
         rejected_input_ids=prompt + rejected,
-        rejected_labels=masked + rejected,
+        num_prompts=(len(prompt), len(prompt)),
         **settings,
     )
 
@@ -97,14 +95,7 @@ def test_pair_cost_counts_inputs_and_a_shared_prompt_once() -> None:
 
 
 def test_pair_cost_shares_only_what_two_prompts_have_in_common() -> None:
-    masked = [IGNORE_INDEX] * 3
-    other = TokenizedPair(
-        pair_id=0,
-        chosen_input_ids=[1, 2, 3, 4],
-        chosen_labels=[*masked, 4],
-        rejected_input_ids=[1, 5, 3, 6],
-        rejected_labels=[*masked, 6],
-    )
+    other = TokenizedPair(pair_id=0, chosen_input_ids=[1, 2, 3, 4], rejected_input_ids=[1, 5, 3, 6], num_prompts=(3, 3))
     assert pair_cost(other, True) == 6 - 1
     batch = collate(True, pairs=[other])
     assert batch["input_ids"][0, :5].tolist() == [1, 2, 3, 5, 3]
@@ -140,13 +131,14 @@ def test_packed_collator_scores_what_the_padding_one_scores(nll_mask: str, prefi
             of_row = packed[key][0][segments.owners_L == sequence]
             of_sequence = padded[key][sequence]
             assert of_row[of_row != IGNORE_INDEX].tolist() == of_sequence[of_sequence != IGNORE_INDEX].tolist()
+    assert torch.equal(packed["cu_rows"], padded["cu_rows"])
+    for key in ("labels", "nll_labels"):
+        assert torch.equal(packed[key].flatten()[packed["rows"]], padded[key].flatten()[padded["rows"]])
 
 
-def test_packed_collator_refuses_nothing_and_a_fixed_length() -> None:
+def test_packed_collator_refuses_no_pairs() -> None:
     with raises(ValueError, match="at least 1 pair"):
         collate(True, pairs=[])
-    with raises(ValueError, match="no fixed seq_length, got 16"):
-        PackedCollator(PreferenceCollator(0, seq_length=16), prefix_sharing=True)
 
 
 def test_segments_describe_a_row() -> None:

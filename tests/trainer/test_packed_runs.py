@@ -183,7 +183,7 @@ def test_packed_batches_hold_every_pair_of_the_step_once(args) -> None:
     )
     for step in range(6):
         found = [int(pair) for batch in trainer.feed.train_batches(step) for pair in batch.pair_ids_B]
-        assert sorted(found) == sorted(trainer.feed.sampler.batch(step))
+        assert sorted(found) == sorted(trainer.feed.schedule.batch(step))
     found = [int(p) for batches in trainer.feed.eval_batches(PAIRS) for batch in batches for p in batch.pair_ids_B]
     assert sorted(found) == list(range(len(PAIRS)))
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from fastpref.data import IGNORE_INDEX, PackedCollator, PreferenceCollator, TokenizedPair
+from fastpref.data import PackedCollator, PreferenceCollator, TokenizedPair
 from fastpref.errors import Problem
 from fastpref.kernels import plan_name
 from fastpref.run.architecture.architecture import Architecture
@@ -93,11 +93,12 @@ def row_shape(
 ) -> RowShape:
     """Measure the rows that `collator` makes of the first pairs."""
     pairs = pairs[:SAMPLE_PAIRS]
-    sides = [labels for pair in pairs for labels in (pair.chosen_labels, pair.rejected_labels)]
-    num_scored = sum(len(labels) - labels.count(IGNORE_INDEX) for labels in sides)
+    sides = [side for pair in pairs for side in pair.sides]
+    num_tokens = sum(len(ids) for ids, _ in sides)
+    num_scored = num_tokens - sum(num_prompt for _, num_prompt in sides)
     if isinstance(collator, PackedCollator):
         num_positions = sum(map(collator.cost, pairs))
-        return RowShape(sum(map(len, sides)) / len(sides), num_scored / num_positions)
+        return RowShape(num_tokens / len(sides), num_scored / num_positions)
     groups = [pairs[start : start + pairs_per_microbatch] for start in range(0, len(pairs), pairs_per_microbatch)]
     num_positions = sum(collator(group)["input_ids"].numel() for group in groups)
     return RowShape(num_positions / len(sides), num_scored / num_positions)

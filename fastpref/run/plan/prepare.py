@@ -18,7 +18,6 @@ from fastpref.checkpoint import directory
 from fastpref.checkpoint.hf import read_config
 from fastpref.data import (
     PackedCollator,
-    PairSampler,
     PreferenceCollator,
     PreferenceDataset,
     check_token_ids,
@@ -31,6 +30,7 @@ from fastpref.run.architecture.adapters import AdapterFiles, adapted_linears
 from fastpref.run.architecture.architecture import Architecture
 from fastpref.run.config.layout import model_problems, world_problems
 from fastpref.run.config.run_config import RunConfig
+from fastpref.run.plan.pair_schedule import PairSchedule
 from fastpref.run.plan.pipeline import (
     SAMPLE_PAIRS,
     PipelinePlan,
@@ -72,24 +72,11 @@ class PreparedRun:
         """Copies of the model that work on different pairs."""
         return self.config.training.layout.data_parallel_size(self.world_size)
 
-    @property
-    def global_batch_pairs(self) -> int:
-        """Pairs in one optimizer step over all ranks."""
-        args = self.config.training
-        return args.per_device_train_batch_size * args.gradient_accumulation_steps * self.data_parallel_size
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps in one pass over the training pairs."""
+    @cached_property
+    def schedule(self) -> PairSchedule:
+        """The training pairs of every optimizer step."""
         num_pairs = 0 if self.train is None else len(self.train)
-        sampler = PairSampler(num_pairs, self.global_batch_pairs, drop_last=self.config.training.drop_last)
-        return sampler.steps_per_epoch
-
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        args = self.config.training
-        return args.max_steps or args.num_train_epochs * self.steps_per_epoch
+        return PairSchedule.training(self.config.training, num_pairs, self.data_parallel_size)
 
     @cached_property
     def head_layers(self) -> float:
@@ -300,7 +287,7 @@ def _check_lengths(dataset: PreferenceDataset, max_positions: int) -> None:
 
 
 def _check_schedule(run: PreparedRun) -> None:
-    total_steps = run.total_steps
+    total_steps = run.schedule.total_steps
     warmup_steps = run.config.training.warmup_steps_of(total_steps)
     if warmup_steps >= total_steps:
         raise ConfigError(

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from fastpref.data import PackedCollator, PairSampler, TokenizedPair, plan_rows
+from fastpref.data import PackedCollator, TokenizedPair
 from fastpref.errors import DataError
+from fastpref.run.plan.pair_schedule import PairSchedule, Slots
 from fastpref.run.plan.prepare import PreparedRun
-from fastpref.run.plan.rows import default_collator, row_capacity
+from fastpref.run.plan.rows import default_collator, packed_rows, row_capacity
 
 MAX_STEPS = 200
 """Steps of the first epoch that are looked at: enough for means, and quick on any data set."""
@@ -38,15 +39,12 @@ def row_usages(run: PreparedRun) -> list[RowUsage]:
         return []
     args = run.config.training
     kind_of_run = KINDS[args.packing + args.prefix_sharing]
-    sampler = PairSampler(
-        len(dataset), run.global_batch_pairs, seed=args.seed, shuffle=args.shuffle, drop_last=args.drop_last
-    )
-    steps = range(min(MAX_STEPS, sampler.steps_per_epoch))
-    batches = [sampler.batch(step) for step in steps]
+    schedule = PairSchedule.training(args, len(dataset), run.data_parallel_size)
+    steps = range(min(MAX_STEPS, schedule.steps_per_epoch))
     usages = []
     for kind in KINDS:
         try:
-            rows = list(_rows(run, kind, dataset, batches))
+            rows = list(_rows(run, kind, dataset, schedule, steps))
         except DataError:  # pairs that fit where prompts are shared may not fit where they are not
             continue
         computed = sum(length for length, _ in rows)
@@ -54,7 +52,7 @@ def row_usages(run: PreparedRun) -> list[RowUsage]:
             RowUsage(
                 kind=kind,
                 rows_per_step=len(rows) / len(steps),
-                positions_per_pair=computed / sum(map(len, batches)),
+                positions_per_pair=computed / sum(len(schedule.batch(step)) for step in steps),
                 padding_fraction=1.0 - sum(used for _, used in rows) / computed,
                 is_used=kind == kind_of_run,
             )
@@ -63,37 +61,30 @@ def row_usages(run: PreparedRun) -> list[RowUsage]:
 
 
 def _rows(
-    run: PreparedRun, kind: str, dataset: Sequence[TokenizedPair], batches: list[list[int]]
+    run: PreparedRun, kind: str, dataset: Sequence[TokenizedPair], schedule: PairSchedule, steps: range
 ) -> Iterator[tuple[int, int]]:
     """Yield (positions, positions of pairs) of every row of all ranks."""
     args = run.config.training
     if kind == "padded":
-        dp, size = run.data_parallel_size, args.per_device_train_batch_size
-        for batch in batches:
-            for rank in range(dp):
-                yield from _padded_rows([dataset[i] for i in batch[rank::dp]], dataset[batch[0]], run, size)
+        for step in steps:
+            for rank in range(schedule.dp_size):
+                for places, num_real in schedule.microbatches(step, rank):
+                    yield from _padded_rows([dataset[place] for place in places], num_real, run)
         return
-    layout = args.layout
-    multiple_of = run.data_parallel_size * (layout.pp if layout.vpp else 1)
     packed_args = replace(args, packing=True, prefix_sharing=kind == KINDS[2], per_device_eval_batch_size=None)
     collator = default_collator(run.config.loss, packed_args, 0, run.config.data.pad_to_multiple_of)
     assert isinstance(collator, PackedCollator)
     capacity = row_capacity(dataset, collator, args.pack_length)
-    for batch in batches:
-        costs = [collator.cost(dataset[index]) for index in batch]
-        for row in plan_rows(costs, capacity, multiple_of=multiple_of, seed=args.seed):
-            used = sum(costs[index] for index in row)
-            yield run.row_length(used or min(costs)), used
+    for step in steps:
+        costs = [collator.cost(dataset[index]) for index in schedule.batch(step)]
+        for row in packed_rows(costs, capacity, args.layout, schedule.dp_size, args.seed):
+            slots = Slots.of_packed_row(row, costs)
+            yield run.row_length(sum(costs[place] for place in slots.places)), sum(costs[place] for place in row)
 
 
-def _padded_rows(
-    pairs: list[TokenizedPair], filler: TokenizedPair, run: PreparedRun, size: int
-) -> Iterator[tuple[int, int]]:
-    """Yield the rows of one rank's microbatches of `size` pairs; fillers take part in a microbatch's length."""
-    for microbatch in range(run.config.training.gradient_accumulation_steps):
-        real = pairs[microbatch * size : (microbatch + 1) * size]
-        length = run.row_length(max(pair.num_tokens for pair in (real if len(real) == size else [*real, filler])) - 1)
-        for pair in real:
-            yield length, len(pair.chosen_input_ids) - 1
-            yield length, len(pair.rejected_input_ids) - 1
-        yield from [(length, 0)] * (2 * (size - len(real)))
+def _padded_rows(pairs: list[TokenizedPair], num_real: int, run: PreparedRun) -> Iterator[tuple[int, int]]:
+    """Yield the rows of one microbatch; fillers take part in its length."""
+    length = run.row_length(max(pair.num_tokens for pair in pairs) - 1)
+    for index, pair in enumerate(pairs):
+        for ids, _ in pair.sides:
+            yield length, len(ids) - 1 if index < num_real else 0

@@ -1,14 +1,15 @@
-"""How the rows of a run are laid out: the collator that its settings ask for, and how much a packed row holds."""
+"""How the rows of a run are laid out: the collator that its settings ask for, and what packed rows hold."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from fastpref.data import PackedCollator, PreferenceCollator, TokenizedPair
+from fastpref.data import PackedCollator, PreferenceCollator, TokenizedPair, plan_rows
 from fastpref.data.collate import NllMask
 from fastpref.errors import ConfigError, DataError
 from fastpref.losses import DPOConfig
 from fastpref.run.config.arguments import TrainingArguments
+from fastpref.run.config.layout import ParallelLayout
 
 
 def default_collator(
@@ -47,3 +48,12 @@ def row_capacity(dataset: Iterable[TokenizedPair], collator: PackedCollator, pac
             f"has pack_length={pack_length}; raise pack_length to {needed} or more{sharing}, or lower data.max_length"
         )
     return pack_length
+
+
+def packed_rows(
+    costs: Sequence[int], capacity: int, layout: ParallelLayout, dp_size: int, seed: int
+) -> list[list[int]]:
+    """The pairs of a step by row (see `plan_rows`), as many rows on every data-parallel rank."""
+    # interleaved stages take microbatches in groups of that size
+    multiple_of = dp_size * (layout.pp if layout.vpp else 1)
+    return plan_rows(costs, capacity, multiple_of=multiple_of, seed=seed)

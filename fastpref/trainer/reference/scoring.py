@@ -23,15 +23,17 @@ from torch import Tensor
 
 import fastpref
 from fastpref.checkpoint.reference_cache import COLUMNS, SHARD_PAIRS, CacheWriter, ReferenceCache, TablePlan
-from fastpref.data import PairSampler, PreferenceCollator, PreferenceDataset
+from fastpref.data import PreferenceCollator, PreferenceDataset
 from fastpref.errors import ConfigError, NonFiniteError
 from fastpref.losses import DPOConfig
 from fastpref.run.config.arguments import TrainingArguments
+from fastpref.run.plan.pair_schedule import PairSchedule
 from fastpref.trainer.model.chunks import vocab_size_of
 from fastpref.trainer.ranks.agreement import from_rank_0, together
 from fastpref.trainer.ranks.platform import current_device
 from fastpref.trainer.reference.reference import ReferenceModel
 from fastpref.trainer.step.batch import Microbatch
+from fastpref.trainer.step.feed import collated
 from fastpref.trainer.step.metrics import owns_results
 from fastpref.trainer.step.schedule import aligned
 
@@ -97,15 +99,14 @@ def _score_shard(
 ) -> Tensor:
     """Rows [n, 6] of `pairs`, the same on every rank."""
     # Neighbours in length make rows with little padding.
-    order = sorted(pairs, key=lambda index: dataset[index].num_tokens)
     rows_n6 = torch.zeros(len(pairs), len(COLUMNS), dtype=torch.float32, device=current_device())
-    dp_rank, dp_size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    size, group = args.eval_batch_pairs, args.pipeline_model_parallel_size
-    sampler = PairSampler(len(order), size * group * dp_size, shuffle=False)
-    for step in range(sampler.steps_per_epoch):
-        shards = sampler.shard(step, dp_rank, dp_size, size, group)
-        indices = [[None if place is None else order[place] for place in shard] for shard in shards]
-        batches = aligned([_microbatch(reference, dataset, some, collate) for some in indices])
+    order = sorted(pairs, key=lambda index: dataset[index].num_tokens)
+    dp_rank, vocab_size = parallel_state.get_data_parallel_rank(), vocab_size_of(reference.models[0])
+    schedule = PairSchedule.one_pass(args, len(order), parallel_state.get_data_parallel_world_size())
+    for step in range(schedule.total_steps):
+        by_length = schedule.microbatches(step, dp_rank)
+        microbatches = [slots._replace(places=[order[place] for place in slots.places]) for slots in by_length]
+        batches = aligned([collated(collate, dataset, slots, vocab_size) for slots in microbatches])
         for batch, scores_KS in zip(batches, reference.score_columns(batches), strict=True):
             if scores_KS is not None and owns_results():
                 is_real_B = (batch.weights_B != 0).to(scores_KS.device)
@@ -115,12 +116,6 @@ def _score_shard(
     torch.distributed.all_reduce(rows_n6)
     _check_finite(rows_n6, dataset, pairs)
     return rows_n6.cpu()
-
-
-def _microbatch(
-    reference: ReferenceModel, dataset: PreferenceDataset, indices: Sequence[int | None], collate: PreferenceCollator
-) -> Microbatch:
-    return Microbatch.from_dict(collate(dataset.select(indices)), vocab_size_of(reference.models[0]))
 
 
 def _columns(batch: Microbatch, scores_KS: Tensor) -> Tensor:

@@ -57,9 +57,9 @@ def run_fingerprint(
     settings = {
         **{name: getattr(args, name) for name in _SETTINGS},
         "moe_aux_loss_coeff": models[0].config.moe_aux_loss_coeff,
-        "global_batch_pairs": feed.global_batch_pairs,
-        "total_steps": feed.total_steps,
-        "warmup_steps": args.warmup_steps_of(feed.total_steps),
+        "global_batch_pairs": feed.schedule.global_batch_pairs,
+        "total_steps": feed.schedule.total_steps,
+        "warmup_steps": args.warmup_steps_of(feed.schedule.total_steps),
         "num_train_pairs": len(feed.train_dataset),
         "train_data_sha256": getattr(feed.train_dataset, "sha256", None),
         **{f"loss.{name}": value for name, value in asdict(loss).items()},

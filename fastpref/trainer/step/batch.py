@@ -23,15 +23,19 @@ class Microbatch:
     """Tokens and labels of B pairs on the host: masks are read there without waiting for the device.
 
     `input_ids_NL`, `position_ids_NL`, `labels_NL` and `nll_labels_NL` are int64 [N, L]: one right-padded row per
-    sequence, or one row of many sequences, which `segments` then locates. `weights_B` is fp32 with 0 for filler pairs,
-    which count in nothing; `padding_NL` is True on positions of no pair; `ref_logps_S` holds the reference's sums once
-    they are known, and `ref_noise` how far rounding parts them from what the policy's pass over these very rows would
-    give under the same weights: a standard deviation in nat per response token, 0 where those bits are equal.
+    sequence, or one row of many sequences, which `segments` then locates. `rows_R` are the tokens with any label, in
+    Megatron's order, those of sequence s at `cu_rows[s]:cu_rows[s + 1]`; padding moves none of them. `weights_B` is
+    fp32 with 0 for filler pairs, which count in nothing; `padding_NL` is True on positions of no pair; `ref_logps_S`
+    holds the reference's sums once they are known, and `ref_noise` how far rounding parts them from what the policy's
+    pass over these very rows would give under the same weights: a standard deviation in nat per response token, 0
+    where those bits are equal.
     """
 
     input_ids_NL: Tensor
     position_ids_NL: Tensor
     labels_NL: Tensor
+    rows_R: Tensor
+    cu_rows: Tensor
     weights_B: Tensor
     pair_ids_B: Tensor
     padding_NL: Tensor
@@ -47,8 +51,10 @@ class Microbatch:
         Args:
             batch: `input_ids` and shifted `labels`, int64 [2n, L], rows chosen_0.. then rejected_0..; optional
                 `attention_mask` [2n, L] (1 on tokens, right-padded), `position_ids` [2n, L], `nll_labels` [2n, L],
-                `pair_weights` [n] and `pair_ids` [n]. Or a packed row as from `PackedCollator`: `segment_bounds`
-                [n, 4] and the others [1, L], without mask and positions, which follow from the bounds.
+                `pair_weights` [n], `pair_ids` [n]; `rows` and `cu_rows` as from `PreferenceCollator`, which are found
+                anew where they are left out or labels were changed after them. Or a packed row as from
+                `PackedCollator`: `segment_bounds` [n, 4] and the others [1, L], without mask and positions, which
+                follow from the bounds.
             vocab_size: bound of the token ids, when known.
 
         Raises:
@@ -80,10 +86,13 @@ class Microbatch:
         _check_ids(labels, vocab_size, "labels", ignore=IGNORE_INDEX)
         positions = batch.get("position_ids") if segments is None else segments.positions_L[None]
         weights, ids = batch.get("pair_weights"), batch.get("pair_ids")
+        rows_R, cu_rows = _rows(batch, segments)
         return cls(
             input_ids_NL=input_ids.long(),
             position_ids_NL=_positions(input_ids) if positions is None else positions.long(),
             labels_NL=labels.long(),
+            rows_R=rows_R % input_ids.size(1) * input_ids.size(0) + rows_R // input_ids.size(1),
+            cu_rows=cu_rows,
             weights_B=torch.ones(num_pairs, dtype=torch.float32, device="cpu") if weights is None else weights.float(),
             pair_ids_B=torch.full((num_pairs,), -1, dtype=torch.int64, device="cpu") if ids is None else ids.long(),
             padding_NL=_padding(input_ids, batch.get("attention_mask"), segments),
@@ -112,7 +121,7 @@ class Microbatch:
     @property
     def counts_S(self) -> Tensor:
         """Labelled tokens of each sequence [S], fp32."""
-        return self._per_sequence(self.labels_NL != IGNORE_INDEX).float()
+        return self._per_sequence(self.labels_NL)
 
     @property
     def nll_counts_S(self) -> Tensor:
@@ -125,7 +134,7 @@ class Microbatch:
             raise DataError(
                 "this loss needs the batch key nll_labels; use PreferenceCollator with the nll_mask it names"
             )
-        return self._per_sequence(self.nll_labels_NL != IGNORE_INDEX).float()
+        return self._per_sequence(self.nll_labels_NL)
 
     def padded_to(self, seq_length: int) -> Microbatch:
         """Returns the microbatch right-padded to `seq_length` positions."""
@@ -151,29 +160,60 @@ class Microbatch:
         """Rows and labels in Megatron's token order, of the positions `held_l` of every row."""
         labels_Nl = self.labels_NL[:, held_l]
         nll_labels_Nl = None if self.nll_labels_NL is None else self.nll_labels_NL[:, held_l]
-        labelled_Nl = labels_Nl != IGNORE_INDEX
-        if nll_labels_Nl is not None:
-            labelled_Nl = labelled_Nl | (nll_labels_Nl != IGNORE_INDEX)
-        row_R, position_R = labelled_Nl.nonzero(as_tuple=True)
-        rows_R = position_R * labelled_Nl.size(0) + row_R
-        owners_R = self._owners_NL[:, held_l][labelled_Nl]
+        num_rows = labels_Nl.size(0)
+        places_L = torch.full((self.seq_length,), -1, dtype=torch.int64, device="cpu")
+        places_L[held_l] = _indices(labels_Nl.size(1))
+        places_R = places_L[self.rows_R // num_rows]
+        is_held_R = places_R >= 0
         return HeadRequest(
             labels_T=labels_Nl.t().reshape(-1),
             nll_labels_T=None if nll_labels_Nl is None else nll_labels_Nl.t().reshape(-1),
-            rows_R=rows_R[owners_R.argsort(stable=True)],
-            cu_rows=F.pad(torch.bincount(owners_R, minlength=2 * self.num_pairs).cumsum(0), (1, 0)),
+            rows_R=(places_R * num_rows + self.rows_R % num_rows)[is_held_R],
+            cu_rows=_count_before(is_held_R)[self.cu_rows],
         )
 
-    @property
-    def _owners_NL(self) -> Tensor:
-        """The sequence that a label at each token counts for."""
-        if self.segments is not None:
-            return self.segments.owners_L[None]
-        return _indices(self.input_ids_NL.size(0))[:, None].expand_as(self.input_ids_NL)
+    def _per_sequence(self, labels_NL: Tensor) -> Tensor:
+        """Counts the labels of each sequence [S], fp32."""
+        num_rows = labels_NL.size(0)
+        labels_R = labels_NL[self.rows_R % num_rows, self.rows_R // num_rows]
+        return _count_before(labels_R != IGNORE_INDEX)[self.cu_rows].diff().float()
 
-    def _per_sequence(self, chosen_NL: Tensor) -> Tensor:
-        """Counts the tokens marked True of each sequence [S]."""
-        return torch.bincount(self._owners_NL[chosen_NL], minlength=2 * self.num_pairs)
+
+def _count_before(is_counted_R: Tensor) -> Tensor:
+    """How many are True in front of each place and, last, in all."""
+    return F.pad(is_counted_R.cumsum(0), (1, 0))
+
+
+def _rows(batch: Mapping[str, Tensor], segments: Segments | None) -> tuple[Tensor, Tensor]:
+    """Places in the flattened [N, L] of all labels, by sequence, and the bounds of the sequences [S+1].
+
+    Those that the collator made, unless labels were changed after it.
+    """
+    is_labelled_NL = batch["labels"] != IGNORE_INDEX
+    if "nll_labels" in batch:
+        is_labelled_NL |= batch["nll_labels"] != IGNORE_INDEX
+    num_sequences, length = is_labelled_NL.shape
+    owners_NL = _indices(num_sequences)[:, None].expand(-1, length)
+    if segments is not None:
+        num_sequences, owners_NL = 2 * len(segments.pairs), segments.owners_L[None]
+    rows_R, cu_rows = batch.get("rows"), batch.get("cu_rows")
+    if rows_R is None or cu_rows is None or not _are_rows(rows_R, cu_rows, is_labelled_NL, owners_NL, num_sequences):
+        rows_R = is_labelled_NL.flatten().nonzero().squeeze(1)
+        owners_R = owners_NL.flatten()[rows_R]
+        rows_R = rows_R[owners_R.argsort(stable=True)]
+        cu_rows = F.pad(torch.bincount(owners_R, minlength=num_sequences).cumsum(0), (1, 0))
+    return rows_R, cu_rows
+
+
+def _are_rows(rows_R: Tensor, cu_rows: Tensor, is_labelled_NL: Tensor, owners_NL: Tensor, num_sequences: int) -> bool:
+    """Whether these are the places of all labels, each once, in order and by sequence."""
+    num_labels, num_places = int(is_labelled_NL.sum()), is_labelled_NL.numel()
+    if rows_R.dtype != torch.int64 or rows_R.shape != (num_labels,) or ((rows_R < 0) | (rows_R >= num_places)).any():
+        return False
+    owners_R = owners_NL.flatten()[rows_R]
+    is_in_order = ((owners_R * num_places + rows_R).diff() > 0).all()
+    bounds = torch.searchsorted(owners_R, _indices(num_sequences + 1))
+    return bool(is_labelled_NL.flatten()[rows_R].all() and is_in_order and torch.equal(bounds, cu_rows))
 
 
 def _segments(batch: Mapping[str, Tensor]) -> Segments | None:

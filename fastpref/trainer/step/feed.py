@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from fastpref.data import (
-    FILLER_ID,
-    PackedCollator,
-    PairSampler,
-    plan_rows,
-    rows_of_rank,
-)
+from fastpref.data import FILLER_ID, PackedCollator, rows_of_rank
 from fastpref.errors import ConfigError
 from fastpref.losses import DPOConfig
 from fastpref.run.config.arguments import TrainingArguments
-from fastpref.run.plan.rows import default_collator, row_capacity
+from fastpref.run.plan.pair_schedule import PairSchedule, Slots
+from fastpref.run.plan.rows import default_collator, packed_rows, row_capacity
+from fastpref.trainer.ranks.platform import current_layout
 from fastpref.trainer.step.batch import Microbatch
 
 
@@ -68,42 +65,16 @@ class PairFeed:
         found = {"training pairs": self.train_dataset, "evaluation pairs": self.eval_dataset}
         return {name: dataset for name, dataset in found.items() if dataset is not None}
 
-    @property
-    def global_batch_pairs(self) -> int:
-        """Pairs in one optimizer step over all ranks."""
-        return self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.dp_size
-
-    @property
-    def sampler(self) -> PairSampler:
-        """Order of the training pairs."""
+    @cached_property
+    def schedule(self) -> PairSchedule:
+        """The training pairs of every optimizer step."""
         if self.train_dataset is None:
             raise ConfigError("training needs a train_dataset")
-        return PairSampler(
-            len(self.train_dataset),
-            self.global_batch_pairs,
-            seed=self.args.seed,
-            shuffle=self.args.shuffle,
-            drop_last=self.args.drop_last,
-        )
-
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        return self.args.max_steps or self.args.num_train_epochs * self.sampler.steps_per_epoch
+        return PairSchedule.training(self.args, len(self.train_dataset), self.dp_size)
 
     def train_batches(self, step: int) -> list[Microbatch]:
         """This rank's microbatches of optimizer step `step`, counted from 0."""
-        sampler = self.sampler
-        if self._row_length is not None:
-            return self._packed(self.train_dataset, sampler.batch(step), self._row_length)
-        shards = sampler.shard(
-            step,
-            self.dp_rank,
-            self.dp_size,
-            self.args.per_device_train_batch_size,
-            self.args.gradient_accumulation_steps,
-        )
-        return [self._microbatch(self.train_dataset, sampler.batch(step), shard) for shard in shards]
+        return self._batches(self.train_dataset, self.schedule, step, self._row_length)
 
     def eval_batches(self, dataset: Any) -> Iterator[list[Microbatch]]:
         """This rank's microbatches of one pass over `dataset`, in groups that fill the pipeline.
@@ -112,16 +83,9 @@ class PairFeed:
             DataError: a pair is larger than a packed row.
         """
         row_length = self._capacity(dataset)
-        if row_length is not None:
-            sampler = PairSampler(len(dataset), self.global_batch_pairs, shuffle=False)
-            for step in range(sampler.steps_per_epoch):
-                yield self._packed(dataset, sampler.batch(step), row_length)
-            return
-        pairs, group = self.args.eval_batch_pairs, self.args.pipeline_model_parallel_size
-        sampler = PairSampler(len(dataset), pairs * group * self.dp_size, shuffle=False)
-        for step in range(sampler.steps_per_epoch):
-            shards = sampler.shard(step, self.dp_rank, self.dp_size, pairs, group)
-            yield [self._microbatch(dataset, sampler.batch(step), shard) for shard in shards]
+        schedule = PairSchedule.one_pass(self.args, len(dataset), self.dp_size, packed=row_length is not None)
+        for step in range(schedule.total_steps):
+            yield self._batches(dataset, schedule, step, row_length)
 
     def _capacity(self, dataset: Any) -> int | None:
         """Positions of a packed row of `dataset`; None where rows are padded."""
@@ -129,27 +93,24 @@ class PairFeed:
             return None
         return row_capacity(dataset, self.collate, self.args.pack_length)
 
-    def _packed(self, dataset: Any, batch: Sequence[int], row_length: int) -> list[Microbatch]:
-        """This rank's rows of the pairs `batch`; every rank gets equally many."""
+    def _batches(self, dataset: Any, schedule: PairSchedule, step: int, row_length: int | None) -> list[Microbatch]:
+        """This rank's microbatches of one step, as many as every rank's."""
+        if row_length is None:
+            return [collated(self.collate, dataset, slots) for slots in schedule.microbatches(step, self.dp_rank)]
         assert isinstance(self.collate, PackedCollator)
-        pairs = [dataset[index] for index in batch]
+        pairs = [dataset[index] for index in schedule.batch(step)]
         costs = [self.collate.cost(pair) for pair in pairs]
-        rows = plan_rows(costs, row_length, multiple_of=self.dp_size * _interleaved_stages(), seed=self.args.seed)
-        # An empty row repeats the cheapest pair at weight 0, so that every rank runs equally many microbatches.
-        filler = replace(pairs[costs.index(min(costs))], pair_id=FILLER_ID, weight=0.0)
+        rows = packed_rows(costs, row_length, current_layout(), self.dp_size, self.args.seed)
         mine = rows_of_rank(rows, costs, self.dp_rank, self.dp_size)
-        return [Microbatch.from_dict(self.collate([pairs[index] for index in row] or [filler])) for row in mine]
-
-    def _microbatch(self, dataset: Any, batch: Sequence[int], shard: Sequence[int | None]) -> Microbatch:
-        # A filler repeats some pair of the step at weight 0, so that every rank runs equal shapes.
-        real = torch.tensor([index is not None for index in shard], dtype=torch.bool, device="cpu")
-        indices = [batch[0] if index is None else index for index in shard]
-        microbatch = Microbatch.from_dict(self.collate([dataset[index] for index in indices]))
-        return replace(microbatch, weights_B=microbatch.weights_B * real)
+        return [collated(self.collate, pairs, Slots.of_packed_row(row, costs)) for row in mine]
 
 
-def _interleaved_stages() -> int:
-    """Pipeline stages, where the schedule interleaves them and takes microbatches in groups of that size; else 1."""
-    if parallel_state.get_virtual_pipeline_model_parallel_world_size() is None:
-        return 1
-    return parallel_state.get_pipeline_model_parallel_world_size()
+def collated(
+    collate: Callable[[list], Mapping[str, Tensor]], dataset: Any, slots: Slots, vocab_size: int | None = None
+) -> Microbatch:
+    """The microbatch of some pairs of `dataset`; fillers get the weight 0 and `FILLER_ID`."""
+    batch = Microbatch.from_dict(collate([dataset[place] for place in slots.places]), vocab_size)
+    is_real_B = torch.arange(len(slots.places), dtype=torch.int64, device="cpu") < slots.num_real
+    return replace(
+        batch, weights_B=batch.weights_B * is_real_B, pair_ids_B=batch.pair_ids_B.where(is_real_B, FILLER_ID)
+    )

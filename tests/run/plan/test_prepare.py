@@ -148,9 +148,15 @@ def test_prepare_for_evaluation_alone(project: Path) -> None:
 
 def test_prepare_counts_batches_and_steps(project: Path) -> None:
     run = prepared("training.num_train_epochs=3", world_size=2)
-    assert (run.data_parallel_size, run.global_batch_pairs, run.steps_per_epoch, run.total_steps) == (2, 8, 2, 6)
-    assert prepared("training.max_steps=7", world_size=2).total_steps == 7
-    assert prepared("training.drop_last=true", world_size=2).steps_per_epoch == 1
+    schedule = run.schedule
+    assert (schedule.dp_size, schedule.global_batch_pairs, schedule.steps_per_epoch, schedule.total_steps) == (
+        2,
+        8,
+        2,
+        6,
+    )
+    assert prepared("training.max_steps=7", world_size=2).schedule.total_steps == 7
+    assert prepared("training.drop_last=true", world_size=2).schedule.steps_per_epoch == 1
 
 
 def test_collator_pads_and_masks_as_configured(project: Path) -> None:

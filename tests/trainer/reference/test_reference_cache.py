@@ -10,7 +10,7 @@ import torch
 
 from checks.tiny import stock_model, tiny_pairs
 from fastpref.checkpoint.reference_cache import COLUMNS
-from fastpref.data import PreferenceCollator, PreferenceDataset
+from fastpref.data import FILLER_ID, PreferenceCollator, PreferenceDataset
 from fastpref.errors import CheckpointError, ConfigError, DataError, FastprefError, NonFiniteError
 from fastpref.trainer import DPOConfig, DPOTrainer, ReferenceCache, TrainingArguments, score_reference
 
@@ -171,7 +171,7 @@ def test_training_step_needs_the_ids_of_its_pairs(quiet_args, cache, ids: list[i
 
 def test_training_step_takes_fillers_without_an_id(quiet_args, cache) -> None:
     trainer = dpo_trainer(quiet_args(gradient_accumulation_steps=1), cache)
-    batch = PreferenceCollator(0)(TRAIN.select([3, None]))
+    batch = PreferenceCollator(0)([TRAIN[3], replace(TRAIN[0], pair_id=FILLER_ID, weight=0.0)])
     loss, *_ = trainer.training_step(trainer.models_wrapped, iter([batch]), batch["input_ids"].size(1))
     assert torch.isfinite(loss)
 
