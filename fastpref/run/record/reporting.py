@@ -7,12 +7,15 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fastpref.errors import MissingDependencyError
-from fastpref.run.config.arguments import TrainingArguments
+
+if TYPE_CHECKING:
+    from fastpref.run.config.arguments import TrainingArguments
 
 METRICS_FILE = "metrics.jsonl"
 
