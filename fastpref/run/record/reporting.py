@@ -34,7 +34,7 @@ class RunReporter:
         self.active = rank == 0
         self._console = Console(stderr=True)
         self._has_warned = False
-        self._writers: list = []
+        self._writers: list[_TensorBoardWriter | _WandbWriter] = []
         self._progress: Progress | None = None
         if not self.active:
             return
