@@ -44,14 +44,6 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return packages
 
 
-@needs_setuptools
-def test_wheel_holds_every_module_and_the_mark_of_types(installed: Path) -> None:
-    shipped = {str(path.relative_to(installed)) for path in (installed / "fastpref").rglob("*") if path.is_file()}
-    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "fastpref").rglob("*.py")}
-    assert shipped == sources | {"fastpref/py.typed"}
-    assert {path.name for path in installed.iterdir()} == {"fastpref", "others.pth"}
-
-
 @pytest.fixture(scope="module")
 def messages(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """What `mypy --strict` says about a user's scripts, and about the type of every public name."""
