@@ -43,12 +43,15 @@ def dress(panel: Any, title: str, label: str, ticks: Mapping[int, str] | None = 
     panel.tick_params(labelsize=8)
 
 
-def save(figure: Any, title: str, file: Path, legend_of: Any = None) -> None:
-    """Writes a figure as PNG, under a title and above the legend of one of its panels, and closes it."""
+def save(figure: Any, title: str, file: Path, legend_of: Any = None, note: str = "") -> None:
+    """Writes a figure as PNG, under a title, above the legend of one of its panels and a note, and closes it."""
     figure.suptitle(title, fontsize=11)
     if legend_of is not None:
-        handles = legend_of.get_legend_handles_labels()
-        figure.legend(*handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+        handles, labels = legend_of.get_legend_handles_labels()
+        size = {"fontsize": 9, "title_fontproperties": {"size": 8, "style": "italic"}}
+        figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, title=note or None, **size)
+    elif note:
+        figure.supxlabel(note, fontsize=8, style="italic")
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=130)
     pyplot().close(figure)

@@ -21,6 +21,9 @@ STYLES = {
 }
 """(label, colour, marker) of what is drawn."""
 
+NOTE = "The kernels of Liger and CCE are made for GPUs; here both run as what torch.compile makes of them for a CPU."
+"""On every figure with these two on a CPU."""
+
 _VOCAB_TICKS = {2**power: f"{2 ** (power - 10)}k" if power < 20 else "1M" for power in range(14, 21)}
 AXES: dict[str, tuple[str, dict[int, str] | None]] = {
     "vocab": ("vocabulary", _VOCAB_TICKS),
@@ -40,7 +43,7 @@ def draw_bars(workload: str, rows: dict[str, Row], file: Path) -> None:
     """
     timed = sorted((name for name in STYLES if rows.get(name, {}).get("status") == "ok"), key=_time_over_ours(rows))
     labels, colours, _ = zip(*(STYLES[name] for name in reversed(timed)), strict=True)
-    figure, panels = pyplot().subplots(1, 2, figsize=(11, 0.42 * len(timed) + 1.6), layout="constrained", sharey=True)
+    figure, panels = pyplot().subplots(1, 2, figsize=(11, 0.42 * len(timed) + 1.9), layout="constrained", sharey=True)
     measures = {
         "Time, forward + backward (s)": [seconds(rows[name], name) for name in reversed(timed)],
         "Extra peak memory (MiB)": [rows[name]["extra_peak_mib"] for name in reversed(timed)],
@@ -61,7 +64,7 @@ def draw_bars(workload: str, rows: dict[str, Row], file: Path) -> None:
         f"DPO head of {workload} on two CPU cores: R = {shape['rows']} response rows, V = {shape['vocab']:,}, "
         f"H = {shape['hidden']}, fp32"
     )
-    save(figure, title, file)
+    save(figure, title, file, note=NOTE)
 
 
 def _time_over_ours(rows: dict[str, Row]) -> Callable[[str], float]:
@@ -95,7 +98,7 @@ def draw(rows: list[dict[str, Row]], axis: str, file: Path) -> None:
     }[axis]
     for panel, title in ((left, "Time, forward + backward (s)"), (right, "Extra peak memory (GiB)")):
         dress(panel, title, *AXES[axis])
-    save(figure, f"DPO head on a CPU: {held}, H = {shape['hidden']}, fp32", file, left)
+    save(figure, f"DPO head on a CPU: {held}, H = {shape['hidden']}, fp32", file, left, NOTE)
 
 
 def draw_heads_roofline(heads: Sequence[dict[str, Row]], machine: Row, file: Path) -> None:
@@ -114,7 +117,7 @@ def draw_heads_roofline(heads: Sequence[dict[str, Row]], machine: Row, file: Pat
     ]
     ceilings = Ceilings(machine["gflops"], machine["copy_gb_per_s"], "G")
     title = f"DPO heads, forward + backward, on {machine['threads']} CPU cores in fp32"
-    draw_roofline(points, STYLES, ceilings, title, file)
+    draw_roofline(points, STYLES, ceilings, title, file, NOTE)
 
 
 def _position(row: Row, axis: str) -> float:

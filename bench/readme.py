@@ -1,29 +1,49 @@
-"""The README's tables of benchmarks and checks, from the stored results; no number in them is typed by hand."""
+"""The tables of README.md and docs/results.md, from the stored results; no number in them is typed by hand."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 
 from bench.demo import TITLES, make_command
 from bench.implementations import BARE, IMPLEMENTATIONS
-from bench.report import read_rows, seconds
+from bench.measure import Row
+from bench.report import paired_ratio, ratio, read_rows, seconds
 from bench.train import SETTINGS
-from bench.train_report import step_seconds
+from bench.train_report import TUNED, step_seconds, stored_files, times_faster
 from bench.train_rows import ANCHOR
 
 OPEN = "<!-- table: python -m bench readme -->"
 OURS, EXACT, NAIVE = "ours-active", "ours-exact", "naive-rows"
+BEST = "shared-precomputed"
 HEADS = {"gemma3-270m": "Gemma-3-270m", "smollm2-135m": "SmolLM2-135M"}
 Line = tuple[str, str, str]
 """What was measured, the result, the command."""
 Section = Callable[[Path], Iterator[Line]]
 
 
+def headline(results: Path) -> str:
+    """Return the few lines of README.md, as Markdown.
+
+    Args:
+        results: directory of the stored results; what has no file there has no line.
+    """
+    lines = [*_head_headline(results), *_train_headline(results), *_dropin_headline(results)]
+    checked = {
+        "training steps of SmolLM2-135M beside TRL's": _parity_trl,
+        "every parallel layout against one process": _parity_layouts,
+        "SIGKILL at every step and every file operation of a save": _kill_matrix,
+    }
+    for what, section in checked.items():
+        lines += [(what, re.split(r";| \(\[", result)[0]) for _, result, _ in section(results)]
+    return "\n".join(["| what | result |", "|---|---|", *(f"| {what} | {result} |" for what, result in lines)])
+
+
 def table(results: Path) -> str:
-    """Return Markdown, a line for each thing measured.
+    """Return the tables of docs/results.md, a line for each thing measured.
 
     Args:
         results: directory of the stored results; what has no file there has no line.
@@ -39,11 +59,50 @@ def _table(sections: Sequence[Section], results: Path) -> str:
     return "\n".join(["| what | result | command |", "|---|---|---|", *rows])
 
 
+def _right_rows(file: Path) -> dict[str, Row]:
+    rows = read_rows(file) if file.exists() else {}
+    return {name: row for name, row in rows.items() if row["status"] == "ok"}
+
+
+def _head_headline(results: Path) -> Iterator[tuple[str, str]]:
+    rows = _right_rows(results / "head-gemma3-270m.json")
+    if {OURS, EXACT, NAIVE} <= set(rows):
+        ours, exact, naive = rows[OURS], rows[EXACT], rows[NAIVE]
+        shape, error = ours["shape"], ours["errors"]["d_hidden"]["relative_l2"]
+        yield (
+            f"DPO head of Gemma-3-270m ({shape['vocab']:,} tokens), forward and backward",
+            f"naive torch on the same rows takes **{ratio(naive, NAIVE, OURS):.1f} x** the time and "
+            f"{naive['extra_peak_mib'] / ours['extra_peak_mib']:.0f} x the memory; our gradients are off by "
+            f"{error:.1e}. Exact ones take {ratio(exact, EXACT, NAIVE):.2f} of its time, "
+            f"{exact['extra_peak_mib'] / naive['extra_peak_mib']:.2f} of its memory",
+        )
+
+
+def _train_headline(results: Path) -> Iterator[tuple[str, str]]:
+    for file in stored_files(results):
+        rows = _timed_rows(json.loads(file.read_text(encoding="utf-8")))
+        if {ANCHOR, TUNED, BEST} <= set(rows):
+            best = rows[BEST]
+            yield (
+                "DPO step of SmolLM2-135M: packed, prompts shared, reference precomputed",
+                f"**{times_faster(best, rows[ANCHOR]):.1f} x** the pairs per second of TRL's defaults, which recompute "
+                f"activations; {times_faster(best, rows[TUNED]):.1f} x those of TRL tuned, which keeps them as we do",
+            )
+
+
+def _timed_rows(content: Row) -> dict[str, Row]:
+    return {name: row for name, row in content["rows"].items() if row.get("runs")}
+
+
+def _dropin_headline(results: Path) -> Iterator[tuple[str, str]]:
+    for _, result, _ in _dropins(results):
+        yield "TRL's own `DPOTrainer` with this op inside, one changed import", result.partition(";")[0]
+
+
 def _heads(results: Path) -> Iterator[Line]:
     """Ours on each head, then the others that were timed on it."""
     for workload, model in HEADS.items():
-        file = results / f"head-{workload}.json"
-        rows = {name: row for name, row in read_rows(file).items() if row["status"] == "ok"} if file.exists() else {}
+        rows = _right_rows(results / f"head-{workload}.json")
         if OURS not in rows:
             continue
         command, ours = f"python -m bench head --workload {workload}", rows[OURS]
@@ -51,7 +110,7 @@ def _heads(results: Path) -> Iterator[Line]:
         yield (
             f"head of {model} (V={shape['vocab']}, H={shape['hidden']}, fp32) on {shape['sequences'] // 2} real pairs, "
             f"{shape['rows']} response rows; DPO loss, forward and backward; active plan",
-            f"**{seconds(ours, OURS):.2f} s**, {seconds(ours, OURS) / seconds(ours, BARE):.2f} x the bare product "
+            f"**{seconds(ours, OURS):.2f} s**, {ratio(ours, OURS, BARE):.2f} x the bare product "
             f"`X @ W.T`; peak +{ours['extra_peak_mib']:.0f} MiB; error of the gradients "
             f"{errors['d_hidden']['relative_l2']:.1e} (hidden), {errors['d_weight']['relative_l2']:.1e} (weight)",
             command,
@@ -60,7 +119,7 @@ def _heads(results: Path) -> Iterator[Line]:
             exact, naive = rows[EXACT], rows[NAIVE]
             yield (
                 "- with exact gradients",
-                f"{seconds(exact, EXACT):.2f} s, {seconds(exact, EXACT) / seconds(exact, NAIVE):.2f} x naive torch; "
+                f"{seconds(exact, EXACT):.2f} s, {ratio(exact, EXACT, NAIVE):.2f} x naive torch; "
                 f"{exact['extra_peak_mib'] / naive['extra_peak_mib']:.2f} of its peak memory",
                 command,
             )
@@ -68,7 +127,7 @@ def _heads(results: Path) -> Iterator[Line]:
             if not IMPLEMENTATIONS[name].is_ours:
                 yield (
                     f"- by {IMPLEMENTATIONS[name].title}",
-                    f"{seconds(row, name) / seconds(row, OURS):.1f} x the time, "
+                    f"{ratio(row, name, OURS):.1f} x the time, "
                     f"{row['extra_peak_mib'] / ours['extra_peak_mib']:.1f} x the memory",
                     command,
                 )
@@ -81,13 +140,15 @@ def _packings(results: Path) -> Iterator[Line]:
         taken = [median(row["times"][kind]["wall_s"]) / shape["pairs"] for kind, shape in shapes.items()]
         positions = [shape["positions_per_pair"] for shape in shapes.values()]
         padding = [shape["padding_fraction"] for shape in shapes.values()]
+        packed, shared = list(shapes)[1:]
+        sharing = paired_ratio(row["times"][packed]["wall_s"], row["times"][shared]["wall_s"])
         yield (
             f"SmolLM2-135M, DPO steps on real pairs of a file with {lengths['prompt']:.0f} prompt, "
             f"{lengths['chosen']:.0f} chosen and {lengths['rejected']:.0f} rejected tokens in the mean: "
             f"{'; '.join(shapes)}",
             f"{', '.join(f'{value:.1f}' for value in taken)} s a pair; "
             f"{', '.join(f'{value:.0f}' for value in positions)} positions a pair, of which padding "
-            f"{', '.join(f'{value:.1%}' for value in padding)}; sharing **{taken[1] / taken[2]:.2f} x** over packing",
+            f"{', '.join(f'{value:.1%}' for value in padding)}; sharing **{sharing:.2f} x** over packing",
             row["command"],
         )
 
@@ -95,29 +156,26 @@ def _packings(results: Path) -> Iterator[Line]:
 def _references(results: Path) -> Iterator[Line]:
     for file in sorted(results.glob("reference-*.json")):
         row = json.loads(file.read_text(encoding="utf-8"))
-        model, precomputed = (median(row["times"][kind]["cpu_s"]) for kind in ("model", "precomputed"))
+        share = paired_ratio(*(row["times"][kind]["cpu_s"] for kind in ("precomputed", "model")))
         saved_mib = row["memory"]["model"]["peak_mib"] - row["memory"]["precomputed"]["peak_mib"]
         yield (
             "the same model, a step without the reference's forward pass (precomputed)",
-            f"{precomputed / model:.2f} x the CPU time; {saved_mib:.0f} MiB less at the peak",
+            f"{share:.2f} x the CPU time; {saved_mib:.0f} MiB less at the peak",
             row["command"],
         )
 
 
 def _trains(results: Path) -> Iterator[Line]:
     """Steps of the trainer over those of TRL's."""
-    for file in sorted(results.glob("train-*.json")):
+    for file in stored_files(results):
         content = json.loads(file.read_text(encoding="utf-8"))
-        rows = {name: row for name, row in content["rows"].items() if row.get("runs")}
-        if ANCHOR not in rows:
-            continue
-        theirs_s, pairs = step_seconds(rows[ANCHOR]), content["sizes"]["pairs"]
-        for name, row in rows.items():
-            ratio = theirs_s / step_seconds(row)
+        rows, pairs = _timed_rows(content), content["sizes"]["pairs"]
+        for name, row in rows.items() if ANCHOR in rows else ():
             yield (
                 f"DPO step of SmolLM2-135M, fp32, equal metrics: {SETTINGS[name].title}",
-                f"{step_seconds(row) / pairs:.1f} s a pair, **{ratio:.2f} x** the pairs per second of TRL; "
-                f"peak {max(run['peak_mib'] for run in row['runs']):.0f} MiB",
+                f"{step_seconds(row) / pairs:.1f} s a pair, **{times_faster(row, rows[ANCHOR]):.2f} x** the pairs per "
+                f"second of TRL; peak {max(run['peak_mib'] for run in row['runs']):.0f} MiB, activations "
+                f"{SETTINGS[name].activations} ({content['machine']['cpu']})",
                 content["command"],
             )
 
@@ -178,7 +236,7 @@ def _parity_trl(results: Path) -> Iterator[Line]:
         yield (
             f"SmolLM2-135M, {content['runs'][0]['settings']['steps']} steps against TRL {content['versions']['trl']}",
             f"{' and '.join(counts)} values within {content['limit']:g} relative (largest {worst:.1e}), tokens "
-            f"{'identical' if same else 'not identical'} ([docs/parity-trl.md](docs/parity-trl.md))",
+            f"{'identical' if same else 'not identical'} ([parity-trl.md](parity-trl.md))",
             "make parity-trl",
         )
 
@@ -193,7 +251,7 @@ def _parity_layouts(results: Path) -> Iterator[Line]:
             "prompts, DPO and ORPO, 3 steps each",
             f"{sum(row['agrees'] for row in rows)} of {len(rows)} train like one process; the {len(exact)} in fp32: "
             f"loss within {most['loss']:.1e}, `grad_norm` {most['grad_norm']:.1e}, any metric {most['metrics']:.1e}, "
-            f"any weight's update {most['updates']:.1e} ([docs/parallelism.md](docs/parallelism.md))",
+            f"any weight's update {most['updates']:.1e} ([parallelism.md](parallelism.md))",
             "make parity",
         )
 
@@ -205,8 +263,7 @@ def _kill_matrix(results: Path) -> Iterator[Line]:
         yield (
             "SIGKILL of one rank or all at every step and every file operation of a save, then continued: DP2 with a "
             "sharded optimizer, TP2, PP2, and DP2 with asynchronous saves",
-            f"{equal} of {len(runs)} runs end bit for bit like the undisturbed one "
-            "([docs/reliability.md](docs/reliability.md))",
+            f"{equal} of {len(runs)} runs end bit for bit like the undisturbed one ([reliability.md](reliability.md))",
             "make kill-matrix",
         )
 
@@ -220,7 +277,6 @@ def _soak(results: Path) -> Iterator[Line]:
             yield (
                 f"{row['steps']} steps of the demo on {row['ranks']} ranks, {len(row['hits'])} times killed at random "
                 f"and started again{how}",
-                f"the end is {row['result']} to that of the undisturbed run "
-                "([docs/reliability.md](docs/reliability.md))",
+                f"the end is {row['result']} to that of the undisturbed run ([reliability.md](reliability.md))",
                 command,
             )

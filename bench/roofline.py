@@ -34,7 +34,12 @@ def intensity(shape: Row, item_bytes: int, *, is_backward: bool) -> float:
 
 
 def draw_roofline(
-    points: Sequence[Point], styles: Mapping[str, tuple[str, str, str]], ceilings: Ceilings, title: str, file: Path
+    points: Sequence[Point],
+    styles: Mapping[str, tuple[str, str, str]],
+    ceilings: Ceilings,
+    title: str,
+    file: Path,
+    note: str = "",
 ) -> None:
     """Draw one.
 
@@ -44,6 +49,7 @@ def draw_roofline(
         ceilings: measured on the same machine.
         title: what was measured on which machine.
         file: the PNG to write.
+        note: what else a reader must know.
     """
     figure, panel = pyplot().subplots(figsize=(7.5, 5), layout="constrained")
     ridge = ceilings.operations / ceilings.bytes
@@ -58,4 +64,4 @@ def draw_roofline(
     panel.set_xscale("log", base=2)
     panel.xaxis.set_major_formatter("{x:g}")
     dress(panel, f"{ceilings.prefix}FLOP/s of useful operations", "operations per byte that must move")
-    save(figure, title, file, panel)
+    save(figure, title, file, panel, note)

@@ -49,15 +49,25 @@ class Setting:
         """Whether a prompt is computed once for both answers."""
         return bool((self.training or {}).get("prefix_sharing"))
 
+    @property
+    def activations(self) -> str:
+        """What the backward pass finds of a layer's activations: all of them, or its input alone."""
+        if self.trl is None:
+            recomputes = (self.training or {}).get("recompute_granularity") == "full"
+        else:
+            recomputes = self.trl.get("gradient_checkpointing", True)  # the default of TRL, not of transformers
+        return "recomputed" if recomputes else "kept"
+
 
 _PRECOMPUTE = {"precompute_ref_log_probs": True}
 _PACKED = {"packing": True}
 _SHARED = {"packing": True, "prefix_sharing": True}
+_RECOMPUTE = {"recompute_granularity": "full"}
 SETTINGS = {
     "trl": Setting(title="TRL", trl={}),
     "trl-precomputed": Setting(title="TRL, precomputed reference", trl=_PRECOMPUTE, precomputed=True),
     "trl-tuned": Setting(
-        title="TRL, precomputed, activations kept, one pair a microbatch",
+        title="TRL, precomputed reference, one pair a microbatch",
         trl=_PRECOMPUTE | {"gradient_checkpointing": False},
         pair_by_pair=True,
         precomputed=True,
@@ -68,11 +78,15 @@ SETTINGS = {
     "shared-precomputed": Setting(
         title="fastpref, packed, prompt shared, precomputed reference", training=_SHARED, precomputed=True
     ),
+    "padded-recomputed": Setting(title="fastpref, padded", training=_RECOMPUTE),
+    "shared-recomputed": Setting(
+        title="fastpref, packed, prompt shared, precomputed reference",
+        training=_SHARED | _RECOMPUTE,
+        precomputed=True,
+    ),
     "trl-padding-free": Setting(title="TRL, padding_free", trl={"padding_free": True}),
     "trl-liger": Setting(title="TRL, use_liger_kernel", trl={"use_liger_kernel": True}),
 }
-TARGETS = {"packed": 1.2, "shared-precomputed": 2.0}
-"""Pairs per second over those of `ANCHOR`."""
 
 
 def run_row(name: str, model: str, data: str, num_pairs: int, num_steps: int, max_length: int, pack_length: int) -> Row:
@@ -131,7 +145,7 @@ def parity_run(
 
 def _config(setting: Setting, run: ParityRun, pack_length: int) -> RunConfig:
     config, training = fastpref_config(run), dict(setting.training or {})
-    if training:
+    if training.get("packing"):
         training["pack_length"] = pack_length
     reference = ReferenceConfig(mode="precomputed") if setting.precomputed else None
     return replace(config, reference=reference, training=replace(config.training, **training))

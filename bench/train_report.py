@@ -1,11 +1,13 @@
-"""The Markdown table of `python -m bench train`."""
+"""The Markdown tables of `python -m bench train`."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from statistics import mean, median
 
 from bench.measure import Row
-from bench.report import BUSY_LOAD
+from bench.report import BUSY_LOAD, paired_ratio
 from bench.train import SETTINGS
 from bench.train_rows import ANCHOR
 
@@ -14,9 +16,20 @@ TARGETS = {"packed": 1.2, "shared-precomputed": 2.0}
 TUNED = "trl-tuned"
 OPEN = "<!-- tables: python -m bench train-table --into docs/trainer-benchmark.md -->"
 HEADER = (
-    "| trainer | s a step | CPU s | pairs/s | tokens/s | response tokens/s | times TRL | times TRL tuned | MFU | "
-    "peak, MiB | before training, s | load |\n|---|---|---|---|---|---|---|---|---|---|---|---|"
+    "| trainer | activations | s a step | CPU s | pairs/s | tokens/s | response tokens/s | times TRL | times TRL tuned "
+    "| MFU | peak, MiB | before training, s | load |\n|---|---|---|---|---|---|---|---|---|---|---|---|---|"
 )
+
+
+def stored_files(results: Path) -> list[Path]:
+    """What `train` has measured, a file for each `--name`, that of the fewest words first."""
+    return sorted(results.glob("train-*.json"), key=lambda file: file.stem)
+
+
+def tables(results: Path) -> str:
+    """The table of every stored file."""
+    contents = [json.loads(file.read_text(encoding="utf-8")) for file in stored_files(results)]
+    return "\n".join(table(content) for content in contents)
 
 
 def table(content: Row) -> str:
@@ -25,11 +38,11 @@ def table(content: Row) -> str:
     lines = [_describe(content), "", HEADER, *(_line(content, timed, name) for name in timed), ""]
     for name, target in TARGETS.items():
         if name in timed:
-            ratio = step_seconds(timed[ANCHOR]) / step_seconds(timed[name])
+            ratio = times_faster(timed[name], timed[ANCHOR])
             verdict = f"**{ratio:.2f}** >= {target}" if ratio >= target else f"{ratio:.2f} < {target}"
             lines.append(f"- {SETTINGS[name].title}, over TRL: {verdict}.")
     lines += [
-        f"- {SETTINGS[name].title}: {row['status']}, {row['reason']}"
+        f"- {SETTINGS[name].title}, activations {SETTINGS[name].activations}: {row['status']}, {row['reason']}"
         for name, row in content["rows"].items()
         if row["status"] != "ok"
     ]
@@ -62,13 +75,14 @@ def _line(content: Row, timed: dict[str, Row], name: str) -> str:
     load = max(max(run["load_average"]) for run in row["runs"])
     cells = [
         SETTINGS[name].title,
+        SETTINGS[name].activations,
         f"{step_s:.2f} ({min(taken):.2f} to {max(taken):.2f})",
         f"{step_seconds(row, 'cpu_s'):.2f}",
         f"{pairs / step_s:.3f}",
         f"{tokens / step_s:.0f}",
         f"{response / step_s:.0f}",
-        f"{step_seconds(timed[ANCHOR]) / step_s:.2f}",
-        f"{step_seconds(timed[TUNED]) / step_s:.2f}" if TUNED in timed else "",
+        f"{times_faster(row, timed[ANCHOR]):.2f}",
+        f"{times_faster(row, timed[TUNED]):.2f}" if TUNED in timed else "",
         f"{_use(content, name, step_s):.0%}",
         f"{max(run['peak_mib'] for run in row['runs']):.0f}",
         f"{median(run['build_s'] for run in row['runs']):.0f}",
@@ -80,6 +94,11 @@ def _line(content: Row, timed: dict[str, Row], name: str) -> str:
 def step_seconds(row: Row, clock: str = "wall_s") -> float:
     """Seconds of the mean step of a run, the median over the runs."""
     return median(mean(run[clock]) for run in row["runs"])
+
+
+def times_faster(row: Row, than: Row) -> float:
+    """Seconds of a step of `than` over those of `row`: the median of the ratios within each turn."""
+    return paired_ratio(*((mean(run["wall_s"]) for run in each["runs"]) for each in (than, row)))
 
 
 def _use(content: Row, name: str, step_s: float) -> float:

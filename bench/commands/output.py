@@ -33,11 +33,11 @@ def table(into: Path | None, out: Path) -> None:
 @click.command()
 @out_option
 def readme(out: Path) -> None:
-    """Put the stored results into the README's table."""
-    from bench.readme import OPEN, table
+    """Put the stored results into the tables of README.md and docs/results.md."""
+    from bench.readme import OPEN, headline, table
 
-    file = ROOT / "README.md"
-    file.write_text(report.replace_tables(file.read_text(encoding="utf-8"), table(out), OPEN), encoding="utf-8")
+    for file, make in ((ROOT / "README.md", headline), (ROOT / "docs" / "results.md", table)):
+        file.write_text(report.replace_tables(file.read_text(encoding="utf-8"), make(out), OPEN), encoding="utf-8")
 
 
 @click.command()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import operator
 import os
 from pathlib import Path
@@ -14,9 +13,6 @@ from bench.commands.shared import out_option, threads_option
 from bench.measure import in_child
 from bench.workloads import ROOT
 
-name_option = click.option(
-    "--name", default="smollm2-135m", show_default=True, help="Part of the name of the file of results."
-)
 # Nothing is downloaded, and the last line on stdout is the row.
 QUIET = {
     "HF_HUB_OFFLINE": "1",
@@ -30,7 +26,7 @@ QUIET = {
 @click.command()
 @click.option("--model", default=str(ROOT / "runs" / "models" / "smollm2"), help="Hugging Face model directory.")
 @click.option("--data", default=str(ROOT / "examples" / "data_real" / "long_pairs.jsonl"), help="Preference pairs.")
-@name_option
+@click.option("--name", default="smollm2-135m", show_default=True, help="Part of the name of the file of results.")
 @click.option("--only", default="", help="Comma-separated rows beside trl; all by default.")
 @click.option("--pairs", default=2, show_default=True, help="Pairs of an optimizer step.")
 @click.option("--steps", default=1, show_default=True, help="Timed steps of a run, after two short ones.")
@@ -86,15 +82,14 @@ def train(
 
 
 @click.command()
-@name_option
-@click.option("--into", type=click.Path(path_type=Path), help="Put the table into this document instead of printing.")
+@click.option("--into", type=click.Path(path_type=Path), help="Put the tables into this document instead of printing.")
 @out_option
-def train_table(name: str, into: Path | None, out: Path) -> None:
-    """Markdown table of what `train` has measured so far."""
+def train_table(into: Path | None, out: Path) -> None:
+    """Markdown tables of what `train` has measured so far, one for each --name."""
     from bench.report import replace_tables
-    from bench.train_report import OPEN, table
+    from bench.train_report import OPEN, tables
 
-    text = table(json.loads((out / f"train-{name}.json").read_text(encoding="utf-8")))
+    text = tables(out)
     if into is None:
         click.echo(text)
     else:

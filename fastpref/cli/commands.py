@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import click
-import torch.distributed
 from rich.console import Console, RenderableType
 
 import fastpref
@@ -105,13 +104,15 @@ def score_ref(config_path: Path, overrides: tuple[str, ...], output: Path | None
 
     A pass that was cut goes on where it stopped; a cache that is there and fits is left as it is.
     """
+    from torch import distributed
+
     from fastpref.trainer import build
     from fastpref.trainer.ranks import platform
 
     config = _load(config_path, overrides)
     start = time.perf_counter()
     cache, is_new = build.precompute_reference(config, output)
-    if torch.distributed.get_rank() == 0:
+    if distributed.get_rank() == 0:
         pairs = sum(plan.num_pairs for plan in cache.tables.values())
         seconds = tables.duration(time.perf_counter() - start)
         _print(f"Scored {pairs:,} pairs in {seconds}: {cache.path}" if is_new else f"{cache.path} is there and fits")
@@ -157,12 +158,14 @@ def export(config_path: Path, overrides: tuple[str, ...], checkpoint: str, outpu
     A run with a lora section gives a peft adapter directory, or with --merge a model with the adapters added in. One
     process is enough: the parallel sizes of CONFIG are then not used.
     """
+    from torch import distributed
+
     from fastpref.trainer.export import export_checkpoint
     from fastpref.trainer.ranks import platform
 
     config = _load(config_path, overrides)
     path = export_checkpoint(config, checkpoint, output, merge=merge)
-    if torch.distributed.get_rank() == 0:
+    if distributed.get_rank() == 0:
         _print(f"Wrote {path} to {output}")
     platform.destroy()
 

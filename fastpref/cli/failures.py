@@ -5,10 +5,11 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import sys
 from datetime import timedelta
+from types import ModuleType
 
 import click
-import torch.distributed
 
 from fastpref.errors import (
     CheckpointError,
@@ -21,8 +22,9 @@ from fastpref.errors import (
 )
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-# (what failed, exit code) by error; the first match counts.
-_KINDS: tuple[tuple[type[Exception], str, int], ...] = (
+Kinds = tuple[tuple[type[Exception], str, int], ...]
+"""(what failed, exit code) by error; the first match counts."""
+_KINDS: Kinds = (
     (ConfigError, "config", 2),
     (MissingDependencyError, "config", 2),
     (DataError, "data", 3),
@@ -30,7 +32,6 @@ _KINDS: tuple[tuple[type[Exception], str, int], ...] = (
     (NonFiniteError, "non-finite", 5),
     (PeerError, "peer", 6),
     (FastprefError, "run", 1),
-    (torch.distributed.DistError, "peer", 6),
 )
 _STORE_KEY = "fastpref/error/"
 _STORE_WAIT = timedelta(seconds=3)
@@ -56,7 +57,7 @@ class ReportingGroup(click.Group):
 
 def describe(error: Exception) -> tuple[str, int] | None:
     """Return the message and the exit code of `error`; None for one that is our own bug."""
-    for kind, name, code in _KINDS:
+    for kind, name, code in _kinds():
         if isinstance(error, kind):
             notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
             return f"fastpref: {name} error: {error}{notes}", code
@@ -67,19 +68,31 @@ def describe(error: Exception) -> tuple[str, int] | None:
     return None
 
 
+def _kinds() -> Kinds:
+    distributed = _distributed()
+    return (*_KINDS, (distributed.DistError, "peer", 6)) if distributed else _KINDS
+
+
+def _distributed() -> ModuleType | None:
+    """PyTorch's part for ranks, once something has imported it: before that no rank has met another."""
+    return sys.modules.get("torch.distributed")
+
+
 def _rank() -> int:
-    if torch.distributed.is_initialized():
-        return torch.distributed.get_rank()
+    distributed = _distributed()
+    if distributed and distributed.is_initialized():
+        return int(distributed.get_rank())
     text = os.environ.get("RANK", "0")
     return int(text) if text.isdecimal() else 0
 
 
 def _is_said_by_rank_0(message: str) -> bool:
     """Whether this rank can stay silent because rank 0 prints the same message."""
-    if not torch.distributed.is_initialized():
+    distributed = _distributed()
+    if not distributed or not distributed.is_initialized():
         # Before the ranks have met each reads the same files; another node may not have them.
         return _rank() != 0 and os.environ.get("LOCAL_RANK", "0") != "0"
-    store = torch.distributed.distributed_c10d._get_default_store()
+    store = distributed.distributed_c10d._get_default_store()
     try:
         # One key per message: what an earlier command of the same ranks said must not be read as an answer.
         key = _STORE_KEY + hashlib.sha256(message.encode()).hexdigest()

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -28,6 +27,8 @@ def kernels() -> None:
 @kernels.command()
 def info() -> None:
     """Say which engines can run on this machine, and why the others cannot."""
+    import torch
+
     from fastpref.kernels import native, triton_engine
 
     table = new_table("Engines of linear_logps", ("engine", "backend", "devices", "status"))

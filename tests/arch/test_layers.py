@@ -77,7 +77,7 @@ def test_every_room_is_covered() -> None:
 
 def test_import_needs_torch_only() -> None:
     probe = (
-        "import sys, fastpref, fastpref.integrations.trl; "
+        "import sys, fastpref, fastpref.integrations.trl; fastpref.linear_logps; "
         "heavy = {'megatron', 'triton', 'transformers', 'pydantic', 'click', 'rich', 'trl', 'pyarrow', 'tokenizers'}; "
         "loaded = sorted(heavy & set(sys.modules)); print(loaded)"
     )

@@ -1,5 +1,6 @@
 """Tables and figures say what the rows say."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -110,9 +111,20 @@ def test_draw_bars_writes_a_picture(tmp_path: Path) -> None:
     assert (tmp_path / "bars.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_readme_holds_the_table_of_the_stored_results() -> None:
-    document = (DOCUMENT.parents[1] / "README.md").read_text(encoding="utf-8")
-    assert report.replace_tables(document, readme.table(RESULTS), readme.OPEN) == document
+@pytest.mark.parametrize(("file", "make"), [("README.md", readme.headline), ("docs/results.md", readme.table)])
+def test_documents_hold_the_tables_of_the_stored_results(file: str, make: Callable[[Path], str]) -> None:
+    document = (DOCUMENT.parents[1] / file).read_text(encoding="utf-8")
+    assert report.replace_tables(document, make(RESULTS), readme.OPEN) == document
+
+
+def test_ratio_is_that_of_the_median_turn() -> None:
+    """The machine was slow in the second turn and ours in the third: medians of each side alone would say 3."""
+    times = {"trl": {"wall_s": [4.0, 40.0, 9.0]}, "ours-active": {"wall_s": [2.0, 20.0, 3.0]}}
+    assert report.ratio({"times": times}, "trl", "ours-active") == 2.0
+
+
+def test_headline_has_no_line_without_a_result(tmp_path: Path) -> None:
+    assert readme.headline(tmp_path) == "| what | result |\n|---|---|"
 
 
 @pytest.mark.parametrize(

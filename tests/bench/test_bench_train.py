@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import click
@@ -16,11 +16,13 @@ from transformers import LlamaForCausalLM  # noqa: F401
 
 from bench import __main__ as cli
 from bench import report, train, train_report, train_rows
+from bench.commands.shared import RESULTS
 from bench.measure import gemm_rate
 from bench.train_rows import Plan
 from bench.workloads import ROOT
 from fastpref.data import Segments
 from fastpref.data.segments import Segment
+from fastpref.trainer import TrainingArguments
 from fastpref.trainer.ranks.platform import destroy
 
 PAIRS = ROOT / "examples" / "data_real" / "pairs.jsonl"
@@ -42,7 +44,7 @@ def plan_of(model: Path, **changes: int) -> Plan:
 
 def test_train_bench_times_rows_that_answer_as_trl(tmp_path: Path) -> None:
     # Liger would put its kernels into transformers for the tests that follow; it runs in a process of its own only.
-    names = ["trl-tuned", "padded", "shared-precomputed", "trl-padding-free"]
+    names = ["trl-tuned", "padded", "shared-precomputed", "padded-recomputed", "shared-recomputed", "trl-padding-free"]
     sizes = ["--data", PAIRS, "--max-length", MAX_LENGTH, "--pack-length", 2048, "--turns", 1, "--threads", 1]
     arguments = ["train", "--dry", "--only", ",".join(names), "--out", tmp_path, *sizes]
     try:
@@ -60,10 +62,14 @@ def test_train_bench_times_rows_that_answer_as_trl(tmp_path: Path) -> None:
     # Policy and reference are equal at the first step only.
     assert [step["rewards/margins"] != 0.0 for step in runs["padded"]["steps"]] == [False, True, True]
     assert "entropy" in runs["shared-precomputed"]["steps"][0] and "entropy" not in runs["trl-tuned"]["steps"][0]
-    assert "fastpref, packed, prompt shared, precomputed reference | " in result.output
+    for activations in ("kept", "recomputed"):
+        title = f"fastpref, packed, prompt shared, precomputed reference | {activations} | "
+        assert title in result.output
+    # What is recomputed has the bits of what is kept.
+    assert runs["padded-recomputed"]["steps"] == runs["padded"]["steps"]
     document = tmp_path / "page.md"
     document.write_text(f"before\n{train_report.OPEN}\nold\n{report.CLOSE}\nafter\n")
-    CliRunner().invoke(cli.main, ["train-table", "--name", "dry", "--out", str(tmp_path), "--into", str(document)])
+    CliRunner().invoke(cli.main, ["train-table", "--out", str(tmp_path), "--into", str(document)])
     table = document.read_text().removeprefix(f"before\n{train_report.OPEN}").removesuffix(f"{report.CLOSE}\nafter\n")
     assert table.strip() and table.strip() in result.output
 
@@ -98,7 +104,7 @@ def test_measure_rows_takes_turns_there_and_back(model: Path, tmp_path: Path) ->
     assert runs.names == ["trl", "padded", "packed", "packed", "padded", "trl"]
     assert len(content["gemm"]) == 2
     table = train_report.table(content)
-    assert "| fastpref, packed | 6.00 (6.00 to 6.00) | 12.00 | 0.333 |" in table
+    assert "| fastpref, packed | kept | 6.00 (6.00 to 6.00) | 12.00 | 0.333 |" in table
     assert "- fastpref, packed, over TRL: 0.50 < 1.2." in table
 
 
@@ -156,9 +162,17 @@ def test_order_pairs_times_neighbours_of_average_length(model: Path, tmp_path: P
 
 def test_page_holds_what_was_measured() -> None:
     document = (ROOT / "docs" / "trainer-benchmark.md").read_text(encoding="utf-8")
-    stored = ROOT / "bench" / "results" / "train-smollm2-135m.json"
-    table = train_report.table(json.loads(stored.read_text(encoding="utf-8"))) if stored.exists() else ""
-    assert report.replace_tables(document, table, train_report.OPEN).split() == document.split()
+    assert report.replace_tables(document, train_report.tables(RESULTS), train_report.OPEN) == document
+
+
+def test_settings_say_what_becomes_of_activations() -> None:
+    import trl
+
+    assert {field.name: field.default for field in fields(trl.DPOConfig)}["gradient_checkpointing"] is True
+    assert TrainingArguments().recompute_granularity is None
+    recomputed = {name for name, setting in train.SETTINGS.items() if setting.activations == "recomputed"}
+    ours = {"padded-recomputed", "shared-recomputed"}
+    assert recomputed == ours | {"trl", "trl-precomputed", "trl-padding-free", "trl-liger"}
 
 
 @pytest.mark.parametrize("name", ["padded", "shared", "shared-precomputed"])

@@ -207,7 +207,7 @@ def test_source_distribution_builds_and_installs_without_network(tmp_path: Path)
     wheel = build("wheel", unpacked, tmp_path)
     packaged = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("fastpref/")}
     modules = {path.relative_to(source).as_posix() for path in (source / "fastpref").rglob("*.py")}
-    assert packaged == modules
+    assert packaged == modules | {"fastpref/py.typed"}
     target = tmp_path / "installed"
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", str(target)]
     subprocess.run([*pip, str(wheel)], check=True)

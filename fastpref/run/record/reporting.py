@@ -6,13 +6,16 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fastpref.errors import MissingDependencyError
 from fastpref.files import write_durably
-from fastpref.run.config.arguments import TrainingArguments
+
+if TYPE_CHECKING:
+    from fastpref.run.config.arguments import TrainingArguments
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -31,7 +34,7 @@ class RunReporter:
         self.active = rank == 0
         self._console = Console(stderr=True)
         self._has_warned = False
-        self._writers: list = []
+        self._writers: list[_TensorBoardWriter | _WandbWriter] = []
         self._progress: Progress | None = None
         if not self.active:
             return
