@@ -2,12 +2,11 @@
 
 # every loss enters LOSSES when its module is imported
 from . import family, transport  # noqa: F401
-from .config import DPOConfig
+from .config import LOSSES, DPOConfig, Loss
 from .inputs import LossContext, PairLogps, PreferenceOutput, SequenceStats, split_pairs
 from .metrics import Metrics, preference_metrics
 from .numerics import ld_logps, log_odds, update_running_mean, weighted_sum
 from .preference import expected_initial_loss, preference_loss
-from .registry import LOSSES, Loss
 
 __all__ = [
     "LOSSES",

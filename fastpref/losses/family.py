@@ -14,11 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .config import DPOConfig
+from .config import LOSSES, DPOConfig, Loss
 from .inputs import LossContext, PairLogps
 from .numerics import MAX_EXPONENT, divergence_score, log_odds, odds_ratio_loss, smoothed_logistic
 from .options import LABEL_SMOOTHING, LENGTHS, MARGIN, NLL_REDUCTION, SMOOTHED, Option, added_nll
-from .registry import LOSSES, Loss
 
 
 def per_token(sums: Tensor, counts: Tensor) -> Tensor:

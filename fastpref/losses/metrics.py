@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .config import DPOConfig
+from .config import LOSSES, DPOConfig
 from .family import chosen_nll, per_token
 from .inputs import PairLogps, PreferenceOutput, SequenceStats, split_pairs
 from .numerics import weighted_sum
-from .registry import LOSSES
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
 

@@ -7,10 +7,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .config import DPOConfig
+from .config import LOSSES, DPOConfig
 from .family import log_ratios, mean_logps
 from .inputs import LossContext, PairLogps, PreferenceOutput, promoted
-from .registry import LOSSES
 
 _NO_CONTEXT = LossContext()
 

@@ -16,11 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .config import DPOConfig
+from .config import LOSSES, DPOConfig, Loss
 from .inputs import LossContext, PairLogps
 from .numerics import smoothed_logistic
 from .options import LENGTHS, SMOOTHED
-from .registry import LOSSES, Loss
 
 
 def aot(config: DPOConfig, logps: PairLogps, context: LossContext) -> Tensor:

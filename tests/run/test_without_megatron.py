@@ -27,7 +27,7 @@ run = prepare(config, 4)
 memory = preview.estimate_memory(run)
 print(json.dumps({
     "settings": len(dump_run_config(config).splitlines()),
-    "steps": run.total_steps,
+    "steps": run.schedule.total_steps,
     "axes": [axis.size for axis in preview.layout_axes(run)],
     "stages": [load.layers for load in preview.stage_loads(run)],
     "pairs": [view.source for view in preview.pair_views(run)],
