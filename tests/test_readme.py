@@ -57,6 +57,13 @@ def test_readme_names_every_loss() -> None:
     assert set(LOSSES) <= set(re.findall(r"\w+", row))
 
 
+def test_readme_names_every_family() -> None:
+    from fastpref.run.architecture.families import FAMILIES
+
+    (row,) = (line for line in README.splitlines() if line.startswith("| models |"))
+    assert set(FAMILIES) <= set(re.findall(r"\w+", row))
+
+
 @pytest.mark.parametrize(("file", "target"), LINKS)
 def test_links_exist(file: str, target: str) -> None:
     assert ((ROOT / file).parent / target).exists()
