@@ -124,17 +124,23 @@ class ReferenceCache:
         self.tables = {plan.data_sha256: plan for plan in plans}
         self._places = {plan.data_sha256: place for place, plan in enumerate(plans)}
 
-    def require(self, datasets: Mapping[str, Hashed], identity: Mapping[str, Any] | None = None) -> None:
+    def require(
+        self,
+        datasets: Mapping[str, Hashed],
+        identity: Mapping[str, Any] | None = None,
+        absent: Mapping[str, Any] | None = None,
+    ) -> None:
         """Check that the cache answers for these data sets under this identity.
 
         Args:
             datasets: data sets by what they are called in a message.
             identity: what must have decided the numbers; None takes what the cache says.
+            absent: what entries mean that a cache does not have, as one older than a setting.
 
         Raises:
             CheckpointError: lists everything that differs, with both values.
         """
-        problems = [] if identity is None else _differences(self.identity, identity)
+        problems = [] if identity is None else _differences({**(absent or {}), **self.identity}, identity)
         known = ", ".join(f"{sha} ({plan.num_pairs} pairs)" for sha, plan in self.tables.items())
         for name, dataset in datasets.items():
             plan = self.tables.get(dataset.sha256)

@@ -17,7 +17,7 @@ from fastpref.data import resolve_pad_token_id
 from fastpref.errors import ConfigError, DataError
 from fastpref.run.architecture.architecture import Architecture
 from fastpref.run.config.run_config import RunConfig
-from fastpref.run.plan.identity import reference_identity
+from fastpref.run.plan.identity import ABSENT, reference_identity
 from fastpref.run.plan.pipeline import PipelinePlan
 from fastpref.run.plan.prepare import PreparedRun, hf_config_of, prepare, reference_is_policy
 from fastpref.trainer.model.build import ModelOptions, build_models, load_models
@@ -101,7 +101,7 @@ def _cached_reference(run: PreparedRun, *, may_score: bool) -> ReferenceCache:
 def _open_cache(path: Path, run: PreparedRun, identity: Mapping[str, Any]) -> ReferenceCache:
     def open_cache() -> ReferenceCache:
         cache = ReferenceCache(path, starts_at_policy=reference_is_policy(run.config))
-        cache.require(run.datasets, identity)
+        cache.require(run.datasets, identity, ABSENT)
         return cache
 
     return together(open_cache, "opening the reference cache")

@@ -14,10 +14,10 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
 from fastpref.checkpoint.reference_cache import ReferenceCache
-from fastpref.errors import ConfigError, DataError
+from fastpref.errors import ConfigError, DataError, raise_if_any
 from fastpref.losses import DPOConfig, PairLogps, preference_loss
 from fastpref.run.config.arguments import TrainingArguments
-from fastpref.run.config.run_config import RunConfig, check_combination
+from fastpref.run.config.run_config import RunConfig, batch_problems
 from fastpref.run.config.run_file import dump_run_config
 from fastpref.trainer import build, loop
 from fastpref.trainer.engine import Engine
@@ -61,7 +61,7 @@ class DPOTrainer:
         *,
         train_dataset: Any = None,
         eval_dataset: Any = None,
-        data_collator: Callable[[list], Mapping[str, Tensor]] | None = None,
+        data_collator: Callable[[list[Any]], Mapping[str, Tensor]] | None = None,
         processing_class: Any = None,
     ) -> None:
         if not model:
@@ -70,7 +70,7 @@ class DPOTrainer:
         self.train_config = train_config or DPOConfig()
         self.processing_class = processing_class
         initialize_megatron(self.args)
-        check_combination(self.args, self.train_config)
+        raise_if_any(batch_problems(self.args, self.train_config))
         check_model([unwrap(chunk) for chunk in model], self.args)
         # What may refuse the settings comes before what changes the models.
         self.feed = PairFeed(self.args, self.train_config, train_dataset, eval_dataset, data_collator, processing_class)

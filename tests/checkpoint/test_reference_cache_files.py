@@ -114,6 +114,16 @@ def test_cut_pass_writes_a_damaged_shard_again(tmp_path: Path) -> None:
     assert torch.equal(ReferenceCache(path).read(TRAIN), rows_of(PLANS[0]))
 
 
+def test_cache_that_is_older_than_a_setting_answers_at_its_default(tmp_path: Path) -> None:
+    write(tmp_path / "cache")
+    opened, absent = ReferenceCache(tmp_path / "cache"), {"data.new": "default"}
+    opened.require({"train": TRAIN}, {**IDENTITY, "data.new": "default"}, absent)
+    with pytest.raises(CheckpointError, match="data.new: saved 'default', now 'other'"):
+        opened.require({"train": TRAIN}, {**IDENTITY, "data.new": "other"}, absent)
+    with pytest.raises(CheckpointError, match="data.new: saved None, now 'default'"):
+        opened.require({"train": TRAIN}, {**IDENTITY, "data.new": "default"})
+
+
 def test_shards_of_another_identity_are_not_taken(tmp_path: Path) -> None:
     write(tmp_path / "cache", cut_after=2)
     assert len(write(tmp_path / "cache", IDENTITY | {"data.max_length": 32})) == 3

@@ -137,6 +137,8 @@ def _read(cls: type[Architecture], reader: ConfigReader, model_type: str, family
         reader.left.pop(key, None)
     num_layers, num_heads = reader.take("num_hidden_layers", int), reader.take("num_attention_heads", int)
     hidden_size = reader.take("hidden_size", int)
+    # JSON null means one for each query head; only an absent key means the family's default.
+    default_groups = None if "num_key_value_heads" in reader.nulls else family.num_key_value_heads
     sizes = {
         "ffn_hidden_size": reader.take("intermediate_size", int),
         "vocab_size": reader.take("vocab_size", int),
@@ -144,7 +146,7 @@ def _read(cls: type[Architecture], reader: ConfigReader, model_type: str, family
         "norm_eps": reader.take("rms_norm_eps", float, family.norm_eps),
         "init_std": reader.take("initializer_range", float, 0.02),
         "tie_embeddings": reader.take("tie_word_embeddings", bool, family.tie_embeddings),
-        "num_query_groups": reader.take("num_key_value_heads", int, family.num_key_value_heads or num_heads),
+        "num_query_groups": reader.take("num_key_value_heads", int, default_groups or num_heads),
         "head_dim": reader.take("head_dim", int, family.head_dim),
     }
     pre_attn = None

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastpref.data.config import DataConfig
-from fastpref.errors import Problem, raise_if_any
+from fastpref.errors import Problem
 from fastpref.losses import DPOConfig
 from fastpref.run.architecture.lora_config import LoraConfig
 from fastpref.run.config.arguments import TrainingArguments
@@ -133,12 +133,3 @@ def batch_problems(args: TrainingArguments, config: DPOConfig) -> Iterator[Probl
         )
     if args.packing:
         yield Problem("packing", f"must be false: {loss}, which packing deals to several rows")
-
-
-def check_combination(args: TrainingArguments, config: DPOConfig) -> None:
-    """Refuse what `batch_problems` finds.
-
-    Raises:
-        ConfigError: a loss over the global batch with gradient accumulation or packing.
-    """
-    raise_if_any(batch_problems(args, config))

@@ -11,6 +11,7 @@ import torch
 
 from fastpref.checkpoint.hf import COMPANION_FILES, ModelDirectory, read_config
 from fastpref.checkpoint.reference_cache import ReferenceCache, json_sha256
+from fastpref.data.config import DataConfig
 from fastpref.data.tokenizer import TOKENIZER_FILES
 from fastpref.run.config.run_config import RunConfig
 from fastpref.run.plan.prepare import PreparedRun, hf_config_of, reference_is_policy
@@ -19,6 +20,10 @@ _DATA_SETTINGS = (
     *("append_eos", "boundary", "chat_template_kwargs"),
     *("max_length", "max_prompt_length", "max_completion_length", "truncation"),
 )
+
+
+ABSENT = {f"data.{name}": getattr(DataConfig(), name) for name in _DATA_SETTINGS}
+"""What it means that a cache lacks a setting of the data: it is older than the setting."""
 
 
 def reference_identity(run: PreparedRun) -> dict[str, Any]:
@@ -60,7 +65,7 @@ def describe_reference(run: PreparedRun) -> str:
     if not path.exists():
         pairs = sum(len(dataset) for dataset in run.datasets.values())
         return f"precomputed: training first scores {pairs:,} pairs into {path}"
-    ReferenceCache(path).require(run.datasets, reference_identity(run))
+    ReferenceCache(path).require(run.datasets, reference_identity(run), ABSENT)
     return f"precomputed in {path}, which fits"
 
 

@@ -133,8 +133,10 @@ def load_models(
     try:
         arch = architecture or Architecture.from_hf(directory.config)
         return _filled(arch, options or ModelOptions(), _Files(directory))
-    except (ConfigError, CheckpointError) as error:
-        raise type(error)(f"{directory.path}: {error}") from error
+    except ConfigError as error:
+        raise ConfigError(error.problems, str(directory.path)) from error
+    except CheckpointError as error:
+        raise CheckpointError(f"{directory.path}: {error}") from error
 
 
 def save_hf(

@@ -43,7 +43,7 @@ class PairFeed:
         config: DPOConfig,
         train_dataset: Any,
         eval_dataset: Any,
-        data_collator: Callable[[list], Mapping[str, Tensor]] | None,
+        data_collator: Callable[[list[Any]], Mapping[str, Tensor]] | None,
         tokenizer: Any,
     ) -> None:
         self.args = args
@@ -106,7 +106,7 @@ class PairFeed:
 
 
 def collated(
-    collate: Callable[[list], Mapping[str, Tensor]], dataset: Any, slots: Slots, vocab_size: int | None = None
+    collate: Callable[[list[Any]], Mapping[str, Tensor]], dataset: Any, slots: Slots, vocab_size: int | None = None
 ) -> Microbatch:
     """The microbatch of some pairs of `dataset`; fillers get the weight 0 and `FILLER_ID`."""
     batch = Microbatch.from_dict(collate([dataset[place] for place in slots.places]), vocab_size)

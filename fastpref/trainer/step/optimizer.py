@@ -12,7 +12,7 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 
-from fastpref.errors import ConfigError
+from fastpref.errors import ConfigError, Problem, raise_if_any
 from fastpref.run.config.arguments import TrainingArguments
 from fastpref.trainer.model.chunks import unwrap
 from fastpref.trainer.model.moe import separate_experts
@@ -34,20 +34,18 @@ def check_model(models: Sequence[GPTModel], args: TrainingArguments) -> None:
     if args.moe_aux_loss_coeff is not None:
         wanted["moe_aux_loss_coeff"] = args.moe_aux_loss_coeff
     problems = [
-        f"{name}: the model was built with {getattr(model.config, name)}, TrainingArguments ask for {value}"
+        Problem(name, f": the model was built with {getattr(model.config, name)}, TrainingArguments ask for {value}")
         for model in models[:1]
         for name, value in wanted.items()
         if getattr(model.config, name) != value
     ]
     if args.pipeline_balance == "head_cost" and getattr(models[0], "pipeline_plan", None) is None:
-        problems.append("pipeline_balance is head_cost, but the model was built without a ModelOptions.pipeline_plan")
+        text = "is head_cost, but the model was built without a ModelOptions.pipeline_plan"
+        problems.append(Problem("pipeline_balance", text))
     if len(models) != (args.virtual_pipeline_model_parallel_size or 1):
-        problems.append(
-            f"the model has {len(models)} chunks on this rank, virtual_pipeline_model_parallel_size is "
-            f"{args.virtual_pipeline_model_parallel_size}"
-        )
-    if problems:
-        raise ConfigError("; ".join(problems) + ". Build the model with the settings of the run")
+        name = "virtual_pipeline_model_parallel_size"
+        problems.append(Problem(name, f"is {getattr(args, name)}, but the model has {len(models)} chunks on this rank"))
+    raise_if_any(problems, "the model does not fit the run; build it with the run's settings")
 
 
 def to_precision(models: Sequence[torch.nn.Module], args: TrainingArguments) -> list[torch.nn.Module]:

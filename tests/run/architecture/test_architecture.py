@@ -76,6 +76,14 @@ def test_from_hf_fills_absent_keys_like_transformers(model_type: str) -> None:
         assert ours.qkv_bias == getattr(theirs, "attention_bias", False)
 
 
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "seed_oss"])  # the others refuse it
+def test_from_hf_reads_null_key_value_heads_like_transformers(model_type: str) -> None:
+    keys = {"num_key_value_heads": None, **NEEDED.get(model_type, {})}
+    theirs = CONFIG_CLASSES[model_type](**REQUIRED, **keys)
+    found = Architecture.from_hf({"model_type": model_type, **REQUIRED, **keys}).num_query_groups
+    assert found == theirs.num_key_value_heads == REQUIRED["num_attention_heads"]
+
+
 def test_from_hf_fills_absent_keys_of_gemma_like_transformers() -> None:
     config = {**REQUIRED, "num_hidden_layers": 13}
     theirs = Gemma3TextConfig(**config)
