@@ -16,7 +16,7 @@ from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
 ACTIVITY_STATS = ("active_fraction", "cold_mass")
 STATS = ("token_logps", "entropy", "hits", "mean_logit", *ACTIVITY_STATS)
-BACKENDS = ("auto", "reference", "torch", "triton", "cuda")
+BACKENDS = ("auto", "reference", "torch", "triton")
 BACKWARD_PLANS = ("auto", "exact", "recompute", "active", "cached")
 DEFAULT_ACTIVE_EPS = 2.0**-8
 DEFAULT_DEVICE_CACHE_BYTES = 512 * 2**20
