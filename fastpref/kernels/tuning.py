@@ -22,6 +22,7 @@ from torch import Tensor
 from fastpref.errors import ConfigError
 from fastpref.kernels import torch_tiles, triton_engine
 from fastpref.kernels.engine import Head
+from fastpref.kernels.outputs import LOGP_FIELDS, Partials
 from fastpref.kernels.partials import finish_rows
 from fastpref.kernels.tiles import CANDIDATES, TABLE, Tile, architecture_of, save_table
 
@@ -137,8 +138,8 @@ def entries(best: Mapping[int, Tile]) -> tuple[Tile, ...]:
 
 def _forward(x_RH: Tensor, head: Head, labels_R: Tensor) -> Tensor:
     return triton_engine.forward_rows(
-        x_RH, head, labels_R, with_stats=False, bound_R=None, with_cache=False
-    ).partials_FR
+        x_RH, head, labels_R, fields=LOGP_FIELDS, bound_R=None, with_cache=False
+    ).partials.values_FR
 
 
 def _disagreement(x_RH: Tensor, head: Head, labels_R: Tensor) -> str | None:
@@ -146,10 +147,10 @@ def _disagreement(x_RH: Tensor, head: Head, labels_R: Tensor) -> str | None:
     partials_FR = _forward(x_RH, head, labels_R)
     few = slice(0, 1024)
     expected = torch_tiles.forward_rows(
-        x_RH[few], head, labels_R[few], with_stats=False, bound_R=None, with_cache=False
+        x_RH[few], head, labels_R[few], fields=LOGP_FIELDS, bound_R=None, with_cache=False
     )
-    logps_R = finish_rows(partials_FR, torch.float32).token_logps[few]
-    gap = float((logps_R - finish_rows(expected.partials_FR, torch.float32).token_logps).abs().max())
+    logps_R = finish_rows(Partials(LOGP_FIELDS, partials_FR), torch.float32).token_logps[few]
+    gap = float((logps_R - finish_rows(expected.partials, torch.float32).token_logps).abs().max())
     if not gap <= AGREEMENT:
         return f"log-probabilities differ from PyTorch's by {gap:.3g}"
     if not torch.equal(partials_FR, _forward(x_RH, head, labels_R)):
