@@ -55,8 +55,11 @@ def forward_rows(
     fields: tuple[str, ...],
     bound_R: Tensor | None,
     with_cache: bool,
+    tile: Tile | None = None,
 ) -> ForwardRows:
     """Reduce the logits of `x_RH` over the vocabulary of `head`; see `engine.Engine.forward_rows`.
+
+    `tile` takes the place of the one in the table.
 
     Memory: 8 bytes per row and vocabulary tile, 4 more for "moment" and, with a softcap, for "total"; with a bound 4
     bytes per row tile and column; with a cache 2 bytes per row and column.
@@ -69,7 +72,7 @@ def forward_rows(
     """
     if with_cache and head.softcap is not None:
         raise ValueError("with_cache=True cannot serve a softcap: its slope needs the logits; use backward='recompute'")
-    launch = _Launch.of(x_RH, head)
+    launch = _Launch.of(x_RH, head, tile)
     from fastpref.kernels import triton_forward as kernels
 
     x_RH, head = launch.operands(x_RH, head)
@@ -199,21 +202,21 @@ class _Launch(NamedTuple):
     device: torch.device
 
     @classmethod
-    def of(cls, x_RH: Tensor, head: Head) -> _Launch:
-        """Check that the kernels can run on these operands, and choose their tile."""
+    def of(cls, x_RH: Tensor, head: Head, tile: Tile | None = None) -> _Launch:
+        """Check that the kernels can run on these operands, and choose their tile unless it is given."""
         if importlib.util.find_spec("triton") is None:
             raise MissingDependencyError(f"backend='triton' cannot run: {unavailable_reason()}")
         if x_RH.dtype == torch.float64:
             raise TypeError("the Triton kernels take float32, bfloat16 and float16, got float64; use backend='torch'")
         if _is_interpreted():
-            return cls(select_tile(INTERPRETER, x_RH.dtype, x_RH.shape[1]), 2, True, x_RH.device)
+            return cls(tile or select_tile(INTERPRETER, x_RH.dtype, x_RH.shape[1]), 2, True, x_RH.device)
         if x_RH.device.type != "cuda":
             raise ValueError(
                 f"backend='triton' needs tensors on a CUDA device, got {x_RH.device}; move them, use backend='torch', "
                 "or set TRITON_INTERPRET=1 before Python starts"
             )
         architecture, num_sms, has_tma = _device_traits(x_RH.device.index or 0)
-        return cls(select_tile(architecture, x_RH.dtype, x_RH.shape[1]), num_sms, has_tma, x_RH.device)
+        return cls(tile or select_tile(architecture, x_RH.dtype, x_RH.shape[1]), num_sms, has_tma, x_RH.device)
 
     def operands(self, x_RH: Tensor, head: Head) -> tuple[Tensor, Head]:
         """Return the operands with unit stride in H: as they are, unless a caller passed a transpose."""
