@@ -10,10 +10,8 @@
 
 enum DType : int64_t { FP32 = 0, BF16 = 1, FP16 = 2 };
 
-// A number per row for each of the fields in fastpref/kernels/outputs.py, in that order; null = not wanted.
-struct Partials {
-  double *max, *sum, *target, *moment, *total, *size;
-};
+// What is left of a row's logits; the fields of fastpref/kernels/outputs.py, in that order.
+enum Field : int64_t { FIELD_MAX, FIELD_SUM, FIELD_TARGET, FIELD_MOMENT, FIELD_TOTAL, FIELD_SIZE, NUM_FIELDS };
 
 // x [R, H] and weight [V, H] of one dtype with contiguous rows; z = scale * (x @ weight.T + bias), then the softcap.
 struct Product {
@@ -30,9 +28,9 @@ struct Product {
 
 struct ForwardArgs {
   Product product;
-  const float* bound;  // [R] lower bounds of the log-sum-exp, read for masses only
-  Partials partials;   // out [R] each; the first three always
-  float* mass;         // out [V], or null
+  const float* bound;            // [R] lower bounds of the log-sum-exp, read for masses only
+  double* partials[NUM_FIELDS];  // out [R] each, or null; never null are the first three
+  float* mass;                   // out [V], or null
   int64_t num_threads;
 };
 

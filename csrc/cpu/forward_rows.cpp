@@ -22,7 +22,11 @@ static int64_t columns_per_packing(int64_t H, int64_t chunk_columns) {
 }
 
 // What a pass computes beside log-probabilities: bits of the template parameter EXTRAS.
-constexpr int MASS = 1, MOMENT = 2, TOTAL = 4, ALL_EXTRAS = 7;
+constexpr int MASS = 1, MOMENT = 2, TOTAL = 4, ALL_EXTRAS = MASS | MOMENT | TOTAL;
+
+static int extras_of(const ForwardArgs& args) {
+  return (args.mass ? MASS : 0) | (args.partials[FIELD_MOMENT] ? MOMENT : 0) | (args.partials[FIELD_TOTAL] ? TOTAL : 0);
+}
 
 template <bool IS_WANTED>
 struct MomentLanes {};
@@ -101,12 +105,12 @@ static inline void add_logits(RowState<EXTRAS>& row, const float* z, const float
 
 // Write a row's partials over one chunk.
 template <int EXTRAS>
-static void finish_row(const RowState<EXTRAS>& row, const Partials& parts, int64_t place) {
-  parts.max[place] = row.max;
-  parts.sum[place] = sum_lanes(row.sum);
-  parts.target[place] = row.target;
-  if constexpr (EXTRAS & MOMENT) parts.moment[place] = sum_lanes(row.moment);
-  if constexpr (EXTRAS & TOTAL) parts.total[place] = sum_lanes(row.total);
+static void finish_row(const RowState<EXTRAS>& row, double* const* parts, int64_t place) {
+  parts[FIELD_MAX][place] = row.max;
+  parts[FIELD_SUM][place] = sum_lanes(row.sum);
+  parts[FIELD_TARGET][place] = row.target;
+  if constexpr (EXTRAS & MOMENT) parts[FIELD_MOMENT][place] = sum_lanes(row.moment);
+  if constexpr (EXTRAS & TOTAL) parts[FIELD_TOTAL][place] = sum_lanes(row.total);
 }
 
 // The shape of a forward pass and its memory.
@@ -114,7 +118,7 @@ struct Pass {
   const ForwardArgs& args;
   int64_t chunk_columns, num_chunks, packed_columns;
   Panel* x_panels;
-  Partials parts;  // [chunks, R] each
+  double* parts[NUM_FIELDS];  // [chunks, R] each, or null
 
   explicit Pass(const ForwardArgs& forward)
       : args(forward),
@@ -185,31 +189,34 @@ static void run_chunk(const Pass& pass, const Packing& packing, int64_t chunk, R
 }
 
 // Merge one row's chunks, first to last; the rules of fastpref/kernels/outputs.py.
+template <int EXTRAS>
 static void merge_row(const Pass& pass, int64_t r) {
   const int64_t R = pass.args.product.num_rows;
-  const Partials &parts = pass.parts, &out = pass.args.partials;
+  double* const* parts = pass.parts;
   double max = -__builtin_inf();
   for (int64_t chunk = 0; chunk < pass.num_chunks; chunk++) {
-    const double value = parts.max[chunk * R + r];
+    const double value = parts[FIELD_MAX][chunk * R + r];
     if (value > max || value != value) max = value;
     if (max != max) break;
   }
   const double shift = max == -__builtin_inf() ? 0.0 : max;
-  double row_sum = 0.0, target = __builtin_nan(""), moment = 0.0, total = 0.0;
+  double merged[NUM_FIELDS] = {max, 0.0, __builtin_nan("")};
   for (int64_t chunk = 0; chunk < pass.num_chunks; chunk++) {
     const int64_t place = chunk * R + r;
-    const double gap = parts.max[place] - shift, factor = __builtin_exp(gap), sum = parts.sum[place];
-    row_sum += factor * sum;
-    if (parts.target[place] == parts.target[place]) target = parts.target[place];
-    if (parts.moment != nullptr) moment += factor * (parts.moment[place] + (sum == 0.0 ? 0.0 : gap * sum));
-    if (parts.total != nullptr) total += parts.total[place];
+    const double gap = parts[FIELD_MAX][place] - shift, factor = __builtin_exp(gap), sum = parts[FIELD_SUM][place];
+    const double target = parts[FIELD_TARGET][place];
+    merged[FIELD_SUM] += factor * sum;
+    if (target == target) merged[FIELD_TARGET] = target;
+    if constexpr (EXTRAS & MOMENT) {
+      merged[FIELD_MOMENT] += factor * (parts[FIELD_MOMENT][place] + (sum == 0.0 ? 0.0 : gap * sum));
+    }
+    if constexpr (EXTRAS & TOTAL) merged[FIELD_TOTAL] += parts[FIELD_TOTAL][place];
   }
-  out.max[r] = max;
-  out.sum[r] = row_sum;
-  out.target[r] = target;
-  if (out.moment != nullptr) out.moment[r] = moment;
-  if (out.total != nullptr) out.total[r] = total;
-  if (out.size != nullptr) out.size[r] = static_cast<double>(pass.args.product.num_columns);
+  merged[FIELD_SIZE] = static_cast<double>(pass.args.product.num_columns);
+  for (int64_t field = 0; field < NUM_FIELDS; field++) {
+    double* out = pass.args.partials[field];
+    if (out != nullptr) out[r] = merged[field];
+  }
 }
 
 template <int EXTRAS>
@@ -223,18 +230,18 @@ static int run_pass(const ForwardArgs& args) {
   const int64_t packing_floats = ceil_div(weight_floats + 2 * pass.packed_columns + num_panels * panel_size, 16) * 16;
   const int64_t state_floats = R * static_cast<int64_t>(sizeof(RowState<EXTRAS>) / sizeof(float));
   Buffer x_memory(panel_floats(H, R)), x_panels(ceil_div(R, TILE_ROWS) * panel_size);
-  constexpr bool with_moment = EXTRAS & MOMENT, with_total = EXTRAS & TOTAL;
-  const int64_t num_parts = pass.num_chunks * R, num_doubles = (3 + with_moment + with_total) * num_parts;
-  Buffer parts(2 * num_doubles), scratch(num_threads * (packing_floats + state_floats));
+  const int64_t num_parts = pass.num_chunks * R;
+  int64_t num_wanted = 0;
+  for (const double* field : args.partials) num_wanted += field != nullptr;
+  Buffer parts(2 * num_wanted * num_parts), scratch(num_threads * (packing_floats + state_floats));
   if (!x_memory.data || !x_panels.data || !parts.data || !scratch.data) return 1;
   pass.x_panels = reinterpret_cast<Panel*>(x_panels.data);
   double* rest = reinterpret_cast<double*>(parts.data);
-  const auto take = [&](bool is_wanted) {
-    double* field = is_wanted ? rest : nullptr;
-    rest += is_wanted ? num_parts : 0;
-    return field;
-  };
-  pass.parts = {take(true), take(true), take(true), take(with_moment), take(with_total), nullptr};
+  for (int64_t field = 0; field < NUM_FIELDS; field++) {
+    const bool is_wanted = args.partials[field] != nullptr;
+    pass.parts[field] = is_wanted ? rest : nullptr;
+    if (is_wanted) rest += num_parts;
+  }
 #pragma omp parallel num_threads(static_cast<int>(num_threads))
   {
     float* own = scratch.data + omp_get_thread_num() * (packing_floats + state_floats);
@@ -250,7 +257,7 @@ static int run_pass(const ForwardArgs& args) {
       run_chunk(pass, packing, chunk, states);
     }
 #pragma omp for schedule(static)
-    for (int64_t r = 0; r < R; r++) merge_row(pass, r);
+    for (int64_t r = 0; r < R; r++) merge_row<EXTRAS>(pass, r);
   }
   return 0;
 }
@@ -263,9 +270,6 @@ static int run_pass_with(int extras, const ForwardArgs& args) {
   return run_pass<EXTRAS>(args);
 }
 
-int forward_rows(const ForwardArgs& args) {
-  const int moment = args.partials.moment != nullptr ? MOMENT : 0, total = args.partials.total != nullptr ? TOTAL : 0;
-  return run_pass_with((args.mass != nullptr ? MASS : 0) | moment | total, args);
-}
+int forward_rows(const ForwardArgs& args) { return run_pass_with(extras_of(args), args); }
 
 }  // namespace FASTPREF_ISA

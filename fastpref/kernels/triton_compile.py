@@ -31,17 +31,17 @@ from fastpref.kernels.outputs import FIELDS, LOGP_FIELDS, Partials
 from fastpref.kernels.tiles import CACHE_COLUMNS, CANDIDATES, TABLE, Tile, select_tile
 from fastpref.kernels.triton_backward import cached_gradient_call, logit_gradient_call
 from fastpref.kernels.triton_common import KernelCall
-from fastpref.kernels.triton_forward import TileParts, forward_call, merge_call, sum_call
+from fastpref.kernels.triton_forward import TILE_FIELDS, TileParts, forward_call, merge_call, sum_call
 
 # Architectures of the table, and the shared memory that a program can have there.
 SHARED_BYTES = {"sm_80": 166_912, "sm_86": 101_376, "sm_90": 232_448, "sm_100": 232_448}
 ARCHITECTURES = tuple(SHARED_BYTES)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FLAGS = {
-    "forward": ("pointers", "bias", "scale", "softcap", "moment", "total", "mass", "cache"),
+    "forward": ("pointers", "bias", "scale", "softcap", *TILE_FIELDS, "mass", "cache"),
     "gradient": ("pointers", "bias", "scale", "softcap", "covered"),
     "cached": ("scale", "places"),
-    "merge": ("moment", "total"),
+    "merge": TILE_FIELDS,
     "sum": (),
 }
 # Sizes of the tensors that are described; only their divisibility by 16 enters the code.

@@ -49,6 +49,8 @@ CACHE_V = tl.constexpr(CACHE_COLUMNS)
 LOWEST_GAP = tl.constexpr(-700.0)
 # Numbers that every tile leaves of a row: its maximum and its sum of exponentials.
 NUM_PARTS = tl.constexpr(2)
+# Fields that it leaves where they are wanted: each an argument `<field>_ptr` of both kernels, None = not wanted.
+TILE_FIELDS = ("moment", "total")
 
 
 @triton.jit
@@ -59,8 +61,8 @@ def _linear_logps_fwd_kernel(
     labels_ptr,
     bound_ptr,
     parts_ptr,
-    moments_ptr,
-    totals_ptr,
+    moment_ptr,
+    total_ptr,
     targets_ptr,
     mass_ptr,
     values_ptr,
@@ -149,9 +151,9 @@ def _linear_logps_fwd_kernel(
             gap = slices[i] - shift[:, None]
             p = tl.exp2(gap * LOG2E)
             total_exp += tl.sum(p, axis=1)
-            if moments_ptr is not None:
+            if moment_ptr is not None:
                 moment += tl.sum(p * tl.maximum(gap, LOWEST_GAP), axis=1)
-            if totals_ptr is not None:
+            if total_ptr is not None:
                 # Divided by a power of two: exact, and a sum of the largest floats does not overflow.
                 total += tl.sum(tl.where(mask_v[None, :], slices[i], 0.0) * (1.0 / BLOCK_V), axis=1)
             if bound_ptr is not None:
@@ -165,17 +167,17 @@ def _linear_logps_fwd_kernel(
         tl.store(part_ptrs, tile_max, mask=mask_r)
         tl.store(part_ptrs + num_rows, total_exp, mask=mask_r)
         place = column_tile.to(tl.int64) * num_rows + rows
-        if moments_ptr is not None:
-            tl.store(moments_ptr + place, moment, mask=mask_r)
-        if totals_ptr is not None:
-            tl.store(totals_ptr + place, total, mask=mask_r)
+        if moment_ptr is not None:
+            tl.store(moment_ptr + place, moment, mask=mask_r)
+        if total_ptr is not None:
+            tl.store(total_ptr + place, total, mask=mask_r)
 
 
 @triton.jit
 def _merge_tiles_kernel(
     parts_ptr,
-    moments_ptr,
-    totals_ptr,
+    moment_ptr,
+    total_ptr,
     targets_ptr,
     merged_ptr,
     num_rows,
@@ -212,11 +214,11 @@ def _merge_tiles_kernel(
         sums = tl.load(ptrs + num_rows, mask=mask, other=0.0).to(tl.float64)
         row_sum += tl.sum(factor * sums, axis=0)
         place = offs_n.to(tl.int64)[:, None] * num_rows + rows[None, :]
-        if moments_ptr is not None:
-            moments = tl.load(moments_ptr + place, mask=mask, other=0.0).to(tl.float64)
+        if moment_ptr is not None:
+            moments = tl.load(moment_ptr + place, mask=mask, other=0.0).to(tl.float64)
             moment += tl.sum(factor * (moments + tl.maximum(gap, LOWEST_GAP).to(tl.float64) * sums), axis=0)
-        if totals_ptr is not None:
-            total += tl.sum(tl.load(totals_ptr + place, mask=mask, other=0.0).to(tl.float64), axis=0)
+        if total_ptr is not None:
+            total += tl.sum(tl.load(total_ptr + place, mask=mask, other=0.0).to(tl.float64), axis=0)
     # tl.max skips NaN, the sum does not.
     row_max = tl.where((row_sum != row_sum) & (row_max != float("inf")), float("nan"), row_max)
     merged_ptrs = merged_ptr + rows
@@ -224,9 +226,9 @@ def _merge_tiles_kernel(
     tl.store(merged_ptrs + num_rows, row_sum, mask=mask_r)
     targets = tl.load(targets_ptr + rows, mask=mask_r, other=0.0)
     tl.store(merged_ptrs + 2 * num_rows, targets.to(tl.float64), mask=mask_r)
-    if moments_ptr is not None:
+    if moment_ptr is not None:
         tl.store(merged_ptrs + MOMENT * num_rows, moment, mask=mask_r)
-    if totals_ptr is not None:
+    if total_ptr is not None:
         tl.store(merged_ptrs + TOTAL * num_rows, total * BLOCK_V, mask=mask_r)
 
 
@@ -245,18 +247,16 @@ def _sum_parts_kernel(parts_ptr, sums_ptr, num_parts, num_sums, BLOCK_N: tl.cons
 
 
 class TileParts(NamedTuple):
-    """What the vocabulary tiles leave of the rows, fp32; None = not wanted.
+    """What the vocabulary tiles leave of the rows, fp32.
 
     Attributes:
-        parts_N2R: [N, NUM_PARTS, R], maximum and sum of exponentials.
-        moments_NR: [N, R].
-        totals_NR: [N, R], divided by BLOCK_V.
+        parts_N2R: [N, NUM_PARTS, R].
+        extras: by field, [N, R]; "total" divided by BLOCK_V.
         targets_R: [R], NaN unless a tile writes it.
     """
 
     parts_N2R: Tensor
-    moments_NR: Tensor | None
-    totals_NR: Tensor | None
+    extras: dict[str, Tensor]
     targets_R: Tensor
 
     @classmethod
@@ -265,8 +265,7 @@ class TileParts(NamedTuple):
         shape = (triton.cdiv(num_columns, tile.columns), x_RH.shape[0])
         return cls(
             x_RH.new_empty(shape[0], NUM_PARTS.value, shape[1], dtype=torch.float32),
-            x_RH.new_empty(*shape, dtype=torch.float32) if "moment" in fields else None,
-            x_RH.new_empty(*shape, dtype=torch.float32) if "total" in fields else None,
+            {name: x_RH.new_empty(*shape, dtype=torch.float32) for name in TILE_FIELDS if name in fields},
             x_RH.new_full(shape[1:], float("nan"), dtype=torch.float32),
         )
 
@@ -274,8 +273,7 @@ class TileParts(NamedTuple):
         """Return the kernels' arguments."""
         return {
             "parts_ptr": self.parts_N2R,
-            "moments_ptr": self.moments_NR,
-            "totals_ptr": self.totals_NR,
+            **{f"{name}_ptr": self.extras.get(name) for name in TILE_FIELDS},
             "targets_ptr": self.targets_R,
         }
 
@@ -332,8 +330,7 @@ def merge_call(parts: TileParts, merged: Partials, tile: Tile) -> KernelCall:
         "BLOCK_N": 64,
         "BLOCK_R": 32,
         "BLOCK_V": tile.columns,
-        "MOMENT": None if parts.moments_NR is None else merged.fields.index("moment"),
-        "TOTAL": None if parts.totals_NR is None else merged.fields.index("total"),
+        **{name.upper(): merged.fields.index(name) if name in parts.extras else None for name in TILE_FIELDS},
     }
     return KernelCall(_merge_tiles_kernel, triton.cdiv(num_rows, 32), arguments, 4, 2)
 

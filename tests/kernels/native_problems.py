@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from head_oracle import statistics
 from torch import Tensor
 
 from fastpref.kernels import native
@@ -112,12 +113,8 @@ def run_torch(given: Problem, dtype: torch.dtype, order: Tensor | None = None) -
     upstream_R = coefficients(x_RH.shape[0]).to(dtype)
     (d_logits_RV,) = torch.autograd.grad(target_R - lse_R, product_RV, upstream_R)
     with torch.no_grad():
-        outputs = {
-            "token_logps": torch.where(is_here_R, logps_RV.gather(1, ids_R1).squeeze(1), NAN),
-            "entropy": torch.special.entr(logps_RV.exp()).sum(dim=1),
-            "mean_logit": z_RV.mean(dim=1),
-            "hits": ((z_RV.gather(1, ids_R1).squeeze(1) == z_RV.amax(dim=1)) & is_here_R).to(dtype),
-        }
+        token_logps_R = torch.where(is_here_R, logps_RV.gather(1, ids_R1).squeeze(1), NAN)
+        outputs = {"token_logps": token_logps_R, **statistics(z_RV, given.labels_R)}
         mass_V = (z_RV - bounds(x_RH.shape[0]).to(dtype).unsqueeze(1)).exp().sum(dim=0)
     return Passes(outputs, d_logits_RV, logps_RV.detach().exp().sum(dim=1), mass_V)
 

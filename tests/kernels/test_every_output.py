@@ -9,11 +9,11 @@ from head_oracle import OUTPUTS, STATS, oracle, tiles
 from torch import Tensor
 
 from fastpref import SequenceLogps, linear_logps
+from fastpref.kernels.outputs import STATISTICS
 from fastpref.testing.adversarial import IGNORE, HeadInputs, ragged_inputs
 
 ENGINES = ("native", "tiles", "reference")
 DIFFERENTIABLE = ("logps", "nll", "token_logps")
-STATISTICS = ("entropy", "hits", "mean_logit")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 

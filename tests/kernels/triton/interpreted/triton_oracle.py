@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import torch
+from head_oracle import statistics
 from torch import Tensor
 
 from fastpref.kernels import triton_engine
@@ -115,9 +116,7 @@ def run_torch(given: Problem, dtype: torch.dtype, order: Tensor | None = None) -
     assert product_RV.grad is not None
     return {
         "token_logps": torch.where(is_here_R, logps_RV.gather(1, ids_R1).squeeze(1), NAN),
-        "entropy": torch.special.entr(logps_RV.exp()).sum(dim=1),
-        "mean_logit": z_RV.mean(dim=1),
-        "hits": ((z_RV.gather(1, ids_R1).squeeze(1) == z_RV.amax(dim=1)) & is_here_R).to(dtype),
+        **statistics(z_RV, given.labels_R),
         "mass": (z_RV - bounds(z_RV.shape[0], given.offset).to(z_RV).unsqueeze(1)).exp().sum(dim=0),
         "covered": logps_RV.exp().sum(dim=1),
         "d_logits": product_RV.grad,
