@@ -57,7 +57,7 @@ class Partials:
 
     Attributes:
         fields: some of `FIELDS`, in that order.
-        values_FR: [F, R], fp64 but for the tiles of a GPU and on the way between ranks.
+        values_FR: [F, R], fp64.
     """
 
     fields: tuple[str, ...]
