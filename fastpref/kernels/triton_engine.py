@@ -106,7 +106,7 @@ def forward_rows(
     if "total" in fields and head.softcap is None:
         merged["total"] = _sums_of_logits(x_RH, head)
     if "size" in fields:
-        merged["size"] = num_columns
+        merged["size"].fill_(num_columns)
     return ForwardRows(merged, mass_V, cache)
 
 
