@@ -30,6 +30,7 @@ from torch import Tensor
 from bench.measure import surroundings
 from fastpref.kernels import native
 from fastpref.kernels.engine import Head, RowScalars
+from fastpref.kernels.outputs import STATISTICS, fields_of
 from fastpref.kernels.partials import RowResults, finish_rows
 from fastpref.testing.numerics import assert_within_rule
 
@@ -63,12 +64,12 @@ class Case:
         for _, weight_vH, out_Rv in self.chunks():
             torch.mm(self.wide_RH, weight_vH.t(), out=out_Rv)
 
-    def forward(self, with_mass: bool = False, with_stats: bool = False) -> RowResults:
+    def forward(self, with_mass: bool = False, stats: tuple[str, ...] = ()) -> RowResults:
         """The forward pass."""
         bound_R = self.bound_R if with_mass else None
-        options = {"with_stats": with_stats, "bound_R": bound_R, "with_cache": False}
+        options = {"fields": fields_of(stats), "bound_R": bound_R, "with_cache": False}
         forward = native.forward_rows(self.x_RH, self.head, self.labels_R, **options)
-        return finish_rows(forward.partials_FR, torch.float32)
+        return finish_rows(forward.partials, torch.float32, stats)
 
     def gradient(self) -> None:
         """The gradient of the logits, a chunk at a time, of all rows at once."""
@@ -134,7 +135,7 @@ def main() -> None:
                 "product": case.product,
                 "forward": case.forward,
                 "forward, masses": lambda case=case: case.forward(with_mass=True),
-                "forward, masses, statistics": lambda case=case: case.forward(with_mass=True, with_stats=True),
+                "forward, masses, statistics": lambda case=case: case.forward(with_mass=True, stats=tuple(STATISTICS)),
                 "logit gradient": case.gradient,
             }
             times = time_in_turns(passes, args.repeats)

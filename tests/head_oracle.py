@@ -9,10 +9,11 @@ from torch import Tensor
 
 from fastpref import SequenceLogps, linear_logps
 from fastpref.kernels import native, torch_tiles
+from fastpref.kernels.outputs import STATISTICS
 from fastpref.testing.adversarial import IGNORE, HeadInputs
 from fastpref.testing.numerics import assert_within_rule, max_error
 
-STATS = ("token_logps", "entropy", "hits", "mean_logit")
+STATS = ("token_logps", *STATISTICS)
 OUTPUTS = ("logps", "nll", *STATS)
 
 
@@ -39,6 +40,17 @@ def peaked_inputs(
     return HeadInputs(hidden_SLH, weight_VH, labels_SL)
 
 
+def statistics(z_RV: Tensor, labels_R: Tensor) -> dict[str, Tensor]:
+    """Each statistic of rows of logits, by its definition; a label may be no column."""
+    is_here_R = (labels_R >= 0) & (labels_R < z_RV.shape[1])
+    target_R = z_RV.gather(1, torch.where(is_here_R, labels_R, 0).unsqueeze(1)).squeeze(1)
+    return {
+        "entropy": torch.special.entr(torch.log_softmax(z_RV, dim=1).exp()).sum(dim=1),
+        "hits": ((target_R == z_RV.amax(dim=1)) & is_here_R).to(z_RV.dtype),
+        "mean_logit": z_RV.mean(dim=1),
+    }
+
+
 def oracle(inputs: HeadInputs) -> dict[str, list[float]]:
     """Per-sequence values of padded input, token by token, in fp64; `labels` inside the vocabulary only."""
     inputs = inputs.cast(torch.float64)
@@ -60,10 +72,8 @@ def oracle(inputs: HeadInputs) -> dict[str, list[float]]:
             if label != IGNORE:
                 sums["logps"] += float(logps[label])
                 sums["counts"] += 1
-                p = logps.exp()
-                sums["entropy"] -= float((p * logps)[p > 0].sum())
-                sums["hits"] += float(z[label] == z.max())
-                sums["mean_logit"] += float(z.mean())
+                for name, (value,) in statistics(z.unsqueeze(0), inputs.labels_SL[s, t : t + 1]).items():
+                    sums[name] += float(value)
             values["token_logps"].append(float(logps[label]) if label != IGNORE else 0.0)
             if nll_label != IGNORE:
                 sums["nll"] -= float(logps[nll_label])

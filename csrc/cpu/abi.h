@@ -1,18 +1,17 @@
 // The C interface of the CPU engine, mirrored field by field in fastpref/kernels/native.py.
 //
-// Dims: R rows, H hidden, V vocabulary, F fields of a row's partials. All sizes and strides count elements.
+// Dims: R rows, H hidden, V vocabulary. All sizes and strides count elements.
 #pragma once
 
 #include <stdint.h>
 
 // Raise it with every change of this file: the loader refuses a library of another version.
-#define FASTPREF_ABI_VERSION 1
+#define FASTPREF_ABI_VERSION 2
 
 enum DType : int64_t { FP32 = 0, BF16 = 1, FP16 = 2 };
 
-// Order of the fields of a row's partials, as in fastpref/kernels/partials.py.
-enum Field : int64_t { FIELD_MAX, FIELD_SUM, FIELD_TARGET, FIELD_MOMENT, FIELD_TOTAL, FIELD_SIZE };
-constexpr int64_t NUM_FIELDS = 3, NUM_FIELDS_WITH_STATS = 6;
+// What is left of a row's logits; the fields of fastpref/kernels/outputs.py, in that order.
+enum Field : int64_t { FIELD_MAX, FIELD_SUM, FIELD_TARGET, FIELD_MOMENT, FIELD_TOTAL, FIELD_SIZE, NUM_FIELDS };
 
 // x [R, H] and weight [V, H] of one dtype with contiguous rows; z = scale * (x @ weight.T + bias), then the softcap.
 struct Product {
@@ -29,10 +28,9 @@ struct Product {
 
 struct ForwardArgs {
   Product product;
-  const float* bound;  // [R] lower bounds of the log-sum-exp, read for masses only
-  double* partials;    // out [F, R]
-  float* mass;         // out [V], or null
-  int64_t with_stats;
+  const float* bound;            // [R] lower bounds of the log-sum-exp, read for masses only
+  double* partials[NUM_FIELDS];  // out [R] each, or null; never null are the first three
+  float* mass;                   // out [V], or null
   int64_t num_threads;
 };
 

@@ -1,6 +1,7 @@
 """The fused op: log-probabilities of sequences from hidden states and the vocabulary projection."""
 
-from fastpref.kernels.api import SequenceLogps, linear_logps
+from fastpref.kernels.api import linear_logps
 from fastpref.kernels.checks import plan_name
+from fastpref.kernels.outputs import SequenceLogps
 
 __all__ = ["SequenceLogps", "linear_logps", "plan_name"]

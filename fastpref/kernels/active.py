@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from fastpref.kernels.engine import Engine, Head, accumulation_dtype, operand_dtype
+from fastpref.kernels.outputs import Partials
 from fastpref.kernels.rows import gather_rows
 from fastpref.kernels.torch_tiles import product, tile_shape
 from fastpref.kernels.vocab_parallel import merge_bounds
@@ -118,10 +119,10 @@ def forward_with_activity(
     head: Head,
     labels_R: Tensor,
     *,
-    with_stats: bool,
+    fields: tuple[str, ...],
     active_eps: float,
     group: ProcessGroup | None,
-) -> tuple[Tensor, Activity]:
+) -> tuple[Partials, Activity]:
     """Run the forward pass chunk of rows by chunk of rows, and choose each chunk's active columns.
 
     Args:
@@ -129,12 +130,12 @@ def forward_with_activity(
         x_RH: rows [R, H].
         head: the projection.
         labels_R: int64 [R] columns of the labels.
-        with_stats: as in the engine.
+        fields: as in the engine.
         active_eps: mass per row that the cold columns of all shards may hold.
         group: ranks that hold the other shards.
 
     Returns:
-        (partials fp64 [F, R] of this shard, Activity).
+        (partials of this shard, Activity).
     """
     chunks = list(zip(x_RH.split(CHUNK_ROWS), labels_R.split(CHUNK_ROWS), strict=True))
     bound_R = torch.cat([lower_bounds(x_rH, head, labels_r) for x_rH, labels_r in chunks])
@@ -144,10 +145,10 @@ def forward_with_activity(
     num_shards = 1 if group is None else group.size()
     partials, actives, colds = [], [], []
     for (x_rH, labels_r), bound_r in zip(chunks, bound_R.split(CHUNK_ROWS), strict=True):
-        done = engine.forward_rows(x_rH, head, labels_r, with_stats=with_stats, bound_R=bound_r, with_cache=False)
+        done = engine.forward_rows(x_rH, head, labels_r, fields=fields, bound_R=bound_r, with_cache=False)
         assert done.mass_V is not None
         is_active_V, cold = select_active(done.mass_V, labels_r, active_eps, num_shards)
-        partials.append(done.partials_FR)
+        partials.append(done.partials.values_FR)
         actives.append(is_active_V)
         colds.append(cold * (x_rH.shape[0] / max(x_RH.shape[0], 1)))
     is_active_CV = torch.stack(actives)
@@ -156,4 +157,4 @@ def forward_with_activity(
     share = is_active_CV.double().mean() if is_active_CV.numel() else torch.zeros_like(cold)
     flat = is_too_flat(is_active_CV)
     summary = torch.stack([torch.where(flat, 1.0, share), torch.where(flat, 0.0, cold)])
-    return torch.cat(partials, dim=1), Activity(is_active_CV, summary)
+    return Partials(fields, torch.cat(partials, dim=1)), Activity(is_active_CV, summary)

@@ -12,7 +12,6 @@ Dims: `S` sequences, `L` padded length, `T` tokens, `R` rows (tokens with a labe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,45 +20,12 @@ from torch.distributed import ProcessGroup
 from fastpref.kernels import checks
 from fastpref.kernels.engine import Head
 from fastpref.kernels.engines import resolve_backend
+from fastpref.kernels.ops import ForwardOptions, Operands, Settings
+from fastpref.kernels.outputs import STATISTICS, SequenceLogps
 from fastpref.kernels.reference import RowOutputs, reference_rows
 from fastpref.kernels.rows import check_rows, derive_rows, gather_rows, segment_sum
 from fastpref.kernels.transforms import score_rows
 from fastpref.kernels.vocab_parallel import shard_start, vocabulary_size
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class SequenceLogps:
-    """Result of `linear_logps`; floating values are fp32, or fp64 for fp64 inputs. None = not asked for.
-
-    Attributes:
-        logps: [S] sums of the labelled tokens' log-probabilities; 0.0 where there is none. Differentiable.
-        counts: int64 [S] numbers of labelled tokens.
-        rows: int64 [R] token index of each row, and `cu_rows` int64 [S+1], the bounds of each sequence's rows.
-        cu_rows: see `rows`.
-        token_logps: [R] in the order of `rows`; 0.0 where `labels` has no label. Differentiable.
-        nll: [S] sums of -logp over the tokens of `nll_labels`. Differentiable.
-        nll_counts: int64 [S] numbers of labels in `nll_labels`.
-        entropy: [S] sums over labelled tokens of the entropy of the distribution, in nats. Not differentiable.
-        hits: [S] numbers of labelled tokens whose label has the largest logit (a tie counts). Not differentiable.
-        mean_logit: [S] sums over labelled tokens of the logits' mean over V. Not differentiable.
-        active_fraction: fp64 [], share of this rank's vocabulary that backward="active" computes gradients for; 1.0
-            where the distribution is too flat to leave anything out.
-        cold_mass: fp64 [], upper estimate of the probability per row on the rest of it, at most `active_eps`. Both are
-            None where no gradient can be asked for.
-    """
-
-    logps: Tensor
-    counts: Tensor
-    rows: Tensor
-    cu_rows: Tensor
-    token_logps: Tensor | None = None
-    nll: Tensor | None = None
-    nll_counts: Tensor | None = None
-    entropy: Tensor | None = None
-    hits: Tensor | None = None
-    mean_logit: Tensor | None = None
-    active_fraction: Tensor | None = None
-    cold_mass: Tensor | None = None
 
 
 def linear_logps(
@@ -130,7 +96,8 @@ def linear_logps(
         active_eps: for "active", in (0, 1); None = 2**-8.
         cache_bytes: budget of "exact" and "cached" in bytes; None = 512 MiB on a GPU and 0 on a CPU for "exact", no
             limit for "cached".
-        stats: any of "token_logps", "entropy", "hits", "mean_logit"; with "active", "active_fraction", "cold_mass".
+        stats: results of `SequenceLogps` that cost more: any of "token_logps" and the statistics, "entropy", "hits" and
+            so on; with "active", also "active_fraction" and "cold_mass". What is not asked for is not computed.
         debug: look at the labels before any work, and raise IndexError for the first that is no id; waits for the
             device, and for all ranks of `tp_group`.
 
@@ -189,55 +156,38 @@ def linear_logps(
     labels_R = labels_T[index_R]
     nll_labels_R = None if nll_labels_T is None else nll_labels_T[index_R]
     targets_R = _row_targets(labels_R, nll_labels_R, ignore_index)
-    head, summary = Head(weight, bias, logit_scale, softcap), None
+    statistics = tuple(name for name in STATISTICS if name in stats)
+    summary = None
     if backend == "reference":
-        outputs = reference_rows(gather_rows(hidden, index_R), *head[:2], targets_R, *head[2:])
+        head = Head(weight, bias, logit_scale, softcap)
+        outputs = reference_rows(gather_rows(hidden, index_R), head, targets_R, statistics)
     else:
         group_name = None if group is None else group.group_name
         if vocab_start is not None:
             targets_R = targets_R - vocab_start
         elif group_name is not None:
             targets_R = targets_R - shard_start(weight, group_name)
-        with_stats = "entropy" in stats or "mean_logit" in stats
-        outputs, summary = _fused_rows(
-            hidden, head, rows, targets_R, main_grad, group_name, sequence_parallel, with_stats, backend, plan
-        )
+        operands = Operands(hidden, weight, bias, rows, targets_R)
+        settings = Settings(logit_scale, softcap, group_name, sequence_parallel, backend)
+        outputs, summary = _fused_rows(operands, settings, main_grad, statistics, plan)
     return _sum_to_sequences(outputs, labels_R, nll_labels_R, ignore_index, rows, cu_rows, stats, summary)
 
 
 def _fused_rows(
-    hidden: Tensor,
-    head: Head,
-    rows: Tensor,
-    targets_R: Tensor,
+    operands: Operands,
+    settings: Settings,
     main_grad: Tensor | None,
-    group_name: str | None,
-    sequence_parallel: bool,
-    with_stats: bool,
-    backend: str,
+    stats: tuple[str, ...],
     plan: checks.BackwardPlan,
 ) -> tuple[RowOutputs, Tensor | None]:
     """Score rows by the fused operator; also what it leaves out, where a gradient can be asked for."""
-    inputs = [tensor for tensor in (hidden, head.weight_VH, head.bias_V) if tensor is not None]
+    inputs = [tensor for tensor in (operands.hidden, operands.weight, operands.bias) if tensor is not None]
     needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-    token_logps_R, _, _, hits_R, entropy_R, mean_logit_R, _, _, _, _, summary = score_rows(
-        hidden,
-        head.weight_VH,
-        head.bias_V,
-        rows,
-        targets_R,
-        main_grad,
-        head.logit_scale,
-        head.softcap,
-        group_name,
-        sequence_parallel,
-        with_stats,
-        backend,
-        plan.name if needs_gradient else "none",
-        plan.active_eps,
-        plan.cache_bytes,
-    )
-    return RowOutputs(token_logps_R, hits_R, entropy_R, mean_logit_R), summary if needs_gradient else None
+    name = plan.name if needs_gradient else "none"
+    options = ForwardOptions(main_grad, stats, name, plan.active_eps, plan.cache_bytes)
+    saved, report = score_rows(operands, settings, options)
+    statistics = dict(zip(stats, report.statistics_KR.unbind(), strict=True))
+    return RowOutputs(saved.token_logps_R, statistics), report.summary_2 if needs_gradient else None
 
 
 def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -276,9 +226,6 @@ def _sum_to_sequences(
     def masked_sum(values_R: Tensor, mask_R: Tensor) -> Tensor:
         return segment_sum(torch.where(mask_R, values_R, 0.0), bounds)
 
-    def statistic(name: str, values_R: Tensor) -> Tensor | None:
-        return masked_sum(values_R.detach(), is_labelled_R) if name in stats else None
-
     nll = nll_counts = None
     if nll_labels_R is not None:
         is_nll_R = nll_labels_R != ignore_index
@@ -292,9 +239,7 @@ def _sum_to_sequences(
         token_logps=torch.where(is_labelled_R, outputs.token_logps, 0.0) if "token_logps" in stats else None,
         nll=nll,
         nll_counts=nll_counts,
-        entropy=statistic("entropy", outputs.entropy),
-        hits=statistic("hits", outputs.hits),
-        mean_logit=statistic("mean_logit", outputs.mean_logit),
         active_fraction=summary_2[0].detach() if summary_2 is not None and "active_fraction" in stats else None,
         cold_mass=summary_2[1].detach() if summary_2 is not None and "cold_mass" in stats else None,
+        **{name: masked_sum(values_R.detach(), is_labelled_R) for name, values_R in outputs.statistics.items()},
     )

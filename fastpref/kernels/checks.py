@@ -14,9 +14,11 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.distributed import ProcessGroup
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
+from fastpref.kernels.outputs import STATISTICS
+
 ACTIVITY_STATS = ("active_fraction", "cold_mass")
-STATS = ("token_logps", "entropy", "hits", "mean_logit", *ACTIVITY_STATS)
-BACKENDS = ("auto", "reference", "torch", "triton", "cuda")
+STATS = ("token_logps", *STATISTICS, *ACTIVITY_STATS)
+BACKENDS = ("auto", "reference", "torch", "triton")
 BACKWARD_PLANS = ("auto", "exact", "recompute", "active", "cached")
 DEFAULT_ACTIVE_EPS = 2.0**-8
 DEFAULT_DEVICE_CACHE_BYTES = 512 * 2**20

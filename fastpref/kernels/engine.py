@@ -4,7 +4,7 @@ An engine is a module with these functions, for one kind of device: `torch_tiles
 `native` (C++, CPU; keeps no cache), `triton_engine` (GPU). What to compute, in which order and what to keep is decided
 above them, in `ops` and `plans`; engines know neither sequences nor process groups nor plans.
 
-Dims: `R` rows, `H` hidden, `V` vocabulary, `F` fields of a part, `N` groups of columns; lower case `r`, `v`: a block.
+Dims: `R` rows, `H` hidden, `V` vocabulary, `N` groups of columns; lower case `r`, `v`: a block.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from fastpref.kernels.outputs import Partials
 
 
 class Head(NamedTuple):
@@ -49,12 +51,12 @@ class ForwardRows(NamedTuple):
     """What a forward pass leaves of the logits.
 
     Attributes:
-        partials_FR: fp64 [F, R], see `partials`.
+        partials: the fields that were asked for, fp64.
         mass_V: fp32 [V], each column's `sum over rows of exp(z - bound)`; None where no bound was given.
         cache: None where it was not asked for.
     """
 
-    partials_FR: Tensor
+    partials: Partials
     mass_V: Tensor | None
     cache: ExponentCache | None
 
@@ -77,7 +79,14 @@ class Engine(Protocol):
         """Return the number of columns that share an exponent in a cache."""
 
     def forward_rows(
-        self, x_RH: Tensor, head: Head, labels_R: Tensor, *, with_stats: bool, bound_R: Tensor | None, with_cache: bool
+        self,
+        x_RH: Tensor,
+        head: Head,
+        labels_R: Tensor,
+        *,
+        fields: tuple[str, ...],
+        bound_R: Tensor | None,
+        with_cache: bool,
     ) -> ForwardRows:
         """Reduce the logits of `x_RH` over the vocabulary of `head`.
 
@@ -85,7 +94,7 @@ class Engine(Protocol):
             x_RH: [R, H] contiguous, dtype of the weight; R may be 0.
             head: the projection.
             labels_R: int64 [R], column of each row's label in `head`; any value outside [0, V) means "not here".
-            with_stats: also compute the fields that entropy and mean logit need.
+            fields: what to reduce each row to, as `outputs.fields_of` returns it; no other field costs anything.
             bound_R: accumulation dtype [R], a lower bound of each row's log-sum-exp; None = no column masses.
             with_cache: keep the exponentials. Never with a softcap or fp64.
         """

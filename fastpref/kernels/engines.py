@@ -21,19 +21,15 @@ def resolve_backend(backend: str, hidden: Tensor) -> str:
     """Return the backend that "auto" stands for; check that the one that was named can run.
 
     Args:
-        backend: "auto", "torch", "reference", "triton" or "cuda".
+        backend: "auto", "torch", "reference" or "triton".
         hidden: decides by device and dtype.
 
     Raises:
-        MissingDependencyError: "triton" without Triton; "cuda", which this build does not contain.
+        MissingDependencyError: "triton" without Triton.
         ValueError: "triton" for fp64.
     """
     if backend == "auto":
         return "triton" if hidden.is_cuda and HAS_TRITON and hidden.dtype != torch.float64 else "torch"
-    if backend == "cuda":
-        raise MissingDependencyError(
-            "backend='cuda' needs CUTLASS kernels that this build of fastpref does not contain; use backend='triton'"
-        )
     if backend == "triton" and not HAS_TRITON:
         raise MissingDependencyError(
             "backend='triton' needs Triton; install it with `pip install 'fastpref[triton]'`, or use backend='torch'"

@@ -26,13 +26,13 @@ from torch import Tensor
 
 from fastpref.errors import ConfigError
 from fastpref.kernels.engine import ForwardRows, Head, RowScalars
-from fastpref.kernels.partials import NUM_FIELDS, NUM_FIELDS_WITH_STATS
+from fastpref.kernels.outputs import FIELDS, Partials
 
 LIBRARY = Path(__file__).with_name("libfastpref_cpu.so")
 REBUILD = "`pip install -e .` in a checkout, or `python setup.py build_ext --inplace`, with a C++17 compiler"
 
 # The counterparts of csrc/cpu/abi.h.
-ABI_VERSION = 1
+ABI_VERSION = 2
 BUILDS = ("avx512_bf16", "avx512", "avx2")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -49,8 +49,8 @@ class _Product(ctypes.Structure):
 class _ForwardArgs(ctypes.Structure):
     _fields_ = [
         ("product", _Product),
-        *((name, ctypes.c_void_p) for name in ("bound", "partials", "mass")),
-        *((name, ctypes.c_int64) for name in ("with_stats", "num_threads")),
+        *((name, ctypes.c_void_p) for name in ("bound", *FIELDS, "mass")),
+        ("num_threads", ctypes.c_int64),
     ]
 
 
@@ -104,34 +104,38 @@ def supports(dtype: torch.dtype) -> bool:
 
 
 def forward_rows(
-    x_RH: Tensor, head: Head, labels_R: Tensor, *, with_stats: bool, bound_R: Tensor | None, with_cache: bool
+    x_RH: Tensor,
+    head: Head,
+    labels_R: Tensor,
+    *,
+    fields: tuple[str, ...],
+    bound_R: Tensor | None,
+    with_cache: bool,
 ) -> ForwardRows:
     """Reduce the logits of `x_RH` over the vocabulary of `head`; see `engine.Engine`.
 
     The weight may have any distance between its rows. Columns of mass are NaN or inf where a bound is not finite or so
     far below the logits that fp32 cannot tell: to be taken for large.
 
-    Memory: the rows in fp32 (half as much again with AVX512-BF16); up to 3 KiB per row, 6 with statistics, for
-    partials; per thread 768 KiB (or 32 columns of the weight, if larger) and up to 256 bytes per row.
+    Memory: the rows in fp32 (half as much again with AVX512-BF16); up to 1 KiB per row and field
+    for partials; per thread 768 KiB (or 32 columns of the weight, if larger) and up to 256 bytes per row.
     Determinism: the same bits whatever the number of threads.
     """
     assert not with_cache, "the native engine keeps no exponentials"
     num_rows, num_columns = x_RH.shape[0], head.weight_VH.shape[0]
-    fields = NUM_FIELDS_WITH_STATS if with_stats else NUM_FIELDS
-    partials_FR = torch.empty(fields, num_rows, dtype=torch.float64, device="cpu")
+    partials = Partials(fields, torch.empty(len(fields), num_rows, dtype=torch.float64, device="cpu"))
     mass_V = None if bound_R is None else torch.empty(num_columns, dtype=torch.float32, device="cpu")
     product, keep = _product(x_RH, head, labels_R)
     args = _ForwardArgs(
         product=product,
         bound=None if bound_R is None else _pointer("bound", bound_R, torch.float32, (num_rows,)),
-        partials=_pointer("partials", partials_FR, torch.float64, (fields, num_rows)),
+        **{field: _pointer(field, partials[field], torch.float64, (num_rows,)) for field in fields},
         mass=None if mass_V is None else _pointer("mass", mass_V, torch.float32, (num_columns,)),
-        with_stats=with_stats,
         num_threads=torch.get_num_threads(),
     )
     _call("fastpref_forward_rows", args)
     del keep
-    return ForwardRows(partials_FR, mass_V, None)
+    return ForwardRows(partials, mass_V, None)
 
 
 def logit_gradient(

@@ -13,7 +13,7 @@ Dims: `R` rows, `H` hidden, `V` vocabulary, `C` chunks of rows; lower case `r`, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -38,6 +38,14 @@ class Kept(NamedTuple):
     is_active_CV: Tensor | None = None
     shard_share_R: Tensor | None = None
     cache: ExponentCache | None = None
+
+
+class Wanted(NamedTuple):
+    """Which gradients a backward pass computes; a product that is not needed is not done."""
+
+    d_hidden: bool
+    d_weight: bool
+    d_bias: bool
 
 
 class RowGradients(NamedTuple):
@@ -198,7 +206,7 @@ def backward_rows(
     rows: LiveRows,
     head: Head,
     kept: Kept,
-    needs: Sequence[bool],
+    wanted: Wanted,
     main_grad_VH: Tensor | None = None,
     on_rows_done: Callable[[Tensor], None] = lambda _: None,
 ) -> RowGradients:
@@ -209,7 +217,7 @@ def backward_rows(
         rows: the rows that take part.
         head: projection, as in the forward pass.
         kept: what the forward pass kept; decides the plan.
-        needs: which of the gradients of x, weight and bias to compute; a product that is not needed is not done.
+        wanted: the gradients to compute.
         main_grad_VH: [V, H] in the accumulation dtype to add the weight's gradient to, instead of a new tensor.
         on_rows_done: called once with the gradient of the live rows, this shard's part of the sum over shards, before
             the last product for the weight; only where it is needed.
@@ -219,12 +227,12 @@ def backward_rows(
 
     Memory: the gradients, a tile of logits (two with a softcap), a block of the weight and of its gradient.
     """
-    run = _Backward(engine, rows, head, kept, needs[0])
+    run = _Backward(engine, rows, head, kept, wanted.d_hidden)
     weight_VH = head.weight_VH
-    d_rows_RH = torch.zeros(rows.x_RH.shape, dtype=run.dtype, device=rows.x_RH.device) if needs[0] else None
-    d_bias_V = torch.zeros(weight_VH.shape[0], dtype=run.dtype, device=weight_VH.device) if needs[2] else None
+    d_rows_RH = torch.zeros(rows.x_RH.shape, dtype=run.dtype, device=rows.x_RH.device) if wanted.d_hidden else None
+    d_bias_V = torch.zeros(weight_VH.shape[0], dtype=run.dtype, device=weight_VH.device) if wanted.d_bias else None
     d_weight = None
-    if needs[1]:
+    if wanted.d_weight:
         is_sparse = not run.work or run.is_active_CV is not None
         d_weight = WeightGradient(weight_VH, main_grad_VH, is_sparse, run.unit, run.dtype)
     for step in run.steps():

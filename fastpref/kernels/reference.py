@@ -8,49 +8,68 @@ Dims: `R` rows, `H` hidden, `V` vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastpref.kernels.engine import Head
+
 
 class RowOutputs(NamedTuple):
-    """What a backend computes per row, each [R] in fp32 (fp64 for fp64 inputs)."""
+    """What a backend computes per row, each [R] in fp32 (fp64 for fp64 inputs).
+
+    Attributes:
+        token_logps: log-probabilities.
+        statistics: the values [R] of those asked for, by name.
+    """
 
     token_logps: Tensor
-    hits: Tensor
-    entropy: Tensor
-    mean_logit: Tensor
+    statistics: dict[str, Tensor]
 
 
-def reference_rows(
-    x_RH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, labels_R: Tensor, logit_scale: float, softcap: float | None
-) -> RowOutputs:
+class _Rows(NamedTuple):
+    """What statistics are defined by; `target_R1` is the logit of each row's label, of column 0 where it has none."""
+
+    logits_RV: Tensor
+    logps_RV: Tensor
+    target_R1: Tensor
+    is_valid_R: Tensor
+
+
+def _hits(rows: _Rows) -> Tensor:
+    return (rows.target_R1.squeeze(1) == rows.logits_RV.amax(dim=1)) & rows.is_valid_R
+
+
+_STATISTICS: dict[str, Callable[[_Rows], Tensor]] = {
+    "entropy": lambda rows: torch.special.entr(rows.logps_RV.exp()).sum(dim=1),
+    "hits": _hits,
+    "mean_logit": lambda rows: rows.logits_RV.mean(dim=1),
+}
+
+
+def reference_rows(x_RH: Tensor, head: Head, labels_R: Tensor, stats: Sequence[str]) -> RowOutputs:
     """Log-probabilities and statistics of each row's label under `log_softmax(z)`.
 
     `z = logit_scale * (x @ weight.T + bias)`, then `z = softcap * tanh(z / softcap)` if there is a softcap. The product
     is in the dtype of the inputs, everything after it in fp32 (fp64 for fp64 inputs).
 
     Returns:
-        RowOutputs, all four present. A label outside [0, V) gives logp NaN, hit 0, and no gradient.
+        RowOutputs. A label outside [0, V) gives logp NaN, hit 0, and no gradient.
     """
     # The compiler traces no Function that has a `jvp`.
     product = _linear if torch.compiler.is_compiling() else _Linear.apply
-    logits_RV = product(x_RH, weight_VH, bias_V)
-    logits_RV = logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32)) * logit_scale
-    if softcap is not None:
-        logits_RV = softcap * torch.tanh(logits_RV / softcap)
+    logits_RV = product(x_RH, head.weight_VH, head.bias_V)
+    logits_RV = logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32)) * head.logit_scale
+    if head.softcap is not None:
+        logits_RV = head.softcap * torch.tanh(logits_RV / head.softcap)
     logps_RV = torch.log_softmax(logits_RV, dim=1)
-    is_valid_R = (labels_R >= 0) & (labels_R < weight_VH.shape[0])
+    is_valid_R = (labels_R >= 0) & (labels_R < head.weight_VH.shape[0])
     ids_R1 = torch.where(is_valid_R, labels_R, 0).unsqueeze(1)
     token_logps_R = torch.where(is_valid_R, logps_RV.gather(1, ids_R1).squeeze(1), float("nan"))
-    is_top_R = logits_RV.gather(1, ids_R1).squeeze(1) == logits_RV.amax(dim=1)
-    return RowOutputs(
-        token_logps=token_logps_R,
-        hits=(is_top_R & is_valid_R).to(logps_RV.dtype),
-        entropy=torch.special.entr(logps_RV.detach().exp()).sum(dim=1),
-        mean_logit=logits_RV.detach().mean(dim=1),
-    )
+    rows = _Rows(logits_RV.detach(), logps_RV.detach(), logits_RV.detach().gather(1, ids_R1), is_valid_R)
+    return RowOutputs(token_logps_R, {name: _STATISTICS[name](rows).to(logps_RV.dtype) for name in stats})
 
 
 def _linear(x_RH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Tensor:

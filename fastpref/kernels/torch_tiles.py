@@ -20,17 +20,8 @@ import torch
 from torch import Tensor
 
 from fastpref.kernels.engine import ExponentCache, ForwardRows, Head, RowScalars, accumulation_dtype, operand_dtype
-from fastpref.kernels.partials import (
-    MAX,
-    MOMENT,
-    SIZE,
-    SUM,
-    TARGET,
-    TOTAL,
-    empty_partials,
-    finite_shift,
-    merge_partials,
-)
+from fastpref.kernels.outputs import Partials
+from fastpref.kernels.partials import empty_partials, finite_shift, merge_partials
 from fastpref.kernels.tiles import CACHE_COLUMNS
 
 LOG2E = math.log2(math.e)
@@ -118,28 +109,28 @@ def _column_of(labels_r: Tensor, start: int, num_columns: int) -> tuple[Tensor, 
     return torch.where(is_inside_r1, column_r1, 0), is_inside_r1
 
 
-def _tile_partials(z_rv: Tensor, labels_r: Tensor, start: int, out_Fr: Tensor) -> Tensor:
-    """Write the partials of one tile of logits into `out_Fr`; turn the logits into `exp(z - max)`, max finite.
+def _tile_partials(z_rv: Tensor, labels_r: Tensor, start: int, out: Partials) -> Tensor:
+    """Write the partials of one tile of logits into `out`; turn the logits into `exp(z - max)`, max finite.
 
     Returns:
         That finite maximum [r].
     """
     column_r1, is_inside_r1 = _column_of(labels_r, start, z_rv.shape[1])
-    out_Fr[TARGET] = torch.where(is_inside_r1, z_rv.gather(1, column_r1), float("nan")).squeeze(1)
-    with_stats = out_Fr.shape[0] > MOMENT
-    if with_stats:
+    out["target"] = torch.where(is_inside_r1, z_rv.gather(1, column_r1), float("nan")).squeeze(1)
+    if "total" in out.fields:
         # fp64: a mean near 0 of logits far from it would keep the rounding of the large partial sums.
-        out_Fr[TOTAL] = z_rv.sum(dim=1, dtype=torch.float64)
-        out_Fr[SIZE] = z_rv.shape[1]
+        out["total"] = z_rv.sum(dim=1, dtype=torch.float64)
+    if "size" in out.fields:
+        out["size"] = z_rv.shape[1]
     max_r = z_rv.amax(dim=1)
-    out_Fr[MAX] = max_r
+    out["max"] = max_r
     shift_r = finite_shift(max_r)
     z_rv.sub_(shift_r.unsqueeze(1))
-    gap_rv = z_rv.clone() if with_stats else None
+    gap_rv = z_rv.clone() if "moment" in out.fields else None
     z_rv.mul_(LOG2E).exp2_()
-    out_Fr[SUM] = z_rv.sum(dim=1)
+    out["sum"] = z_rv.sum(dim=1)
     if gap_rv is not None:
-        out_Fr[MOMENT] = gap_rv.clamp_(min=LOWEST_GAP).mul_(z_rv).sum(dim=1)
+        out["moment"] = gap_rv.clamp_(min=LOWEST_GAP).mul_(z_rv).sum(dim=1)
     return shift_r
 
 
@@ -165,7 +156,13 @@ def _empty_cache(num_rows: int, num_columns: int, columns_per_group: int, device
 
 
 def forward_rows(
-    x_RH: Tensor, head: Head, labels_R: Tensor, *, with_stats: bool, bound_R: Tensor | None, with_cache: bool
+    x_RH: Tensor,
+    head: Head,
+    labels_R: Tensor,
+    *,
+    fields: tuple[str, ...],
+    bound_R: Tensor | None,
+    with_cache: bool,
 ) -> ForwardRows:
     """See `engine.Engine`.
 
@@ -180,8 +177,8 @@ def forward_rows(
     if bound_R is not None:
         bound_R = _pad_rows(bound_R, block_rows, float("inf"))
         mass_V = x_RH.new_zeros(num_columns, dtype=torch.float32)
-    merged_FR = empty_partials(x_RH.shape[0], with_stats, x_RH.device)
-    parts_2FR = merged_FR.new_empty(2, *merged_FR.shape)
+    merged = empty_partials(fields, x_RH.shape[0], x_RH.device)
+    parts_2FR = merged.values_FR.new_empty(2, *merged.values_FR.shape)
     buffer = x_RH.new_empty(block_rows * min(columns, num_columns), dtype=accumulation_dtype(x_RH.dtype))
     for start, chunk_vH in _weight_chunks(head.weight_VH, columns):
         z_rv = buffer[: block_rows * chunk_vH.shape[0]].view(block_rows, -1)
@@ -189,15 +186,15 @@ def forward_rows(
             tile = slice(top, top + block_rows)
             product(x_RH[tile], chunk_vH.t(), z_rv)
             _finish_logits(z_rv, start, head)
-            shift_r = _tile_partials(z_rv, labels_R[tile], start, parts_2FR[1, :, tile])
+            shift_r = _tile_partials(z_rv, labels_R[tile], start, Partials(fields, parts_2FR[1, :, tile]))
             if mass_V is not None and bound_R is not None:
                 weight_r = (shift_r - bound_R[tile]).mul_(LOG2E).exp2_()
                 mass_V[start : start + chunk_vH.shape[0]] += weight_r @ z_rv
             if cache is not None:
                 _store_exponentials(z_rv, shift_r, cache, tile, start // columns)
-        parts_2FR[0] = merged_FR
-        merged_FR = merge_partials(parts_2FR)
-    return ForwardRows(merged_FR[:, :num_rows], mass_V, cache)
+        parts_2FR[0] = merged.values_FR
+        merged = merge_partials(fields, parts_2FR)
+    return ForwardRows(Partials(fields, merged.values_FR[:, :num_rows]), mass_V, cache)
 
 
 def _block_logits(x_rH: Tensor, weight_vH: Tensor, out_rv: Tensor) -> None:

@@ -7,6 +7,7 @@ the rules: gradients and `vmap` are right, what cannot be computed is refused.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,29 +17,27 @@ from torch.autograd import forward_ad
 from fastpref.kernels import ops
 
 
-def score_rows(*inputs: Any) -> ops.Results:
+def score_rows(
+    operands: ops.Operands, settings: ops.Settings, options: ops.ForwardOptions
+) -> tuple[ops.Saved, ops.Report]:
     """Call `linear_logps_fwd` so that whatever transforms are in force are right, or refused.
-
-    Args:
-        inputs: as `linear_logps_fwd` takes them.
 
     Raises:
         NotImplementedError: forward mode, or a transform of a call with `main_grad`.
     """
-    # The compiler takes no Function with a `jvp`, and would let the operator return zeros.
+    score: Callable[..., Any] = ops.linear_logps_fwd
     if torch.compiler.is_compiling():
+        # The compiler takes no Function with a `jvp`, and would let the operator return zeros.
         if forward_ad._current_level >= 0:
             ops.refuse_forward_mode()
-        return ops.linear_logps_fwd(*inputs)
-    is_transformed = torch._C._are_functorch_transforms_active()
-    if not is_transformed and forward_ad._current_level < 0:
-        return ops.linear_logps_fwd(*inputs)
-    main_grad = inputs[5]
-    if is_transformed and main_grad is not None:
-        raise NotImplementedError(
-            "main_grad is a buffer that a backward pass adds to, which torch.func has no rule for; leave it out"
-        )
-    return _Forward.apply(*inputs)
+    elif torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        if torch._C._are_functorch_transforms_active() and options.main_grad is not None:
+            raise NotImplementedError(
+                "main_grad is a buffer that a backward pass adds to, which torch.func has no rule for; leave it out"
+            )
+        score = _Forward.apply
+    saved, report = ops.unflatten(score(*operands, *settings, *options), ops.FORWARD_OUTPUTS)
+    return saved, report
 
 
 class _Forward(torch.autograd.Function):
@@ -47,12 +46,13 @@ class _Forward(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*inputs: Any) -> ops.Results:
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
         return ops.linear_logps_fwd(*inputs)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: ops.Results) -> None:
-        ctx.mark_non_differentiable(*output[1:])
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        saved, _ = ops.unflatten(output, ops.FORWARD_OUTPUTS)
+        ctx.mark_non_differentiable(*(result for result in output if result is not saved.token_logps_R))
         ops.save_for_backward(ctx, inputs, output)
 
     @staticmethod

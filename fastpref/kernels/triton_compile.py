@@ -27,20 +27,21 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastpref.kernels.engine import ExponentCache, Head, RowScalars
+from fastpref.kernels.outputs import FIELDS, LOGP_FIELDS, Partials
 from fastpref.kernels.tiles import CACHE_COLUMNS, CANDIDATES, TABLE, Tile, select_tile
 from fastpref.kernels.triton_backward import cached_gradient_call, logit_gradient_call
 from fastpref.kernels.triton_common import KernelCall
-from fastpref.kernels.triton_forward import forward_call, merge_call, sum_call
+from fastpref.kernels.triton_forward import TILE_FIELDS, TileParts, forward_call, merge_call, sum_call
 
 # Architectures of the table, and the shared memory that a program can have there.
 SHARED_BYTES = {"sm_80": 166_912, "sm_86": 101_376, "sm_90": 232_448, "sm_100": 232_448}
 ARCHITECTURES = tuple(SHARED_BYTES)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FLAGS = {
-    "forward": ("pointers", "bias", "scale", "softcap", "stats", "mass", "cache"),
+    "forward": ("pointers", "bias", "scale", "softcap", *TILE_FIELDS, "mass", "cache"),
     "gradient": ("pointers", "bias", "scale", "softcap", "covered"),
     "cached": ("scale", "places"),
-    "merge": ("stats",),
+    "merge": TILE_FIELDS,
     "sum": (),
 }
 # Sizes of the tensors that are described; only their divisibility by 16 enters the code.
@@ -101,7 +102,8 @@ def variants(kernel: str, architecture: str, dtype: str) -> Iterator[Variant]:
     names = FLAGS[kernel]
     for chosen in itertools.product((False, True), repeat=len(names)):
         flags = tuple(itertools.compress(names, chosen))
-        if not {"softcap", "cache"} <= set(flags):
+        # A cache serves no cap, and without a cap nothing asks the kernel for totals.
+        if not ("cache" in flags if "softcap" in flags else kernel == "forward" and "total" in flags):
             yield Variant(kernel, architecture, dtype, flags, tile)
 
 
@@ -171,22 +173,23 @@ def describe(variant: Variant) -> KernelCall:
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    parts = new(num_tiles, 4 if "stats" in flags else 2, NUM_ROWS)
     labels, scale = new(NUM_ROWS, dtype=torch.int64), 0.5 if "scale" in flags else 1.0
     exponents = new(NUM_ROWS, VOCAB_SIZE // CACHE_COLUMNS, dtype=torch.int32)
     cache = ExponentCache(new(NUM_ROWS, VOCAB_SIZE, dtype=torch.bfloat16), exponents, CACHE_COLUMNS)
     scalars = RowScalars(new(NUM_ROWS), new(NUM_ROWS), new(NUM_ROWS))
     out, row = new(NUM_ROWS, VOCAB_SIZE, dtype=dtype), new(NUM_ROWS)
+    x = new(NUM_ROWS, HIDDEN_SIZE, dtype=dtype)
+    fields = tuple(field for field in FIELDS if field in LOGP_FIELDS or field in flags)
+    parts = TileParts.empty(x, VOCAB_SIZE, fields, tile)
     if variant.kernel == "merge":
-        return merge_call(parts, row, new(6, NUM_ROWS, dtype=torch.float64), VOCAB_SIZE, tile)
+        return merge_call(parts, Partials(fields, new(len(fields), NUM_ROWS, dtype=torch.float64)), tile)
     if variant.kernel == "sum":
         return sum_call(new(num_row_tiles, VOCAB_SIZE), new(VOCAB_SIZE))
     if variant.kernel == "cached":
         places = labels if "places" in flags else None
         return cached_gradient_call(cache, places, 0, labels, scalars, scale, out)
     bias = new(VOCAB_SIZE, dtype=dtype) if "bias" in flags else None
-    weight, x = new(VOCAB_SIZE, HIDDEN_SIZE, dtype=dtype), new(NUM_ROWS, HIDDEN_SIZE, dtype=dtype)
-    head = Head(weight, bias, scale, 30.0 if "softcap" in flags else None)
+    head = Head(new(VOCAB_SIZE, HIDDEN_SIZE, dtype=dtype), bias, scale, 30.0 if "softcap" in flags else None)
     # Older devices have no copy engine; there the launcher passes pointers.
     use_tma = "pointers" not in flags and variant.architecture in ("sm_90", "sm_100")
     if variant.kernel == "gradient":
@@ -197,7 +200,6 @@ def describe(variant: Variant) -> KernelCall:
         head,
         labels,
         parts,
-        row,
         bound_R=row if "mass" in flags else None,
         mass_MV=new(num_row_tiles, VOCAB_SIZE) if "mass" in flags else None,
         cache=cache if "cache" in flags else None,

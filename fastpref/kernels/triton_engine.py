@@ -3,8 +3,7 @@
 Nothing here waits for the device, reads a value back or allocates on the host in a way that a CUDA graph cannot
 capture. Under `TRITON_INTERPRET=1`, set before Triton is imported, the same kernels run on CPU tensors.
 
-Dims: `R` rows, `H` hidden, `V` vocabulary, `F` fields of a part, `N` vocabulary tiles, `M` row tiles; lower case `r`,
-`v`: a block.
+Dims: `R` rows, `H` hidden, `V` vocabulary, `F` fields of a part, `M` row tiles; lower case `r`, `v`: a block.
 """
 
 from __future__ import annotations
@@ -20,7 +19,8 @@ from torch import Tensor
 
 from fastpref.errors import MissingDependencyError
 from fastpref.kernels.engine import ExponentCache, ForwardRows, Head, RowScalars
-from fastpref.kernels.partials import NUM_FIELDS, NUM_FIELDS_WITH_STATS, TOTAL, empty_partials
+from fastpref.kernels.outputs import Partials
+from fastpref.kernels.partials import empty_partials
 from fastpref.kernels.tiles import CACHE_COLUMNS, INTERPRETER, Tile, architecture_of, select_tile
 
 
@@ -48,12 +48,21 @@ def cache_columns(device: torch.device) -> int:
 
 
 def forward_rows(
-    x_RH: Tensor, head: Head, labels_R: Tensor, *, with_stats: bool, bound_R: Tensor | None, with_cache: bool
+    x_RH: Tensor,
+    head: Head,
+    labels_R: Tensor,
+    *,
+    fields: tuple[str, ...],
+    bound_R: Tensor | None,
+    with_cache: bool,
+    tile: Tile | None = None,
 ) -> ForwardRows:
     """Reduce the logits of `x_RH` over the vocabulary of `head`; see `engine.Engine.forward_rows`.
 
-    Memory: 8 bytes per row and vocabulary tile (16 with statistics); with a bound 4 bytes per row tile and column; with
-    a cache 2 bytes per row and column.
+    `tile` takes the place of the one in the table.
+
+    Memory: 8 bytes per row and vocabulary tile, 4 more for "moment" and, with a softcap, for "total"; with a bound 4
+    bytes per row tile and column; with a cache 2 bytes per row and column.
     Determinism: bitwise; a row's bits depend on the row and the head only.
 
     Raises:
@@ -63,7 +72,7 @@ def forward_rows(
     """
     if with_cache and head.softcap is not None:
         raise ValueError("with_cache=True cannot serve a softcap: its slope needs the logits; use backward='recompute'")
-    launch = _Launch.of(x_RH, head)
+    launch = _Launch.of(x_RH, head, tile)
     from fastpref.kernels import triton_forward as kernels
 
     x_RH, head = launch.operands(x_RH, head)
@@ -71,11 +80,11 @@ def forward_rows(
     mass_V = None if bound_R is None else x_RH.new_zeros(num_columns, dtype=torch.float32)
     cache = _new_cache(x_RH, num_columns) if with_cache else None
     if not num_rows or not num_columns:
-        return ForwardRows(empty_partials(num_rows, with_stats, x_RH.device), mass_V, cache)
-    num_tiles = -(-num_columns // launch.tile.columns)
-    parts_NFR = x_RH.new_empty(num_tiles, 4 if with_stats else 2, num_rows, dtype=torch.float32)
-    targets_R = x_RH.new_full((num_rows,), float("nan"), dtype=torch.float32)
-    merged_FR = x_RH.new_empty(NUM_FIELDS_WITH_STATS if with_stats else NUM_FIELDS, num_rows, dtype=torch.float64)
+        return ForwardRows(empty_partials(fields, num_rows, x_RH.device), mass_V, cache)
+    # Without a cap the total is no business of the kernel, see `_sums_of_logits`.
+    reduced = tuple(field for field in fields if field != "total" or head.softcap is not None)
+    parts = kernels.TileParts.empty(x_RH, num_columns, reduced, launch.tile)
+    merged = Partials(fields, x_RH.new_empty(len(fields), num_rows, dtype=torch.float64))
     num_row_tiles = -(-num_rows // launch.tile.rows)
     mass_MV = None if mass_V is None else x_RH.new_empty(num_row_tiles, num_columns, dtype=torch.float32)
     with launch.on_device():
@@ -83,8 +92,7 @@ def forward_rows(
             x_RH,
             head,
             labels_R.contiguous(),
-            parts_NFR,
-            targets_R,
+            parts,
             bound_R=None if bound_R is None else bound_R.contiguous(),
             mass_MV=mass_MV,
             cache=cache,
@@ -92,12 +100,14 @@ def forward_rows(
             use_tma=launch.can_use_tma(x_RH, head),
             num_sms=launch.num_sms,
         ).launch()
-        kernels.merge_call(parts_NFR, targets_R, merged_FR, num_columns, launch.tile).launch()
+        kernels.merge_call(parts, merged, launch.tile).launch()
         if mass_V is not None and mass_MV is not None:
             kernels.sum_call(mass_MV, mass_V).launch()
-    if with_stats and head.softcap is None:
-        merged_FR[TOTAL] = _sums_of_logits(x_RH, head)
-    return ForwardRows(merged_FR, mass_V, cache)
+    if "total" in fields and head.softcap is None:
+        merged["total"] = _sums_of_logits(x_RH, head)
+    if "size" in fields:
+        merged["size"].fill_(num_columns)
+    return ForwardRows(merged, mass_V, cache)
 
 
 def logit_gradient(
@@ -192,21 +202,21 @@ class _Launch(NamedTuple):
     device: torch.device
 
     @classmethod
-    def of(cls, x_RH: Tensor, head: Head) -> _Launch:
-        """Check that the kernels can run on these operands, and choose their tile."""
+    def of(cls, x_RH: Tensor, head: Head, tile: Tile | None = None) -> _Launch:
+        """Check that the kernels can run on these operands, and choose their tile unless it is given."""
         if importlib.util.find_spec("triton") is None:
             raise MissingDependencyError(f"backend='triton' cannot run: {unavailable_reason()}")
         if x_RH.dtype == torch.float64:
             raise TypeError("the Triton kernels take float32, bfloat16 and float16, got float64; use backend='torch'")
         if _is_interpreted():
-            return cls(select_tile(INTERPRETER, x_RH.dtype, x_RH.shape[1]), 2, True, x_RH.device)
+            return cls(tile or select_tile(INTERPRETER, x_RH.dtype, x_RH.shape[1]), 2, True, x_RH.device)
         if x_RH.device.type != "cuda":
             raise ValueError(
                 f"backend='triton' needs tensors on a CUDA device, got {x_RH.device}; move them, use backend='torch', "
                 "or set TRITON_INTERPRET=1 before Python starts"
             )
         architecture, num_sms, has_tma = _device_traits(x_RH.device.index or 0)
-        return cls(select_tile(architecture, x_RH.dtype, x_RH.shape[1]), num_sms, has_tma, x_RH.device)
+        return cls(tile or select_tile(architecture, x_RH.dtype, x_RH.shape[1]), num_sms, has_tma, x_RH.device)
 
     def operands(self, x_RH: Tensor, head: Head) -> tuple[Tensor, Head]:
         """Return the operands with unit stride in H: as they are, unless a caller passed a transpose."""

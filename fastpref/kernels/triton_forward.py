@@ -14,11 +14,15 @@ Dims: `R` rows, `H` hidden, `V` vocabulary, `N` vocabulary tiles, `M` row tiles,
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastpref.kernels.engine import ExponentCache, Head
+from fastpref.kernels.outputs import LOGP_FIELDS, Partials
 from fastpref.kernels.tiles import CACHE_COLUMNS, Tile
 from fastpref.kernels.triton_common import (
     LOG2E,
@@ -43,6 +47,10 @@ HIGHEST_EXPONENT = tl.constexpr(2.0**30)
 CACHE_V = tl.constexpr(CACHE_COLUMNS)
 # exp(gap) is 0 in fp32 below this; it keeps 0 * -inf out of the entropy.
 LOWEST_GAP = tl.constexpr(-700.0)
+# Numbers that every tile leaves of a row: its maximum and its sum of exponentials.
+NUM_PARTS = tl.constexpr(2)
+# Fields that it leaves where they are wanted: each an argument `<field>_ptr` of both kernels, None = not wanted.
+TILE_FIELDS = ("moment", "total")
 
 
 @triton.jit
@@ -53,6 +61,8 @@ def _linear_logps_fwd_kernel(
     labels_ptr,
     bound_ptr,
     parts_ptr,
+    moment_ptr,
+    total_ptr,
     targets_ptr,
     mass_ptr,
     values_ptr,
@@ -68,14 +78,12 @@ def _linear_logps_fwd_kernel(
     BLOCK_H: tl.constexpr,
     GROUP_R: tl.constexpr,
     SLICES: tl.constexpr,
-    WITH_STATS: tl.constexpr,
     USE_TMA: tl.constexpr,
 ):
     """Reduce tiles of logits; see `forward_call` for the arguments. A None pointer leaves its part out."""
     num_row_tiles = tl.cdiv(num_rows, BLOCK_R)
     num_column_tiles = tl.cdiv(num_columns, BLOCK_V)
     SLICE_V: tl.constexpr = BLOCK_V // SLICES
-    NUM_PARTS: tl.constexpr = 4 if WITH_STATS else 2
     num_tiles = num_row_tiles * num_column_tiles
     for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=True):
         row_tile, column_tile = tile_position(tile, num_row_tiles, num_column_tiles, GROUP_R)
@@ -143,8 +151,9 @@ def _linear_logps_fwd_kernel(
             gap = slices[i] - shift[:, None]
             p = tl.exp2(gap * LOG2E)
             total_exp += tl.sum(p, axis=1)
-            if WITH_STATS:
+            if moment_ptr is not None:
                 moment += tl.sum(p * tl.maximum(gap, LOWEST_GAP), axis=1)
+            if total_ptr is not None:
                 # Divided by a power of two: exact, and a sum of the largest floats does not overflow.
                 total += tl.sum(tl.where(mask_v[None, :], slices[i], 0.0) * (1.0 / BLOCK_V), axis=1)
             if bound_ptr is not None:
@@ -157,26 +166,32 @@ def _linear_logps_fwd_kernel(
         part_ptrs = parts_ptr + column_tile.to(tl.int64) * NUM_PARTS * num_rows + rows
         tl.store(part_ptrs, tile_max, mask=mask_r)
         tl.store(part_ptrs + num_rows, total_exp, mask=mask_r)
-        if WITH_STATS:
-            tl.store(part_ptrs + 2 * num_rows, moment, mask=mask_r)
-            tl.store(part_ptrs + 3 * num_rows, total, mask=mask_r)
+        place = column_tile.to(tl.int64) * num_rows + rows
+        if moment_ptr is not None:
+            tl.store(moment_ptr + place, moment, mask=mask_r)
+        if total_ptr is not None:
+            tl.store(total_ptr + place, total, mask=mask_r)
 
 
 @triton.jit
 def _merge_tiles_kernel(
     parts_ptr,
+    moment_ptr,
+    total_ptr,
     targets_ptr,
     merged_ptr,
     num_rows,
     num_parts,
-    num_columns,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_V: tl.constexpr,
-    WITH_STATS: tl.constexpr,
+    MOMENT: tl.constexpr,
+    TOTAL: tl.constexpr,
 ):
-    """Merge the vocabulary tiles of BLOCK_R rows into fp64 partials; the order of additions depends on N alone."""
-    NUM_PARTS: tl.constexpr = 4 if WITH_STATS else 2
+    """Merge the vocabulary tiles of BLOCK_R rows into fp64 partials; the order of additions depends on N alone.
+
+    MOMENT and TOTAL are the places of these fields among the partials.
+    """
     offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_r = offs_r < num_rows
     rows = offs_r.to(tl.int64)
@@ -198,10 +213,12 @@ def _merge_tiles_kernel(
         factor = tl.exp2(gap * LOG2E).to(tl.float64)
         sums = tl.load(ptrs + num_rows, mask=mask, other=0.0).to(tl.float64)
         row_sum += tl.sum(factor * sums, axis=0)
-        if WITH_STATS:
-            moments = tl.load(ptrs + 2 * num_rows, mask=mask, other=0.0).to(tl.float64)
+        place = offs_n.to(tl.int64)[:, None] * num_rows + rows[None, :]
+        if moment_ptr is not None:
+            moments = tl.load(moment_ptr + place, mask=mask, other=0.0).to(tl.float64)
             moment += tl.sum(factor * (moments + tl.maximum(gap, LOWEST_GAP).to(tl.float64) * sums), axis=0)
-            total += tl.sum(tl.load(ptrs + 3 * num_rows, mask=mask, other=0.0).to(tl.float64), axis=0)
+        if total_ptr is not None:
+            total += tl.sum(tl.load(total_ptr + place, mask=mask, other=0.0).to(tl.float64), axis=0)
     # tl.max skips NaN, the sum does not.
     row_max = tl.where((row_sum != row_sum) & (row_max != float("inf")), float("nan"), row_max)
     merged_ptrs = merged_ptr + rows
@@ -209,10 +226,10 @@ def _merge_tiles_kernel(
     tl.store(merged_ptrs + num_rows, row_sum, mask=mask_r)
     targets = tl.load(targets_ptr + rows, mask=mask_r, other=0.0)
     tl.store(merged_ptrs + 2 * num_rows, targets.to(tl.float64), mask=mask_r)
-    if WITH_STATS:
-        tl.store(merged_ptrs + 3 * num_rows, moment, mask=mask_r)
-        tl.store(merged_ptrs + 4 * num_rows, total * BLOCK_V, mask=mask_r)
-        tl.store(merged_ptrs + 5 * num_rows, tl.zeros((BLOCK_R,), tl.float64) + num_columns, mask=mask_r)
+    if moment_ptr is not None:
+        tl.store(merged_ptrs + MOMENT * num_rows, moment, mask=mask_r)
+    if total_ptr is not None:
+        tl.store(merged_ptrs + TOTAL * num_rows, total * BLOCK_V, mask=mask_r)
 
 
 @triton.jit
@@ -229,12 +246,43 @@ def _sum_parts_kernel(parts_ptr, sums_ptr, num_parts, num_sums, BLOCK_N: tl.cons
     tl.store(sums_ptr + offs_c, tl.load(sums_ptr + offs_c, mask=mask_c, other=0.0) + total, mask=mask_c)
 
 
+class TileParts(NamedTuple):
+    """What the vocabulary tiles leave of the rows, fp32.
+
+    Attributes:
+        parts_N2R: [N, NUM_PARTS, R].
+        extras: by field, [N, R]; "total" divided by BLOCK_V.
+        targets_R: [R], NaN unless a tile writes it.
+    """
+
+    parts_N2R: Tensor
+    extras: dict[str, Tensor]
+    targets_R: Tensor
+
+    @classmethod
+    def empty(cls, x_RH: Tensor, num_columns: int, fields: tuple[str, ...], tile: Tile) -> TileParts:
+        """Return memory for the parts that these fields are merged from."""
+        shape = (triton.cdiv(num_columns, tile.columns), x_RH.shape[0])
+        return cls(
+            x_RH.new_empty(shape[0], NUM_PARTS.value, shape[1], dtype=torch.float32),
+            {name: x_RH.new_empty(*shape, dtype=torch.float32) for name in TILE_FIELDS if name in fields},
+            x_RH.new_full(shape[1:], float("nan"), dtype=torch.float32),
+        )
+
+    def arguments(self) -> dict[str, Tensor | None]:
+        """Return the kernels' arguments."""
+        return {
+            "parts_ptr": self.parts_N2R,
+            **{f"{name}_ptr": self.extras.get(name) for name in TILE_FIELDS},
+            "targets_ptr": self.targets_R,
+        }
+
+
 def forward_call(
     x_RH: Tensor,
     head: Head,
     labels_R: Tensor,
-    parts_NFR: Tensor,
-    targets_R: Tensor,
+    parts: TileParts,
     *,
     bound_R: Tensor | None,
     mass_MV: Tensor | None,
@@ -249,8 +297,7 @@ def forward_call(
         x_RH: [R, H] contiguous.
         head: projection, unit stride in H.
         labels_R: int64 [R], any values.
-        parts_NFR: fp32 [N, 2, R] for maximum and sum; [N, 4, R] with statistics, moment and total / BLOCK_V.
-        targets_R: fp32 [R], written where the label is a column.
+        parts: to fill.
         bound_R: fp32 [R] or None.
         mass_MV: fp32 [M, V] with `bound_R`, each row tile's share of the column masses.
         cache: to fill, contiguous, or None.
@@ -262,31 +309,28 @@ def forward_call(
     arguments |= {
         "labels_ptr": labels_R,
         "bound_ptr": bound_R,
-        "parts_ptr": parts_NFR,
-        "targets_ptr": targets_R,
+        **parts.arguments(),
         "mass_ptr": mass_MV,
         "values_ptr": None if cache is None else cache.values_RV,
         "exponents_ptr": None if cache is None else cache.exponents_RN,
-        "WITH_STATS": parts_NFR.shape[1] == 4,
     }
     num_programs = count_programs(x_RH.shape[0], head.weight_VH.shape[0], tile, num_sms)
     return KernelCall(_linear_logps_fwd_kernel, num_programs, arguments, tile.warps, tile.stages)
 
 
-def merge_call(parts_NFR: Tensor, targets_R: Tensor, merged_FR: Tensor, num_columns: int, tile: Tile) -> KernelCall:
-    """Describe the launch that merges `parts_NFR` and `targets_R` of `forward_call` into fp64 [F, R]."""
-    num_parts, num_fields, num_rows = parts_NFR.shape
+def merge_call(parts: TileParts, merged: Partials, tile: Tile) -> KernelCall:
+    """Describe the launch that merges what `forward_call` leaves into the fields of `merged` that are made of it."""
+    num_parts, _, num_rows = parts.parts_N2R.shape
+    assert merged.fields[: len(LOGP_FIELDS)] == LOGP_FIELDS
     arguments = {
-        "parts_ptr": parts_NFR,
-        "targets_ptr": targets_R,
-        "merged_ptr": merged_FR,
+        **parts.arguments(),
+        "merged_ptr": merged.values_FR,
         "num_rows": num_rows,
         "num_parts": num_parts,
-        "num_columns": num_columns,
         "BLOCK_N": 64,
         "BLOCK_R": 32,
         "BLOCK_V": tile.columns,
-        "WITH_STATS": num_fields == 4,
+        **{name.upper(): merged.fields.index(name) if name in parts.extras else None for name in TILE_FIELDS},
     }
     return KernelCall(_merge_tiles_kernel, triton.cdiv(num_rows, 32), arguments, 4, 2)
 

@@ -14,7 +14,6 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ from torch import Tensor
 from fastpref.errors import ConfigError
 from fastpref.kernels import torch_tiles, triton_engine
 from fastpref.kernels.engine import Head
+from fastpref.kernels.outputs import LOGP_FIELDS, Partials
 from fastpref.kernels.partials import finish_rows
 from fastpref.kernels.tiles import CANDIDATES, TABLE, Tile, architecture_of, save_table
 
@@ -104,12 +104,11 @@ def measure(tile: Tile, dtype: torch.dtype, hidden_size: int) -> Measurement:
     labels_R = torch.randint(0, vocab_size, (num_rows,), generator=generator, dtype=torch.int64, device="cuda")
     head = Head((weight_VH * (2.0 / hidden_size**0.5)).to(dtype), None, 1.0, None)
     x_RH = x_RH.to(dtype)
-    with mock.patch.object(triton_engine, "select_tile", lambda *_: tile):
-        try:
-            error = _disagreement(x_RH, head, labels_R)
-        except (RuntimeError, TritonError) as problem:  # too much shared memory, say; the next tile may do
-            return Measurement(tile, float("inf"), f"{type(problem).__name__}: {problem}")
-        return Measurement(tile, _median_milliseconds(x_RH, head, labels_R), error)
+    try:
+        error = _disagreement(tile, x_RH, head, labels_R)
+    except (RuntimeError, TritonError) as problem:  # too much shared memory, say; the next tile may do
+        return Measurement(tile, float("inf"), f"{type(problem).__name__}: {problem}")
+    return Measurement(tile, _median_milliseconds(tile, x_RH, head, labels_R), error)
 
 
 def fastest(key: str, hidden_size: int, found: Sequence[Measurement]) -> Tile:
@@ -135,34 +134,34 @@ def entries(best: Mapping[int, Tile]) -> tuple[Tile, ...]:
     return tuple(kept)
 
 
-def _forward(x_RH: Tensor, head: Head, labels_R: Tensor) -> Tensor:
+def _forward(tile: Tile, x_RH: Tensor, head: Head, labels_R: Tensor) -> Partials:
     return triton_engine.forward_rows(
-        x_RH, head, labels_R, with_stats=False, bound_R=None, with_cache=False
-    ).partials_FR
+        x_RH, head, labels_R, fields=LOGP_FIELDS, bound_R=None, with_cache=False, tile=tile
+    ).partials
 
 
-def _disagreement(x_RH: Tensor, head: Head, labels_R: Tensor) -> str | None:
+def _disagreement(tile: Tile, x_RH: Tensor, head: Head, labels_R: Tensor) -> str | None:
     """Return how far the results of the first rows are from PyTorch's, or None if they agree and repeat."""
-    partials_FR = _forward(x_RH, head, labels_R)
+    partials = _forward(tile, x_RH, head, labels_R)
     few = slice(0, 1024)
     expected = torch_tiles.forward_rows(
-        x_RH[few], head, labels_R[few], with_stats=False, bound_R=None, with_cache=False
+        x_RH[few], head, labels_R[few], fields=LOGP_FIELDS, bound_R=None, with_cache=False
     )
-    logps_R = finish_rows(partials_FR, torch.float32).token_logps[few]
-    gap = float((logps_R - finish_rows(expected.partials_FR, torch.float32).token_logps).abs().max())
+    logps_R = finish_rows(partials, torch.float32).token_logps[few]
+    gap = float((logps_R - finish_rows(expected.partials, torch.float32).token_logps).abs().max())
     if not gap <= AGREEMENT:
         return f"log-probabilities differ from PyTorch's by {gap:.3g}"
-    if not torch.equal(partials_FR, _forward(x_RH, head, labels_R)):
+    if not torch.equal(partials.values_FR, _forward(tile, x_RH, head, labels_R).values_FR):
         return "two runs gave different bits"
     return None
 
 
-def _median_milliseconds(x_RH: Tensor, head: Head, labels_R: Tensor) -> float:
+def _median_milliseconds(tile: Tile, x_RH: Tensor, head: Head, labels_R: Tensor) -> float:
     times = []
     for _ in range(REPEATS):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        _forward(x_RH, head, labels_R)
+        _forward(tile, x_RH, head, labels_R)
         end.record()
         end.synchronize()
         times.append(begin.elapsed_time(end))

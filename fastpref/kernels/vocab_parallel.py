@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import _resolve_process_group
 
+from fastpref.kernels.outputs import Partials
 from fastpref.kernels.partials import merge_partials
 from fastpref.kernels.rows import gather_rows, scatter_rows
 
@@ -25,14 +26,15 @@ def group_by_name(name: str | None) -> ProcessGroup | None:
     return None if name is None else _resolve_process_group(name)  # type: ignore[arg-type]
 
 
-def merge_shards(local_FR: Tensor, dtype: torch.dtype, group: ProcessGroup) -> Tensor:
-    """Merge every rank's partials, in rank order, by one all-gather: fp64 [F, R], the same bits on every rank.
+def merge_shards(local: Partials, dtype: torch.dtype, group: ProcessGroup) -> Partials:
+    """Merge every rank's partials, in rank order, by one all-gather: in fp64, the same bits on every rank.
 
     Partials travel in `dtype`: 12 bytes per row in fp32 where no statistics are asked for.
     """
-    parts = local_FR.new_empty(group.size() * local_FR.numel(), dtype=dtype)
-    dist.all_gather_into_tensor(parts, local_FR.to(dtype).reshape(-1), group=group)
-    return merge_partials(parts.view(group.size(), *local_FR.shape))
+    local_FR = local.values_FR.to(dtype)
+    parts = local_FR.new_empty(group.size() * local_FR.numel())
+    dist.all_gather_into_tensor(parts, local_FR.reshape(-1), group=group)
+    return merge_partials(local.fields, parts.view(group.size(), *local_FR.shape))
 
 
 def merge_bounds(bound_R: Tensor, group: ProcessGroup) -> Tensor:

@@ -20,20 +20,17 @@ hidden, weight = torch.randn(2, 3, 4, requires_grad=True), torch.randn(7, 4)
 labels = torch.tensor([[1, 2, -100], [-100, 0, 6]])
 linear_logps(hidden, weight, labels).logps.sum().backward()
 assert hidden.grad.any()
-for backend in ("triton", "cuda"):
-    try:
-        linear_logps(hidden, weight, labels, backend=backend)
-    except MissingDependencyError as error:
-        assert isinstance(error, ImportError)
-        print(error)
-    else:
-        raise SystemExit(f"backend={backend!r} did not say what it lacks")
+try:
+    linear_logps(hidden, weight, labels, backend="triton")
+except MissingDependencyError as error:
+    assert isinstance(error, ImportError)
+    print(error)
+else:
+    raise SystemExit("backend='triton' did not say what it lacks")
 """
 
 
 def test_import_and_use_without_optional_dependencies() -> None:
     result = subprocess.run([sys.executable, "-c", BLOCKED], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    triton, cuda = result.stdout.splitlines()
-    assert "pip install 'fastpref[triton]'" in triton
-    assert "CUTLASS" in cuda and "use backend='triton'" in cuda
+    assert "pip install 'fastpref[triton]'" in result.stdout

@@ -9,7 +9,8 @@ from triton_oracle import CASES, DTYPES, Problem, assert_matches_torch, problem,
 from fastpref import linear_logps
 from fastpref.kernels import triton_engine, tuning
 from fastpref.kernels.engine import Head, RowScalars
-from fastpref.kernels.partials import TARGET, finish_rows
+from fastpref.kernels.outputs import FIELDS, Partials
+from fastpref.kernels.partials import finish_rows
 from fastpref.kernels.tiles import TABLE
 from fastpref.testing.numerics import assert_within_rule
 
@@ -22,8 +23,8 @@ def full_precision() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
-def forward(given: Problem) -> torch.Tensor:
-    return triton_engine.forward_rows(*given[:3], with_stats=True, bound_R=None, with_cache=False).partials_FR
+def forward(given: Problem) -> Partials:
+    return triton_engine.forward_rows(*given[:3], fields=tuple(FIELDS), bound_R=None, with_cache=False).partials
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -50,10 +51,10 @@ def test_passes_repeat_bitwise() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_forward_rows_does_not_depend_on_the_other_rows(dtype: str) -> None:
     given = problem(700, 256, 3000, DTYPES[dtype], device=DEVICE)
-    together = forward(given)
+    together_FR = forward(given).values_FR
     for picked in ([699], [3, 640, 17], list(range(699, -1, -1)), list(range(129))):
         alone = Problem(given.x_RH[picked], given.head, given.labels_R[picked])
-        assert torch.equal(forward(alone).nan_to_num(7.0), together[:, picked].nan_to_num(7.0))
+        assert torch.equal(forward(alone).values_FR.nan_to_num(7.0), together_FR[:, picked].nan_to_num(7.0))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -62,7 +63,7 @@ def test_logit_gradient_meets_the_logits_of_the_forward_pass(columns: slice, dty
     """With the forward pass's own target as the maximum, the label's probability is exactly 1 and its gradient 0."""
     given = problem(300, 256, 3000, DTYPES[dtype], device=DEVICE, bias=True, logit_scale=0.7, softcap=5.0)
     places_R = torch.arange(300, device=DEVICE) * 2
-    target_R = forward(given._replace(labels_R=places_R + columns.start))[TARGET].float()
+    target_R = forward(given._replace(labels_R=places_R + columns.start))["target"].float()
     head = given.head._replace(weight_VH=given.head.weight_VH[columns], bias_V=given.head.bias_V[columns])
     scalars = RowScalars(torch.ones_like(target_R), target_R, torch.ones_like(target_R))
     out_RV = torch.empty(300, columns.stop - columns.start, dtype=DTYPES[dtype], device=DEVICE)
@@ -108,16 +109,16 @@ def test_forward_rows_in_a_cuda_graph() -> None:
     """Captured once, it follows new inputs; nothing in it waits for the host."""
     given = problem(300, 256, 3000, torch.bfloat16, device=DEVICE)
     bound_R = torch.zeros(300, device=DEVICE)
-    triton_engine.forward_rows(*given[:3], with_stats=True, bound_R=bound_R, with_cache=True)  # compiles
+    triton_engine.forward_rows(*given[:3], fields=tuple(FIELDS), bound_R=bound_R, with_cache=True)  # compiles
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = triton_engine.forward_rows(*given[:3], with_stats=True, bound_R=bound_R, with_cache=True)
+        captured = triton_engine.forward_rows(*given[:3], fields=tuple(FIELDS), bound_R=bound_R, with_cache=True)
     fresh = problem(300, 256, 3000, torch.bfloat16, device=DEVICE, seed=5)
     given.x_RH.copy_(fresh.x_RH)
     given.labels_R.copy_(fresh.labels_R)
     graph.replay()
-    assert torch.equal(captured.partials_FR.nan_to_num(7.0), forward(given).nan_to_num(7.0))
+    assert torch.equal(captured.partials.values_FR.nan_to_num(7.0), forward(given).values_FR.nan_to_num(7.0))
 
 
 def test_forward_rows_addresses_a_weight_beyond_32_bits() -> None:

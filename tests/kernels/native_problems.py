@@ -4,10 +4,12 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from head_oracle import statistics
 from torch import Tensor
 
 from fastpref.kernels import native
 from fastpref.kernels.engine import Head, RowScalars
+from fastpref.kernels.outputs import FIELDS, STATISTICS
 from fastpref.kernels.partials import finish_rows
 from fastpref.testing.numerics import assert_within_rule, max_error
 
@@ -77,17 +79,17 @@ def bounds(num_rows: int) -> Tensor:
 
 def run_native(given: Problem, coefficients_R: Tensor | None = None) -> Passes:
     num_rows, num_columns = given.x_RH.shape[0], given.head.weight_VH.shape[0]
-    forward = native.forward_rows(*given, with_stats=True, bound_R=bounds(num_rows), with_cache=False)
-    results = finish_rows(forward.partials_FR, torch.float32)
+    forward = native.forward_rows(*given, fields=tuple(FIELDS), bound_R=bounds(num_rows), with_cache=False)
+    results = finish_rows(forward.partials, torch.float32, tuple(STATISTICS))
     if coefficients_R is None:
         coefficients_R = coefficients(num_rows)
     head = given.head._replace(weight_VH=given.head.weight_VH.float().contiguous())
     out_RV, covered_R = torch.full((num_rows, num_columns), NAN), torch.zeros(num_rows)
     scalars = RowScalars(coefficients_R, results.row_max, results.row_sum)
     native.logit_gradient(given.x_RH.float(), head, given.labels_R, scalars, out_RV, covered_R)
-    names = ("token_logps", "entropy", "mean_logit", "hits")
     assert forward.mass_V is not None and forward.cache is None
-    return Passes({name: getattr(results, name) for name in names}, out_RV, covered_R, forward.mass_V)
+    outputs = {"token_logps": results.token_logps, **dict(zip(STATISTICS, results.statistics, strict=True))}
+    return Passes(outputs, out_RV, covered_R, forward.mass_V)
 
 
 def run_torch(given: Problem, dtype: torch.dtype, order: Tensor | None = None) -> Passes:
@@ -111,12 +113,8 @@ def run_torch(given: Problem, dtype: torch.dtype, order: Tensor | None = None) -
     upstream_R = coefficients(x_RH.shape[0]).to(dtype)
     (d_logits_RV,) = torch.autograd.grad(target_R - lse_R, product_RV, upstream_R)
     with torch.no_grad():
-        outputs = {
-            "token_logps": torch.where(is_here_R, logps_RV.gather(1, ids_R1).squeeze(1), NAN),
-            "entropy": torch.special.entr(logps_RV.exp()).sum(dim=1),
-            "mean_logit": z_RV.mean(dim=1),
-            "hits": ((z_RV.gather(1, ids_R1).squeeze(1) == z_RV.amax(dim=1)) & is_here_R).to(dtype),
-        }
+        token_logps_R = torch.where(is_here_R, logps_RV.gather(1, ids_R1).squeeze(1), NAN)
+        outputs = {"token_logps": token_logps_R, **statistics(z_RV, given.labels_R)}
         mass_V = (z_RV - bounds(x_RH.shape[0]).to(dtype).unsqueeze(1)).exp().sum(dim=0)
     return Passes(outputs, d_logits_RV, logps_RV.detach().exp().sum(dim=1), mass_V)
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fastpref import linear_logps
-from fastpref.kernels.ops import linear_logps_fwd
+from fastpref.kernels.ops import FORWARD_OUTPUTS, linear_logps_fwd, unflatten
 from fastpref.testing.adversarial import HeadInputs
 
 
@@ -22,13 +22,14 @@ def active_columns(inputs: HeadInputs, active_eps: float) -> tuple[Tensor, Tenso
         softcap=inputs.softcap,
         group_name=None,
         sequence_parallel=False,
-        with_stats=False,
+        stats=(),
         backend="torch",
         plan="active",
         active_eps=active_eps,
         cache_bytes=0,
     )
-    return results[6], results[10]
+    saved, report = unflatten(results, FORWARD_OUTPUTS)
+    return saved.is_active_CV, report.summary_2
 
 
 def logits_and_slope(inputs: HeadInputs, x_RH: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,19 @@ from head_oracle import tiles
 from torch import Tensor
 
 from fastpref import SequenceLogps, linear_logps
-from fastpref.kernels.ops import linear_logps_bwd, linear_logps_bwd_into, linear_logps_fwd
+from fastpref.kernels.ops import (
+    FORWARD_INPUTS,
+    FORWARD_OUTPUTS,
+    ForwardOptions,
+    Operands,
+    Settings,
+    linear_logps_bwd,
+    linear_logps_bwd_into,
+    linear_logps_fwd,
+    unflatten,
+)
+from fastpref.kernels.outputs import STATISTICS
+from fastpref.kernels.plans import Wanted
 from fastpref.kernels.rows import check_rows, derive_rows
 from fastpref.testing.adversarial import ADVERSARIAL, HeadInputs, ragged_inputs
 
@@ -114,23 +126,18 @@ PLANS = ("none", "recompute", "active", "cached")
 def operator_arguments(plan: str, with_bias: bool) -> tuple:
     inputs = ragged_inputs()
     rows = (inputs.labels_SL.flatten() >= 0).nonzero().squeeze(1)
-    return (
-        inputs.hidden_SLH.requires_grad_(),
-        inputs.weight_VH.requires_grad_(),
-        torch.randn(97, requires_grad=True) if with_bias else None,
-        rows,
-        inputs.labels_SL.flatten()[rows],
-        None,
-        0.5,
-        4.0 if with_bias and plan != "cached" else None,
-        None,
-        False,
-        with_bias,
-        "torch",
-        plan,
-        2**-8,
-        2**20,
+    operands = Operands(
+        hidden=inputs.hidden_SLH.requires_grad_(),
+        weight=inputs.weight_VH.requires_grad_(),
+        bias=torch.randn(97, requires_grad=True) if with_bias else None,
+        rows=rows,
+        labels_R=inputs.labels_SL.flatten()[rows],
     )
+    softcap = 4.0 if with_bias and plan != "cached" else None
+    settings = Settings(logit_scale=0.5, softcap=softcap, group_name=None, sequence_parallel=False, backend="torch")
+    stats = tuple(STATISTICS) if with_bias else ()
+    options = ForwardOptions(main_grad=None, stats=stats, plan=plan, active_eps=2**-8, cache_bytes=2**20)
+    return (*operands, *settings, *options)
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
@@ -143,14 +150,13 @@ def test_forward_operator_is_registered_correctly(plan: str, with_bias: bool) ->
 @pytest.mark.parametrize("plan", PLANS[1:])
 def test_backward_operators_are_registered_correctly(plan: str) -> None:
     arguments = operator_arguments(plan, True)
-    hidden, weight, bias, rows, labels_R, _, *options = arguments
-    results = [values.detach() for values in linear_logps_fwd(*arguments)]
-    saved = [torch.ones_like(results[0]), *results[:3], *results[6:10]]
-    leaves = [hidden.detach(), weight.detach(), bias.detach()]
-    for needs in ([True, True, True], [False, True, False]):
-        inputs = (*saved, *leaves, rows, labels_R, *options[:4], "torch", needs)
+    operands, settings, _ = unflatten(arguments, FORWARD_INPUTS)
+    saved, _ = unflatten([values.detach() for values in linear_logps_fwd(*arguments)], FORWARD_OUTPUTS)
+    operands = Operands(*(values.detach() for values in operands))
+    for wanted in (Wanted(True, True, True), Wanted(False, True, False)):
+        inputs = (torch.ones_like(saved.token_logps_R), *wanted, *saved, *operands, *settings)
         torch.library.opcheck(linear_logps_bwd, inputs)
-        torch.library.opcheck(linear_logps_bwd_into, (*inputs, torch.zeros_like(leaves[1])))
+        torch.library.opcheck(linear_logps_bwd_into, (*inputs, torch.zeros_like(operands.weight)))
 
 
 def test_row_operators_are_registered_correctly() -> None:

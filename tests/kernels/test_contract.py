@@ -84,7 +84,6 @@ REFUSALS = {
         (ValueError, MissingDependencyError),
         "backend='triton' .*use backend='torch'",
     ),
-    "backend cuda": ({"backend": "cuda"}, MissingDependencyError, "backend='cuda' needs CUTLASS kernels"),
     "backward unknown": ({"backward": "exat"}, ValueError, "did you mean 'exact'"),
     "backward active on reference": (
         {"backend": "reference", "backward": "active"},

@@ -9,11 +9,13 @@ from head_oracle import OUTPUTS, STATS, oracle, tiles
 from torch import Tensor
 
 from fastpref import SequenceLogps, linear_logps
+from fastpref.kernels import native, torch_tiles
+from fastpref.kernels.engine import ForwardRows
+from fastpref.kernels.outputs import STATISTICS, fields_of
 from fastpref.testing.adversarial import IGNORE, HeadInputs, ragged_inputs
 
 ENGINES = ("native", "tiles", "reference")
 DIFFERENTIABLE = ("logps", "nll", "token_logps")
-STATISTICS = ("entropy", "hits", "mean_logit")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -115,6 +117,23 @@ def test_which_outputs_are_differentiable(engine: str) -> None:
     result = score(INPUTS, engine, weight=INPUTS.weight_VH.clone().requires_grad_())
     assert all(getattr(result, name).requires_grad for name in DIFFERENTIABLE)
     assert not any(getattr(result, name).requires_grad for name in (*STATISTICS, "counts", "nll_counts"))
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+def test_a_statistic_costs_no_other(name: str, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alone it has the bits that it has among all; no engine is asked for a number that it is not made of."""
+    everything, asked = score(INPUTS, engine), []
+    for module in (native, torch_tiles):
+
+        def seen(*given, real=module.forward_rows, **options) -> ForwardRows:
+            asked.append(options["fields"])
+            return real(*given, **options)
+
+        monkeypatch.setattr(module, "forward_rows", seen)
+    result = score(INPUTS, engine, stats=(name,))
+    assert {other for other in STATS if getattr(result, other) is not None} == {name}
+    assert asked == ([] if engine == "reference" else [fields_of((name,))])
+    same(result, everything, ("logps", "nll", name))
 
 
 def test_rows_in_any_order_and_twice(engine: str) -> None:

@@ -8,8 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastpref.kernels import torch_tiles
 from fastpref.kernels.engine import Head, RowScalars
+from fastpref.kernels.outputs import FIELDS
 from fastpref.kernels.partials import finish_rows
-from fastpref.kernels.plans import Kept, backward_rows
+from fastpref.kernels.plans import Kept, Wanted, backward_rows
 from fastpref.kernels.schedule import live_rows
 from fastpref.testing.adversarial import ragged_inputs
 
@@ -39,10 +40,10 @@ def test_tiled_backend_never_makes_the_logits(capped: bool, dtype: torch.dtype) 
     head = Head(torch.randn(vocab_size, hidden_size).to(dtype), None, 1.0, 5.0 if capped else None)
     labels_R = torch.randint(0, vocab_size, (num_rows,))
     with LargestResult() as watch:
-        done = torch_tiles.forward_rows(x_RH, head, labels_R, with_stats=True, bound_R=None, with_cache=False)
-        results = finish_rows(done.partials_FR, torch.float32)
+        done = torch_tiles.forward_rows(x_RH, head, labels_R, fields=tuple(FIELDS), bound_R=None, with_cache=False)
+        results = finish_rows(done.partials, torch.float32)
         scalars = RowScalars(torch.ones(num_rows), results.row_max, results.row_sum)
-        backward_rows(torch_tiles, live_rows(x_RH, labels_R, scalars), head, Kept(), (True,) * 3)
+        backward_rows(torch_tiles, live_rows(x_RH, labels_R, scalars), head, Kept(), Wanted(True, True, True))
     assert watch.numel == vocab_size * hidden_size < num_rows * vocab_size
     with LargestResult() as watch:
         x_RH @ head.weight_VH.t()
@@ -56,7 +57,7 @@ def test_frozen_weight_needs_no_memory_for_its_gradient() -> None:
     ones_R = torch.ones(36)
     with tiles(), LargestResult() as watch:
         rows = live_rows(x_RH, labels_R, RowScalars(ones_R, ones_R, ones_R))
-        gradients = backward_rows(torch_tiles, rows, head, Kept(), (True, False, False))
+        gradients = backward_rows(torch_tiles, rows, head, Kept(), Wanted(True, False, False))
     assert gradients.weight_VH is None
     assert gradients.bias_V is None
     assert watch.numel < inputs.weight_VH.numel()

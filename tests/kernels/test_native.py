@@ -23,7 +23,8 @@ from torch import Tensor
 from fastpref import linear_logps
 from fastpref.kernels import native
 from fastpref.kernels.engine import Head, RowScalars
-from fastpref.kernels.partials import MAX, MOMENT, SUM, TARGET
+from fastpref.kernels.outputs import FIELDS, LOGP_FIELDS
+from fastpref.kernels.partials import empty_partials
 from fastpref.testing.numerics import assert_within_rule, max_error
 
 
@@ -66,14 +67,13 @@ def test_native_passes_on_any_size(
 
 
 @needs_library
-@pytest.mark.parametrize("with_stats", [False, True])
+@pytest.mark.parametrize("fields", [LOGP_FIELDS, tuple(FIELDS)])
 @pytest.mark.parametrize(("num_rows", "vocab_size"), [(0, 40), (5, 0), (0, 0)])
-def test_native_passes_without_rows_or_columns(num_rows: int, vocab_size: int, with_stats: bool) -> None:
+def test_native_passes_without_rows_or_columns(num_rows: int, vocab_size: int, fields: tuple[str, ...]) -> None:
     given = problem(num_rows, 8, vocab_size)
-    forward = native.forward_rows(*given, with_stats=with_stats, bound_R=torch.zeros(num_rows), with_cache=False)
-    expected_FR = torch.zeros(6 if with_stats else 3, num_rows, dtype=torch.float64)
-    expected_FR[MAX], expected_FR[TARGET] = -INF, NAN
-    torch.testing.assert_close(forward.partials_FR, expected_FR, equal_nan=True, rtol=0, atol=0)
+    forward = native.forward_rows(*given, fields=fields, bound_R=torch.zeros(num_rows), with_cache=False)
+    expected = empty_partials(fields, num_rows, torch.device("cpu"))
+    torch.testing.assert_close(forward.partials.values_FR, expected.values_FR, equal_nan=True, rtol=0, atol=0)
     assert torch.equal(forward.mass_V, torch.zeros(vocab_size))
     covered_R = torch.full((num_rows,), 0.5)
     scalars = RowScalars(*torch.ones(3, num_rows))
@@ -156,12 +156,13 @@ def test_native_passes_with_logits_that_are_not_finite(case: str, build: str) ->
 @needs_library
 def test_forward_rows_keeps_a_bad_row_to_itself(build: str) -> None:
     given = problem(20, 8, 600)
-    expected = native.forward_rows(*given, with_stats=True, bound_R=None, with_cache=False).partials_FR
+    expected = native.forward_rows(*given, fields=tuple(FIELDS), bound_R=None, with_cache=False).partials
     given.x_RH[3], given.x_RH[19] = NAN, INF
-    actual = native.forward_rows(*given, with_stats=True, bound_R=None, with_cache=False).partials_FR
+    actual = native.forward_rows(*given, fields=tuple(FIELDS), bound_R=None, with_cache=False).partials
     good = [row for row in range(20) if row not in (3, 19)]
-    torch.testing.assert_close(actual[:, good], expected[:, good], rtol=0, atol=0, equal_nan=True)
-    assert actual[[MAX, SUM, MOMENT], 3].isnan().all() and actual[SUM, 19].isnan()
+    unharmed, wanted = actual.values_FR[:, good], expected.values_FR[:, good]
+    torch.testing.assert_close(unharmed, wanted, rtol=0, atol=0, equal_nan=True)
+    assert all(actual[field][3].isnan() for field in ("max", "sum", "moment")) and actual["sum"][19].isnan()
 
 
 @needs_library
@@ -170,7 +171,7 @@ def test_forward_rows_mass_above_a_bound_that_tells_nothing(bound: float, build:
     """A column whose mass cannot be told must not seem cold."""
     given = problem(6, 8, 300)
     bound_R = torch.tensor([0.0, bound, 0.0, 0.0, 0.0, 0.0])
-    mass_V = native.forward_rows(*given, with_stats=False, bound_R=bound_R, with_cache=False).mass_V
+    mass_V = native.forward_rows(*given, fields=LOGP_FIELDS, bound_R=bound_R, with_cache=False).mass_V
     assert not mass_V.isfinite().any()
 
 
@@ -237,7 +238,7 @@ def test_forward_rows_refuses_memory_that_is_not_as_described(case: str) -> None
     head = Head(given["weight_VH"], given["bias_V"], 1.0, None)
     with pytest.raises(ValueError, match=message):
         native.forward_rows(
-            given["x_RH"], head, given["labels_R"], with_stats=False, bound_R=given["bound_R"], with_cache=False
+            given["x_RH"], head, given["labels_R"], fields=LOGP_FIELDS, bound_R=given["bound_R"], with_cache=False
         )
 
 

@@ -19,19 +19,20 @@ from torch import Tensor
 
 from fastpref.kernels import native
 from fastpref.kernels.engine import Head, RowScalars
-from fastpref.kernels.partials import TARGET, finish_rows
+from fastpref.kernels.outputs import FIELDS, LOGP_FIELDS, STATISTICS, fields_of
+from fastpref.kernels.partials import finish_rows
 from fastpref.testing.numerics import max_error
 
 
 def targets(given: Problem, columns: Tensor) -> Tensor:
     """The logits of all rows in these columns, as the forward pass sees them, fp32 [V, R]."""
     num_rows = given.x_RH.shape[0]
-    options = {"with_stats": False, "bound_R": None, "with_cache": False}
+    options = {"fields": LOGP_FIELDS, "bound_R": None, "with_cache": False}
     logits = [
         native.forward_rows(given.x_RH, given.head, column.expand(num_rows).contiguous(), **options)
         for column in columns
     ]
-    return torch.stack([result.partials_FR[TARGET].float() for result in logits])
+    return torch.stack([result.partials["target"].float() for result in logits])
 
 
 @needs_library
@@ -122,8 +123,8 @@ def test_native_passes_of_a_row_ignore_its_neighbours(hidden_size: int, build: s
 def test_logit_gradient_of_a_block_equals_that_of_the_whole(columns: int, build: str) -> None:
     given = problem(20, 300, 900, bias=True)
     whole = run_native(given)
-    forward = native.forward_rows(*given, with_stats=False, bound_R=None, with_cache=False)
-    results = finish_rows(forward.partials_FR, torch.float32)
+    forward = native.forward_rows(*given, fields=LOGP_FIELDS, bound_R=None, with_cache=False)
+    results = finish_rows(forward.partials, torch.float32)
     scalars = RowScalars(coefficients(20), results.row_max, results.row_sum)
     for start in range(0, 900, max(columns, 100)):
         block = slice(start, min(start + columns, 900))
@@ -154,7 +155,7 @@ def test_native_passes_touch_nothing_around_their_tensors(dtype: str, build: str
     guarded = torch.full((15 * 61 + 128,), 7.0)
     out_RV, covered_R = guarded[64:-64].view(15, 61), torch.full((17,), 7.0)
     results = finish_rows(
-        native.forward_rows(*given, with_stats=False, bound_R=None, with_cache=False).partials_FR, torch.float32
+        native.forward_rows(*given, fields=LOGP_FIELDS, bound_R=None, with_cache=False).partials, torch.float32
     )
     scalars = RowScalars(coefficients(15), results.row_max, results.row_sum)
     head = Head(given.head.weight_VH.float(), bias_V.float(), 1.0, None)
@@ -164,9 +165,11 @@ def test_native_passes_touch_nothing_around_their_tensors(dtype: str, build: str
 
 
 @needs_library
-def test_forward_rows_without_statistics_has_the_same_bits() -> None:
-    given = problem(20, 40, 600)
-    full = native.forward_rows(*given, with_stats=True, bound_R=torch.zeros(20), with_cache=False)
-    lean = native.forward_rows(*given, with_stats=False, bound_R=None, with_cache=False)
-    torch.testing.assert_close(lean.partials_FR, full.partials_FR[:3], rtol=0, atol=0, equal_nan=True)
-    assert lean.mass_V is None
+@pytest.mark.parametrize("stats", [(), *((name,) for name in STATISTICS)])
+def test_forward_rows_of_fewer_statistics_has_the_same_bits(stats: tuple[str, ...], build: str) -> None:
+    given, fields = problem(20, 40, 600), fields_of(stats)
+    full = native.forward_rows(*given, fields=tuple(FIELDS), bound_R=torch.zeros(20), with_cache=False)
+    lean = native.forward_rows(*given, fields=fields, bound_R=None, with_cache=False)
+    for field in fields:
+        torch.testing.assert_close(lean.partials[field], full.partials[field], rtol=0, atol=0, equal_nan=True)
+    assert lean.partials.fields == fields and lean.mass_V is None

@@ -25,11 +25,12 @@ ONE_RUNTIME = """
 import os, torch
 from fastpref.kernels import native
 from fastpref.kernels.engine import Head
+from fastpref.kernels.outputs import LOGP_FIELDS
 torch.set_num_threads(2)
 head = Head(torch.randn(2000, 64), None, 1.0, None)
 before = len(os.listdir("/proc/self/task"))
 native.forward_rows(
-    torch.randn(64, 64), head, torch.zeros(64, dtype=torch.int64), with_stats=False, bound_R=None, with_cache=False
+    torch.randn(64, 64), head, torch.zeros(64, dtype=torch.int64), fields=LOGP_FIELDS, bound_R=None, with_cache=False
 )
 print(len(os.listdir("/proc/self/task")) - before)
 torch.randn(500, 500) @ torch.randn(500, 500)

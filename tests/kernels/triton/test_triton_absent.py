@@ -9,6 +9,7 @@ import torch
 from fastpref.errors import MissingDependencyError
 from fastpref.kernels import triton_engine
 from fastpref.kernels.engine import Head
+from fastpref.kernels.outputs import LOGP_FIELDS
 
 
 def run_python(code: str) -> str:
@@ -48,4 +49,4 @@ def test_forward_rows_on_cpu_tensors_names_the_remedies() -> None:
 def call_forward() -> None:
     labels_R = torch.zeros(3, dtype=torch.int64)
     head = Head(torch.ones(5, 4), None, 1.0, None)
-    triton_engine.forward_rows(torch.ones(3, 4), head, labels_R, with_stats=False, bound_R=None, with_cache=False)
+    triton_engine.forward_rows(torch.ones(3, 4), head, labels_R, fields=LOGP_FIELDS, bound_R=None, with_cache=False)

@@ -19,7 +19,8 @@ from triton_oracle import (
 
 from fastpref.kernels import triton_engine
 from fastpref.kernels.engine import Head, RowScalars
-from fastpref.kernels.partials import MAX, SUM, TARGET, finish_rows
+from fastpref.kernels.outputs import FIELDS, LOGP_FIELDS, STATISTICS, fields_of
+from fastpref.kernels.partials import finish_rows
 from fastpref.testing.adversarial import bad_labels
 from fastpref.testing.numerics import assert_within_rule
 
@@ -48,10 +49,10 @@ def test_passes_on_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     for num_rows, vocab_size in ((0, 5), (3, 0), (0, 0)):
         given = problem(num_rows, 4, max(vocab_size, 1))
         given = given._replace(head=given.head._replace(weight_VH=given.head.weight_VH[:vocab_size]))
-        found = triton_engine.forward_rows(*given[:3], with_stats=True, bound_R=bounds(num_rows), with_cache=True)
-        assert found.partials_FR.shape == (6, num_rows)
+        found = triton_engine.forward_rows(*given[:3], fields=tuple(FIELDS), bound_R=bounds(num_rows), with_cache=True)
+        assert found.partials.values_FR.shape == (len(FIELDS), num_rows)
         assert found.mass_V is not None and torch.equal(found.mass_V, torch.zeros(vocab_size))
-        assert (found.partials_FR[MAX] == -INF).all() and found.partials_FR[TARGET].isnan().all()
+        assert (found.partials["max"] == -INF).all() and found.partials["target"].isnan().all()
         out_RV, scalars = torch.empty(num_rows, vocab_size), RowScalars(*[torch.ones(num_rows)] * 3)
         triton_engine.logit_gradient(given.x_RH, given.head, given.labels_R, scalars, out_RV, torch.zeros(num_rows))
 
@@ -59,10 +60,15 @@ def test_passes_on_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_forward_rows_gives_the_same_bits_with_and_without_extras(case: str) -> None:
     given = problem(35, 40, 200, **CASES[case])
-    plain = triton_engine.forward_rows(*given[:3], with_stats=False, bound_R=None, with_cache=False)
-    full = triton_engine.forward_rows(*given[:3], with_stats=True, bound_R=bounds(35), with_cache=given.can_cache)
+    plain = triton_engine.forward_rows(*given[:3], fields=LOGP_FIELDS, bound_R=None, with_cache=False)
+    full = triton_engine.forward_rows(*given[:3], fields=tuple(FIELDS), bound_R=bounds(35), with_cache=given.can_cache)
     assert plain.mass_V is None and plain.cache is None
-    assert torch.equal(plain.partials_FR.nan_to_num(7.0), full.partials_FR[:3].nan_to_num(7.0))
+    for stats in ((), *((name,) for name in STATISTICS)):
+        fields = fields_of(stats)
+        few = triton_engine.forward_rows(*given[:3], fields=fields, bound_R=None, with_cache=False).partials
+        assert few.fields == fields
+        for field in fields:
+            assert torch.equal(few[field].nan_to_num(7.0), full.partials[field].nan_to_num(7.0)), field
 
 
 def same_bits(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
@@ -81,11 +87,12 @@ def test_passes_repeat_bitwise(case: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_forward_rows_does_not_depend_on_the_other_rows(dtype: str) -> None:
     given = problem(50, 40, 200, DTYPES[dtype])
-    together = triton_engine.forward_rows(*given[:3], with_stats=True, bound_R=None, with_cache=False).partials_FR
+    options = {"fields": tuple(FIELDS), "bound_R": None, "with_cache": False}
+    together_FR = triton_engine.forward_rows(*given[:3], **options).partials.values_FR
     for picked in ([49], [3, 40, 17], list(range(49, -1, -1))):
         alone = Problem(given.x_RH[picked], given.head, given.labels_R[picked])
-        found = triton_engine.forward_rows(*alone[:3], with_stats=True, bound_R=None, with_cache=False).partials_FR
-        assert torch.equal(found.nan_to_num(7.0), together[:, picked].nan_to_num(7.0))
+        found_FR = triton_engine.forward_rows(*alone[:3], **options).partials.values_FR
+        assert torch.equal(found_FR.nan_to_num(7.0), together_FR[:, picked].nan_to_num(7.0))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -93,9 +100,8 @@ def test_logit_gradient_meets_the_logits_of_the_forward_pass(dtype: str) -> None
     """With the forward pass's own target as the maximum, the label's probability is exactly 1 and its gradient 0."""
     given = problem(35, 40, 200, DTYPES[dtype], bias=True, logit_scale=0.7, softcap=5.0)
     given = given._replace(labels_R=given.labels_R.clamp(0, 199))
-    target_R = triton_engine.forward_rows(*given[:3], with_stats=False, bound_R=None, with_cache=False).partials_FR[
-        TARGET
-    ]
+    forward = triton_engine.forward_rows(*given[:3], fields=LOGP_FIELDS, bound_R=None, with_cache=False)
+    target_R = forward.partials["target"]
     scalars = RowScalars(torch.ones(35), target_R.float(), torch.ones(35))
     out_RV = torch.full((35, 200), NAN, dtype=DTYPES[dtype])
     triton_engine.logit_gradient(given.x_RH, given.head, given.labels_R, scalars, out_RV, None)
@@ -162,9 +168,10 @@ def test_passes_with_masked_columns(masked: slice) -> None:
 
 def test_forward_rows_of_a_shard_of_nothing_but_masked_columns() -> None:
     """Fault 2: the neutral element of the merge, whatever the tiles."""
-    found = triton_engine.forward_rows(*biased((slice(None), -INF))[:3], with_stats=True, bound_R=None, with_cache=True)
-    assert (found.partials_FR[MAX] == -INF).all() and (found.partials_FR[SUM] == 0).all()
-    assert (found.partials_FR[3] == 0).all() and found.cache is not None
+    given = biased((slice(None), -INF))
+    found = triton_engine.forward_rows(*given[:3], fields=tuple(FIELDS), bound_R=None, with_cache=True)
+    assert (found.partials["max"] == -INF).all() and (found.partials["sum"] == 0).all()
+    assert (found.partials["moment"] == 0).all() and found.cache is not None
     assert (found.cache.values_RV == 0).all() and (found.cache.exponents_RN == 0).all()
 
 
@@ -173,14 +180,15 @@ def test_forward_rows_contains_a_poisoned_row(poison: float) -> None:
     """Fault 3: one row is lost, the others keep their bits."""
     given = problem(20, 16, 200)
     given = given._replace(labels_R=given.labels_R.clamp(0, 199))
-    clean = triton_engine.forward_rows(*given[:3], with_stats=True, bound_R=None, with_cache=False).partials_FR
+    clean = triton_engine.forward_rows(*given[:3], fields=tuple(FIELDS), bound_R=None, with_cache=False).partials
     given.x_RH[7, 3] = poison
-    found = triton_engine.forward_rows(*given[:3], with_stats=True, bound_R=None, with_cache=False).partials_FR
+    found = triton_engine.forward_rows(*given[:3], fields=tuple(FIELDS), bound_R=None, with_cache=False).partials
     others = [r for r in range(20) if r != 7]
-    assert torch.equal(found[:, others], clean[:, others])
-    rows = finish_rows(found, torch.float32)
-    assert rows.token_logps[7].isnan() and rows.row_sum[7].isnan() and rows.entropy[7].isnan()
-    assert not (poison != poison and rows.hits[7])
+    assert torch.equal(found.values_FR[:, others], clean.values_FR[:, others])
+    rows = finish_rows(found, torch.float32, ("entropy", "hits"))
+    entropy_R, hits_R = rows.statistics
+    assert rows.token_logps[7].isnan() and rows.row_sum[7].isnan() and entropy_R[7].isnan()
+    assert not (poison != poison and hits_R[7])
 
 
 def test_logit_gradient_of_dead_rows_is_exactly_zero() -> None:
@@ -233,7 +241,7 @@ def test_forward_rows_below_a_bad_bound_stays_finite() -> None:
     """Columns far above the bound are as active as can be; those at 0 stay at 0 and become no NaN."""
     given = biased((5, 3000.0), (6, -INF))
     found = triton_engine.forward_rows(
-        *given[:3], with_stats=False, bound_R=torch.full((20,), -4000.0), with_cache=False
+        *given[:3], fields=LOGP_FIELDS, bound_R=torch.full((20,), -4000.0), with_cache=False
     )
     assert found.mass_V is not None and not found.mass_V.isnan().any()
     assert found.mass_V[5] > 1e30 and found.mass_V[6] == 0
@@ -300,10 +308,10 @@ def test_forward_rows_refuses_what_it_cannot_do() -> None:
     given = problem(3, 4, 5)
     wide = Problem(given.x_RH.double(), given.head._replace(weight_VH=given.head.weight_VH.double()), given.labels_R)
     with pytest.raises(TypeError, match="got float64"):
-        triton_engine.forward_rows(*wide[:3], with_stats=False, bound_R=None, with_cache=False)
+        triton_engine.forward_rows(*wide[:3], fields=LOGP_FIELDS, bound_R=None, with_cache=False)
     capped = given._replace(head=given.head._replace(softcap=5.0))
     with pytest.raises(ValueError, match="softcap"):
-        triton_engine.forward_rows(*capped[:3], with_stats=False, bound_R=None, with_cache=True)
+        triton_engine.forward_rows(*capped[:3], fields=LOGP_FIELDS, bound_R=None, with_cache=True)
 
 
 def test_a_bf16_dot_is_noticed() -> None:
@@ -317,6 +325,6 @@ def test_a_bf16_dot_is_noticed() -> None:
     original, triton_common.INTERPRET = triton_common.INTERPRET, narrow
     try:
         with pytest.raises(Exception, match="bf16 dot reached the interpreter"):
-            triton_engine.forward_rows(*given[:3], with_stats=False, bound_R=None, with_cache=False)
+            triton_engine.forward_rows(*given[:3], fields=LOGP_FIELDS, bound_R=None, with_cache=False)
     finally:
         triton_common.INTERPRET = original

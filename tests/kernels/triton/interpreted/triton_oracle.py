@@ -3,10 +3,12 @@
 from typing import Any, NamedTuple
 
 import torch
+from head_oracle import statistics
 from torch import Tensor
 
 from fastpref.kernels import triton_engine
 from fastpref.kernels.engine import ExponentCache, Head, RowScalars
+from fastpref.kernels.outputs import FIELDS, STATISTICS
 from fastpref.kernels.partials import finish_rows
 from fastpref.testing.numerics import assert_within_rule, max_error
 
@@ -17,7 +19,7 @@ CASES: dict[str, dict[str, Any]] = {
     "scale": {"logit_scale": 0.3},
     "softcap": {"bias": True, "logit_scale": 1.7, "softcap": 8.0},
 }
-OUTPUTS = ("token_logps", "entropy", "mean_logit", "hits")
+OUTPUTS = ("token_logps", *STATISTICS)
 NAN, INF = float("nan"), float("inf")
 
 
@@ -74,16 +76,16 @@ def bounds(num_rows: int, offset: float = 0.0) -> Tensor:
 def run_triton(given: Problem, coefficients_R: Tensor | None = None) -> Results:
     num_rows, num_columns, device = given.x_RH.shape[0], given.head.weight_VH.shape[0], given.x_RH.device
     forward = triton_engine.forward_rows(
-        *given[:3], with_stats=True, bound_R=bounds(num_rows, given.offset).to(device), with_cache=given.can_cache
+        *given[:3], fields=tuple(FIELDS), bound_R=bounds(num_rows, given.offset).to(device), with_cache=given.can_cache
     )
-    rows = finish_rows(forward.partials_FR, torch.float32)
+    rows = finish_rows(forward.partials, torch.float32, tuple(STATISTICS))
     coefficients_R = coefficients(num_rows) if coefficients_R is None else coefficients_R
     scalars = RowScalars(coefficients_R.to(device), rows.row_max, rows.row_sum)
     d_logits_RV = torch.full((num_rows, num_columns), NAN, dtype=given.x_RH.dtype, device=device)
     covered_R = torch.zeros(num_rows, device=device)
     triton_engine.logit_gradient(given.x_RH, given.head, given.labels_R, scalars, d_logits_RV, covered_R)
     assert forward.mass_V is not None
-    values = {name: getattr(rows, name) for name in OUTPUTS}
+    values = dict(zip(OUTPUTS, (rows.token_logps, *rows.statistics), strict=True))
     values |= {"mass": forward.mass_V, "covered": covered_R, "d_logits": d_logits_RV}
     return Results(values, forward.cache, scalars)
 
@@ -114,9 +116,7 @@ def run_torch(given: Problem, dtype: torch.dtype, order: Tensor | None = None) -
     assert product_RV.grad is not None
     return {
         "token_logps": torch.where(is_here_R, logps_RV.gather(1, ids_R1).squeeze(1), NAN),
-        "entropy": torch.special.entr(logps_RV.exp()).sum(dim=1),
-        "mean_logit": z_RV.mean(dim=1),
-        "hits": ((z_RV.gather(1, ids_R1).squeeze(1) == z_RV.amax(dim=1)) & is_here_R).to(dtype),
+        **statistics(z_RV, given.labels_R),
         "mass": (z_RV - bounds(z_RV.shape[0], given.offset).to(z_RV).unsqueeze(1)).exp().sum(dim=0),
         "covered": logps_RV.exp().sum(dim=1),
         "d_logits": product_RV.grad,
