@@ -118,9 +118,9 @@ def test_cache_that_is_older_than_a_setting_answers_at_its_default(tmp_path: Pat
     write(tmp_path / "cache")
     opened, absent = ReferenceCache(tmp_path / "cache"), {"data.new": "default"}
     opened.require({"train": TRAIN}, {**IDENTITY, "data.new": "default"}, absent)
-    with pytest.raises(CheckpointError, match="data.new: saved 'default', now 'other'"):
+    with pytest.raises(CheckpointError, match=r"data\.new: saved 'default', now 'other'"):
         opened.require({"train": TRAIN}, {**IDENTITY, "data.new": "other"}, absent)
-    with pytest.raises(CheckpointError, match="data.new: saved None, now 'default'"):
+    with pytest.raises(CheckpointError, match=r"data\.new: saved None, now 'default'"):
         opened.require({"train": TRAIN}, {**IDENTITY, "data.new": "default"})
 
 
