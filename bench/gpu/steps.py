@@ -35,11 +35,11 @@ from fastpref.trainer import (
     ReferenceCache,
     TrainingArguments,
     build_models,
-    head,
     initialize_megatron,
-    platform,
     score_reference,
 )
+from fastpref.trainer.model import head
+from fastpref.trainer.ranks import platform
 from fastpref.trainer.reference.reference import build_reference
 from fastpref.trainer.step.feed import PairFeed
 

@@ -127,7 +127,7 @@ def test_measure_rows_keeps_no_times_of_other_answers(model: Path, tmp_path: Pat
         "runs": [],
     }
     assert len(content["rows"]["padded"]["runs"]) == 2
-    assert "- fastpref, packed: wrong, rewards/margins" in train_report.table(content)
+    assert "- fastpref, packed, activations kept: wrong, rewards/margins" in train_report.table(content)
 
 
 def test_difference_looks_at_rewards_of_the_first_step_where_they_are_exact() -> None:

@@ -74,7 +74,7 @@ def test_precomputed_reference_trains_the_same_adapters(lora_project: Path, run_
     ("arguments", "message"),
     [
         (["train", "run.yaml", "--merge"], "--merge is about what --export writes"),
-        (["check", "run.yaml", "lora.target_modules=[qkv_proj]"], "target_modules must be among q_proj, k_proj"),
+        (["check", "run.yaml", "lora.target_modules=[qkv_proj]"], "target_modules must name only q_proj, k_proj"),
         (["check", "run.yaml", "lora.path=nowhere"], "lora.path: 'nowhere' is not a directory"),
         (["check", "run.yaml", "lora.rank=4"], "lora.rank is not a known key"),
     ],

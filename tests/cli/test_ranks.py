@@ -81,4 +81,7 @@ def test_data_that_one_rank_refuses_is_said_by_it(project: Path, rank_pool_2: Ra
     (other / "run.yaml").write_text((project / "run.yaml").read_text())
     results = rank_pool_2.run(run_on_rank, [str(project), str(other)], arguments)
     assert [code for code, _, _ in results] == [0, 2]
-    assert results[1][2].startswith("[rank 1] fastpref: config error: data.train: 'pairs.jsonl' does not exist")
+    heading, train, evaluation = results[1][2].splitlines()
+    assert heading == "[rank 1] fastpref: config error: 2 problems:"
+    assert train.startswith("  data.train: 'pairs.jsonl' does not exist; relative paths start at")
+    assert evaluation.startswith("  data.eval: 'held_out.jsonl' does not exist")

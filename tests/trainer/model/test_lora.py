@@ -303,7 +303,7 @@ def test_dropout_keeps_the_expected_output(one_rank) -> None:
     ("settings", "message"),
     [
         ({"r": 0}, "r must be a whole number >= 1, got 0"),
-        ({"r": 4.0}, "r must be a whole number >= 1, got 4.0"),
+        ({"r": 4.5}, "r must be a whole number >= 1, got 4.5"),
         ({"lora_alpha": 0.0}, "lora_alpha must be a finite number > 0"),
         ({"lora_dropout": 1.0}, r"lora_dropout must be in \[0, 1\)"),
         ({"target_modules": ("q_proj", "lm_head")}, "target_modules must name only q_proj, .*; got 'lm_head'"),
