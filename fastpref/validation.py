@@ -11,7 +11,7 @@ import difflib
 import math
 import os
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import MISSING, Field, dataclass, fields
 from functools import cache
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -33,7 +33,7 @@ class Rule:
     """Upper bound of a number, itself allowed."""
     below: float | None = None
     """Upper bound of a number, itself not allowed."""
-    choices: Sequence[Any] = ()
+    choices: Sequence[object] = ()
     """What the field, or each of its names, may be; none for anything."""
     noun: str = ""
     """What a string stands for, which must then not be empty; what an object of another type is."""
@@ -52,7 +52,8 @@ def validate(
 ) -> None:
     """Check a settings object, from its `__post_init__`.
 
-    Lists become tuples where these are meant, path objects strings, and floats without a fraction whole numbers.
+    What is meant is taken: lists and sets become tuples, path objects strings, scalars of NumPy those of Python, floats
+    without a fraction whole numbers, and 0 and 1 false and true.
 
     Args:
         settings: a dataclass object.
@@ -105,6 +106,7 @@ class Validator:
         kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
         if getattr(self._settings, key) is None and types.NoneType in kinds:
             return True
+        self._normalize(key)
         kind, *others = (kind for kind in kinds if kind is not types.NoneType)
         if kind in (int, float):
             return self._number(key, rule or (_COUNT if kind is int else _AMOUNT), whole=kind is int)
@@ -118,8 +120,7 @@ class Validator:
     def _number(self, key: str, rule: Rule, *, whole: bool) -> bool:
         value = getattr(self._settings, key)
         if whole and isinstance(value, float) and value.is_integer():
-            value = int(value)
-            object.__setattr__(self._settings, key, value)
+            value = self._replace(key, int(value))
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         good = (
             is_number
@@ -133,7 +134,7 @@ class Validator:
             self._refuse(key, _number_text(rule, whole, is_number), ",", rule.hint)
         return good
 
-    def choice(self, key: str, choices: Sequence[Any], *, optional: bool = False, hint: str = "") -> bool:
+    def choice(self, key: str, choices: Sequence[object], *, optional: bool = False, hint: str = "") -> bool:
         """Require one of some values; a near miss is named.
 
         Args:
@@ -155,12 +156,10 @@ class Validator:
     def _names(self, key: str, rule: Rule, *, alone: bool) -> bool:
         """Require a tuple or a list of strings; `alone` lets one string stand for itself."""
         value, noun = getattr(self._settings, key), rule.noun or "name"
+        if isinstance(value, Set):
+            value = sorted(value, key=str)
         if isinstance(value, (list, tuple)):
-            value = tuple(map(_plain_path, value))
-            object.__setattr__(self._settings, key, value)
-        elif isinstance(value, os.PathLike):
-            value = (_plain_path(value),)
-            object.__setattr__(self._settings, key, value[0])
+            value = self._replace(key, tuple(map(_plain, value)))
         names = (value,) if alone and isinstance(value, str) else value
         if not isinstance(names, tuple) or not all(isinstance(name, str) and name for name in names):
             remedy = f"write [{_shown(value)}]" if isinstance(value, str) and value else rule.hint
@@ -170,12 +169,13 @@ class Validator:
         if unknown:
             near = _nearest(unknown[0], rule.choices) or rule.hint
             found = ", ".join(map(repr, unknown))
-            self.note(key, f"must name only {', '.join(rule.choices)}; got {found}{near and f'; {near}'}")
+            self.note(key, f"must name only {', '.join(map(str, rule.choices))}; got {found}{near and f'; {near}'}")
         return not unknown
 
     def _instance(self, key: str, kind: type, rule: Rule) -> bool:
-        value = _plain_path(getattr(self._settings, key)) if kind is str else getattr(self._settings, key)
-        object.__setattr__(self._settings, key, value)
+        value = getattr(self._settings, key)
+        if kind is bool and isinstance(value, int) and value in (0, 1):
+            value = self._replace(key, bool(value))
         good = isinstance(value, kind) and (value != "" or not rule.noun)
         good = good and (kind is not Mapping or all(isinstance(name, str) for name in value))
         if not good:
@@ -183,14 +183,26 @@ class Validator:
             self._refuse(key, f"a {rule.noun}" if rule.noun else plain.get(kind, f"a {kind.__name__}"), ",", rule.hint)
         return good
 
+    def _normalize(self, key: str) -> None:
+        value = getattr(self._settings, key)
+        if (plain := _plain(value)) is not value:
+            self._replace(key, plain)
+
+    def _replace(self, key: str, value: Any) -> Any:
+        object.__setattr__(self._settings, key, value)
+        return value
+
     def _refuse(self, key: str, expected: str, comma: str, remedy: str) -> None:
         found = _shown(getattr(self._settings, key))
         self.note(key, f"must be {expected}{comma} got {found}{remedy and f'; {remedy}'}")
 
 
-def _plain_path(value: Any) -> Any:
-    """A path object as a string; anything else as it is."""
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
+def _plain(value: Any) -> Any:
+    """A path object as a string, a scalar of NumPy or PyTorch as Python's; anything else as it is."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    is_scalar = getattr(value, "ndim", None) == 0 and callable(getattr(value, "item", None))
+    return value.item() if is_scalar else value
 
 
 def _shown(value: object) -> str:
@@ -205,7 +217,7 @@ def _is_finite(value: float) -> bool:
         return False
 
 
-def _nearest(value: Any, choices: Sequence[Any]) -> str:
+def _nearest(value: Any, choices: Sequence[object]) -> str:
     near = difflib.get_close_matches(value, list(map(str, choices)), n=1) if isinstance(value, str) else []
     return f"did you mean {near[0]}?" if near else ""
 

@@ -6,6 +6,7 @@ import json
 import time
 import warnings
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -199,6 +200,7 @@ def check(config_path: Path, overrides: tuple[str, ...], world_size: int | None)
         tables.rows(row_usages(run)),
         tables.memory(preview.estimate_memory(run), preview.full_logits_bytes(run)),
         f"{config_path} is valid.",
+        None if _is_installed("megatron") else 'Training it needs megatron: pip install "fastpref[megatron]"',
     )
 
 
@@ -218,6 +220,13 @@ def _load(config_path: Path, overrides: tuple[str, ...]) -> RunConfig:
     from fastpref.run.config.run_file import load_run_config
 
     return load_run_config(config_path, overrides)
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ValueError:  # an entry of sys.modules without a specification
+        return False
 
 
 def _print(*parts: RenderableType | None) -> None:

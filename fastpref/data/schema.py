@@ -72,10 +72,13 @@ class TokenizedPair:
         weight: float = 1.0,
         source: str = "",
     ) -> None:
-        if num_prompts is None:
-            if chosen_labels is None or rejected_labels is None:
-                raise ValueError(f"pair {pair_id} needs num_prompts, or both chosen_labels and rejected_labels")
-            num_prompts = chosen_labels.count(IGNORE_INDEX), rejected_labels.count(IGNORE_INDEX)
+        if num_prompts is None and (chosen_labels is None or rejected_labels is None):
+            raise ValueError(f"pair {pair_id} needs num_prompts, or both chosen_labels and rejected_labels")
+        chosen, rejected = num_prompts or (0, 0)
+        num_prompts = (
+            chosen if chosen_labels is None else chosen_labels.count(IGNORE_INDEX),
+            rejected if rejected_labels is None else rejected_labels.count(IGNORE_INDEX),
+        )
         # a frozen instance takes no assignment
         values = (pair_id, chosen_input_ids, rejected_input_ids, num_prompts, weight, source)
         vars(self).update(zip(self.__dataclass_fields__, values, strict=True))
@@ -93,6 +96,13 @@ class TokenizedPair:
                     f"pair {pair_id} needs at least 1 prompt and 1 completion token on each side; "
                     f"{name} has {num_prompt} prompt tokens of {len(ids)}"
                 )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Pairs that an earlier version pickled hold labels.
+        labels = [state.pop(f"{side}_labels", None) for side in ("chosen", "rejected")]
+        if "num_prompts" not in state:
+            state["num_prompts"] = tuple(side.count(IGNORE_INDEX) for side in labels)
+        vars(self).update(state)
 
     @property
     def sides(self) -> tuple[tuple[list[int], int], tuple[list[int], int]]:

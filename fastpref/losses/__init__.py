@@ -6,6 +6,7 @@ from .config import LOSSES, DPOConfig, Loss
 from .inputs import LossContext, PairLogps, PreferenceOutput, SequenceStats, split_pairs
 from .metrics import Metrics, preference_metrics
 from .numerics import ld_logps, log_odds, update_running_mean, weighted_sum
+from .options import Option
 from .preference import expected_initial_loss, preference_loss
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Loss",
     "LossContext",
     "Metrics",
+    "Option",
     "PairLogps",
     "PreferenceOutput",
     "SequenceStats",

@@ -30,7 +30,8 @@ class Loss:
 
     Args:
         function: (config, logps, context) -> (B,) losses.
-        options: the fields of `DPOConfig` that it reads, besides `beta`, with their rules.
+        options: the fields of `DPOConfig` that it reads, besides `beta`, with their rules; names alone stand for the
+            options that other losses have.
         reads_reference: whether it reads the reference's log-probs; rewards are then log-ratios.
         needs_global_batch: whether a pair's loss depends on the pairs of other ranks.
         compares_responses: whether it sets the chosen response against the rejected one. A loss of the chosen response
@@ -46,6 +47,14 @@ class Loss:
     compares_responses: bool = True
     rewards_are_sums: bool = False
     metrics: Callable[[PairLogps], dict[str, Tensor]] = _no_metrics
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.options, Mapping):
+            known = {name: option for loss in LOSSES.values() for name, option in loss.options.items()}
+            unknown = sorted(set(self.options) - set(known))
+            if unknown:
+                raise ConfigError(f"options: {', '.join(unknown)} belong to no loss yet; give a mapping to `Option`s")
+            object.__setattr__(self, "options", {name: known[name] for name in sorted(self.options)})
 
     def __call__(self, config: DPOConfig, logps: PairLogps, context: LossContext) -> Tensor:
         """(B,) losses of `logps`."""
@@ -200,7 +209,7 @@ def find_problems(config: DPOConfig) -> list[Problem]:
                 object.__setattr__(usable, field.name, field.default)
         _check_unread(validator, usable, chosen)
         _check_combination(validator, usable, chosen)
-    return validator.problems
+    return list(dict.fromkeys(validator.problems))
 
 
 def _check_names(validator: Validator, names: tuple[Any, ...]) -> None:
@@ -238,8 +247,9 @@ def _check_weights(validator: Validator, config: DPOConfig, chosen: Mapping[str,
         return
     for weight in weights:
         one = Validator(SimpleNamespace(loss_weights=weight))
-        one.field("loss_weights", float, Rule(above=0, hint="to drop a loss, leave it out of pref_loss"))
-        validator.problems += one.problems
+        if not one.field("loss_weights", float, Rule(above=0, hint="to drop a loss, leave it out of pref_loss")):
+            validator.problems += one.problems
+            return
     if chosen and len(weights) != len(chosen):
         found = f"got {len(weights)} for {' + '.join(chosen)}"
         validator.note("loss_weights", f"{rule}, {found}; {remedy}", "pref_loss")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
 from ..validation import Rule, Validator
 
@@ -22,9 +22,9 @@ class Option(Rule):
 
     default: float | str | None
     """Its value where it is read and was not given."""
-    only_if: tuple[str, Any] | None = None
+    only_if: tuple[str, float | str] | None = None
     """(option, value): it is read only where another option of the loss has this value."""
-    unless: tuple[str, Any] | None = None
+    unless: tuple[str, float | str] | None = None
     """(option, value), in place of `only_if`: it is not read where the other option has this value."""
     needs: Mapping[str, tuple[Need, ...]] = field(default_factory=dict)
     """What the loss needs of its caller, by the value of the option that asks for it."""

@@ -66,15 +66,14 @@ class DPOTrainer:
     ) -> None:
         if not model:
             raise ConfigError("model must be this rank's list of GPTModel chunks; DPOTrainer.from_config builds one")
-        self.args = args or TrainingArguments()
-        self.train_config = train_config or DPOConfig()
+        args, train_config = args or TrainingArguments(), train_config or DPOConfig()
         self.processing_class = processing_class
-        initialize_megatron(self.args)
-        raise_if_any(batch_problems(self.args, self.train_config))
-        check_model([unwrap(chunk) for chunk in model], self.args)
+        initialize_megatron(args)
+        raise_if_any(batch_problems(args, train_config))
+        check_model([unwrap(chunk) for chunk in model], args)
         # What may refuse the settings comes before what changes the models.
-        self.feed = PairFeed(self.args, self.train_config, train_dataset, eval_dataset, data_collator, processing_class)
-        self.engine = Engine(model, ref_model, self.train_config, self.args, self.feed)
+        self.feed = PairFeed(args, train_config, train_dataset, eval_dataset, data_collator, processing_class)
+        self.engine = Engine(model, ref_model, train_config, args, self.feed)
         self.log_history: list[dict[str, float]] = []
         self.settings: str | None = None
 
@@ -109,6 +108,16 @@ class DPOTrainer:
         return trainer
 
     @property
+    def args(self) -> TrainingArguments:
+        """All settings but the loss's."""
+        return self.engine.args
+
+    @property
+    def train_config(self) -> DPOConfig:
+        """The preference loss."""
+        return self.engine.loss
+
+    @property
     def model(self) -> list[GPTModel]:
         """Chunks of the policy, bare."""
         return self.engine.models
@@ -131,16 +140,19 @@ class DPOTrainer:
     @property
     def optimizer(self) -> MegatronOptimizer:
         """Megatron's optimizer; made for the whole run of the training set when nobody made it before."""
+        if not self.engine.has_optimizer:
+            self.create_optimizer_and_scheduler(self.feed.schedule.total_steps)
         return self.engine.optimizer
 
     @property
     def lr_scheduler(self) -> OptimizerParamScheduler:
         """Megatron's learning-rate schedule, made together with the optimizer."""
+        assert self.optimizer is self.engine.optimizer
         return self.engine.lr_scheduler
 
     def train(self) -> loop.TrainResult:
         """Runs (or resumes) the training loop; see `fastpref.trainer.loop.train`."""
-        return loop.train(self.engine, self.log_history, self.settings)
+        return loop.train(self.engine, self.create_optimizer_and_scheduler, self.log_history, self.settings)
 
     def evaluate(self, eval_dataset: Any = None) -> dict[str, float]:
         """Means of every metric over all pairs of the evaluation set, with the prefix `eval_`."""
@@ -178,6 +190,7 @@ class DPOTrainer:
                     f"gradient_accumulation_steps={self.args.gradient_accumulation_steps}"
                 )
             batches.append(Microbatch.from_dict(batch, self.engine.vocab_size).padded_to(seq_length))
+        assert self.optimizer is self.engine.optimizer, "made on its first use"
         step = self.engine.run_step(models, batches)
         metrics = [
             {name: total / weight for name, (total, weight) in result.metrics.items()} for result in step.results
@@ -285,6 +298,7 @@ class DPOTrainer:
 
         Older checkpoints go as `save_total_limit` says.
         """
+        assert self.optimizer is self.engine.optimizer, "made on its first use"
         return Session(self.engine).begin_save(step, copies=False).finish()
 
     @property

@@ -102,6 +102,11 @@ class Engine:
         self._optimizer, self._lr_scheduler = optimizer, build_scheduler(optimizer, self.args, num_steps)
 
     @property
+    def has_optimizer(self) -> bool:
+        """Whether `create_optimizer` was called."""
+        return self._optimizer is not None
+
+    @property
     def optimizer(self) -> MegatronOptimizer:
         """Megatron's optimizer; made for the whole run of the training set when nobody made it before."""
         if self._optimizer is None:

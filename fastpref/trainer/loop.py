@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,12 @@ class TrainResult:
     """A signal ended the run early, with a checkpoint."""
 
 
-def train(engine: Engine, log_history: list[dict[str, float]], settings: str | None = None) -> TrainResult:
+def train(
+    engine: Engine,
+    create_optimizer: Callable[[int], None],
+    log_history: list[dict[str, float]],
+    settings: str | None = None,
+) -> TrainResult:
     """Trains from the first step, or from a checkpoint, to the last; every rank calls it.
 
     SIGTERM or SIGUSR1 on any rank ends the run after the step at hand, with a checkpoint to resume from.
@@ -47,6 +53,7 @@ def train(engine: Engine, log_history: list[dict[str, float]], settings: str | N
 
     Args:
         engine: what is trained, and on what.
+        create_optimizer: makes the engine's optimizer for a number of steps.
         log_history: gets every record of the log.
         settings: text of the run file, which is written beside the logs.
 
@@ -59,7 +66,7 @@ def train(engine: Engine, log_history: list[dict[str, float]], settings: str | N
     session = Session(engine)
     with PeerWatch(Path(engine.args.output_dir)) as watch, session.held_directory(), StopRequest() as stop:
         total_steps = engine.feed.schedule.total_steps
-        engine.create_optimizer(total_steps)
+        create_optimizer(total_steps)
         # connecting the ranks takes a while, and no save should wait
         background_group(engine.args.distributed_timeout_seconds)
         first_step = session.resume()

@@ -1,3 +1,4 @@
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -156,3 +157,20 @@ def test_tokenized_pair_without_a_prompt_length_is_refused() -> None:
         TokenizedPair(pair_id=3, **sides, chosen_labels=[-100, 2, 3])
     with pytest.raises(ValueError, match="rejected has 2 prompt tokens of 2"):
         TokenizedPair(pair_id=3, **sides, num_prompts=(2, 2))
+
+
+def test_pairs_of_an_earlier_version_unpickle() -> None:
+    """They hold labels, and no numbers of prompt tokens."""
+    pair = TokenizedPair(
+        pair_id=5, chosen_input_ids=[1, 2, 3], rejected_input_ids=[1, 2, 4, 5], num_prompts=(2, 2), source="a:6"
+    )
+    older = TokenizedPair.__new__(TokenizedPair)
+    state = {name: value for name, value in vars(pair).items() if name != "num_prompts"}
+    older.__setstate__(state | {"chosen_labels": pair.chosen_labels, "rejected_labels": pair.rejected_labels})
+    assert older == pair == pickle.loads(pickle.dumps(pair)) and vars(older) == vars(pair)
+
+
+def test_labels_say_what_of_a_changed_pair_is_prompt() -> None:
+    pair = TokenizedPair(pair_id=5, chosen_input_ids=[1, 2, 3], rejected_input_ids=[1, 2, 4], num_prompts=(2, 2))
+    changed = replace(pair, chosen_input_ids=[1, 2, 3, 4], chosen_labels=[-100, -100, -100, 4])
+    assert changed.num_prompts == (3, 2)

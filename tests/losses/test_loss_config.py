@@ -8,7 +8,7 @@ import pytest
 from loss_pairs import NEEDED
 
 from fastpref.errors import ConfigError
-from fastpref.losses import LOSSES, DPOConfig, expected_initial_loss
+from fastpref.losses import LOSSES, DPOConfig, Loss, expected_initial_loss
 
 MARGIN = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "robust", "exo_pair", "discopop"}
 LOG_RATIOS = MARGIN | {"nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down"}
@@ -244,3 +244,21 @@ LN2 = math.log(2.0)
 def test_expected_initial_loss_is_the_value_at_policy_equal_to_reference(arguments: dict, loss: float | None) -> None:
     got = expected_initial_loss(DPOConfig(**arguments))
     assert got == loss if loss is None else got == pytest.approx(loss, rel=1e-14)
+
+
+def test_a_loss_of_a_user_may_name_options_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = Loss(lambda config, logps, context: logps.chosen * config.label_smoothing, frozenset({"label_smoothing"}))
+    assert mine.options == {"label_smoothing": LOSSES["sigmoid"].options["label_smoothing"]}
+    monkeypatch.setitem(LOSSES, "mine", mine)
+    assert DPOConfig(pref_loss="mine", label_smoothing=0.1).label_smoothing == 0.1
+    with pytest.raises(ConfigError, match="label_smoothing must be in"):
+        DPOConfig(pref_loss="mine", label_smoothing=0.7)
+    with pytest.raises(ConfigError, match="options: new belong to no loss yet"):
+        Loss(mine.function, frozenset({"new"}))
+
+
+def test_config_says_every_problem_once() -> None:
+    for wrong in ({"loss_weights": (-1, -1)}, {"loss_weights": (0,)}):
+        with pytest.raises(ConfigError) as caught:
+            DPOConfig(pref_loss=("sigmoid", "ipo"), **wrong)
+        assert len(caught.value.problems) == 1

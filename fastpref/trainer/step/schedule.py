@@ -197,6 +197,8 @@ class PreferenceSchedule:
         """Response log-prob sums [S]; under LD-DPO the second column holds minus the sum over the shared length."""
         if self.config.ld_alpha is None:
             return scores_KS[0]
+        if len(scores_KS) < 2:
+            raise DataError("ld_alpha needs the batch key nll_labels; use PreferenceCollator with nll_mask='shared'")
         return ld_logps(scores_KS[0], -scores_KS[1], self.config.ld_alpha)
 
     def _loss_func(

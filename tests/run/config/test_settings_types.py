@@ -59,7 +59,7 @@ def test_field_takes_its_type_or_is_named(cls: type, name: str) -> None:
             keys = {key for problem in error.problems for key in (problem.key, *problem.others)}
             assert any(key.split(".")[0] == name for key in keys), (value, error)
             continue
-        assert is_of_type(value, hint), f"{cls.__name__} takes {name}={value!r}"
+        assert is_of_type(getattr(made, name), hint), f"{cls.__name__} takes {name}={value!r}"
         assert not isinstance(getattr(made, name), list)
 
 
@@ -100,6 +100,11 @@ def test_paths_and_whole_floats_are_taken_as_they_are_meant() -> None:
     args = TrainingArguments(output_dir=Path("out"), max_steps=1e3, resume_from_checkpoint=Path("out/step-2"))
     assert (args.output_dir, args.max_steps, args.resume_from_checkpoint) == ("out", 1000, "out/step-2")
     assert type(args.max_steps) is int
+    args = TrainingArguments(bf16=np.bool_(True), shuffle=0, seed=np.int64(3), learning_rate=np.float32(0.5))
+    assert (args.bf16, args.shuffle, args.seed, args.learning_rate) == (True, False, 3, 0.5)
+    kinds = [type(value) for value in (args.bf16, args.shuffle, args.seed, args.learning_rate)]
+    assert kinds == [bool, bool, int, float]
+    assert LoraConfig(target_modules={"v_proj", "q_proj"}, r=np.int64(4)).target_modules == ("q_proj", "v_proj")
     data = DataConfig(train=Path("a.jsonl"), eval=[Path("b.jsonl"), "c.jsonl"])
     assert (data.train_paths, data.eval_paths) == (("a.jsonl",), ("b.jsonl", "c.jsonl"))
     assert ModelConfig(path=Path("policy")).path == "policy"
