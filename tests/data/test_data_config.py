@@ -48,7 +48,7 @@ def test_config_bad_value_is_named(options: dict, match: str) -> None:
 
 
 def test_config_reports_all_problems_at_once() -> None:
-    bad = {"train": 3, "format": "csv", "append_eos": 1, "prompt_field": None, "max_length": 0, "max_reported": 0}
+    bad = {"train": 3, "format": "csv", "append_eos": "yes", "prompt_field": None, "max_length": 0, "max_reported": 0}
     with pytest.raises(ConfigError) as caught:
         DataConfig(**bad)
     assert {problem.key for problem in caught.value.problems} == set(bad)
