@@ -140,14 +140,13 @@ class DPOTrainer:
     @property
     def optimizer(self) -> MegatronOptimizer:
         """Megatron's optimizer; made for the whole run of the training set when nobody made it before."""
-        if not self.engine.has_optimizer:
-            self.create_optimizer_and_scheduler(self.feed.schedule.total_steps)
+        self._require_optimizer()
         return self.engine.optimizer
 
     @property
     def lr_scheduler(self) -> OptimizerParamScheduler:
         """Megatron's learning-rate schedule, made together with the optimizer."""
-        assert self.optimizer is self.engine.optimizer
+        self._require_optimizer()
         return self.engine.lr_scheduler
 
     def train(self) -> loop.TrainResult:
@@ -190,7 +189,7 @@ class DPOTrainer:
                     f"gradient_accumulation_steps={self.args.gradient_accumulation_steps}"
                 )
             batches.append(Microbatch.from_dict(batch, self.engine.vocab_size).padded_to(seq_length))
-        assert self.optimizer is self.engine.optimizer, "made on its first use"
+        self._require_optimizer()
         step = self.engine.run_step(models, batches)
         metrics = [
             {name: total / weight for name, (total, weight) in result.metrics.items()} for result in step.results
@@ -298,8 +297,13 @@ class DPOTrainer:
 
         Older checkpoints go as `save_total_limit` says.
         """
-        assert self.optimizer is self.engine.optimizer, "made on its first use"
+        self._require_optimizer()
         return Session(self.engine).begin_save(step, copies=False).finish()
+
+    def _require_optimizer(self) -> None:
+        """Has the optimizer made by this class's own `create_optimizer_and_scheduler`, where nobody made it before."""
+        if not self.engine.has_optimizer:
+            self.create_optimizer_and_scheduler(self.feed.schedule.total_steps)
 
     @property
     def is_main_process(self) -> bool:

@@ -117,7 +117,9 @@ class Engine:
     @property
     def lr_scheduler(self) -> OptimizerParamScheduler:
         """Megatron's learning-rate schedule, made together with the optimizer."""
-        assert self.optimizer is self._optimizer and self._lr_scheduler is not None
+        if self._lr_scheduler is None:
+            self.create_optimizer(self.feed.schedule.total_steps)
+        assert self._lr_scheduler is not None
         return self._lr_scheduler
 
     def attach_reference(self, batches: Sequence[Microbatch], dataset: Any) -> list[Microbatch]:
