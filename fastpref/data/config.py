@@ -13,6 +13,8 @@ FORMATS = ("auto", "jsonl", "json", "parquet", "arrow")
 TRUNCATIONS = ("keep_start", "keep_end", "drop")
 BOUNDARIES = ("strict", "common_prefix", "separate")
 _FIELD_NAMES = ("prompt_field", "chosen_field", "rejected_field", "conversations_field", "weight_field")
+# Words for the side that is cut off, and for cutting nothing.
+_TRUNCATIONS_ELSEWHERE = {"left": "write keep_end", "right": "write keep_start", "delete": "write drop"}
 _RULES = {
     "train": Rule(noun="path"),
     "eval": Rule(noun="path"),
@@ -22,7 +24,7 @@ _RULES = {
     "chat_template_kwargs": Rule(noun="mapping of names"),
     "boundary": Rule(choices=BOUNDARIES),
     "max_length": Rule(at_least=2),
-    "truncation": Rule(choices=TRUNCATIONS),
+    "truncation": Rule(choices=TRUNCATIONS, elsewhere=_TRUNCATIONS_ELSEWHERE),
     "on_bad_pair": Rule(choices=("error", "drop")),
     "max_record_bytes": Rule(at_least=1024),
 }
