@@ -27,8 +27,8 @@ _FIXED = {
     "attn_logit_softcapping": None,
     "final_logit_softcapping": None,
     "use_bidirectional_attention": False,
-    "quantization_config": None,
 }
+_QUANTIZATION_KEYS = ("compression_config", "quantization", "quantization_config")
 # What is said of every layer is held in memory.
 _MOST_LAYERS = 10_000
 
@@ -190,6 +190,10 @@ def _require_supported(reader: ConfigReader, family: Family) -> None:
         reader.left.pop(key, None)
     for key, supported in {**_FIXED, **family.fixed}.items():
         reader.require(key, supported)
+    for key in _QUANTIZATION_KEYS:
+        if key in reader.left:
+            remedy = "use the model's files in 16 or 32 bits"
+            reader.note(key, f"= {reader.left.pop(key)!r} says that the weights are quantized; {remedy}")
     key, activation = family.activation
     reader.require(key, *ACTIVATION_NAMES[activation])
     for key in DROPOUT_KEYS:

@@ -58,11 +58,12 @@ _OTHER_TASKS = """
     tf_legacy_loss
 """
 
-# Where the file comes from, and what programs beside transformers note down in it.
+# Where the file comes from, how it was loaded, and what programs beside transformers note down in it.
 _RECORDS = """
-    architectures base_model ignore_keys_at_rope_validation is_composition is_decoder
-    license model_name name_or_path neftune_noise_alpha neuron onnx paddlenlp_version return_dict tags
-    tie_last_hidden_states transformers.js_config transformers_version
+    architectures author base_model description device_map ignore_keys_at_rope_validation is_composition is_decoder
+    library_name license local_files_only low_cpu_mem_usage model_name name_or_path neftune_noise_alpha neuron onnx
+    paddlenlp_version pipeline_tag return_dict revision tags tie_last_hidden_states transformers.js_config
+    transformers_version trust_remote_code version
 """
 
 _INERT = frozenset("".join((_GENERATION, _TOKENS, _LENGTHS, " ", _IMPLEMENTATION, _OTHER_TASKS, _RECORDS)).split())
@@ -149,5 +150,5 @@ def neutral_values(family: Family, *, qkv_bias: bool) -> dict[str, tuple[Any, ..
     if not qkv_bias:
         found |= dict.fromkeys(_BIAS_KEYS, (False,))
     if family.experts is None:
-        found |= {**dict.fromkeys(_EXPERT_COUNTS, (0,)), "mlp_only_layers": ([],)}
-    return found
+        found |= dict.fromkeys(_EXPERT_COUNTS, (0,))
+    return found | {"decoder_sparse_step": (1,), "mlp_only_layers": ([],), "norm_topk_prob": (True,)}

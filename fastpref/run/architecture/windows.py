@@ -19,9 +19,15 @@ def read_window(reader: ConfigReader, family: Window | None, num_layers: int) ->
     window = reader.take("sliding_window", int, None if "sliding_window" in reader.nulls else family.size)
     if family.layers == "all":
         _require_one_kind(reader, num_layers, _FULL if window is None else _SLIDING)
-        reader.require("use_sliding_window", window is not None)
+        in_use = reader.take("use_sliding_window", bool, window is not None)
         if window is None:
             reader.left.pop("max_window_layers", None)
+        if in_use is not None and in_use != (window is not None):
+            reader.note(
+                "use_sliding_window",
+                f"is {in_use}, but transformers reads sliding_window alone here, which is {window}; remove it, or set "
+                "sliding_window to what is meant (null for none)",
+            )
         return window, (True,) * num_layers if window else ()
     if family.layers == "pattern":
         in_use, period = True, reader.take("sliding_window_pattern", int, 6) or 1
@@ -53,8 +59,10 @@ def _require_no_window(reader: ConfigReader, num_layers: int) -> None:
 def _require_one_kind(reader: ConfigReader, num_layers: int, only: str) -> None:
     """Take `layer_types` where it says of every layer what the rest of the config says of all."""
     kinds = _take_kinds(reader, num_layers)
-    if kinds is not None and set(kinds) - {only}:
-        reader.note("layer_types", f"must name {only} throughout, as the rest of the config does, got {kinds}")
+    for layer, kind in enumerate(kinds or ()):
+        if kind != only:
+            text = f"must name {only} throughout, as the rest of the config does, got {kind!r} for layer {layer}"
+            return reader.note("layer_types", text)
 
 
 def _take_kinds(reader: ConfigReader, num_layers: int) -> list[str] | None:

@@ -193,7 +193,11 @@ def test_from_hf_reads_which_layers_have_experts(keys: dict, layers: tuple) -> N
         ("llama", {"mlp_bias": True}, "mlp_bias must be False, got True"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act must be 'silu', got 'gelu'"),
         ("llama", {"attention_dropout": 1.0}, r"attention_dropout must be a number >= 0 and < 1, got 1\.0"),
-        ("llama", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config must be None"),
+        (
+            "llama",
+            {"quantization_config": {"quant_method": "fp8"}},
+            "quantization_config = .* weights are quantized; use",
+        ),
         ("llama", {"sliding_window": 9}, "sliding_window = 9 is not supported for llama"),
         ("mistral", {"layer_types": ["full_attention"] * 3}, "layer_types must name sliding_attention throughout"),
         (

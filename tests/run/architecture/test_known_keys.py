@@ -126,7 +126,7 @@ def test_from_hf_passes_what_other_programs_leave_behind(model_type: str, tmp_pa
         ({"activation": "swiglu"}, set(FAMILIES) - {"gemma3_text"}),
         ({"hidden_act": "gelu_pytorch_tanh"}, {"gemma3_text"}),
         ({"num_experts": 0}, set(FAMILIES) - {"qwen3_moe", "mixtral"}),
-        ({"mlp_only_layers": [], "decoder_sparse_step": 1}, set(FAMILIES) - {"mixtral"}),
+        ({"mlp_only_layers": [], "decoder_sparse_step": 1, "norm_topk_prob": True}, set(FAMILIES)),
         ({"router_aux_loss_coef": 0.01, "output_router_logits": True}, set(FAMILIES)),
     ],
 )
@@ -231,6 +231,7 @@ def test_from_hf_reads_any_type_in_a_rope_or_names_the_key(kind: str, key: str) 
         ({"rope_scaling": {"type": ["linear"]}}, r"rope_scaling\.type must be of type str"),
         ({"rope_scaling": {"type": "linear", "rope_type": "default", "factor": 1.0}}, "contradict each other"),
         ({"rope_scaling": {"type": "default", "factor": 2.0}}, r"rope_scaling\.factor = 2\.0 is not supported"),
+        ({"quantization": {"bits": 4}}, r"quantization = \{'bits': 4\} says that the weights are quantized; use"),
         ({"num_hidden_layers": 10**6}, "num_hidden_layers must be at most 10000"),
         ({"hidden_size": 10**400}, "hidden_size must be at most"),
         ({"rms_norm_eps": 10**400}, "rms_norm_eps must be at most"),
@@ -240,3 +241,11 @@ def test_from_hf_reads_any_type_in_a_rope_or_names_the_key(kind: str, key: str) 
 def test_from_hf_says_what_is_wrong_with_a_type(keys: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Architecture.from_hf({**BY_FAMILY["qwen2"], **keys})
+
+
+def test_remedies_for_a_switch_that_is_not_read_work() -> None:
+    config = {**BY_FAMILY["mistral"], "sliding_window": 4096, "use_sliding_window": False}
+    with pytest.raises(ConfigError, match="use_sliding_window is False, but transformers reads sliding_window alone"):
+        Architecture.from_hf(config)
+    assert Architecture.from_hf({**config, "use_sliding_window": None}).sliding_window == 4096
+    assert Architecture.from_hf({**config, "sliding_window": None}).sliding_window is None
