@@ -171,8 +171,9 @@ def save_hf(
     config = dict(hf_config) if isinstance(hf_config, Mapping) else read_config(hf_config)
     chunks = unwrap_model(list(models))
     dtype = dtype or next(chunks[0].parameters()).dtype
-    key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
-    config[key] = str(dtype).removeprefix("torch.")
+    # the newer name, the older one, or whichever the file has: versions of transformers differ in which they read
+    for key in [name for name in ("dtype", "torch_dtype") if name in config] or ["dtype"]:
+        config[key] = str(dtype).removeprefix("torch.")
     companions = None if tokenizer_dir is None else Path(tokenizer_dir)
     arch = architecture or Architecture.from_hf(config)
     save_parameters(MergedParameters(chunks), arch, Path(out_dir), config, companions, dtype, max_shard_bytes)
