@@ -11,8 +11,10 @@ from transformers import PreTrainedTokenizerFast
 
 from fastpref.checkpoint.hf import ModelWriter
 from fastpref.data import DataConfig
+from fastpref.run.architecture.architecture import Architecture
 from fastpref.run.architecture.lora_config import LoraConfig
 from fastpref.run.config.run_config import ModelConfig, RunConfig
+from fastpref.run.plan.prepare import hf_config_of
 from fastpref.run.served.files import served_files
 
 CHATML = (
@@ -57,7 +59,8 @@ def exported(tmp_path: Path) -> Callable[..., Path]:
     def export(model: Path | ModelConfig, *, adapter: bool = False, **data) -> Path:
         settings = model if isinstance(model, ModelConfig) else ModelConfig(path=str(model))
         lora = LoraConfig() if adapter else None
-        files = served_files(RunConfig(model=settings, data=DataConfig(**data), lora=lora), is_adapter=adapter)
+        run = RunConfig(model=settings, data=DataConfig(**data), lora=lora)
+        files = served_files(run, Architecture.from_hf(hf_config_of(run)), is_adapter=adapter)
         path = tmp_path / "exported"
         with ModelWriter(path, [], files.config, files.tokenizer, replaced=files.replaced):
             pass

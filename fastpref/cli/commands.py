@@ -75,7 +75,7 @@ def train(config_path: Path, overrides: tuple[str, ...], export_dir: Path | None
     elif merge:
         raise ConfigError("--merge is about what --export writes; give --export a directory, or leave --merge out")
     trainer = DPOTrainer.from_config(config)
-    files = None if export_dir is None else export.files_of_export(config, merge=merge)
+    files = None if export_dir is None else export.files_of_export(trainer.model, config, merge=merge)
     start = time.perf_counter()
     result = trainer.train()
     seconds = time.perf_counter() - start

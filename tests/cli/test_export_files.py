@@ -120,6 +120,32 @@ def test_adapter_and_merged_model(chat_project: Path, base_model: Path, run_cli,
     assert_reads_and_stops_as_trained(chat_project / "merged", merged)
 
 
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("out", "is, or holds, that of training.output_dir"),
+        (".", "exists and is not empty"),
+        ("out/checkpoints/step-2", "lies among the checkpoints of the run"),
+        ("runs/..//out/", "is, or holds, that of training.output_dir"),
+        ("run.yaml/model", "cannot be made"),
+        ("~/model", "begins with ~"),
+    ],
+)
+def test_directory_that_the_end_would_refuse_is_refused_at_the_beginning(
+    chat_project: Path, run_cli, output: str, message: str
+) -> None:
+    for arguments in (("train", "run.yaml", "--export", output), ("export", "run.yaml", "--output", output)):
+        result = run_cli(*arguments)
+        assert result.exit_code == 2, result.output
+        assert message in re.sub(r"\s+", " ", result.stderr)
+    assert not (chat_project / "out").exists()
+
+
+def test_directory_around_that_of_the_run_is_refused(chat_project: Path, run_cli) -> None:
+    result = run_cli("train", "run.yaml", "training.output_dir=runs/a", "--export", "runs")
+    assert result.exit_code == 2 and "is, or holds, that of training.output_dir" in re.sub(r"\s+", " ", result.stderr)
+
+
 def test_what_cannot_be_served_is_refused_before_training(chat_project: Path, run_cli) -> None:
     result = run_cli("train", "run.yaml", "data.chat_template_kwargs={range: all}", "--export", "model")
     assert result.exit_code == 2, result.output

@@ -49,7 +49,7 @@ class ServedFiles:
     """What the files cannot say to a server."""
 
 
-def served_files(config: RunConfig, *, is_adapter: bool) -> ServedFiles:
+def served_files(config: RunConfig, arch: Architecture, *, is_adapter: bool) -> ServedFiles:
     """Work out the files of an export beside its weights.
 
     Tokenizer files are copies, except where that would serve other text than was trained: the chat template becomes
@@ -59,6 +59,7 @@ def served_files(config: RunConfig, *, is_adapter: bool) -> ServedFiles:
 
     Args:
         config: the run.
+        arch: its model.
         is_adapter: the directory gets no `config.json`.
 
     Raises:
@@ -67,7 +68,6 @@ def served_files(config: RunConfig, *, is_adapter: bool) -> ServedFiles:
     """
     directory, tokenizer = Path(config.model.tokenizer_path), load_tokenizer(config.model.tokenizer_path)
     hf_config = hf_config_of(config)
-    arch = Architecture.from_hf(hf_config)
     ends = end_tokens(config.data, tokenizer, arch.vocab_size)
     template = served_template(config.data, tokenizer)
     is_at_home = config.model.path is not None and not is_adapter and directory.samefile(config.model.path)
@@ -225,7 +225,7 @@ def _model_file(config: RunConfig, name: str) -> bytes | None:
 def _by_name(template: Any) -> dict[str, Any]:
     """Return templates by name, from any form that a file may give them."""
     if isinstance(template, list):
-        return {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        return {str(entry.get("name")): entry.get("template") for entry in template if isinstance(entry, dict)}
     return template if isinstance(template, dict) else {"default": template}
 
 

@@ -13,6 +13,7 @@ from fastpref.checkpoint.hf import COMPANION_FILES, companion_names
 from fastpref.data import DataConfig, load_tokenizer
 from fastpref.data.tokenizer import TOKENIZER_FILES
 from fastpref.errors import ConfigError
+from fastpref.run.architecture.architecture import Architecture
 from fastpref.run.architecture.families import FAMILIES
 from fastpref.run.architecture.lora_config import LoraConfig
 from fastpref.run.config.run_config import ModelConfig, RunConfig
@@ -32,7 +33,7 @@ def config_of(path: Path) -> dict:
 
 def warnings_of(base: Path, *, adapter: bool = True, **data) -> tuple[str, ...]:
     run = RunConfig(model=ModelConfig(path=str(base)), data=DataConfig(**data), lora=LoraConfig())
-    return files.served_files(run, is_adapter=adapter).warnings
+    return files.served_files(run, Architecture.of(base), is_adapter=adapter).warnings
 
 
 # --- the tokenizer
