@@ -132,9 +132,10 @@ def _config(
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     written = {key: value for key, value in hf_config.items() if key != "_name_or_path"}
-    if arch.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        written["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[arch.model_type]]
-    written.setdefault("tie_word_embeddings", arch.tie_embeddings)
+    if written["model_type"] in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        written["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[written["model_type"]]]
+    if written.get("tie_word_embeddings") is None:
+        written["tie_word_embeddings"] = arch.tie_embeddings
     if config.model.path is None:
         # an absent key would stand for the ids of the family's own tokenizer
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):

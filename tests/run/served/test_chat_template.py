@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from served_exports import CHATML, byte_tokenizer, places
+from served_exports import CHATML, TEMPLATES, byte_tokenizer, places
 from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -96,7 +96,7 @@ VALUES: dict[str, Any] = {
     "tree": {"list": [1, [True, {"k": "v"}], None], "empty": {}, 'odd "key"': []},
 }
 SEES = "".join(f"{name}={{{{ {name} }}}}{{% if {name} is defined %}}!{{% endif %}};" for name in VALUES)
-TEMPLATES = {
+READERS = {
     "at top": SEES + "{{ tree.list[1][1].k }}{% if switch %}on{% endif %}",
     "in a loop": "{% for m in messages %}" + SEES + "{% endfor %}",
     "in a macro": "{% macro m() %}" + SEES + "{% endmacro %}{{ m() }}",
@@ -114,13 +114,37 @@ def rendered(template: str, **variables: Any) -> str:
     return texts[0]
 
 
-@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+@pytest.mark.parametrize("template", READERS.values(), ids=READERS)
 def test_variables_have_their_trained_values(template: str) -> None:
     served = set_variables(VALUES) + template
     assert rendered(served) == rendered(template, **VALUES)
     # who gives others is heard
     others = dict.fromkeys(VALUES, "other") | {"tree": VALUES["tree"]}
     assert rendered(served, **others) == rendered(template, **others)
+
+
+@pytest.mark.parametrize(
+    ("name", "variables"),
+    [
+        ("qwen3", {"enable_thinking": False}),
+        ("qwen3_5_think", {"enable_thinking": False}),
+        ("glm4moe", {"enable_thinking": False}),
+        ("llama3_1", {"date_string": "1 May 2026", "tools_in_user_message": False}),
+        ("llama3_2", {"date_string": "1 May 2026"}),
+        ("gptoss", {"reasoning_effort": "low", "model_identity": 'You are "it".'}),
+    ],
+)
+def test_published_templates_have_the_variables_of_the_run(base: Path, exported, name: str, variables: dict) -> None:
+    byte_tokenizer(chat_template=(TEMPLATES / f"{name}.jinja").read_text()).save_pretrained(base)
+    path = exported(base, chat_template_kwargs=variables)
+    assert written(path, add_generation_prompt=True) != written(base, add_generation_prompt=True)
+    for tools in (None, TOOLS):
+        for settings in ({"add_generation_prompt": True}, {}):
+            trained = written(base, tools=tools, **settings, **variables)
+            assert written(path, tools=tools, **settings) == trained
+            # a request that asks for something else is heard
+            asked = dict.fromkeys(variables, "high")
+            assert written(path, tools=tools, **settings, **asked) == written(base, tools=tools, **settings, **asked)
 
 
 def test_export_has_the_variables_of_the_run(base: Path, exported) -> None:

@@ -1,11 +1,10 @@
 """What ends an answer in training stops a server, read as servers read it: `GenerationConfig`, `config.json`."""
 
 import json
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from served_exports import CHATML, SPECIAL, VOCAB_SIZE, byte_tokenizer
+from served_exports import CHATML, SPECIAL, TEMPLATES, VOCAB_SIZE, byte_tokenizer
 from tiny_project import MODEL
 from transformers import GenerationConfig
 
@@ -13,9 +12,6 @@ from fastpref.errors import CheckpointError
 from fastpref.run.config.run_config import ModelConfig
 from fastpref.run.served.stop_tokens import turn_end
 
-TRL = find_spec("trl")
-assert TRL is not None and TRL.submodule_search_locations
-TEMPLATES = Path(TRL.submodule_search_locations[0]) / "chat_templates"
 END_OF_TEXT, START, END_OF_TURN = (SPECIAL.index(token) for token in SPECIAL[:3])
 
 
