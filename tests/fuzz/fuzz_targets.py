@@ -214,7 +214,7 @@ def _data_documents() -> Iterator[Document]:
     lines = [json.dumps(record).encode() + b"\n" for record in records]
     yield Document("pairs.jsonl", "jsonl", b"".join(lines))
     yield Document("pairs.json", "json", b"[" + b",".join(lines) + b"]")
-    table = pa.Table.from_pylist([{**plain, "messages": [user]}, {**plain, "prompt": "x" * 200}] * 3)
+    table = pa.Table.from_pylist([{**plain, "note": [user]}, {**plain, "prompt": "x" * 200}] * 3)
     chats = pa.Table.from_pylist([{key: chat[key] for key in ("prompt", "chosen")} | {"rejected": [bad]}] * 3)
     for name, rows in (("pairs", table), ("chats", chats)):
         sink = pa.BufferOutputStream()
