@@ -156,16 +156,17 @@ def _check_json(value: Any, name: str, place: str = "", depth: int = MAX_DEPTH) 
     Raises:
         ValueError: a part of it is none that JSON has or a tokenizer takes, or it is too deep.
     """
-    if isinstance(value, dict | list):
-        if depth == 0:
-            raise ValueError(f"{name!r} is nested deeper than {MAX_DEPTH} levels")
-        is_object = isinstance(value, dict)
-        for key, item in value.items() if is_object else enumerate(value):
-            if is_object:
-                if not isinstance(key, str):
-                    raise ValueError(f"'{name}{place}' has the key {shorten(key)}; keys must be strings")
-                checked_text(key, name)
-            _check_json(item, name, f"{place}.{key}" if is_object else f"{place}[{key}]", depth - 1)
+    if isinstance(value, dict | list) and depth == 0:
+        raise ValueError(f"{name!r} is nested deeper than {MAX_DEPTH} levels")
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise ValueError(f"'{name}{place}' has the key {shorten(key)}; keys must be strings")
+            checked_text(key, name)
+            _check_json(item, name, f"{place}.{key}", depth - 1)
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            _check_json(item, name, f"{place}[{index}]", depth - 1)
     elif isinstance(value, str):
         checked_text(value, name)
     elif isinstance(value, float) and not math.isfinite(value):

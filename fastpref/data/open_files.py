@@ -28,14 +28,18 @@ def status(path: str) -> os.stat_result:
         return os.stat(path)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         reason = error.strerror if isinstance(error, OSError) else error
-        hint = "check the path and its permissions"
-        is_file_name = Path(path).suffix.lower() in DATA_SUFFIXES.keys() | _COMPRESSED
-        if isinstance(error, FileNotFoundError) and not is_file_name and _HUB_NAME.fullmatch(path):
-            hint = (
-                "if this is the name of a data set on a hub, save one of its splits as a file and name that: "
-                f"`datasets.load_dataset({path!r}, split='train').to_parquet('train.parquet')`"
-            )
+        hint = (isinstance(error, FileNotFoundError) and hub_hint(path)) or "check the path and its permissions"
         raise DataError(f"cannot be read: {reason}; {hint}", path) from error
+
+
+def hub_hint(path: str) -> str:
+    """Return the remedy for a missing file whose name is that of a data set on a hub; empty for another name."""
+    if Path(path).suffix.lower() in DATA_SUFFIXES.keys() | _COMPRESSED or not _HUB_NAME.fullmatch(path):
+        return ""
+    return (
+        "if this is the name of a data set on a hub, save one of its splits as a file and name that: "
+        f"`datasets.load_dataset({path!r}, split='train').to_parquet('train.parquet')`"
+    )
 
 
 def check_not_compressed(path: str) -> None:
