@@ -15,7 +15,7 @@ from fastpref.data import strict_json
 from fastpref.data.config import DataConfig
 from fastpref.data.open_files import DATA_SUFFIXES, open_regular, status
 from fastpref.data.problems import ProblemLog
-from fastpref.data.unread import content_fields
+from fastpref.data.unread import decides_about_pair
 from fastpref.errors import DataError, MissingDependencyError
 
 _ROWS_PER_BATCH = 256
@@ -133,11 +133,11 @@ class _Rows:
         for name, count in Counter(schema.names).items():
             if count > 1:
                 raise DataError(f"column {name!r} occurs twice; rename or drop one", path)
-        read = content_fields(config) | arrow_values.media_columns(schema)
+        media = arrow_values.media_columns(schema)
         self._decoders = {
             name: decode
             for name, decode in arrow_values.decoders(schema).items()
-            if (name in read or name.lower() in read) and name not in config.ignored_fields
+            if (name in media or decides_about_pair(name, config)) and name not in config.ignored_fields
         }
         self._path, self._problems = path, problems
         self.next_line = first

@@ -117,10 +117,11 @@ def _message(value: Any, name: str) -> Message:
         raise ValueError(f"{name} must be a message, an object with role and content; got {kind_of(value)}")
     message = {key: item for key, item in value.items() if item is not None}
     if "from" in message and "value" in message and "role" not in message:
-        speaker = message["from"]
+        speaker = message.pop("from")
         if not isinstance(speaker, str) or speaker not in _SHAREGPT_ROLES:
             raise ValueError(f"{name}.from must be one of {', '.join(_SHAREGPT_ROLES)}; got {shorten(speaker)}")
-        return {"role": _SHAREGPT_ROLES[speaker], "content": checked_text(message["value"], f"{name}.value")}
+        content = checked_text(message.pop("value"), f"{name}.value")
+        message = {**message, "role": _SHAREGPT_ROLES[speaker], "content": content}
     if not isinstance(message.get("role"), str) or not message["role"]:
         raise ValueError(f"{name}.role must be a non-empty string, got {shorten(message.get('role'))}")
     if "tool_calls" in message:

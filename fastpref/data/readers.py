@@ -173,6 +173,8 @@ def _read_jsonl(path: str, config: DataConfig, problems: ProblemLog) -> Iterator
                 continue
             if is_first and _ARRAY_START.match(raw.strip()):
                 raise DataError("the file holds a JSON array, not one record per line; name it .json", path, line)
+            if is_first and raw.strip() == b"{":
+                raise DataError("a record must stand on one line; write it without line breaks", path, line)
             is_first = False
             try:
                 record = strict_json.loads(raw.rstrip(), path, line, unfinished=not raw.endswith(b"\n"))

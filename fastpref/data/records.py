@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import takewhile
 from typing import Any
 
@@ -14,6 +15,8 @@ from fastpref.errors import DataError
 
 # Far from the ends of fp32, where a weight could turn into 0 or infinity.
 MIN_WEIGHT, MAX_WEIGHT = 1e-6, 1e6
+# A list of messages as JSON or Python prints it, in a column of strings.
+_PRINTED_MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value)["']\s*:""")
 Text = str | list[Message]
 Parts = tuple[Text, Text, Text]
 """Prompt, chosen, rejected."""
@@ -55,6 +58,11 @@ def _parts(fields: dict[str, Any], record: dict[str, Any], config: DataConfig, t
     is_sharegpt = config.conversations_field in fields
     has_prompt = config.prompt_field in fields
     _check_named_fields(fields, record, config)
+    if is_sharegpt and fields.get(config.prompt_field):
+        raise ValueError(
+            f"{config.conversations_field!r} and {config.prompt_field!r} are both there; name the one that is not the "
+            "prompt in `ignored_fields`"
+        )
     read = {config.chosen_field, config.rejected_field, config.weight_field, "tools"}
     if is_sharegpt:
         parts = _from_sharegpt(fields, config)
@@ -94,29 +102,26 @@ def _check_named_fields(fields: dict[str, Any], record: dict[str, Any], config: 
 def _from_prompt(fields: dict[str, Any], config: DataConfig) -> Parts:
     """Read the forms of TRL: an explicit prompt, or one to be found at the start of both sides."""
     chosen, rejected = _answers(fields, config)
-    names = config.prompt_field, config.chosen_field, config.rejected_field
+    prompt = _text(fields, config.prompt_field) if config.prompt_field in fields else None
+    if isinstance(prompt, list):
+        return prompt, _turns(chosen), _turns(rejected)
     _same_form(config.chosen_field, chosen, config.rejected_field, rejected)
-    if config.prompt_field not in fields:
+    if prompt is None:
         return _split_common_start(chosen, rejected)
-    prompt = _text(fields, config.prompt_field)
-    if isinstance(prompt, list) and isinstance(chosen, str) and isinstance(rejected, str):
-        return prompt, _answer_turn(chosen), _answer_turn(rejected)
     if isinstance(prompt, str) and isinstance(chosen, list) and isinstance(rejected, list):
-        return _from_string_and_turns(prompt, chosen, rejected, names)
+        return _from_string_and_turns(prompt, chosen, rejected, config)
     return prompt, chosen, rejected
 
 
-def _from_string_and_turns(
-    prompt: str, chosen: list[Message], rejected: list[Message], names: tuple[str, str, str]
-) -> Parts:
+def _from_string_and_turns(prompt: str, chosen: list[Message], rejected: list[Message], config: DataConfig) -> Parts:
     """Read a prompt that is a string beside answers alone, or beside whole conversations that repeat it as a turn."""
     if all(message["role"] not in ("user", "system") for message in chosen + rejected):
         return [{"role": "user", "content": prompt}], chosen, rejected
     turns, left, right = _split_common_start(chosen, rejected)
     if not any(turn["content"] == prompt for turn in turns if isinstance(turn, dict)):
         raise ValueError(
-            f"{names[0]!r} is a string that is no turn of the start shared by {names[1]!r} and {names[2]!r}: "
-            f"{shorten(prompt)}"
+            f"{config.prompt_field!r} is a string that is no turn of the start shared by {config.chosen_field!r} and "
+            f"{config.rejected_field!r}: {shorten(prompt)}"
         )
     return turns, left, right
 
@@ -130,8 +135,13 @@ def _from_sharegpt(fields: dict[str, Any], config: DataConfig) -> Parts:
             raise ValueError(f"{config.conversations_field!r} begins with another system turn than field 'system'")
         if not prompt or prompt[0]["role"] != "system":
             prompt.insert(0, message)
-    chosen, rejected = (_answer_turn(side) if isinstance(side, str) else side for side in _answers(fields, config))
-    return prompt, chosen, rejected
+    if prompt and prompt[-1]["role"] == "assistant":
+        raise ValueError(
+            f"{config.conversations_field!r} ends with an answer, which {config.chosen_field!r} and "
+            f"{config.rejected_field!r} would follow; remove its last turn"
+        )
+    chosen, rejected = _answers(fields, config)
+    return prompt, _turns(chosen), _turns(rejected)
 
 
 def _answers(fields: dict[str, Any], config: DataConfig) -> tuple[Text, Text]:
@@ -148,8 +158,8 @@ def _answers(fields: dict[str, Any], config: DataConfig) -> tuple[Text, Text]:
     return _text(fields, config.chosen_field), _text(fields, config.rejected_field)
 
 
-def _answer_turn(text: str) -> list[Message]:
-    return [{"role": "assistant", "content": text}]
+def _turns(answer: Text) -> list[Message]:
+    return [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
 
 
 def _without_prompt(
@@ -186,7 +196,13 @@ def _text(fields: dict[str, Any], name: str) -> Text:
     if name not in fields:
         raise ValueError(f"field {name!r} is missing; the record has {shorten(list(fields))}")
     value = fields[name]
-    return checked_text(value, name) if isinstance(value, str) else checked_messages(value, name)
+    if not isinstance(value, str):
+        return checked_messages(value, name)
+    if _PRINTED_MESSAGES.match(value):
+        raise ValueError(
+            f"{name!r} is the text of a list of messages, which would be trained on as it stands; store the list itself"
+        )
+    return checked_text(value, name)
 
 
 def _same_form(left_name: str, left: Text, right_name: str, right: Text) -> None:

@@ -11,7 +11,9 @@ from fastpref.data.schema import Message
 UNSUPPORTED = {
     "image": "pairs are text only",
     "images": "pairs are text only",
+    "video": "pairs are text only",
     "videos": "pairs are text only",
+    "audio": "pairs are text only",
     "audios": "pairs are text only",
     "chat_template_kwargs": "set `chat_template_kwargs` for the whole data set",
 }
@@ -19,27 +21,29 @@ UNSUPPORTED = {
 
 # Names under which published preference data keep what the model is asked.
 _PROMPT_PARTS = frozenset(
-    name
+    name.replace("_", "")
     for line in (
         "prompt prompts instruction instructions input inputs question questions query queries request",
         "user human user_prompt user_input user_query user_message user_instruction",
         "context contexts passage passages paragraph document documents article post story premise scenario",
         "background knowledge evidence reference_text task task_description problem problem_statement",
-        "history chat_history conversation_history dialog_history dialogue_history chat turns",
+        "history chat_history conversation_history dialog_history dialogue_history chat turns trajectory",
+        "initial_reason_steps",
         "conversation conversations dialog dialogs dialogue dialogues messages message",
         "system systems system_prompt system_message system_instruction system_instructions sys_prompt",
+        "functions available_tools tool_definitions",
     )
     for name in line.split()
 )
-_ANSWERS = ("assistant", "gpt")
+_TOOLS = ("functions", "availabletools", "tooldefinitions")
+_ANSWERS = ("assistant", "gpt", "model", "bot", "ai")
 Text = str | list[Message]
 
 
-def content_fields(config: DataConfig) -> set[str]:
-    """Return the fields whose values decide about a pair, the conventional ones in lower case."""
-    named = {config.prompt_field, config.chosen_field, config.rejected_field}
-    named |= {config.conversations_field, config.weight_field, "tools"}
-    return named | _PROMPT_PARTS | set(UNSUPPORTED) | {"rejected_response", "rejected_messages"}
+def decides_about_pair(name: str, config: DataConfig) -> bool:
+    """Whether the value of a field matters for the pair: it is read, or may not be passed over."""
+    named = {config.prompt_field, config.chosen_field, config.rejected_field, config.conversations_field}
+    return name in named | {config.weight_field, "tools"} | UNSUPPORTED.keys() or _plain(name) in _PROMPT_PARTS
 
 
 def check_unread(
@@ -58,27 +62,33 @@ def check_unread(
     Raises:
         ValueError: naming the field and the settings that help.
     """
-    for name, value in unread.items():
-        if name.lower() not in _PROMPT_PARTS and name != config.prompt_field:
+    # the system prompt last: where the prompt itself is missing, that is the first thing to say
+    for name, value in sorted(unread.items(), key=lambda item: _is_system(item[0])):
+        if _plain(name) not in _PROMPT_PARTS:
             continue
-        parts = list(_parts(value, ""))
-        if not parts:
+        is_empty = not any(_parts(value, ""))
+        if is_empty or (not (is_found and isinstance(prompt, str)) and _is_contained(value, prompt, answers)):
             continue
         ignored = f"or, if it is not to be read, `ignored_fields: [{name}]`"
-        if not (is_found and isinstance(prompt, str)) and _is_contained(parts, prompt, answers):
-            continue
-        if is_found:
+        if is_found and not _is_system(name) and _plain(name) not in _TOOLS:
             raise ValueError(
                 f"field {name!r} is not read, and there is no {config.prompt_field!r}: what both answers begin with "
                 f"would be the prompt; set `prompt_field: {name}` {ignored}"
             )
-        if name == config.prompt_field:
-            raise ValueError(
-                f"{name!r} and {config.conversations_field!r} are both there, and only the latter is read; set "
-                f"`ignored_fields: [{config.conversations_field}]` to read {name!r}, or remove {name!r} from the record"
-            )
-        place = "the first message of the prompt" if name.lower().startswith("sys") else "part of the prompt"
-        raise ValueError(f"field {name!r} is not read, and the prompt does not contain it; make it {place} {ignored}")
+        remedy = "make it part of the prompt"
+        if _plain(name) in _TOOLS:
+            remedy = "call it 'tools' if it describes tools for the chat template"
+        elif _is_system(name) and isinstance(prompt, list):
+            remedy = "make it the first message of the prompt"
+        raise ValueError(f"field {name!r} is not read, and the prompt does not contain it; {remedy} {ignored}")
+
+
+def _plain(name: str) -> str:
+    return "".join(character for character in name.lower() if character.isalnum())
+
+
+def _is_system(name: str) -> bool:
+    return _plain(name).startswith("sys")
 
 
 def _parts(value: Any, role: str) -> Iterator[tuple[str, str]]:
@@ -96,26 +106,30 @@ def _parts(value: Any, role: str) -> Iterator[tuple[str, str]]:
         yield role, text
 
 
-def _is_contained(parts: list[tuple[str, str]], prompt: Text, answers: tuple[Text, Text]) -> bool:
+def _is_contained(value: Any, prompt: Text, answers: tuple[Text, Text]) -> bool:
     asked = _joined(prompt)
     said = f"{asked} {_joined(answers[0])} {_joined(answers[1])}"
-    # Turns after the prompt are part of the answers; a user's turn among them is so only where answers are turns.
+    # What is kept by turns may go on into the answers; a question may not.
+    is_by_turns = isinstance(prompt, list) and not isinstance(value, str)
     return all(
-        _has_words(said if role in _ANSWERS or (role and isinstance(prompt, list)) else asked, text)
-        for role, text in parts
+        _has_words(said if is_by_turns or role.lower() in _ANSWERS else asked, text) for role, text in _parts(value, "")
     )
 
 
 def _has_words(text: str, words: str) -> bool:
-    """Whether `words` stand in `text`, not as the middle of other words."""
+    """Whether `words` stand in `text`, not as a piece of longer words."""
     start = text.find(words)
     while start >= 0:
         end = start + len(words)
-        left, right = text[start - 1 : start] + words[0], words[-1] + text[end : end + 1]
-        if not (left.isalnum() and len(left) == 2) and not (right.isalnum() and len(right) == 2):
+        if not _is_one_word(text[start - 1 : start], words[0]) and not _is_one_word(words[-1], text[end : end + 1]):
             return True
         start = text.find(words, start + 1)
     return False
+
+
+def _is_one_word(left: str, right: str) -> bool:
+    # Chinese, Japanese and Korean, from U+2E80 on, write words without spaces.
+    return bool(left and right) and all(side.isalnum() and side < "\u2e80" for side in (left, right))
 
 
 def _joined(text: Text) -> str:

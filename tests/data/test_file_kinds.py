@@ -51,6 +51,11 @@ def test_array_named_jsonl_is_named(write, indent: int | None) -> None:
     assert len(list(read_pairs(write(text, "pairs.json")))) == 1
 
 
+def test_pretty_object_named_jsonl_is_named(write) -> None:
+    with pytest.raises(DataError, match=":1: a record must stand on one line; write it without line breaks"):
+        list(read_pairs(write(json.dumps(PLAIN, indent=2))))
+
+
 @pytest.mark.parametrize("name", ["pairs.jsonl.gz", "pairs.json.zst", "pairs.parquet.xz", "pairs.zip", "pairs.tar"])
 def test_compressed_file_is_named(write, name: str) -> None:
     with pytest.raises(DataError, match=r"the name says that the file is compressed .*; unpack it"):

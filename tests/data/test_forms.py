@@ -26,6 +26,7 @@ def read(write, records: list[dict], **options: Any) -> list[tuple]:
         ("Hi", GOOD, BAD),
         ([USER], "Hello.", "Go away."),
         (USER, "Hello.", "Go away."),
+        ([USER], GOOD, "Go away."),
         ([USER], [USER, GOOD], [USER, BAD]),
         ("Hi", [USER, GOOD], [USER, BAD]),
         ([{"role": "user", "content": [{"type": "text", "text": "Hi"}]}], [GOOD], [BAD]),
@@ -53,7 +54,7 @@ def test_sharegpt_answers(write, chosen: Any, rejected: Any) -> None:
         ([USER], [SYSTEM, USER, GOOD], [SYSTEM, USER, BAD], "'chosen' begins with turns of the prompt"),
         ("Hi", [USER, GOOD], [BAD], "'prompt' is a string that is no turn"),
         ("Hi", [GOOD], "Go away.", "'chosen' is a list but 'rejected' is a string"),
-        ([USER], "Hello.", [BAD], "'chosen' is a string but 'rejected' is a list"),
+        ("Hi", "Hello.", [BAD], "'chosen' is a string but 'rejected' is a list"),
         ([{"role": "user", "content": []}], [GOOD], [BAD], r"'prompt\[0\].content' has 0 text parts"),
         (
             [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}],
@@ -72,6 +73,28 @@ def test_sharegpt_answers(write, chosen: Any, rejected: Any) -> None:
 def test_what_has_no_one_meaning_is_refused(write, prompt: Any, chosen: Any, rejected: Any, match: str) -> None:
     with pytest.raises(DataError, match=rf":1: .*{match}"):
         read(write, [{"prompt": prompt, "chosen": chosen, "rejected": rejected}])
+
+
+def test_sharegpt_prompt_that_ends_with_an_answer_is_refused(write) -> None:
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]
+    with pytest.raises(
+        DataError, match="'conversations' ends with an answer, which 'chosen' and 'rejected' would follow"
+    ):
+        read(write, [{"conversations": turns, "chosen": GOOD, "rejected": BAD}])
+
+
+def test_members_of_sharegpt_turns_reach_the_template(write) -> None:
+    turn = {"from": "human", "value": "Hi", "name": "Ann", "tool_calls": None}
+    ((prompt, _, _),) = read(write, [{"conversations": [turn], "chosen": GOOD, "rejected": BAD}])
+    assert prompt == [{"role": "user", "content": "Hi", "name": "Ann"}]
+
+
+@pytest.mark.parametrize("write_list", [json.dumps, repr, lambda value: " " + json.dumps(value, indent=1)])
+@pytest.mark.parametrize("name", ["prompt", "chosen", "rejected"])
+def test_printed_messages_are_refused(write, write_list, name: str) -> None:
+    record = {"prompt": "Q", "chosen": "a", "rejected": "b", name: write_list([USER, GOOD])}
+    with pytest.raises(DataError, match=f"'{name}' is the text of a list of messages.*; store the list itself"):
+        read(write, [record])
 
 
 def repeating(prompt: str) -> dict:

@@ -124,7 +124,6 @@ def test_read_pairs_tools(write, tools, expected) -> None:
         ({"chosen": 4}, r"'chosen' must be a string or a list of messages, got a number"),
         ({"chosen": [GOOD]}, r"'chosen' is a list but 'rejected' is a string"),
         ({"chosen": [GOOD], "rejected": [BAD], "prompt": [USER, "Hi"]}, r"prompt\[1\] must be a message.*got a string"),
-        ({"prompt": [USER], "chosen": [GOOD]}, r"'chosen' is a list but 'rejected' is a string"),
         ({"prompt": [{"content": "x"}]}, r"prompt\[0\]\.role must be a non-empty string, got None"),
         ({"prompt": [{"role": "user", "content": 3}]}, r"'prompt\[0\]\.content' must be a string, got a number"),
         ({"prompt": [{"role": "user", "content": ["x"]}]}, r"'prompt\[0\]\.content' must be a string, got a list"),
@@ -132,7 +131,7 @@ def test_read_pairs_tools(write, tools, expected) -> None:
         ({"prompt": [{"from": "robot", "value": "x"}]}, r"prompt\[0\]\.from must be one of human, .*got 'robot'"),
         (
             {"system": "Be kind."},
-            r"'system' is not read, and the prompt does not contain it; make it the first message",
+            r"'system' is not read, and the prompt does not contain it; make it part of the prompt",
         ),
         ({"images": ["a.png"]}, r"field 'images' cannot be used: pairs are text only"),
         ({"chat_template_kwargs": {"a": 1}}, r"set `chat_template_kwargs` for the whole data set"),
