@@ -102,8 +102,10 @@ def _check_named_fields(fields: dict[str, Any], record: dict[str, Any], config: 
 def _from_prompt(fields: dict[str, Any], config: DataConfig) -> Parts:
     """Read the forms of TRL: an explicit prompt, or one to be found at the start of both sides."""
     chosen, rejected = _answers(fields, config)
-    prompt = _text(fields, config.prompt_field) if config.prompt_field in fields else None
+    prompt = _text(fields, "prompt_field", config) if config.prompt_field in fields else None
     if isinstance(prompt, list):
+        if isinstance(chosen, str) or isinstance(rejected, str):
+            _check_last_turn(prompt, config.prompt_field, config)
         return prompt, _turns(chosen), _turns(rejected)
     _same_form(config.chosen_field, chosen, config.rejected_field, rejected)
     if prompt is None:
@@ -135,11 +137,7 @@ def _from_sharegpt(fields: dict[str, Any], config: DataConfig) -> Parts:
             raise ValueError(f"{config.conversations_field!r} begins with another system turn than field 'system'")
         if not prompt or prompt[0]["role"] != "system":
             prompt.insert(0, message)
-    if prompt and prompt[-1]["role"] == "assistant":
-        raise ValueError(
-            f"{config.conversations_field!r} ends with an answer, which {config.chosen_field!r} and "
-            f"{config.rejected_field!r} would follow; remove its last turn"
-        )
+    _check_last_turn(prompt, config.conversations_field, config)
     chosen, rejected = _answers(fields, config)
     return prompt, _turns(chosen), _turns(rejected)
 
@@ -155,7 +153,15 @@ def _answers(fields: dict[str, Any], config: DataConfig) -> tuple[Text, Text]:
             f"{config.prompt_field!r}, the messages without the last one, {config.chosen_field!r}, the last one, and "
             f"{config.rejected_field!r}, a string or the rejected last message"
         )
-    return _text(fields, config.chosen_field), _text(fields, config.rejected_field)
+    return _text(fields, "chosen_field", config), _text(fields, "rejected_field", config)
+
+
+def _check_last_turn(prompt: list[Message], name: str, config: DataConfig) -> None:
+    if prompt and prompt[-1]["role"] == "assistant":
+        raise ValueError(
+            f"{name!r} ends with an answer, which {config.chosen_field!r} and {config.rejected_field!r} would follow; "
+            "remove its last turn"
+        )
 
 
 def _turns(answer: Text) -> list[Message]:
@@ -192,9 +198,13 @@ def _split_common_start(chosen: Text, rejected: Text) -> Parts:
     return chosen[:length], chosen[length:], rejected[length:]
 
 
-def _text(fields: dict[str, Any], name: str) -> Text:
+def _text(fields: dict[str, Any], setting: str, config: DataConfig) -> Text:
+    name = getattr(config, setting)
     if name not in fields:
-        raise ValueError(f"field {name!r} is missing; the record has {shorten(list(fields))}")
+        raise ValueError(
+            f"field {name!r} is missing; the record has {shorten(list(fields))}; if one of these is meant, set "
+            f"`{setting}`"
+        )
     value = fields[name]
     if not isinstance(value, str):
         return checked_messages(value, name)

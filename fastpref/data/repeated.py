@@ -56,6 +56,8 @@ def _settled(
             tally.repeated_prompts["kept" if decision == "keep" else "removed"] += 1
             yield pair if decision == "keep" else _shortened(pair)
         elif decision == "keep":
+            if any(_sides_that_repeat(pair)):
+                tally.repeated_prompts["on one side"] += 1
             yield pair
         else:
             problems.add(
@@ -69,7 +71,11 @@ def _settled(
 
 
 def _repeats(pair: PreferencePair) -> bool:
-    return all(str(side).startswith(str(pair.prompt)) for side in (pair.chosen, pair.rejected))
+    return all(_sides_that_repeat(pair))
+
+
+def _sides_that_repeat(pair: PreferencePair) -> list[bool]:
+    return [str(side).startswith(str(pair.prompt)) for side in (pair.chosen, pair.rejected)]
 
 
 def _shortened(pair: PreferencePair) -> PreferencePair:

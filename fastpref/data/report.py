@@ -43,7 +43,8 @@ class DataReport:
     unread: dict[str, int] = field(default_factory=dict)
     """Pairs that have a value in a field which is not read (identifiers, scores, ...), by the field."""
     repeated_prompts: dict[str, int] = field(default_factory=dict)
-    """Pairs whose answers both begin with their prompt: removed, or kept (see `repeated_prompt`)."""
+    """Pairs whose answers begin with their prompt: removed from both, kept on both (see `repeated_prompt`), or kept on
+    one side."""
     prompt_tokens: LengthStats = field(default_factory=LengthStats)
     chosen_tokens: LengthStats = field(default_factory=LengthStats)
     """Completion tokens of the preferred side."""

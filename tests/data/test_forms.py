@@ -83,6 +83,11 @@ def test_sharegpt_prompt_that_ends_with_an_answer_is_refused(write) -> None:
         read(write, [{"conversations": turns, "chosen": GOOD, "rejected": BAD}])
 
 
+def test_conversation_that_ends_with_an_answer_is_no_prompt_of_strings(write) -> None:
+    with pytest.raises(DataError, match=r"'messages' ends with an answer.*; remove its last turn"):
+        read(write, [{"messages": [USER, GOOD], "chosen": "a", "rejected": "b"}], prompt_field="messages")
+
+
 def test_members_of_sharegpt_turns_reach_the_template(write) -> None:
     turn = {"from": "human", "value": "Hi", "name": "Ann", "tool_calls": None}
     ((prompt, _, _),) = read(write, [{"conversations": [turn], "chosen": GOOD, "rejected": BAD}])
@@ -119,6 +124,11 @@ def test_repeated_prompt_is_kept_on_request(write, byte_tokenizer) -> None:
     path = write(json.dumps(repeating("Q")))
     report = load_dataset(path, byte_tokenizer, DataConfig(repeated_prompt="keep")).report
     assert report.repeated_prompts == {"kept": 1}
+
+
+def test_prompt_repeated_on_one_side_is_reported(write, byte_tokenizer) -> None:
+    path = write("\n".join(map(json.dumps, (ONE_SIDE, PLAIN))))
+    assert load_dataset(path, byte_tokenizer, DataConfig()).report.repeated_prompts == {"on one side": 1}
 
 
 PLAIN = {"prompt": "Q", "chosen": "a", "rejected": "b"}

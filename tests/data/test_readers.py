@@ -120,7 +120,10 @@ def test_read_pairs_tools(write, tools, expected) -> None:
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"rejected": None}, r"field 'rejected' is missing; the record has \['prompt', 'chosen'\]"),
+        (
+            {"rejected": None},
+            r"field 'rejected' is missing; the record has \['prompt', 'chosen'\].* set `rejected_field`",
+        ),
         ({"chosen": 4}, r"'chosen' must be a string or a list of messages, got a number"),
         ({"chosen": [GOOD]}, r"'chosen' is a list but 'rejected' is a string"),
         ({"chosen": [GOOD], "rejected": [BAD], "prompt": [USER, "Hi"]}, r"prompt\[1\] must be a message.*got a string"),
