@@ -25,6 +25,7 @@ from fastpref.data import (
     load_tokenizer,
     resolve_pad_token_id,
 )
+from fastpref.data.open_files import hub_hint
 from fastpref.errors import ConfigError, Problem, raise_if_any
 from fastpref.run.architecture.adapters import AdapterFiles, adapted_linears
 from fastpref.run.architecture.architecture import Architecture
@@ -213,7 +214,8 @@ def _path_problems(config: RunConfig, for_training: bool, saves: bool) -> Iterat
             yield Problem(key, f": {path!r} is not a directory; {relative_to}")
     for key, path in files:
         if not Path(path).exists():
-            yield Problem(key, f": {path!r} does not exist; {relative_to}")
+            hint = hub_hint(path)
+            yield Problem(key, f": {path!r} does not exist; {relative_to}{hint and f'; {hint}'}")
     for key, path in _new_directories(config).items():
         if Path(path).exists() and not Path(path).is_dir():
             yield Problem(key, f": {path!r} exists and is not a directory; choose another")
