@@ -53,7 +53,8 @@ class DataConfig:
     weight_field: str = "weight"
     """Field of the optional pair weight, > 0."""
     chat_template: str | None = None
-    """Jinja chat template (the text, not a path) used instead of the tokenizer's own."""
+    """Jinja chat template used instead of the tokenizer's own: its text, the path of a file that holds it, or the name
+    of one of the tokenizer's templates. What has no `{{` or `{%` is no text."""
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Variables for the chat template, for example a fixed date where the template would print today's."""
     append_eos: bool = True
