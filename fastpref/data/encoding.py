@@ -31,13 +31,12 @@ class Encoder:
         return type(self._tokenizer).__name__
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of each text, without added special tokens; special tokens that it spells out are parsed."""
+        """Return the ids of each text, without added special tokens."""
         if not texts:
             return []
         # `verbose` is the warning about texts beyond the model's length, which `max_length` settles.
         options = {"add_special_tokens": False, "padding": False, "truncation": False, "verbose": False}
         encoded: list[list[int]] = self._tokenizer(list(texts), **options)["input_ids"]
-        self._check_special(texts, encoded)
         return encoded
 
     def opened(self, ids: list[int]) -> list[int]:
@@ -77,18 +76,41 @@ class Encoder:
             )
         return text, token_id
 
-    def check_added_end(self) -> None:
-        """Refuse a tokenizer that ends texts in something else than the end-of-sequence token.
+    def check_added(self) -> None:
+        """Refuse a tokenizer of which it is unclear what it puts around a text.
 
         Raises:
-            ConfigError: with the tokens.
+            ConfigError: texts end in something else than the end-of-sequence token, or its settings contradict its
+                post-processor.
         """
-        end = self.added[1]
+        start, end = self.added
         if end and end != [self._tokenizer.eos_token_id]:
             raise ConfigError(
                 f"the tokenizer {self.name} ends every text in {self._tokenizer.decode(end)!r}, which stands at the "
                 "end of no prompt and is not its end-of-sequence token; take that out of its post-processor"
             )
+        asked = self._tokenizer.init_kwargs.get("add_bos_token")
+        if isinstance(asked, bool) and asked != (self._tokenizer.bos_token_id in start):
+            does = "puts none in front of a text" if asked else "puts one in front of every text"
+            raise ConfigError(
+                f"the tokenizer {self.name} has `add_bos_token: {str(asked).lower()}` in tokenizer_config.json and, as "
+                f"transformers loads it, {does}; remove `add_bos_token` there if that is meant, else mend `bos_token` "
+                "or the post-processor of tokenizer.json"
+            )
+
+    def check_special(self, text: str, ids: list[int]) -> None:
+        """Refuse a tokenizer that does not parse the special tokens that a chat template spells out.
+
+        Raises:
+            ConfigError: with the token.
+        """
+        for token, token_id in self._unparsed.items():
+            if text.count(token) > ids.count(token_id):
+                raise ConfigError(
+                    f"the tokenizer {self.name} cuts the special token {token!r} into pieces where the chat template "
+                    "spells it out; set `split_special_tokens` of the tokenizer and `single_word` of the token to "
+                    "false, or make it a token of the vocabulary"
+                )
 
     def continuation(self, text: str) -> list[int]:
         """Return the ids of a text that goes on in mid-sequence: nothing is put in front of it.
@@ -150,16 +172,6 @@ class Encoder:
             for (text, token_id), ids in zip(special.items(), encoded, strict=True)
             if token_id not in ids
         }
-
-    def _check_special(self, texts: Sequence[str], encoded: list[list[int]]) -> None:
-        for token, token_id in self._unparsed.items():
-            for text, ids in zip(texts, encoded, strict=True):
-                if text.count(token) > ids.count(token_id):
-                    raise ConfigError(
-                        f"the tokenizer {self.name} cuts its special token {token!r} into pieces where a text spells "
-                        "it out, so that the model would not see it; set its `split_special_tokens` and, of this token, "
-                        "`single_word` to false, and use a token of its vocabulary"
-                    )
 
 
 def _without_prefix(part: Any) -> Any:

@@ -61,7 +61,8 @@ def tokenize_pairs(
     Raises:
         DataError: bad pairs, with `on_bad_pair: error`; up to `max_reported` of them in one message.
         ConfigError: the tokenizer lacks the chat template or the end-of-sequence token that the pairs need, cuts
-            special tokens into pieces, or ends texts in another token; `chat_template` is no template.
+            special tokens into pieces, or contradicts itself about what stands around a text; `chat_template` is no
+            template.
         MissingDependencyError: a chat template without jinja2.
     """
     tally, problems = Tally(), ProblemLog(config.max_reported)
@@ -130,7 +131,7 @@ def _render(pair: PreferencePair, encoder: Encoder, renderer: ChatRenderer, conf
     assert isinstance(pair.prompt, str)
     assert isinstance(pair.chosen, str)
     assert isinstance(pair.rejected, str)
-    encoder.check_added_end()
+    encoder.check_added()
     eos = encoder.eos[0] if config.append_eos else ""
     chosen, rejected = pair.chosen.removesuffix(eos), pair.rejected.removesuffix(eos)
     if chosen == rejected:
@@ -146,11 +147,13 @@ def _encode(rendered: list[tuple[PreferencePair, Rendered]], encoder: Encoder, c
         prompt, chosen, rejected = islice(encoded, 3)
         # A chat template writes all special tokens itself.
         if pair.is_conversational:
+            for text, ids in zip(texts, (prompt, chosen, rejected), strict=True):
+                encoder.check_special(text, ids)
             yield _Whole(pair, texts, (prompt, chosen, rejected), [])
             continue
         end = [encoder.eos[1]] if config.append_eos else []
-        ids = encoder.opened(prompt), encoder.opened(chosen) + end, encoder.opened(rejected) + end
-        yield _Whole(pair, texts, ids, end)
+        opened = encoder.opened(prompt), encoder.opened(chosen) + end, encoder.opened(rejected) + end
+        yield _Whole(pair, texts, opened, end)
 
 
 def _finish(whole: _Whole, encoder: Encoder, renderer: ChatRenderer, config: DataConfig, tally: Tally) -> Sides:

@@ -97,29 +97,20 @@ def check_loaded(tokenizer: Any, directory: Path, settings: Mapping[str, Any]) -
             f"{where} loads as {kind}, which has no chat template that could be set; save it as {_JSON}, and leave "
             "tekken.json out of the directory"
         )
-    read = [name for name in type(tokenizer).vocab_files_names.values() if (directory / name).is_file()]
-    if not read and not (directory / "tekken.json").is_file():
-        wanted = ", ".join(sorted(set(type(tokenizer).vocab_files_names.values())))
+    wanted = {*type(tokenizer).vocab_files_names.values(), *([_JSON, "tekken.json"] if tokenizer.is_fast else [])}
+    if wanted and not any((directory / name).is_file() for name in wanted):
         raise ConfigError(
-            f"{where} loads as {kind}, which reads {wanted}, none of which is there; copy one of them, or set "
-            "`tokenizer_class` in tokenizer_config.json to the class of its files"
+            f"{where} loads as {kind}, which reads {', '.join(sorted(wanted))}, none of which is there; copy one of "
+            "them, or set `tokenizer_class` in tokenizer_config.json to the class of its files"
         )
     _check_tokens(tokenizer, directory, f"{where} loads as {kind}, which")
     _check_added_tokens(tokenizer, directory, settings, where)
     model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
     if getattr(model, "dropout", None):
         raise ConfigError(f"{where} drops merges at random (`dropout` of the model in {_JSON}); set it to null")
-    encoder = Encoder(tokenizer)
-    for key, token_id, added in (
-        ("add_bos_token", tokenizer.bos_token_id, encoder.added[0]),
-        ("add_eos_token", tokenizer.eos_token_id, encoder.added[1]),
-    ):
-        if isinstance(settings.get(key), bool) and settings[key] != (token_id in added):
-            does = "does not add it" if settings[key] else "adds it"
-            raise ConfigError(
-                f"{where}: tokenizer_config.json has `{key}: {str(settings[key]).lower()}`, but the tokenizer as "
-                f"transformers loads it {does}; remove `{key}`, or mend the token or the post-processor of {_JSON}"
-            )
+    if isinstance(settings.get("add_bos_token"), bool):
+        # transformers leaves it out where there is a tokenizer.json, and never saves it; for `Encoder` to compare.
+        tokenizer.init_kwargs["add_bos_token"] = settings["add_bos_token"]
 
 
 def _check_tokens(tokenizer: Any, directory: Path, does: str) -> None:
@@ -128,7 +119,7 @@ def _check_tokens(tokenizer: Any, directory: Path, does: str) -> None:
     from transformers import PreTrainedTokenizerFast
 
     found = tokenizer.convert_ids_to_tokens(Encoder(tokenizer).ids([_PROBE])[0])
-    if (directory / _JSON).is_file():
+    if tokenizer.is_fast and (directory / _JSON).is_file():
         name = _JSON
         if type(tokenizer) is PreTrainedTokenizerFast:  # it takes the file as it is
             return
