@@ -5,7 +5,6 @@
 Importing this package needs PyTorch alone; the extra `hf` brings tokenizers, chat templates and Parquet.
 """
 
-from fastpref.data.chat import with_chat_template
 from fastpref.data.collate import PreferenceCollator
 from fastpref.data.collate_packed import PackedCollator
 from fastpref.data.config import DataConfig
@@ -43,5 +42,4 @@ __all__ = [
     "resolve_pad_token_id",
     "rows_of_rank",
     "tokenize_pairs",
-    "with_chat_template",
 ]

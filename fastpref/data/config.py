@@ -68,7 +68,8 @@ class DataConfig:
     max_completion_length: int | None = None
     """Tokens of each completion, >= 1; null for no limit of its own."""
     truncation: str = "keep_start"
-    """What to do with a pair over a limit: keep_start, keep_end or drop (see `tokenize_pairs`)."""
+    """What to do with a pair over a limit: keep_start, keep_end (cuts off the start of the prompt, with its
+    beginning-of-sequence token and system turn) or drop."""
     on_bad_pair: str = "error"
     """error, or drop and count: equal sides, an empty field, a prompt that fills the limit, a boundary mismatch."""
     pad_to_multiple_of: int = 8

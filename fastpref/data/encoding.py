@@ -125,13 +125,19 @@ class Encoder:
             return list(encoding.ids)
         return encoding.ids[:first] + self.ids([text[encoding.offsets[first][0] :]])[0]
 
-    def reads_alike(self, ids: list[int], others: list[int]) -> bool:
-        """Whether two sequences of tokens stand for the same text."""
-        left, right = (
-            self._tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-            for tokens in (ids, others)
+    def reads_on(self, prompt: list[int], rest: list[int], whole: list[int]) -> bool:
+        """Whether the tokens of a prompt and of what goes on behind it stand for the same text as those of the whole.
+
+        Where a word across the boundary is unknown as a whole, and its parts are not, the parts say more.
+        """
+        unknown = self._tokenizer.unk_token_id
+        if unknown is not None and whole.count(unknown) > (prompt + rest).count(unknown):
+            return True
+        parts, together = (
+            self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            for ids in (prompt + rest, whole)
         )
-        return left == right
+        return bool(parts == together)
 
     @cached_property
     def _added_ids(self) -> set[int]:

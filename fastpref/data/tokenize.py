@@ -202,7 +202,7 @@ def _continuation(whole: _Whole, text: str, ids: list[int], encoder: Encoder) ->
     if not text.startswith(whole.texts[0]):
         return None
     rest = encoder.continuation(text.removeprefix(whole.texts[0])) + whole.end
-    return rest if encoder.reads_alike(whole.ids[0] + rest, ids) else None
+    return rest if encoder.reads_on(whole.ids[0], rest, ids) else None
 
 
 def _boundary_message(whole: _Whole, encoder: Encoder, renderer: ChatRenderer, config: DataConfig) -> str:

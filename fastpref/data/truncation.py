@@ -21,6 +21,11 @@ def truncate(sides: Sides, config: DataConfig, path: str, line: int) -> Sides:
     `max_length` for the two together: keep_start shortens the completions, keep_end the start of the prompt by what
     the longer side needs.
 
+    Tokens are cut, not words or turns: keep_end takes off the beginning-of-sequence token and the system turn first
+    and may begin in the middle of a turn, keep_start may take off the generation prompt (`max_prompt_length`), and a
+    shortened completion has no end-of-sequence token. Nothing is put back in their place. "drop" leaves such pairs out.
+    The tokenizer's own `model_max_length` plays no part.
+
     Raises:
         BadPairError: nothing of a completion, or nothing of the prompt, would be left; or the sides are equal.
         DroppedPair: the pair is over a limit and `truncation` is "drop".

@@ -14,8 +14,8 @@ from fastpref.data import (
     load_dataset,
     load_tokenizer,
     tokenize_pairs,
-    with_chat_template,
 )
+from fastpref.data.chat import with_chat_template
 from fastpref.errors import ConfigError, DataError
 
 USER = {"role": "user", "content": "Hi"}

@@ -223,6 +223,15 @@ def test_separate_is_refused_by_name_where_a_tokenizer_changes_the_text(build: A
         tokenize_one(make_pair(prompt, chosen, "?"), tokenizer, boundary="separate")
 
 
+def test_separate_keeps_words_that_are_unknown_only_together() -> None:
+    words = [*SPECIAL, "Answer", "Yes"]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = wrap(add_special(backend))
+    pair = tokenize_one(make_pair("Answer", "Yes", "Answer"), tokenizer, boundary="separate", append_eos=False)
+    assert pair.chosen_input_ids == tokenizer("Answer Yes")["input_ids"]
+
+
 @pytest.mark.parametrize("name", ["llama-2", "roberta", "words_only", "wordpiece"])
 @pytest.mark.parametrize("pair", [("Answer: a", "b it is", "yes"), ("Answer: ", "Yes", "No"), ("a", "b", "a")])
 def test_strict_boundary_recommends_what_helps(name: str, pair: tuple[str, str, str]) -> None:

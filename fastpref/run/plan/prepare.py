@@ -24,8 +24,8 @@ from fastpref.data import (
     load_dataset,
     load_tokenizer,
     resolve_pad_token_id,
-    with_chat_template,
 )
+from fastpref.data.chat import with_chat_template
 from fastpref.errors import ConfigError, Problem, raise_if_any
 from fastpref.run.architecture.adapters import AdapterFiles, adapted_linears
 from fastpref.run.architecture.architecture import Architecture
