@@ -166,12 +166,11 @@ class ChatRenderer:
             raise ConfigError(
                 f"the chat template is not valid Jinja (its line {error.lineno}): {error.message}"
             ) from error
-        except jinja2.UndefinedError as error:
-            remedy = "set it in `chat_template_kwargs` if it is a variable of the template, else mend the messages"
-            raise DataError(f"the chat template refuses these messages: {error}; {remedy}", *_where(pair)) from error
         # A template computes what it likes, and fails with the errors of what it computes.
         except Exception as error:
             reason = str(error) or type(error).__name__
+            if isinstance(error, jinja2.UndefinedError) and re.fullmatch(r"'\w+' is undefined", reason):
+                reason += "; if it is a variable of the template, set it in `chat_template_kwargs`"
             raise DataError(f"the chat template refuses these messages: {reason}", *_where(pair)) from error
 
     def _left_out(self, messages: list[Message], text: str, pair: PreferencePair) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Mapping
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -131,9 +132,8 @@ def _check_tokens(tokenizer: Any, directory: Path, does: str) -> None:
         name = next((name for name in models if (directory / name).is_file()), "")
         if not name or _holds_ranks(directory / name):
             return
-        from sentencepiece import SentencePieceProcessor
-
-        expected = SentencePieceProcessor(model_file=str(directory / name)).encode(_PROBE, out_type=str)
+        processor = import_module("sentencepiece").SentencePieceProcessor(model_file=str(directory / name))
+        expected = processor.encode(_PROBE, out_type=str)
     if found != expected:
         index = next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), 0)
         raise ConfigError(

@@ -148,7 +148,7 @@ def test_prepare_for_evaluation_alone(project: Path) -> None:
 
 def test_chat_template_of_a_run_is_the_tokenizers(project: Path) -> None:
     """Whether it is given as text or as a file: for the tokens, the reference's identity and what is exported."""
-    template = TEMPLATE.replace("<|end|>", "w0<|end|>")
+    template = TEMPLATE.replace("<|end|>", " w0<|end|>")
     (project / "chat.jinja").write_text(template)
     runs = [prepared(f"data.chat_template={text}") for text in ("chat.jinja", json.dumps(template))]
     assert [run.tokenizer.chat_template for run in runs] == [template, template]
