@@ -42,13 +42,15 @@ def load_tokenizer(path: str | Path) -> Any:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             str(directory), local_files_only=True, trust_remote_code=False
         )
+        check_loaded(tokenizer, directory, settings)
+    except ConfigError:
+        raise
     # The rust library raises plain Exception for a malformed tokenizer.json.
     except Exception as error:
         remedy = "save it again"
         if not (directory / "tokenizer.json").is_file():
             remedy = "copy its tokenizer.json there, or set `tokenizer_class` in tokenizer_config.json to its class"
         raise ConfigError(f"tokenizer {str(path)!r} does not load: {error}; {remedy}") from error
-    check_loaded(tokenizer, directory, settings)
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

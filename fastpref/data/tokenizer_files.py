@@ -104,11 +104,11 @@ def check_loaded(tokenizer: Any, directory: Path, settings: Mapping[str, Any]) -
             f"{where} loads as {kind}, which reads {', '.join(sorted(wanted))}, none of which is there; copy one of "
             "them, or set `tokenizer_class` in tokenizer_config.json to the class of its files"
         )
-    _check_tokens(tokenizer, directory, f"{where} loads as {kind}, which")
-    _check_added_tokens(tokenizer, directory, settings, where)
     model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
     if getattr(model, "dropout", None):
         raise ConfigError(f"{where} drops merges at random (`dropout` of the model in {_JSON}); set it to null")
+    _check_tokens(tokenizer, directory, f"{where} loads as {kind}, which")
+    _check_added_tokens(tokenizer, directory, settings, where)
     if isinstance(settings.get("add_bos_token"), bool):
         # transformers leaves it out where there is a tokenizer.json, and never saves it; for `Encoder` to compare.
         tokenizer.init_kwargs["add_bos_token"] = settings["add_bos_token"]
@@ -119,21 +119,23 @@ def _check_tokens(tokenizer: Any, directory: Path, does: str) -> None:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    found = tokenizer.convert_ids_to_tokens(Encoder(tokenizer).ids([_PROBE])[0])
     if tokenizer.is_fast and (directory / _JSON).is_file():
         name = _JSON
         if type(tokenizer) is PreTrainedTokenizerFast:  # it takes the file as it is
             return
         source = Tokenizer.from_file(str(directory / name))
         source.no_truncation()
-        expected = source.encode(_PROBE, add_special_tokens=False).tokens
+        source.no_padding()
+        # by their ids: an unknown piece is shown as it is written
+        expected = [source.id_to_token(i) for i in source.encode(_PROBE, add_special_tokens=False).ids]
     else:
         models = [name for name in type(tokenizer).vocab_files_names.values() if name.endswith(".model")]
         name = next((name for name in models if (directory / name).is_file()), "")
         if not name or _holds_ranks(directory / name):
             return
         processor = import_module("sentencepiece").SentencePieceProcessor(model_file=str(directory / name))
-        expected = processor.encode(_PROBE, out_type=str)
+        expected = [processor.id_to_piece(i) for i in processor.encode(_PROBE)]
+    found = tokenizer.convert_ids_to_tokens(Encoder(tokenizer).ids([_PROBE])[0])
     if found != expected:
         index = next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), 0)
         raise ConfigError(

@@ -142,6 +142,18 @@ def test_class_that_cuts_text_otherwise_than_the_file_is_refused(directory, sett
     assert loaded("hello")["input_ids"] == backend.encode("hello").ids != [VOCAB["hello"]]
 
 
+def test_file_of_unknown_characters_and_settings_of_its_own_loads(directory) -> None:
+    """Unigram without byte fallback, padding and truncation: none of them makes it another tokenizer."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((piece, -2.0) for piece in ["▁", *"helowrd"])]
+    backend = transformers.T5Tokenizer(vocab=pieces).backend_tokenizer
+    backend.enable_padding(length=200, pad_token="<pad>")
+    backend.enable_truncation(5)
+    settings = {"tokenizer_config.json": {"tokenizer_class": "T5Tokenizer"}}
+    loaded = load_tokenizer(directory({"tokenizer.json": backend.to_str(), **settings}))
+    assert type(loaded) is transformers.T5Tokenizer
+    assert len(loaded("hello world", padding=False, truncation=False)["input_ids"]) == 13
+
+
 @pytest.mark.parametrize(
     "backend",
     [
