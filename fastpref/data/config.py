@@ -67,7 +67,8 @@ class DataConfig:
     """What to do where prompt, chosen and rejected are strings and both answers begin with the prompt: remove it from
     them (all records must then repeat it), keep it, or auto: remove if all of the first 256 records of a file do so."""
     chat_template: str | None = None
-    """Jinja chat template (the text, not a path) used instead of the tokenizer's own."""
+    """Jinja chat template used instead of the tokenizer's own: its text, the path of a file that holds it, or the name
+    of one of the tokenizer's templates. What has no `{{` or `{%` is no text."""
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Variables for the chat template, for example a fixed date where the template would print today's."""
     append_eos: bool = True
@@ -81,7 +82,8 @@ class DataConfig:
     max_completion_length: int | None = None
     """Tokens of each completion, >= 1; null for no limit of its own."""
     truncation: str = "keep_start"
-    """What to do with a pair over a limit: keep_start, keep_end or drop (see `tokenize_pairs`)."""
+    """What to do with a pair over a limit: keep_start, keep_end (cuts off the start of the prompt, with its
+    beginning-of-sequence token and system turn) or drop."""
     on_bad_pair: str = "error"
     """error, or drop and count: equal sides, an empty field, a prompt that fills the limit, a boundary mismatch."""
     pad_to_multiple_of: int = 8

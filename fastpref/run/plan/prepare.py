@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from fastpref.data import (
     load_tokenizer,
     resolve_pad_token_id,
 )
+from fastpref.data.chat import with_chat_template
 from fastpref.data.open_files import hub_hint
 from fastpref.errors import ConfigError, Problem, raise_if_any
 from fastpref.run.architecture.adapters import AdapterFiles, adapted_linears
@@ -56,7 +57,7 @@ class PreparedRun:
     reference_architecture: Architecture | None
     """The reference, where it has a directory of its own."""
     tokenizer: Any
-    """A transformers tokenizer."""
+    """A transformers tokenizer, with the run's chat template."""
     train: PreferenceDataset | None
     """Training pairs; None where only an evaluation was asked for."""
     eval: PreferenceDataset | None
@@ -145,15 +146,17 @@ def prepare(
     reference = None if reference_is_policy(config) else Architecture.of(str(config.reference_path))
     raise_if_any([*_layout_problems(config, architecture, world_size), *_reference_problems(reference, architecture)])
     _check_lora(config, architecture)
-    tokenizer = load_tokenizer(config.model.tokenizer_path)
+    tokenizer = _tokenizer(config)
+    # the tokenizer has the template by now
+    data = replace(config.data, chat_template=None)
     run = PreparedRun(
         config=config,
         world_size=world_size,
         architecture=architecture,
         reference_architecture=reference,
         tokenizer=tokenizer,
-        train=load_dataset(train_paths, tokenizer, config.data) if train_paths else None,
-        eval=load_dataset(config.data.eval_paths, tokenizer, config.data) if config.data.eval_paths else None,
+        train=load_dataset(train_paths, tokenizer, data) if train_paths else None,
+        eval=load_dataset(data.eval_paths, tokenizer, data) if data.eval_paths else None,
     )
     for dataset in (run.train, run.eval):
         if dataset is not None:
@@ -164,6 +167,15 @@ def prepare(
     if for_training:
         _check_schedule(run)
     return run
+
+
+def _tokenizer(config: RunConfig) -> Any:
+    """Load the tokenizer and put the run's chat template on it, for whoever renders, compares or saves it."""
+    tokenizer = load_tokenizer(config.model.tokenizer_path)
+    try:
+        return with_chat_template(tokenizer, config.data.chat_template)
+    except ConfigError as error:
+        raise ConfigError([problem.under("data") for problem in error.problems]) from error
 
 
 def launched_world_size() -> int:

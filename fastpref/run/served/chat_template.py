@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from fastpref.data import DataConfig
+from fastpref.data.chat import with_chat_template
 from fastpref.errors import ConfigError
 
 Template = str | dict[str, str]
@@ -32,10 +33,7 @@ PROBES = (_TURNS[1:2], _TURNS[1:3], _TURNS[1:], _TURNS)
 
 def trained_template(config: DataConfig, tokenizer: Any) -> Template | None:
     """Return the template that conversations of a run are written with, before its variables; None for none."""
-    named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
-    if config.chat_template is None:
-        return tokenizer.chat_template or None
-    return named.get(config.chat_template, config.chat_template)
+    return with_chat_template(tokenizer, config.chat_template).chat_template or None
 
 
 def served_template(config: DataConfig, tokenizer: Any) -> Template | None:
