@@ -182,9 +182,9 @@ class ChatRenderer:
                 return f"the {message['role']} turn {_shown(content)}"
             calls = message.get("tool_calls")
             without = [*messages[:index], {**message, "tool_calls": None}, *messages[index + 1 :]]
-            if calls and _is_missing(_first_name(calls), text) and self._same(text, pair, without):
+            if calls and self._same(text, pair, without):
                 return f"the tool calls of a turn, {_shown(calls)}"
-        if pair.tools and _is_missing(_first_name(pair.tools), text) and self._same(text, pair, messages, tools=None):
+        if pair.tools and self._same(text, pair, messages, tools=None):
             return "the tools"
         return ""
 
@@ -198,13 +198,6 @@ class ChatRenderer:
 def _is_missing(part: str, text: str) -> bool:
     part = part.strip()
     return bool(part) and part not in text
-
-
-def _first_name(functions: Any) -> str:
-    """Name of the first function of tools or tool calls; a text that is nowhere, where it has no usual form."""
-    first = functions[0] if isinstance(functions, list) and isinstance(functions[0], dict) else {}
-    named = first.get("function", first)
-    return str(named.get("name") or "\0") if isinstance(named, dict) else "\0"
 
 
 def _difference(pair: PreferencePair) -> str:
