@@ -12,6 +12,7 @@ from fastpref.checkpoint import directory
 from fastpref.errors import ConfigError
 from fastpref.run.config.arguments import ParallelArguments
 from fastpref.run.config.run_config import RunConfig
+from fastpref.run.plan.announce import announce
 from fastpref.run.plan.prepare import hf_config_of, launched_world_size
 from fastpref.trainer.build import build_policy
 from fastpref.trainer.model.build import save_hf
@@ -53,6 +54,9 @@ def export_checkpoint(config: RunConfig, checkpoint: str, output: str | Path, *,
 
 def export_models(models: list[GPTModel], config: RunConfig, output: str | Path, *, merge: bool = False) -> None:
     """Write trained models: the adapters of a `lora` run for peft; else, or with `merge`, whole, with the tokenizer."""
+    announce(
+        config.training, f"Writing the {'adapters' if config.lora is not None and not merge else 'model'} to {output}"
+    )
     if config.lora is not None and not merge:
         save_adapter(models, output, config.model.path)
     else:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +30,7 @@ from fastpref.run.architecture.adapters import AdapterFiles, adapted_linears
 from fastpref.run.architecture.architecture import Architecture
 from fastpref.run.config.layout import model_problems, world_problems
 from fastpref.run.config.run_config import RunConfig
+from fastpref.run.plan.announce import announce
 from fastpref.run.plan.pair_schedule import PairSchedule
 from fastpref.run.plan.pipeline import (
     SAMPLE_PAIRS,
@@ -39,6 +40,7 @@ from fastpref.run.plan.pipeline import (
     plan_pipeline,
     row_shape,
 )
+from fastpref.run.plan.resumption import check_position
 from fastpref.run.plan.rows import default_collator, row_capacity
 
 
@@ -151,8 +153,8 @@ def prepare(
         architecture=architecture,
         reference_architecture=reference,
         tokenizer=tokenizer,
-        train=load_dataset(train_paths, tokenizer, config.data) if train_paths else None,
-        eval=load_dataset(config.data.eval_paths, tokenizer, config.data) if config.data.eval_paths else None,
+        train=_read_pairs("training", train_paths, tokenizer, config),
+        eval=_read_pairs("evaluation", config.data.eval_paths, tokenizer, config),
     )
     for dataset in (run.train, run.eval):
         if dataset is not None:
@@ -162,7 +164,18 @@ def prepare(
     raise_if_any(problem.under("training") for problem in expert_stage_problems(run.pipeline_plan, architecture))
     if for_training:
         _check_schedule(run)
+    if for_training and saves:
+        _check_resumption(run)
     return run
+
+
+def _read_pairs(what: str, paths: Sequence[str], tokenizer: Any, config: RunConfig) -> PreferenceDataset | None:
+    if not paths:
+        return None
+    announce(config.training, f"Reading {what} pairs from {', '.join(paths)}")
+    dataset = load_dataset(paths, tokenizer, config.data)
+    announce(config.training, f"Read {what} pairs: {dataset.report.summary()}")
+    return dataset
 
 
 def launched_world_size() -> int:
@@ -294,3 +307,11 @@ def _check_schedule(run: PreparedRun) -> None:
             f"warm-up takes {warmup_steps} of {total_steps} steps; lower training.warmup_steps or "
             "training.warmup_ratio, or train longer"
         )
+
+
+def _check_resumption(run: PreparedRun) -> None:
+    """Refuse early to continue from beyond the end; only the run itself finds out which checkpoint is valid."""
+    args = run.config.training
+    if args.resume_from_checkpoint not in (None, "latest-valid"):
+        for path in directory.candidates(args.checkpoint_root, str(args.resume_from_checkpoint)):
+            check_position(path, run.schedule.total_steps)
