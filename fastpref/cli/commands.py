@@ -250,7 +250,7 @@ def _is_installed(package: str) -> bool:
 def _print(*parts: RenderableType | None) -> None:
     """Print to stdout; a file gets whole lines, however wide the terminal is that the command was started from."""
     console = Console(highlight=False)
-    if not console.is_terminal:
+    if not sys.stdout.isatty():
         console.width = _FILE_WIDTH
     for part in parts:
         if part is not None:

@@ -51,7 +51,9 @@ class RunReporter:
     def __init__(self, args: TrainingArguments, rank: int, total_steps: int, first_step: int) -> None:
         self.active = rank == 0
         self._args, self._first_step, self._total_steps = args, first_step, total_steps
-        self._console = Console(file=_LastingStderr())  # type: ignore[arg-type]
+        is_terminal = sys.stderr.isatty()
+        # Whatever FORCE_COLOR asks for, a file gets no control codes.
+        self._console = Console(file=_LastingStderr(), force_terminal=is_terminal)  # type: ignore[arg-type]
         self._has_warned = False
         self._writers: list[_TensorBoardWriter | _WandbWriter] = []
         self._progress: Progress | None = None
@@ -70,7 +72,7 @@ class RunReporter:
             (self.output_dir / METRICS_FILE).unlink(missing_ok=True)
         self._file = (self.output_dir / METRICS_FILE).open("a", encoding="utf-8")
         # A bar is drawn over and over, which only a terminal can show; elsewhere there is a line for each log.
-        has_bar = (self._console.is_terminal and not self._console.is_dumb_terminal) or self._console.is_jupyter
+        has_bar = (is_terminal and not self._console.is_dumb_terminal) or self._console.is_jupyter
         if has_bar and not args.disable_progress:
             self._progress = Progress(
                 TextColumn("[bold]{task.description}"),

@@ -70,7 +70,9 @@ def _say(number: int) -> None:
     """Tells what a signal leads to, in the way that is safe inside a signal's handler, whatever it interrupts."""
     if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
         return
-    text = _NOTICE.format(name=signal.Signals(number).name) + (_AGAIN if number == signal.SIGINT else "") + "\n"
+    # torchrun keeps a second Ctrl-C to itself, and sends its ranks SIGTERM.
+    can_hurry = number == signal.SIGINT and "TORCHELASTIC_RUN_ID" not in os.environ
+    text = _NOTICE.format(name=signal.Signals(number).name) + (_AGAIN if can_hurry else "") + "\n"
     with contextlib.suppress(OSError, ValueError):  # the terminal may be gone
         descriptor = sys.__stderr__.fileno() if sys.__stderr__ is not None else 2
         # over the progress bar, which is drawn again below
