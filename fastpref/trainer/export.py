@@ -47,6 +47,7 @@ def export_checkpoint(config: RunConfig, checkpoint: str, output: str | Path, *,
     initialize_megatron(config.training)
     path = state.choose(config.training.checkpoint_root, checkpoint)
     models = build_policy(config)
+    announce(config.training, f"Reading the weights of {path}")
     state.load_weights(path, models)
     export_models(models, config, output, merge=merge)
     return path

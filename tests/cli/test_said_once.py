@@ -133,3 +133,13 @@ def test_under_torchrun_the_first_rank_to_end_has_spoken(project: Path) -> None:
     )
     assert result.returncode == 1
     assert len(re.findall("did you mean seed", result.stdout + result.stderr)) == 1, result.stderr
+
+
+def test_wrong_usage_is_said_once(agent_store: TCPStore, run_cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        results.append(run_cli("train"))
+    assert [result.exit_code for result in results] == [2, 2]
+    assert "Missing argument 'CONFIG'" in results[0].stderr and "Usage: " in results[0].stderr
+    assert results[1].stderr == ""
