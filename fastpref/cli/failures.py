@@ -132,7 +132,7 @@ def _shared_store() -> Store | None:
     """The store of the process group; before there is one, that of the launcher's agent, which outlives the ranks."""
     distributed = _distributed()
     if distributed and distributed.is_initialized():
-        return distributed.distributed_c10d._get_default_store()  # type: ignore[no-any-return]
+        return distributed.distributed_c10d._get_default_store()
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     from torch.distributed import TCPStore
