@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -133,3 +135,11 @@ def test_an_interrupt_before_there_is_a_command(
         signal.signal(signal.SIGINT, handler)
     assert ended.value.code == 130
     assert capsys.readouterr().err == "fastpref: interrupted\n"
+
+
+def test_the_exit_code_of_an_interrupt_inside_an_exec() -> None:
+    """Libraries make classes of texts while they are imported, after which CPython would end by the signal itself."""
+    cut = "import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(9)"
+    program = f"import fastpref.cli as command; command._run = lambda: exec({cut!r}); command.main()"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (130, "fastpref: interrupted\n")
