@@ -21,8 +21,8 @@ def main() -> None:
         code = INTERRUPTED
     # What was to be said is said; more of it would only disturb the end of the process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # CPython remembers an interrupt inside of the last `exec` of a text, as libraries do it when they are imported, and
-    # would end the process by the signal, whatever its exit code.
+    # Under `python -m` CPython remembers an interrupt inside of the last `exec` of a text, as libraries do it when they
+    # are imported, and would end the process by the signal, whatever its exit code.
     exec("")
     sys.exit(code)
 

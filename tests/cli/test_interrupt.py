@@ -137,9 +137,17 @@ def test_an_interrupt_before_there_is_a_command(
     assert capsys.readouterr().err == "fastpref: interrupted\n"
 
 
-def test_the_exit_code_of_an_interrupt_inside_an_exec() -> None:
-    """Libraries make classes of texts while they are imported, after which CPython would end by the signal itself."""
+def test_the_exit_code_of_an_interrupt_inside_an_exec(tmp_path: Path) -> None:
+    """Libraries make classes of texts while they are imported, and `python -m` would then end by the signal itself."""
     cut = "import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(9)"
-    program = f"import fastpref.cli as command; command._run = lambda: exec({cut!r}); command.main()"
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    program = f"import fastpref.cli as command\ncommand._run = lambda: exec({cut!r})\ncommand.main()\n"
+    (tmp_path / "cut.py").write_text(program)
+    path = os.pathsep.join([str(tmp_path), str(Path(command_line.__file__).parents[2])])
+    result = subprocess.run(
+        [sys.executable, "-m", "cut"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": path},
+    )
     assert (result.returncode, result.stderr) == (130, "fastpref: interrupted\n")
