@@ -80,7 +80,11 @@ def launcher(nproc: int) -> list[str]:
 def run(command: list[str]) -> None:
     """Prints a command, runs it, and stops the demo when it fails."""
     print("\n$ " + shlex.join(["python", *command[1:]]), flush=True)
-    code = subprocess.run(command, check=False).returncode
+    with subprocess.Popen(command) as process:
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:  # it has come to the command, too, which ends in its own way
+            code = process.wait()
     if code:
         raise SystemExit(code)
 

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,7 @@ def prune(root: Path, keep: int) -> None:
     """Removes the finished checkpoints that are older than the newest `keep` (>= 2) whole ones."""
     assert keep >= 2, keep
     steps = finished_steps(root)
-    whole = [step for step in steps if _is_whole(step_directory(root, step))]
+    whole = [step for step in steps if is_whole(step_directory(root, step))]
     for step in steps if len(whole) >= keep else []:
         if step < whole[-keep]:
             path = step_directory(root, step)
@@ -113,7 +114,15 @@ def prune(root: Path, keep: int) -> None:
             shutil.rmtree(doomed)
 
 
-def _is_whole(path: Path) -> bool:
+def set_aside(path: Path) -> Path:
+    """Rename a damaged checkpoint, so that its step can be saved again; returns the new name."""
+    aside = path.with_name(f"{path.name}.damaged-{uuid.uuid4().hex[:8]}")
+    os.rename(path, aside)
+    sync(path.parent)
+    return aside
+
+
+def is_whole(path: Path) -> bool:
     """Whether all files of a checkpoint are there at full size; their contents are not read."""
     try:
         return not listing_problems(path, read_manifest(path))

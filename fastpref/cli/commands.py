@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -15,9 +18,11 @@ from rich.console import Console, RenderableType
 
 import fastpref
 from fastpref.cli import tables
+from fastpref.cli.exit_codes import PREEMPTED
 from fastpref.cli.failures import ReportingGroup
 from fastpref.cli.kernel_commands import kernels
 from fastpref.errors import ConfigError
+from fastpref.files import write_durably
 
 if TYPE_CHECKING:
     from fastpref.trainer import RunConfig
@@ -25,7 +30,7 @@ if TYPE_CHECKING:
 # The trainer takes seconds to import, so each command does it; --help and --version need not wait for it.
 
 EVAL_FILE = "eval.json"
-PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again
+_FILE_WIDTH = 10_000  # columns; nothing is that wide
 Command = TypeVar("Command", bound=Callable[..., None])
 
 
@@ -50,8 +55,10 @@ def cli() -> None:
     CONFIG is a YAML file; arguments like training.learning_rate=1e-6 change keys of it. Relative paths start at the
     current directory. For several ranks start the same command with: torchrun --nproc-per-node N -m fastpref ...
 
+    Ctrl-C lets train finish the step at hand and save a checkpoint; a second one ends it at once.
+
     Exit codes: 0 done, 2 config, 3 data, 4 checkpoint, 5 non-finite loss or gradient, 6 a peer failed, 7 disk full,
-    75 stopped by SIGTERM or SIGUSR1 after a clean save.
+    75 stopped after a clean save (by Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP), 130 ended by Ctrl-C at once.
     """
     # Megatron calls functions that PyTorch is about to rename; whoever runs a command can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(megatron|torch)\.")
@@ -81,19 +88,22 @@ def train(config_path: Path, overrides: tuple[str, ...], export_dir: Path | None
     seconds = time.perf_counter() - start
     if result.was_preempted:
         if trainer.is_main_process:
-            _print(
+            _print_last_words(
                 f"Stopped by a signal after step {result.global_step}, with a checkpoint; continue with "
                 "training.resume_from_checkpoint=latest"
             )
         platform.destroy()
         raise SystemExit(PREEMPTED)
     if export_dir is not None:
-        export.export_models(trainer.model, config, export_dir, files, merge=merge)
+        with _telling_how_to_export(config, result.global_step):
+            export.export_models(trainer.model, config, export_dir, files, merge=merge)
     if trainer.is_main_process:
         written = _written(config, result.global_step, export_dir)
+        nothing = f"Step {result.global_step} of {result.global_step} was done before: nothing was left to train."
         _print(
+            None if result.steps_run else nothing,
             tables.evaluation_changes(trainer.log_history),
-            tables.summary(trainer.log_history, result.global_step, seconds, written),
+            tables.summary(trainer.log_history, result.global_step, seconds, written, result.steps_run),
         )
     platform.destroy()
 
@@ -113,7 +123,11 @@ def score_ref(config_path: Path, overrides: tuple[str, ...], output: Path | None
 
     config = _load(config_path, overrides)
     start = time.perf_counter()
-    cache, is_new = build.precompute_reference(config, output)
+    try:
+        cache, is_new = build.precompute_reference(config, output)
+    except KeyboardInterrupt as interrupt:
+        interrupt.add_note("the same command goes on where it stopped")
+        raise
     if distributed.get_rank() == 0:
         pairs = sum(plan.num_pairs for plan in cache.tables.values())
         seconds = tables.duration(time.perf_counter() - start)
@@ -135,17 +149,21 @@ def evaluate(config_path: Path, overrides: tuple[str, ...]) -> None:
     trainer = DPOTrainer.for_evaluation(config)
     values = trainer.evaluate()
     if trainer.is_main_process:
-        checkpoint = config.training.resume_from_checkpoint
+        found = trainer.evaluated_checkpoint
         record = {
             "model": config.model.path,
-            "checkpoint": checkpoint,
+            "checkpoint": config.training.resume_from_checkpoint,
+            "checkpoint_directory": None if found is None else str(found.path),
+            "step": None if found is None else found.step,
             "data": config.data.eval_paths,
             "metrics": values,
         }
         path = Path(config.training.output_dir) / EVAL_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        _print(tables.metrics(values, f"Evaluation of {len(trainer.feed.eval_dataset)} pairs"), f"Written to {path}")
+        write_durably(path, (json.dumps(record, indent=2) + "\n").encode())
+        of_step = "" if found is None else f" at step {found.step}"
+        title = f"Evaluation of {len(trainer.feed.eval_dataset)} pairs{of_step}"
+        _print(tables.metrics(values, title), f"Written to {path}")
     platform.destroy()
 
 
@@ -231,10 +249,38 @@ def _is_installed(package: str) -> bool:
 
 
 def _print(*parts: RenderableType | None) -> None:
+    """Print to stdout; a file gets whole lines, however wide the terminal is that the command was started from."""
     console = Console(highlight=False)
+    if not sys.stdout.isatty():
+        console.width = _FILE_WIDTH
     for part in parts:
         if part is not None:
             console.print(part, markup=False)
+
+
+def _print_last_words(text: str) -> None:
+    """Print even where the terminal may be gone, which must not change the exit code."""
+    with suppress(OSError):
+        _print(text)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # the interpreter would try once more when it ends, and fail
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+@contextmanager
+def _telling_how_to_export(config: RunConfig, step: int) -> Iterator[None]:
+    """Notes in an interrupt how to get the model that was trained."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        checkpoint = config.training.checkpoint_root / f"step-{step}"
+        if checkpoint.exists():
+            interrupt.add_note(f"training is done; fastpref export --checkpoint {checkpoint} writes the model")
+        else:
+            interrupt.add_note("training is done, but its weights are lost: save_on_end is false")
+        raise
 
 
 def _written(config: RunConfig, step: int, export_dir: Path | None) -> dict[str, str]:

@@ -56,10 +56,16 @@ def metrics(values: Mapping[str, float], title: str) -> Table:
     return table
 
 
-def summary(history: Sequence[Mapping[str, float]], steps: int, seconds: float, written: Mapping[str, str]) -> Table:
-    """What a run did: steps, time, speed, and what it wrote where."""
+def summary(
+    history: Sequence[Mapping[str, float]],
+    steps: int,
+    seconds: float,
+    written: Mapping[str, str],
+    steps_run: int | None = None,
+) -> Table:
+    """What a run did: steps (and how many of them now, where it was resumed), time, speed, and what it wrote where."""
     table = new_table("Run", ("", ""))
-    table.add_row("optimizer steps", str(steps))
+    table.add_row("optimizer steps", str(steps) if steps_run in (None, steps) else f"{steps} ({steps_run} of them now)")
     table.add_row("time", duration(seconds))
     rates = [record["perf/tokens_per_second"] for record in history if "perf/tokens_per_second" in record]
     if rates:

@@ -17,6 +17,7 @@ from fastpref.data import resolve_pad_token_id
 from fastpref.errors import ConfigError, DataError
 from fastpref.run.architecture.architecture import Architecture
 from fastpref.run.config.run_config import RunConfig
+from fastpref.run.plan.announce import announce
 from fastpref.run.plan.identity import ABSENT, reference_identity
 from fastpref.run.plan.pipeline import PipelinePlan
 from fastpref.run.plan.prepare import PreparedRun, hf_config_of, prepare, reference_is_policy
@@ -137,7 +138,9 @@ def _options(config: RunConfig, plan: PipelinePlan | None) -> ModelOptions:
 def _base(config: RunConfig, plan: PipelinePlan | None, architecture: Architecture | None) -> list[GPTModel]:
     """Return the policy's first weights, without adapters."""
     if config.model.path is not None:
+        announce(config.training, f"Loading the model from {config.model.path}")
         return load_models(config.model.path, _options(config, plan), architecture=architecture)
+    announce(config.training, "Making a model of random weights")
     return build_models(architecture or hf_config_of(config), _options(config, plan), seed=config.training.seed)
 
 
@@ -156,6 +159,7 @@ def _reference(run: PreparedRun) -> list[GPTModel] | None:
     if run.reference_architecture is None:
         return None
     options = _options(run.config, run.pipeline_plan)
+    announce(run.config.training, f"Loading the reference from {run.config.reference_path}")
     return load_models(str(run.config.reference_path), options, architecture=run.reference_architecture)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -19,6 +19,7 @@ from fastpref.losses import DPOConfig, PairLogps, preference_loss
 from fastpref.run.config.arguments import TrainingArguments
 from fastpref.run.config.run_config import RunConfig, batch_problems
 from fastpref.run.config.run_file import dump_run_config
+from fastpref.run.plan.announce import announce
 from fastpref.trainer import build, loop
 from fastpref.trainer.engine import Engine
 from fastpref.trainer.model.chunks import unwrap
@@ -29,6 +30,15 @@ from fastpref.trainer.session import Session
 from fastpref.trainer.step.batch import Microbatch
 from fastpref.trainer.step.feed import PairFeed
 from fastpref.trainer.step.optimizer import check_model
+
+
+class EvaluatedCheckpoint(NamedTuple):
+    """Where the weights of an evaluation come from."""
+
+    path: Path
+    """The checkpoint's directory."""
+    step: int
+    """Optimizer steps done when it was saved."""
 
 
 class DPOTrainer:
@@ -76,6 +86,7 @@ class DPOTrainer:
         self.engine = Engine(model, ref_model, train_config, args, self.feed)
         self.log_history: list[dict[str, float]] = []
         self.settings: str | None = None
+        self.evaluated_checkpoint: EvaluatedCheckpoint | None = None
 
     @classmethod
     def from_config(cls, config: RunConfig) -> Self:
@@ -103,8 +114,11 @@ class DPOTrainer:
         trainer = cls(**build.trainer_parts(config, for_training=False))
         wanted = config.training.resume_from_checkpoint
         if wanted is not None:
-            saved = state.load_weights(state.choose(config.training.checkpoint_root, wanted), trainer.model)
+            path = state.choose(config.training.checkpoint_root, wanted)
+            announce(config.training, f"Reading the weights of {path}")
+            saved = state.load_weights(path, trainer.model)
             trainer.engine.schedule.restore(saved)
+            trainer.evaluated_checkpoint = EvaluatedCheckpoint(path, saved["step"])
         return trainer
 
     @property
@@ -150,7 +164,10 @@ class DPOTrainer:
         return self.engine.lr_scheduler
 
     def train(self) -> loop.TrainResult:
-        """Runs (or resumes) the training loop; see `fastpref.trainer.loop.train`."""
+        """Runs (or resumes) the training loop; see `fastpref.trainer.loop.train`.
+
+        The first Ctrl-C ends it after the step at hand, with a checkpoint and `was_preempted` in the result.
+        """
         return loop.train(self.engine, self.create_optimizer_and_scheduler, self.log_history, self.settings)
 
     def evaluate(self, eval_dataset: Any = None) -> dict[str, float]:

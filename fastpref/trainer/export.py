@@ -15,6 +15,7 @@ from fastpref.checkpoint import directory
 from fastpref.errors import ConfigError
 from fastpref.run.config.arguments import ParallelArguments
 from fastpref.run.config.run_config import RunConfig
+from fastpref.run.plan.announce import announce
 from fastpref.run.plan.prepare import launched_world_size
 from fastpref.run.served.files import ServedFiles, served_files
 from fastpref.trainer.build import build_policy
@@ -51,6 +52,7 @@ def export_checkpoint(config: RunConfig, checkpoint: str, output: str | Path, *,
     path = state.choose(config.training.checkpoint_root, checkpoint)
     models = build_policy(config)
     files = files_of_export(models, config, merge=merge)
+    announce(config.training, f"Reading the weights of {path}")
     state.load_weights(path, models)
     export_models(models, config, output, files, merge=merge)
     return path
@@ -82,6 +84,9 @@ def export_models(
     if torch.distributed.get_rank() == 0:
         for text in files.warnings:
             warnings.warn(text, stacklevel=2)
+    announce(
+        config.training, f"Writing the {'adapters' if config.lora is not None and not merge else 'model'} to {output}"
+    )
     if config.lora is not None and not merge:
         base = None if config.model.path is None else os.path.abspath(config.model.path)
         save_adapter(models, output, base, files.tokenizer, replaced=files.replaced)

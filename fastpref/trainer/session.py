@@ -16,6 +16,8 @@ from fastpref.checkpoint.lock import RunLock
 from fastpref.errors import CheckpointError
 from fastpref.files import write_durably
 from fastpref.run.config.layout import ARGUMENT_NAMES
+from fastpref.run.plan.announce import announce
+from fastpref.run.plan.resumption import check_position
 from fastpref.trainer.engine import Engine
 from fastpref.trainer.ranks.agreement import together
 from fastpref.trainer.saves import state
@@ -53,7 +55,8 @@ class Session:
         """Restores the checkpoint that the settings ask for; returns the number of steps done.
 
         Raises:
-            CheckpointError: there is none, it is unusable or belongs to another run; or a new run would mix with one.
+            CheckpointError: there is none, it is unusable, belongs to another run or lies beyond this one's end; or a
+                new run would mix with one.
         """
         wanted, root = self._args.resume_from_checkpoint, self._args.checkpoint_root
         if wanted is None:
@@ -64,14 +67,20 @@ class Session:
                 )
             return 0
         engine = self._engine
+        path, total_steps = state.choose(root, wanted), engine.feed.schedule.total_steps
+        # Before the settings, whose remedies are none where the run is over.
+        together(lambda: check_position(path, total_steps), f"continuing from {path}")
+        announce(self._args, f"Continuing from {path}")
+        fingerprint = self._fingerprint()
         saved = state.load(
-            state.choose(root, wanted),
+            path,
             engine.wrapped,
             engine.optimizer,
             engine.lr_scheduler,
-            self._fingerprint(),
+            fingerprint,
             may_differ=self._args.resume_allow_changes,
         )
+        state.clear_the_way(root, saved["step"], fingerprint, found_damaged=wanted == "latest-valid")
         use_settings(engine.optimizer, engine.lr_scheduler, self._args)
         engine.schedule.restore(saved)
         return saved["step"]

@@ -1,5 +1,7 @@
 """How commands fail: the code, one message on stderr, no traceback unless asked for."""
 
+import contextlib
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import fastpref
-from fastpref.cli.failures import _is_said_by_rank_0, describe
+from fastpref.cli.failures import describe, say_once
 from fastpref.errors import ConfigError
 from fastpref.testing.workers import RankPool
 from fastpref.trainer.ranks import platform
@@ -99,36 +101,18 @@ def test_missing_package_names_the_extra(project: Path, module: str, arguments: 
     assert "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize(
-    ("environment", "is_silent"),
-    [
-        ({}, False),
-        ({"RANK": "0", "LOCAL_RANK": "0"}, False),
-        ({"RANK": "1", "LOCAL_RANK": "1"}, True),
-        ({"RANK": "8", "LOCAL_RANK": "0"}, False),
-        ({"RANK": "9", "LOCAL_RANK": "1"}, True),
-    ],
-)
-def test_error_before_the_ranks_meet_is_said_once_per_node(
-    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], is_silent: bool
-) -> None:
-    for name in ("RANK", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert _is_said_by_rank_0("any message") is is_silent
-
-
-def is_silent_on_this_rank(messages: list[str]) -> bool:
+def said_on_this_rank(messages: list[str]) -> str:
     import torch.distributed
 
     platform.initialize_distributed()
-    return _is_said_by_rank_0(messages[torch.distributed.get_rank()])
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        say_once(messages[torch.distributed.get_rank()])
+    return said.getvalue()
 
 
 def test_error_of_all_ranks_is_said_by_the_first(rank_pool_2: RankPool) -> None:
-    assert rank_pool_2.run(is_silent_on_this_rank, ["same", "same"]) == [False, True]
+    assert rank_pool_2.run(said_on_this_rank, ["same", "same"]) == ["same\n", ""]
 
 
 def test_error_of_one_rank_is_said_by_it(rank_pool_2: RankPool) -> None:
-    assert rank_pool_2.run(is_silent_on_this_rank, ["mine", "yours"]) == [False, False]
+    assert rank_pool_2.run(said_on_this_rank, ["mine", "yours"]) == ["mine\n", "[rank 1] yours\n"]

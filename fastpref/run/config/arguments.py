@@ -185,7 +185,7 @@ class LoopArguments:
     log_token_stats: bool = False
     """Also log entropy, mean_token_accuracy and mean logits of the policy."""
     disable_progress: bool = False
-    """No progress bar on rank 0."""
+    """No progress bar on rank 0, nor its lines for each phase and, where stderr is no terminal, for each log."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +32,7 @@ from fastpref.run.architecture.adapters import AdapterFiles, adapted_linears
 from fastpref.run.architecture.architecture import Architecture
 from fastpref.run.config.layout import model_problems, world_problems
 from fastpref.run.config.run_config import RunConfig
+from fastpref.run.plan.announce import announce
 from fastpref.run.plan.pair_schedule import PairSchedule
 from fastpref.run.plan.pipeline import (
     SAMPLE_PAIRS,
@@ -41,6 +42,7 @@ from fastpref.run.plan.pipeline import (
     plan_pipeline,
     row_shape,
 )
+from fastpref.run.plan.resumption import check_position
 from fastpref.run.plan.rows import default_collator, row_capacity
 
 
@@ -147,16 +149,14 @@ def prepare(
     raise_if_any([*_layout_problems(config, architecture, world_size), *_reference_problems(reference, architecture)])
     _check_lora(config, architecture)
     tokenizer = _tokenizer(config)
-    # the tokenizer has the template by now
-    data = replace(config.data, chat_template=None)
     run = PreparedRun(
         config=config,
         world_size=world_size,
         architecture=architecture,
         reference_architecture=reference,
         tokenizer=tokenizer,
-        train=load_dataset(train_paths, tokenizer, data) if train_paths else None,
-        eval=load_dataset(data.eval_paths, tokenizer, data) if data.eval_paths else None,
+        train=_read_pairs("training", train_paths, tokenizer, config),
+        eval=_read_pairs("evaluation", config.data.eval_paths, tokenizer, config),
     )
     for dataset in (run.train, run.eval):
         if dataset is not None:
@@ -166,6 +166,8 @@ def prepare(
     raise_if_any(problem.under("training") for problem in expert_stage_problems(run.pipeline_plan, architecture))
     if for_training:
         _check_schedule(run)
+    if for_training and saves:
+        _check_resumption(run)
     return run
 
 
@@ -176,6 +178,16 @@ def _tokenizer(config: RunConfig) -> Any:
         return with_chat_template(tokenizer, config.data.chat_template)
     except ConfigError as error:
         raise ConfigError([problem.under("data") for problem in error.problems]) from error
+
+
+def _read_pairs(what: str, paths: Sequence[str], tokenizer: Any, config: RunConfig) -> PreferenceDataset | None:
+    if not paths:
+        return None
+    announce(config.training, f"Reading {what} pairs from {', '.join(paths)}")
+    # the tokenizer has the template by now
+    dataset = load_dataset(paths, tokenizer, replace(config.data, chat_template=None))
+    announce(config.training, f"Read {what} pairs: {dataset.report.summary()}")
+    return dataset
 
 
 def launched_world_size() -> int:
@@ -308,3 +320,11 @@ def _check_schedule(run: PreparedRun) -> None:
             f"warm-up takes {warmup_steps} of {total_steps} steps; lower training.warmup_steps or "
             "training.warmup_ratio, or train longer"
         )
+
+
+def _check_resumption(run: PreparedRun) -> None:
+    """Refuse early to continue from beyond the end; only the run itself finds out which checkpoint is valid."""
+    args = run.config.training
+    if args.resume_from_checkpoint not in (None, "latest-valid"):
+        for path in directory.candidates(args.checkpoint_root, str(args.resume_from_checkpoint)):
+            check_position(path, run.schedule.total_steps)

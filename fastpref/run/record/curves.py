@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastpref.errors import ConfigError, DataError, MissingDependencyError
+from fastpref.files import write_durably
 from fastpref.run.record.reporting import METRICS_FILE
 
 if TYPE_CHECKING:
@@ -97,7 +99,9 @@ def draw_curves(records: Sequence[Mapping[str, float]], output: str | Path, titl
     if title:
         figure.suptitle(title, fontsize=13)
     Path(output).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output)
+    picture = io.BytesIO()
+    figure.savefig(picture, format=Path(output).suffix.removeprefix("."))
+    write_durably(Path(output), picture.getvalue())
 
 
 def _draw_panel(

@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fastpref.errors import MissingDependencyError
 from fastpref.files import write_durably
+from fastpref.run.plan.announce import announce, clock
 
 if TYPE_CHECKING:
     from fastpref.run.config.arguments import TrainingArguments
 
 METRICS_FILE = "metrics.jsonl"
+_STATUS = {"loss": "loss {:.3f}", "rewards/accuracies": "acc {:.3f}", "rewards/margins": "margin {:.3f}"}
+_LINE = {
+    "loss": "loss {:.4f}",
+    "rewards/accuracies": "accuracy {:.3f}",
+    "rewards/margins": "margin {:.4f}",
+    "lr": "lr {:.2e}",
+    "perf/pairs_per_second": "{:,.1f} pairs/s",
+    "perf/tokens_per_second": "{:,.0f} tokens/s",
+}
+_EVALUATION = {
+    "eval_loss": "loss {:.4f}",
+    "eval_rewards/accuracies": "accuracy {:.3f}",
+    "eval_rewards/margins": "margin {:.4f}",
+}
 
 
 class RunReporter:
@@ -32,7 +50,10 @@ class RunReporter:
 
     def __init__(self, args: TrainingArguments, rank: int, total_steps: int, first_step: int) -> None:
         self.active = rank == 0
-        self._console = Console(stderr=True)
+        self._args, self._first_step, self._total_steps = args, first_step, total_steps
+        is_terminal = sys.stderr.isatty()
+        # Whatever FORCE_COLOR asks for, a file gets no control codes.
+        self._console = Console(file=_LastingStderr(), force_terminal=is_terminal)  # type: ignore[arg-type]
         self._has_warned = False
         self._writers: list[_TensorBoardWriter | _WandbWriter] = []
         self._progress: Progress | None = None
@@ -50,7 +71,9 @@ class RunReporter:
         else:
             (self.output_dir / METRICS_FILE).unlink(missing_ok=True)
         self._file = (self.output_dir / METRICS_FILE).open("a", encoding="utf-8")
-        if not args.disable_progress:
+        # A bar is drawn over and over, which only a terminal can show; elsewhere there is a line for each log.
+        has_bar = (is_terminal and not self._console.is_dumb_terminal) or self._console.is_jupyter
+        if has_bar and not args.disable_progress:
             self._progress = Progress(
                 TextColumn("[bold]{task.description}"),
                 BarColumn(bar_width=24),
@@ -63,6 +86,7 @@ class RunReporter:
             self._task = self._progress.add_task("train", total=total_steps, completed=first_step, status="")
 
     def __enter__(self) -> RunReporter:
+        self._start = time.monotonic()
         if self._progress is not None:
             self._progress.start()
         return self
@@ -95,13 +119,50 @@ class RunReporter:
             self._has_warned = True
             self._console.print(
                 f"[yellow]step {step}: chosen answers are less likely than under the reference and still fall "
-                "(likelihood displacement); consider an sft term in pref_loss, or a larger beta"
+                "(likelihood displacement); consider an sft term in pref_loss, or a larger beta",
+                soft_wrap=True,
             )
-        if self._progress is not None:
-            shown = [("loss", "loss"), ("rewards/accuracies", "acc"), ("rewards/margins", "margin")]
-            status = "  ".join(f"{label} {metrics[name]:.3f}" for name, label in shown if name in metrics)
-            if status:
-                self._progress.update(self._task, status=status)
+        self._show(step, metrics)
+
+    def _show(self, step: int, metrics: Mapping[str, float]) -> None:
+        """The bar's status, or a line; of an evaluation always a line."""
+        place = f"step {step:,}/{self._total_steps:,}"
+        evaluation = _shown(metrics, _EVALUATION)
+        if evaluation:
+            announce(self._args, f"{place}  evaluation: {evaluation}")
+        if self._progress is None:
+            numbers = _shown(metrics, _LINE)
+            if numbers:
+                announce(self._args, f"{place}  {numbers}  ETA {self._time_left(step)}")
+        elif "loss" in metrics:
+            self._progress.update(self._task, status=_shown(metrics, _STATUS))
+
+    def _time_left(self, step: int) -> str:
+        done = max(1, step - self._first_step)
+        return clock((time.monotonic() - self._start) / done * (self._total_steps - step))
+
+
+def _shown(metrics: Mapping[str, float], formats: Mapping[str, str]) -> str:
+    return "  ".join(text.format(metrics[name]) for name, text in formats.items() if name in metrics)
+
+
+class _LastingStderr:
+    """Standard error as it is now; where its terminal is gone, what is shown is dropped and the run goes on."""
+
+    def __init__(self) -> None:
+        self._file = sys.stderr
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._file.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._file.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
 
 
 class _TensorBoardWriter:

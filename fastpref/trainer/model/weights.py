@@ -127,15 +127,20 @@ def write_tensors(tensors: Iterator[tuple[str, Tensor]], make_writer: Callable[[
     is_writer = torch.distributed.get_rank() == 0
     writer = together(lambda: make_writer() if is_writer else None, "beginning a directory of weights")
 
+    def send_the_rest() -> None:
+        for _ in tensors:
+            pass
+
     def write() -> None:
         try:
             if writer is not None:
                 with writer:
                     for name, tensor in tensors:
                         writer.write(name, tensor)
-        finally:
-            for _ in tensors:  # the other ranks still send, whether or not the disk took what came before
-                pass
+        except Exception:
+            send_the_rest()  # as the other ranks do, whether or not the disk took what came before
+            raise
+        send_the_rest()
 
     together(write, "writing weights")
 

@@ -30,12 +30,15 @@ class PeerWatch:
 
     Args:
         report_dir: where a rank that got no answer writes its stack.
+
+    Attributes:
+        step: the optimizer step at hand or last done, counted from 1; 0 before the first.
     """
 
     def __init__(self, report_dir: Path) -> None:
         self._report_dir = report_dir
         self._rank, self._size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        self._step, self._phase = 0, "starting"
+        self.step, self._phase = 0, "starting"
 
     @contextmanager
     def phase(self, step: int, phase: str) -> Iterator[None]:
@@ -44,7 +47,7 @@ class PeerWatch:
         yield
 
     def _sign(self, step: int, phase: str) -> None:
-        self._step, self._phase = step, phase
+        self.step, self._phase = step, phase
         if self._size > 1:
             _store().set(f"{_KEY}{self._rank}", f"{time.time():.1f} step {step}, {phase}")
 
@@ -56,14 +59,14 @@ class PeerWatch:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if isinstance(error, FastprefError) and not isinstance(error, PeerError):
-            error.add_note(f"on rank {self._rank} at step {self._step}, {self._phase}")
+            error.add_note(f"on rank {self._rank} at step {self.step}, {self._phase}")
         elif isinstance(error, RuntimeError) and is_peer_failure(error):
             stack = "".join(traceback.format_exception(error))
             self._report_dir.mkdir(parents=True, exist_ok=True)
             report = self._report_dir / f"peer-failure-rank-{self._rank}.txt"
             report.write_text(stack, encoding="utf-8")
             raise PeerError(
-                f"rank {self._rank} got no answer at step {self._step}, {self._phase}, in {_collective(error)}: "
+                f"rank {self._rank} got no answer at step {self.step}, {self._phase}, in {_collective(error)}: "
                 f"{str(error).splitlines()[0]}. Last signs of life: {'; '.join(self._signs())}. Look at the log of "
                 f"the rank that is behind or silent; where all only work slowly, raise distributed_timeout_seconds "
                 f"(stack: {report})"

@@ -27,6 +27,7 @@ from fastpref.data import PreferenceCollator, PreferenceDataset
 from fastpref.errors import ConfigError, NonFiniteError
 from fastpref.losses import DPOConfig
 from fastpref.run.config.arguments import TrainingArguments
+from fastpref.run.plan.announce import Meter, announce
 from fastpref.run.plan.pair_schedule import PairSchedule
 from fastpref.trainer.model.chunks import vocab_size_of
 from fastpref.trainer.ranks.agreement import from_rank_0, together
@@ -83,8 +84,12 @@ def score_reference(
     writer = CacheWriter(path, identity, plans)
     with ExitStack() as stack:
         missing = from_rank_0(lambda: stack.enter_context(writer.open()), "starting the reference cache")
+        left, total = sum(len(plans[table].pairs_of(shard)) for table, shard in missing), sum(map(len, unique))
+        before = f"; {total - left:,} were scored before" if left < total else ""
+        announce(args, f"Scoring {left:,} pairs with the reference{before}")
+        meter = Meter(args, "Scored", left)
         for table, shard in missing:
-            rows_n6 = _score_shard(reference, unique[table], plans[table].pairs_of(shard), collate, args)
+            rows_n6 = _score_shard(reference, unique[table], plans[table].pairs_of(shard), collate, args, meter)
             from_rank_0(partial(writer.write, table, shard, rows_n6), "writing the reference cache")
         from_rank_0(partial(writer.publish, _versions()), "writing the reference cache")
     return together(lambda: ReferenceCache(path), "opening the reference cache")
@@ -96,6 +101,7 @@ def _score_shard(
     pairs: range,
     collate: PreferenceCollator,
     args: TrainingArguments,
+    meter: Meter,
 ) -> Tensor:
     """Rows [n, 6] of `pairs`, the same on every rank."""
     # Neighbours in length make rows with little padding.
@@ -112,6 +118,7 @@ def _score_shard(
                 is_real_B = (batch.weights_B != 0).to(scores_KS.device)
                 ids_B = batch.pair_ids_B.to(scores_KS.device)[is_real_B] - pairs.start
                 rows_n6[ids_B] = _columns(batch, scores_KS)[is_real_B]
+        meter.advance(len(schedule.batch(step)))
     # Every row is 0 on all ranks but one, so the sum is exact.
     torch.distributed.all_reduce(rows_n6)
     _check_finite(rows_n6, dataset, pairs)

@@ -110,6 +110,41 @@ def load(
     return state
 
 
+def clear_the_way(root: Path, step: int, fingerprint: Mapping[str, Any], *, found_damaged: bool) -> None:
+    """Sees to the checkpoints of later steps, as a run that goes on from `step` leaves a finished one as it is.
+
+    Damaged ones are set aside under another name. Whole ones are what this run will save again, or an error.
+
+    Args:
+        root: the run's checkpoints.
+        step: where the run goes on.
+        fingerprint: the run's settings, from `run_fingerprint`.
+        found_damaged: verification has refused all of them.
+
+    Raises:
+        CheckpointError: one is of a run with other settings; its files would be taken for this run's.
+    """
+
+    def clear() -> None:
+        if torch.distributed.get_rank() != 0:
+            return
+        later = [directory.step_directory(root, number) for number in directory.finished_steps(root) if number > step]
+        foreign = []
+        for path in later:
+            if found_damaged or not directory.is_whole(path):
+                warnings.warn(f"{path} is damaged; it is now {directory.set_aside(path)}", stacklevel=2)
+            elif differences(directory.read_state(path).get("fingerprint", {}), fingerprint):
+                foreign.append(path.name)
+        if foreign:
+            raise CheckpointError(
+                f"{root} holds checkpoints of steps after {step} that were saved with other settings "
+                f"({', '.join(foreign)}), and a finished checkpoint is never overwritten; choose another output_dir "
+                "for the run that goes on with changes, or remove them"
+            )
+
+    together(clear, f"continuing after step {step}")
+
+
 def load_weights(path: Path, models: Sequence[torch.nn.Module]) -> dict[str, Any]:
     """Fills chunks with the weights of a checkpoint from `choose`, saved in any layout, and returns its `state.json`.
 
