@@ -14,7 +14,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastpref.checkpoint.manifest import MANIFEST_FILE, FileRecord, listing_problems, read_manifest, write_manifest
+from fastpref.checkpoint.manifest import (
+    MANIFEST_FILE,
+    FileRecord,
+    listing_problems,
+    read_manifest,
+    refuse_damaged,
+    write_manifest,
+)
 from fastpref.errors import CheckpointError
 from fastpref.files import parse_object, sync
 
@@ -55,6 +62,22 @@ def candidates(root: Path, wanted: str) -> list[Path]:
     if not (path / MANIFEST_FILE).is_file():
         raise CheckpointError(f"{path} is not a finished checkpoint: {MANIFEST_FILE} is missing")
     return [path]
+
+
+def complete_candidate(root: Path, wanted: str) -> Path:
+    """The checkpoint to continue from, as far as sizes of files tell; their contents are not read.
+
+    Args:
+        root: the run's checkpoints.
+        wanted: a directory, "latest", or "latest-valid", which skips those that are incomplete.
+
+    Raises:
+        CheckpointError: there is none, or files of it are missing or of another size.
+    """
+    *others, last = candidates(root, wanted)
+    path = next((path for path in others if _is_whole(path)), last)
+    refuse_damaged(path, listing_problems(path, read_manifest(path)))
+    return path
 
 
 def write_state(directory: Path, state: Mapping[str, Any]) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import gc
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,14 +33,12 @@ def trainer_parts(config: RunConfig, *, for_training: bool = True) -> dict[str, 
         for_training: False is for evaluation alone: no training data, and no reference cache is made.
 
     Raises:
-        ConfigError: see `prepare`; or the output directory cannot be written.
+        ConfigError: see `prepare`.
         DataError: see `prepare`; or the ranks read different data.
         CheckpointError: a model directory or the reference cache is unusable.
     """
     run = prepare(config, for_training=for_training)
     initialize_megatron(config.training)
-    if for_training:
-        _require_writable(config)
     _require_equal_data(run)
     # First, so that a reference that is only scored is gone before the policy takes memory.
     if config.precomputes_reference:
@@ -170,19 +166,3 @@ def _require_equal_data(run: PreparedRun) -> None:
             f"ranks {', '.join(differing)} read other training or evaluation pairs than rank 0; "
             "put the same files on every node"
         )
-
-
-def _require_writable(config: RunConfig) -> None:
-    """Refuse before anything is loaded what the run would find when it begins."""
-    if torch.distributed.get_rank() != 0:
-        return
-    path = Path(config.training.output_dir)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        if not os.access(path, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except PermissionError as error:
-        raise ConfigError(
-            f"training.output_dir: {str(path)!r} cannot be written: {error.strerror}; change its permissions, or "
-            "choose another directory"
-        ) from error
