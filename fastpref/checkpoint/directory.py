@@ -60,7 +60,10 @@ def candidates(root: Path, wanted: str) -> list[Path]:
         return newest_first[:1] if wanted == "latest" else newest_first
     path = Path(wanted)
     if not (path / MANIFEST_FILE).is_file():
-        raise CheckpointError(f"{path} is not a finished checkpoint: {MANIFEST_FILE} is missing")
+        raise CheckpointError(
+            f"{path} is not a finished checkpoint: {MANIFEST_FILE} is missing; give the directory step-N of a run's "
+            "checkpoints, or latest"
+        )
     return [path]
 
 

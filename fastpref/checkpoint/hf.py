@@ -111,7 +111,8 @@ class ModelDirectory:
 
     def _weight_files(self) -> list[Path]:
         single, index = self.path / f"{self.stem}.safetensors", self._index_path
-        if single.is_file() and index.is_file():
+        # some writers add an index to a single file
+        if single.is_file() and index.is_file() and set(self._weight_map().values()) != {single.name}:
             refuse(self.path, f"holds both {single.name} and {index.name}; remove the one that is out of date")
         if single.is_file():
             return [single]

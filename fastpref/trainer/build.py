@@ -20,7 +20,7 @@ from fastpref.run.plan.pipeline import PipelinePlan
 from fastpref.run.plan.prepare import PreparedRun, hf_config_of, prepare, reference_is_policy
 from fastpref.trainer.model.build import ModelOptions, build_models, load_models
 from fastpref.trainer.model.lora import add_lora
-from fastpref.trainer.ranks.agreement import from_rank_0, together
+from fastpref.trainer.ranks.agreement import DISK_FULL, from_rank_0, together
 from fastpref.trainer.ranks.platform import initialize_megatron
 from fastpref.trainer.reference.scoring import score_reference
 
@@ -39,6 +39,8 @@ def trainer_parts(config: RunConfig, *, for_training: bool = True) -> dict[str, 
     """
     run = prepare(config, for_training=for_training)
     initialize_megatron(config.training)
+    if for_training:
+        _make_output(config)
     _require_equal_data(run)
     # First, so that a reference that is only scored is gone before the policy takes memory.
     if config.precomputes_reference:
@@ -166,3 +168,18 @@ def _require_equal_data(run: PreparedRun) -> None:
             f"ranks {', '.join(differing)} read other training or evaluation pairs than rank 0; "
             "put the same files on every node"
         )
+
+
+def _make_output(config: RunConfig) -> None:
+    """Make the output directory before anything is loaded: some disks say only then that they cannot be written."""
+    if torch.distributed.get_rank() != 0:
+        return
+    path = Path(config.training.output_dir)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise
+        raise ConfigError(
+            f"training.output_dir: {str(path)!r} cannot be made: {error.strerror}; choose another directory"
+        ) from error

@@ -187,8 +187,14 @@ CASES: dict[str, tuple[Break, tuple[str, ...], int, str]] = {
         lambda r: None,
         ("model.path=Qwen/Qwen2.5-0.5B",),
         2,
-        "model.path: 'Qwen/Qwen2.5-0.5B' is not a directory; if it is a name on the Hugging Face Hub, nothing is "
-        "downloaded here: run `hf download Qwen/Qwen2.5-0.5B --local-dir Qwen2.5-0.5B` and give Qwen2.5-0.5B",
+        "a name on the Hugging Face Hub is not downloaded here: run `hf download Qwen/Qwen2.5-0.5B --local-dir "
+        "Qwen2.5-0.5B` and give Qwen2.5-0.5B",
+    ),
+    "hub name of data": (
+        lambda r: None,
+        ("data.train=org/pairs",),
+        2,
+        "run `hf download org/pairs --repo-type dataset --local-dir pairs` and give its files",
     ),
     "a file": (
         lambda r: None,
@@ -313,12 +319,6 @@ CASES: dict[str, tuple[Break, tuple[str, ...], int, str]] = {
         2,
         "training.output_dir: 'out/run' lies in",
     ),
-    "output read-only": (
-        lambda r: None,
-        ("training.output_dir=/proc/fastpref/out",),
-        2,
-        "training.output_dir: '/proc/fastpref/out' cannot be written:",
-    ),
     "output held": (
         lambda r: hold(r, 7, "another-node"),
         (),
@@ -342,6 +342,38 @@ CASES: dict[str, tuple[Break, tuple[str, ...], int, str]] = {
         ("training.resume_from_checkpoint=out/checkpoints/step-9",),
         4,
         "out/checkpoints/step-9 is not a finished checkpoint",
+    ),
+    "a model as checkpoint": (
+        lambda r: None,
+        ("training.resume_from_checkpoint=model",),
+        4,
+        "model is not a finished checkpoint: MANIFEST.json is missing; give the directory step-N",
+    ),
+    # the model and the settings
+    "balance without experts": (
+        lambda r: None,
+        ("training.moe_aux_loss_coeff=0.1",),
+        2,
+        "training.moe_aux_loss_coeff (0.1) balances experts, and llama has none; leave it out",
+    ),
+    "odd heads": (
+        lambda r: set_config(r / "model" / "config.json", head_dim=3),
+        (),
+        2,
+        "model: head_dim must be even, as rotary positions turn pairs of its entries, got 3",
+    ),
+    # a precomputed reference
+    "cache is a file": (
+        lambda r: (r / "cache").write_text(""),
+        ("reference={mode: precomputed, cache: cache}",),
+        2,
+        "reference.cache: 'cache' exists and is not a directory; choose another",
+    ),
+    "cache is something else": (
+        lambda r: (r / "cache").mkdir(),
+        ("reference={mode: precomputed, cache: cache}",),
+        4,
+        "cache is no reference cache: it has no MANIFEST.json",
     ),
     "warm-up": (lambda r: None, ("training.warmup_steps=3",), 2, "warm-up takes 3 of 3 steps"),
 }
@@ -368,6 +400,26 @@ def test_check_says_what_train_says(files: Path, run_cli: Callable[..., Result],
         assert result.exit_code == code
     assert results[0].stderr == results[1].stderr
     assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("key", ["training.output_dir", "reference.cache"])
+def test_check_and_train_find_a_directory_that_cannot_be_written(
+    files: Path, run_cli: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    access = os.access
+    (files / "locked").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "locked" and access(path, mode))
+    settings = ("reference.mode=precomputed",) if key == "reference.cache" else ()
+    results = [run_cli(command, "run.yaml", f"{key}=locked/new", *settings) for command in ("check", "train")]
+    for result in results:
+        assert result.exit_code == 2
+        assert f"{key}: 'locked/new' cannot be written: Permission denied; change its permissions" in result.stderr
+    assert results[0].stderr == results[1].stderr
+
+
+def test_train_finds_that_a_disk_takes_no_directory(files: Path, run_cli: Callable[..., Result]) -> None:
+    result = run_cli("train", "run.yaml", "training.output_dir=/proc/fastpref/out")
+    assert result.exit_code == 2 and "training.output_dir: '/proc/fastpref/out' cannot be made" in result.stderr
 
 
 def test_check_leaves_nothing_behind(files: Path, run_cli: Callable[..., Result]) -> None:

@@ -16,6 +16,7 @@ import torch
 
 from fastpref.checkpoint.directory import complete_candidate, read_state
 from fastpref.checkpoint.hf import read_config
+from fastpref.checkpoint.reference_cache import ReferenceCache
 from fastpref.data import (
     PackedCollator,
     PreferenceCollator,
@@ -145,7 +146,7 @@ def prepare(
         ConfigError: paths, layout, batches, token ids or settings do not fit each other.
         DataError: a data file is at fault.
         CheckpointError: the files of a model or an adapter do not fit it, another run holds the output directory, or
-            the checkpoint to continue from is missing, incomplete or of other settings.
+            the checkpoint to continue from is missing, incomplete or of other settings, or the reference cache is none.
         MissingDependencyError: a package of `report_to` is missing.
     """
     world_size = launched_world_size() if world_size is None else world_size
@@ -154,11 +155,19 @@ def prepare(
     if for_training and saves:
         check_output(config)
         require_packages(config.training)
+    if config.precomputes_reference and saves and (config.reference_cache.exists() or not for_training):
+        ReferenceCache(config.reference_cache)
     wanted = config.training.resume_from_checkpoint
     checkpoint = None if wanted is None else complete_candidate(config.training.checkpoint_root, wanted)
     architecture = Architecture.from_hf(hf_config_of(config))
     reference = None if reference_is_policy(config) else Architecture.of(str(config.reference_path))
-    raise_if_any([*_layout_problems(config, architecture, world_size), *_reference_problems(reference, architecture)])
+    raise_if_any(
+        [
+            *_layout_problems(config, architecture, world_size),
+            *_model_problems(config, architecture),
+            *_reference_problems(reference, architecture),
+        ]
+    )
     _check_files(config, architecture, reference)
     tokenizer = load_tokenizer(config.model.tokenizer_path)
     run = PreparedRun(
@@ -223,6 +232,16 @@ def _layout_problems(config: RunConfig, arch: Architecture, world_size: int) -> 
     layout = config.training.layout
     for problem in (*world_problems(layout, world_size), *model_problems(layout, arch)):
         yield problem.under("training")
+
+
+def _model_problems(config: RunConfig, arch: Architecture) -> Iterator[Problem]:
+    coefficient = config.training.moe_aux_loss_coeff
+    if arch.experts is None and coefficient:
+        text = f"({coefficient}) balances experts, and {arch.model_type} has none; leave it out"
+        yield Problem("training.moe_aux_loss_coeff", text)
+    if arch.head_dim % 2:
+        text = f": head_dim must be even, as rotary positions turn pairs of its entries, got {arch.head_dim}"
+        yield Problem("model", text)
 
 
 def _reference_problems(other: Architecture | None, arch: Architecture) -> Iterator[Problem]:

@@ -5,6 +5,7 @@ Only what rank 0 does is asked of rank 0: it alone writes logs and makes directo
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import tempfile
@@ -41,13 +42,12 @@ def path_problems(config: RunConfig, *, for_training: bool) -> Iterator[Problem]
     if unusable:
         yield from unusable
         return
-    relative_to = f"relative paths start at the current directory, {Path.cwd()}"
     for key, path in given:
         if not Path(path).is_dir():
-            yield Problem(key, f": {path!r} is not a directory; {_hub_remedy(path) or relative_to}")
+            yield Problem(key, f": {path!r} is not a directory; {_remedy(path, is_model=True)}")
     for key, path in files:
         if not Path(path).exists():
-            yield Problem(key, f": {path!r} does not exist; {relative_to}")
+            yield Problem(key, f": {path!r} does not exist; {_remedy(path, is_model=False)}")
     for key, path in _new_directories(config).items():
         parent = _nearest_existing(Path(path))
         if not parent.is_dir():
@@ -62,7 +62,7 @@ def check_output(config: RunConfig) -> None:
         ConfigError: it cannot be written, or holds checkpoints that the run does not continue.
         CheckpointError: another process holds it.
     """
-    raise_if_any(_output_problems(config.training))
+    raise_if_any(_output_problems(config))
     if launched_rank() == 0:
         refuse_if_held(Path(config.training.output_dir))
 
@@ -111,42 +111,53 @@ def _new_directories(config: RunConfig) -> dict[str, str]:
     return {"training.output_dir": config.training.output_dir, **cache}
 
 
-def _hub_remedy(path: str) -> str | None:
-    """Say how to get what a path names where it is a name on the Hub rather than a path."""
-    if Path(path).is_file():
+def _remedy(path: str, *, is_model: bool) -> str:
+    """Say what a path that is not there may have been meant to be."""
+    if is_model and Path(path).is_file():
         return "give the directory that holds the file"
-    if not _HUB_NAME.fullmatch(path) or Path(path).parent.exists():
-        return None
-    return (
-        f"if it is a name on the Hugging Face Hub, nothing is downloaded here: run `hf download {path} --local-dir "
-        f"{Path(path).name}` and give {Path(path).name}"
-    )
+    remedy = f"relative paths start at the current directory, {Path.cwd()}"
+    name = Path(path).name
+    if _HUB_NAME.fullmatch(path) and not Path(path).parent.exists() and (is_model or not Path(path).suffix):
+        kind, result = ("", name) if is_model else ("--repo-type dataset ", "its files")
+        remedy += (
+            f"; a name on the Hugging Face Hub is not downloaded here: run `hf download {path} {kind}--local-dir "
+            f"{name}` and give {result}"
+        )
+    return remedy
 
 
-def _output_problems(args: TrainingArguments) -> Iterator[Problem]:
-    output = args.output_dir
+def _output_problems(config: RunConfig) -> Iterator[Problem]:
+    args = config.training
     steps = directory.finished_steps(args.checkpoint_root)
     if args.resume_from_checkpoint is None and steps:
         yield Problem(
             "training.output_dir",
-            f": {output!r} holds the checkpoints of another run (up to step {steps[-1]}); continue it with "
+            f": {args.output_dir!r} holds the checkpoints of another run (up to step {steps[-1]}); continue it with "
             "training.resume_from_checkpoint=latest, or choose another directory",
         )
-    if launched_rank() == 0:
-        yield from _write_problems(Path(output))
+    for key, path in _new_directories(config).items() if launched_rank() == 0 else ():
+        # a cache that is there is only read
+        if key == "training.output_dir" or not Path(path).exists():
+            yield from _write_problems(key, Path(path))
 
 
-def _write_problems(path: Path) -> Iterator[Problem]:
+def _write_problems(key: str, path: Path) -> Iterator[Problem]:
     """Yield why nothing can be made in a directory, or where it would be made."""
-    try:
-        # what permissions say is not the last word: disks are read-only, or served by another machine
-        with tempfile.TemporaryFile(dir=_nearest_existing(path)):
-            pass
-    except OSError as error:
-        yield Problem(
-            "training.output_dir",
-            f": {str(path)!r} cannot be written: {error.strerror}; change its permissions, or choose another directory",
-        )
+    reason = None
+    if not os.access(_nearest_existing(path), os.W_OK | os.X_OK):
+        reason = os.strerror(errno.EACCES)
+    elif path.is_dir():
+        try:
+            # what permissions say is not the last word where another machine serves the disk
+            with tempfile.TemporaryFile(dir=path):
+                pass
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            reason = error.strerror
+    if reason is not None:
+        text = f": {str(path)!r} cannot be written: {reason}; change its permissions, or choose another directory"
+        yield Problem(key, text)
 
 
 def _nearest_existing(path: Path) -> Path:
