@@ -446,6 +446,19 @@ def test_remedy_in_the_config_works(
         assert result.exit_code == 0, result.stderr
 
 
+def test_remedy_for_a_run_given_as_a_model_works(project: Path, run_cli: Callable[..., Result]) -> None:
+    assert run_cli("train", "run.yaml", "training.max_steps=1").exit_code == 0
+    step = "out/checkpoints/step-1"
+    for given, options in ((step, ["--checkpoint", step]), ("out", [])):
+        other = ("model.config=null", f"model.path={given}", "training.output_dir=other")
+        message = squeezed(run_cli("check", "run.yaml", *other).stderr)
+        command = " ".join(["fastpref", "export", "CONFIG", "--output", "DIR", *options])
+        assert f"write its model with `{command}` and give DIR" in message
+        folder = f"model-{len(options)}"
+        assert run_cli("export", "run.yaml", "--output", folder, *options).exit_code == 0
+        assert run_cli("check", "run.yaml", *other[:1], f"model.path={folder}", other[2]).exit_code == 0
+
+
 # --- going on
 
 
