@@ -65,6 +65,16 @@ def _parse_object(path: Path, raw: bytes) -> dict[str, Any]:
         raise CheckpointError(f"{path}: {error}; copy or download the file again") from error
 
 
+def refuse_if_pointer(path: Path) -> None:
+    """Refuse a file that git's extension for large files has not fetched.
+
+    Raises:
+        CheckpointError: it is one.
+    """
+    with open(path, "rb") as file:
+        _refuse_pointer(path, file.read(len(_POINTER)))
+
+
 def _refuse_pointer(path: Path, beginning: bytes) -> None:
     if beginning.startswith(_POINTER):
         refuse(
@@ -81,9 +91,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         CheckpointError: the header is damaged, or describes another file.
     """
     file_size = path.stat().st_size
+    refuse_if_pointer(path)
     with open(path, "rb") as file:
-        _refuse_pointer(path, file.read(len(_POINTER)))
-        file.seek(0)
         length = int.from_bytes(file.read(8), "little")
         if file_size < 8 or length > min(MAX_JSON_BYTES, file_size - 8):
             refuse(path, f"a header of {length} bytes does not fit a file of {file_size}; copy or download it again")

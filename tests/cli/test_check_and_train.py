@@ -131,6 +131,12 @@ CASES: dict[str, tuple[Break, tuple[str, ...], int, str]] = {
         4,
         "config.json: is a git-lfs pointer of 86 bytes, not the file itself; run `git lfs install` and then `git lfs",
     ),
+    "tokenizer pointer": (
+        lambda r: (r / "model" / "tokenizer.json").write_text(POINTER),
+        ("model.tokenizer=model",),
+        4,
+        "model/tokenizer.json: is a git-lfs pointer of 86 bytes",
+    ),
     "cut": (lambda r: os.truncate(file_of(r), 9000), (), 4, "model.safetensors: has 9000 bytes, its header describes"),
     "int8": (
         make_int8,

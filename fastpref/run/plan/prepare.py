@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from fastpref.checkpoint.directory import complete_candidate, read_state
+from fastpref.checkpoint.headers import refuse_if_pointer
 from fastpref.checkpoint.hf import read_config
 from fastpref.checkpoint.reference_cache import ReferenceCache
 from fastpref.data import (
@@ -26,6 +27,7 @@ from fastpref.data import (
     load_tokenizer,
     resolve_pad_token_id,
 )
+from fastpref.data.tokenizer import TOKENIZER_FILES
 from fastpref.errors import ConfigError, Problem, raise_if_any
 from fastpref.run.architecture.adapter_files import AdapterFiles
 from fastpref.run.architecture.adapters import adapted_linears
@@ -256,6 +258,10 @@ def _reference_problems(other: Architecture | None, arch: Architecture) -> Itera
 
 def _check_files(config: RunConfig, arch: Architecture, reference: Architecture | None) -> None:
     """Compare the headers of every weight that the run will load with what it is loaded into."""
+    for name in TOKENIZER_FILES:
+        file = Path(config.model.tokenizer_path) / name
+        if file.is_file():
+            refuse_if_pointer(file)
     if config.lora is not None:
         adapted_linears(arch, config.lora)
     if config.model.path is not None:
