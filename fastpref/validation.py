@@ -35,6 +35,8 @@ class Rule:
     """Upper bound of a number, itself not allowed."""
     choices: Sequence[object] = ()
     """What the field, or each of its names, may be; none for anything."""
+    elsewhere: Mapping[str, str] | None = None
+    """Values of other programs that are none of the choices: what each is here, or the remedy."""
     noun: str = ""
     """What a string stands for, which must then not be empty; what an object of another type is."""
     hint: str = ""
@@ -112,7 +114,7 @@ class Validator:
             return self._number(key, rule or (_COUNT if kind is int else _AMOUNT), whole=kind is int)
         rule = rule or Rule()
         if get_origin(kind) is Literal or (rule.choices and not others and get_origin(kind) is not tuple):
-            return self.choice(key, get_args(kind) or rule.choices, hint=rule.hint)
+            return self.choice(key, get_args(kind) or rule.choices, hint=rule.hint, elsewhere=rule.elsewhere)
         if get_origin(kind) is tuple or others:
             return self._names(key, rule, alone=kind is str)
         return self._instance(key, get_origin(kind) or kind, rule)
@@ -134,7 +136,15 @@ class Validator:
             self._refuse(key, _number_text(rule, whole, is_number), ",", rule.hint)
         return good
 
-    def choice(self, key: str, choices: Sequence[object], *, optional: bool = False, hint: str = "") -> bool:
+    def choice(
+        self,
+        key: str,
+        choices: Sequence[object],
+        *,
+        optional: bool = False,
+        hint: str = "",
+        elsewhere: Mapping[str, str] | None = None,
+    ) -> bool:
         """Require one of some values; a near miss is named.
 
         Args:
@@ -142,6 +152,7 @@ class Validator:
             choices: what it may be; all of one type.
             optional: None is fine.
             hint: remedy that ends the message where no choice is near.
+            elsewhere: see `Rule`.
 
         Returns:
             Whether the field is good.
@@ -150,7 +161,7 @@ class Validator:
         # the type first: an array compares with anything, and answers with an array
         if (value is None and optional) or (isinstance(value, type(choices[0])) and value in choices):
             return True
-        self._refuse(key, f"one of {', '.join(map(str, choices))}", ";", _nearest(value, choices) or hint)
+        self._refuse(key, f"one of {', '.join(map(str, choices))}", ";", _nearest(value, choices, elsewhere) or hint)
         return False
 
     def _names(self, key: str, rule: Rule, *, alone: bool) -> bool:
@@ -162,12 +173,13 @@ class Validator:
             value = self._replace(key, tuple(map(_plain, value)))
         names = (value,) if alone and isinstance(value, str) else value
         if not isinstance(names, tuple) or not all(isinstance(name, str) and name for name in names):
-            remedy = f"write [{_shown(value)}]" if isinstance(value, str) and value else rule.hint
+            is_name = isinstance(value, str) and value
+            remedy = _meant(value, rule.elsewhere) or (f"write [{_shown(value)}]" if is_name else rule.hint)
             self._refuse(key, f"{f'a {noun} or ' if alone else ''}a list of {noun}s", ",", remedy)
             return False
         unknown = [name for name in names if rule.choices and name not in rule.choices]
         if unknown:
-            near = _nearest(unknown[0], rule.choices) or rule.hint
+            near = _nearest(unknown[0], rule.choices, rule.elsewhere) or rule.hint
             found = ", ".join(map(repr, unknown))
             self.note(key, f"must name only {', '.join(map(str, rule.choices))}; got {found}{near and f'; {near}'}")
         return not unknown
@@ -217,9 +229,18 @@ def _is_finite(value: float) -> bool:
         return False
 
 
-def _nearest(value: Any, choices: Sequence[object]) -> str:
-    near = difflib.get_close_matches(value, list(map(str, choices)), n=1) if isinstance(value, str) else []
+def _nearest(value: Any, choices: Sequence[object], elsewhere: Mapping[str, str] | None = None) -> str:
+    if not isinstance(value, str):
+        return ""
+    if meant := _meant(value, elsewhere):
+        return meant
+    # three letters that share two are two names: `dpo` is no slip of `ipo`
+    near = difflib.get_close_matches(value, list(map(str, choices)), n=1, cutoff=0.7)
     return f"did you mean {near[0]}?" if near else ""
+
+
+def _meant(value: Any, elsewhere: Mapping[str, str] | None) -> str:
+    return (elsewhere or {}).get(value.lower().replace("-", "_"), "") if isinstance(value, str) else ""
 
 
 def _number_text(rule: Rule, whole: bool, is_number: bool) -> str:

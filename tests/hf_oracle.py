@@ -94,10 +94,14 @@ def make_problem(vocab_size: int, length: int = 24) -> Problem:
 
 
 def make_model(variant: str) -> torch.nn.Module:
+    return make_model_of(VARIANTS[variant])
+
+
+def make_model_of(config: PreTrainedConfig) -> torch.nn.Module:
     """A model whose norms and biases differ from their initial values, so that losing one of them shows."""
     torch.manual_seed(11)
     model = AutoModelForCausalLM.from_config(
-        copy.deepcopy(VARIANTS[variant]), attn_implementation="sdpa", experts_implementation="eager"
+        copy.deepcopy(config), attn_implementation="sdpa", experts_implementation="eager"
     )
     for name, parameter in model.named_parameters():
         std = 0.2 if parameter.ndim == 1 else 1.5 / parameter.size(-1) ** 0.5

@@ -15,7 +15,7 @@ import re
 import reprlib
 import shutil
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, NoReturn
@@ -29,19 +29,26 @@ from fastpref.checkpoint.headers import TensorInfo, TensorSpec, encode_header, l
 from fastpref.errors import CheckpointError
 from fastpref.files import sync
 
-# Everything that a tokenizer needs and that is text; never Python files.
+# Everything that a tokenizer needs; never Python files.
 COMPANION_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
     "generation_config.json",
     "merges.txt",
+    "sentencepiece.bpe.model",
     "special_tokens_map.json",
+    "spiece.model",
+    "tekken.json",
+    "tiktoken.model",
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
     "vocab.json",
+    "vocab.txt",
 )
+# Named chat templates, and tokenizers for certain versions of transformers or of Mistral's models.
+_COMPANION_PATTERNS = ("additional_chat_templates/*.jinja", "tokenizer.*.json", "tokenizer.model.v*")
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors")
 
 
@@ -168,6 +175,7 @@ class ModelWriter:
         specs: all tensors in the order in which they will be written.
         config: contents of `config.json`.
         companions: directory to copy tokenizer files and `generation_config.json` from, if they exist there.
+        replaced: contents of further files by name, in place of copies; None leaves a file out.
         max_shard_bytes: a new file starts before this size is passed; one tensor may be larger.
 
     Raises:
@@ -184,12 +192,13 @@ class ModelWriter:
         config: dict[str, Any],
         companions: str | Path | None = None,
         max_shard_bytes: int = 5_000_000_000,
+        replaced: Mapping[str, bytes | None] | None = None,
     ) -> None:
         self.path = Path(os.path.abspath(path))
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise CheckpointError(f"{self.path} exists and is not empty; choose a new directory or remove it first")
         self._shards = _plan_shards(specs, max_shard_bytes)
-        self._config, self._companions = config, companions
+        self._config, self._companions, self._replaced = config, companions, dict(replaced or {})
         self._queue = [(number, spec) for number, shard in enumerate(self._shards) for spec in shard]
         self._position, self._is_broken = 0, False
         self._file: BinaryIO | None = None
@@ -248,9 +257,12 @@ class ModelWriter:
             total = sum(spec.num_bytes for _, spec in self._queue)
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             self._write_json(f"{self.stem}.safetensors.index.json", index)
-        for name in COMPANION_FILES:
-            if self._companions is not None and (source := Path(self._companions) / name).is_file():
-                self._write_bytes(name, source.read_bytes())
+        for name in [] if self._companions is None else companion_names(self._companions):
+            if name not in self._replaced:
+                self._write_bytes(name, (Path(self._companions or "") / name).read_bytes())
+        for name, content in self._replaced.items():
+            if content is not None:
+                self._write_bytes(name, content)
         self._write_json(self.config_file, self._config)
         sync(self._temporary)
         os.replace(self._temporary, self.path)
@@ -272,10 +284,21 @@ class ModelWriter:
         self._write_bytes(name, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
 
     def _write_bytes(self, name: str, content: bytes) -> None:
-        with open(self._temporary / name, "xb") as file:
+        path = self._temporary / name
+        path.parent.mkdir(exist_ok=True)
+        with open(path, "xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        if path.parent != self._temporary:
+            sync(path.parent)
+
+
+def companion_names(directory: str | Path) -> list[str]:
+    """List the tokenizer files and `generation_config.json` of a directory, by their path in it."""
+    root = Path(directory)
+    matching = [path.relative_to(root).as_posix() for pattern in _COMPANION_PATTERNS for path in root.glob(pattern)]
+    return sorted(name for name in {*COMPANION_FILES, *matching} if (root / name).is_file())
 
 
 def read_config(directory: str | Path, name: str = CONFIG_FILE) -> dict[str, Any]:

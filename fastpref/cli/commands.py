@@ -74,6 +74,7 @@ def train(config_path: Path, overrides: tuple[str, ...], export_dir: Path | None
     elif merge:
         raise ConfigError("--merge is about what --export writes; give --export a directory, or leave --merge out")
     trainer = DPOTrainer.from_config(config)
+    files = None if export_dir is None else export.files_of_export(trainer.model, config, merge=merge)
     start = time.perf_counter()
     result = trainer.train()
     seconds = time.perf_counter() - start
@@ -86,7 +87,7 @@ def train(config_path: Path, overrides: tuple[str, ...], export_dir: Path | None
         platform.destroy()
         raise SystemExit(PREEMPTED)
     if export_dir is not None:
-        export.export_models(trainer.model, config, export_dir, merge=merge)
+        export.export_models(trainer.model, config, export_dir, files, merge=merge)
     if trainer.is_main_process:
         written = _written(config, result.global_step, export_dir)
         _print(

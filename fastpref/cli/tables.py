@@ -77,6 +77,9 @@ def data_report(reports: Mapping[str, DataReport]) -> Table:
     for kind in ("dropped", "truncated"):
         for cause in sorted({cause for report in columns for cause in getattr(report, kind)}):
             table.add_row(f"{kind}: {cause}", *(f"{getattr(report, kind).get(cause, 0):,}" for report in columns))
+    for kind, label in (("repeated_prompts", "repeated prompts"), ("unread", "not read")):
+        for name in sorted({name for report in columns for name in getattr(report, kind)}):
+            table.add_row(f"{label}: {name}", *(f"{getattr(report, kind).get(name, 0):,}" for report in columns))
     if any(report.boundary_moved for report in columns):
         table.add_row("boundary moved", *(f"{report.boundary_moved:,}" for report in columns))
     for part in ("prompt", "chosen", "rejected"):

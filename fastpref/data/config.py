@@ -11,18 +11,24 @@ from fastpref.validation import Rule, validate
 
 FORMATS = ("auto", "jsonl", "json", "parquet", "arrow")
 TRUNCATIONS = ("keep_start", "keep_end", "drop")
+REPEATED_PROMPTS = ("auto", "remove", "keep")
 BOUNDARIES = ("strict", "common_prefix", "separate")
 _FIELD_NAMES = ("prompt_field", "chosen_field", "rejected_field", "conversations_field", "weight_field")
+# Words for the side that is cut off, and for cutting nothing.
+_TRUNCATIONS_ELSEWHERE = {"left": "write keep_end", "right": "write keep_start", "delete": "write drop"}
+_PATHS = Rule(noun="path", hint="write the paths alone, such as [a.jsonl, b.parquet]")
 _RULES = {
-    "train": Rule(noun="path"),
-    "eval": Rule(noun="path"),
+    "train": _PATHS,
+    "eval": _PATHS,
     "format": Rule(choices=FORMATS),
     **dict.fromkeys(_FIELD_NAMES, Rule(noun="field name")),
+    "ignored_fields": Rule(noun="field name"),
+    "repeated_prompt": Rule(choices=REPEATED_PROMPTS),
     "chat_template": Rule(noun="Jinja template", hint="leave it out for the tokenizer's own"),
     "chat_template_kwargs": Rule(noun="mapping of names"),
     "boundary": Rule(choices=BOUNDARIES),
     "max_length": Rule(at_least=2),
-    "truncation": Rule(choices=TRUNCATIONS),
+    "truncation": Rule(choices=TRUNCATIONS, elsewhere=_TRUNCATIONS_ELSEWHERE),
     "on_bad_pair": Rule(choices=("error", "drop")),
     "max_record_bytes": Rule(at_least=1024),
 }
@@ -41,9 +47,11 @@ class DataConfig:
     eval: str | tuple[str, ...] = ()
     """Evaluation files: one path or a list of paths; none for no evaluation."""
     format: str = "auto"
-    """auto (by the name of the file), jsonl, json (one array), parquet, arrow (a data set saved by `datasets`)."""
+    """auto (by the name of the file, `.json` by its text), jsonl, json (one array), parquet, arrow (a data set saved by
+    `datasets`)."""
     prompt_field: str = "prompt"
-    """Field of the prompt; a record without it has its prompt inside `chosen` and `rejected` (common start)."""
+    """Field of the prompt; a record without it has its prompt inside `chosen` and `rejected` (common start). With
+    another name than the default every such record must have the field; so it is with the next ones."""
     chosen_field: str = "chosen"
     """Field of the preferred answer."""
     rejected_field: str = "rejected"
@@ -51,9 +59,16 @@ class DataConfig:
     conversations_field: str = "conversations"
     """Field of a ShareGPT prompt: turns with `from` and `value`; the optional field `system` comes before them."""
     weight_field: str = "weight"
-    """Field of the optional pair weight, > 0."""
+    """Field of the pair weight, > 0; optional under its default name."""
+    ignored_fields: tuple[str, ...] = ()
+    """Fields that are taken as absent. A field that is part of the prompt by its name (`input`, `system`, `history`),
+    and whose text the pair does not contain, is an error unless it is named here."""
+    repeated_prompt: str = "auto"
+    """What to do where prompt, chosen and rejected are strings and both answers begin with the prompt: remove it from
+    them (all records must then repeat it), keep it, or auto: remove if all of the first 256 records of a file do so."""
     chat_template: str | None = None
-    """Jinja chat template (the text, not a path) used instead of the tokenizer's own."""
+    """Jinja chat template used instead of the tokenizer's own: its text, the path of a file that holds it, or the name
+    of one of the tokenizer's templates. What has no `{{` or `{%` is no text."""
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Variables for the chat template, for example a fixed date where the template would print today's."""
     append_eos: bool = True
@@ -67,7 +82,8 @@ class DataConfig:
     max_completion_length: int | None = None
     """Tokens of each completion, >= 1; null for no limit of its own."""
     truncation: str = "keep_start"
-    """What to do with a pair over a limit: keep_start, keep_end or drop (see `tokenize_pairs`)."""
+    """What to do with a pair over a limit: keep_start, keep_end (cuts off the start of the prompt, with its
+    beginning-of-sequence token and system turn) or drop."""
     on_bad_pair: str = "error"
     """error, or drop and count: equal sides, an empty field, a prompt that fills the limit, a boundary mismatch."""
     pad_to_multiple_of: int = 8
@@ -84,6 +100,14 @@ class DataConfig:
         names = [getattr(self, name) for name in _FIELD_NAMES]
         if len(set(names)) != len(names):
             yield Problem("", f"the field names must differ; got {', '.join(names)}", _FIELD_NAMES)
+        chosen = {name for name in _FIELD_NAMES if self.is_renamed(name)} | {"chosen_field", "rejected_field"}
+        contradictory = sorted({getattr(self, name) for name in chosen} & set(self.ignored_fields))
+        if contradictory:
+            yield Problem(
+                "ignored_fields",
+                f"must not name fields that are to be read; got {', '.join(contradictory)}",
+                _FIELD_NAMES,
+            )
         if self.max_length is not None and (self.max_prompt_length or 0) >= self.max_length:
             yield Problem(
                 "max_prompt_length",
@@ -91,6 +115,10 @@ class DataConfig:
                 "the first or raise the second",
                 ("max_length",),
             )
+
+    def is_renamed(self, setting: str) -> bool:
+        """Whether a setting of a field's name, such as "prompt_field", differs from its default."""
+        return bool(getattr(self, setting) != getattr(DataConfig, setting))
 
     @property
     def train_paths(self) -> tuple[str, ...]:

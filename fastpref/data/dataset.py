@@ -111,7 +111,7 @@ def load_dataset(paths: str | Path | Sequence[str | Path], tokenizer: Any, confi
     if not files:
         raise DataError("no data file was named; name at least one")
     tally, problems = Tally(), ProblemLog(config.max_reported)
-    pairs = (pair for path in files for pair in gather_pairs(path, config, problems))
+    pairs = (pair for path in files for pair in gather_pairs(path, config, problems, tally))
     dataset = PreferenceDataset(iter_tokenized(pairs, tokenizer, config, tally, problems))
     problems.raise_if_any()
     dataset.report = tally.report()

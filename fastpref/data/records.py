@@ -1,61 +1,50 @@
-"""One parsed record -> one preference pair: the three forms, checked field by field."""
+"""One parsed record -> one preference pair: the forms of published data, checked field by field."""
 
 from __future__ import annotations
 
-import json
+import re
+from itertools import takewhile
 from typing import Any
 
 from fastpref.data.config import DataConfig
+from fastpref.data.messages import checked_messages, checked_text, checked_tools, kind_of, shorten
+from fastpref.data.report import Tally
 from fastpref.data.schema import Message, PreferencePair
+from fastpref.data.unread import UNSUPPORTED, check_unread
 from fastpref.errors import DataError
 
-_SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-    "observation": "tool",
-    "tool": "tool",
-}
-_UNSUPPORTED = {
-    "image": "pairs are text only",
-    "images": "pairs are text only",
-    "videos": "pairs are text only",
-    "audios": "pairs are text only",
-    "chat_template_kwargs": "set `chat_template_kwargs` for the whole data set",
-}
 # Far from the ends of fp32, where a weight could turn into 0 or infinity.
 MIN_WEIGHT, MAX_WEIGHT = 1e-6, 1e6
-# Of what templates read beside the text; what is deeper would exhaust the stack of whoever copies or prints it.
-MAX_DEPTH = 64
+# A list of messages as JSON or Python prints it, in a column of strings.
+_PRINTED_MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value)["']\s*:""")
 Text = str | list[Message]
+Parts = tuple[Text, Text, Text]
+"""Prompt, chosen, rejected."""
 
 
-def to_pair(record: Any, path: str, line: int, config: DataConfig) -> PreferencePair:
-    """Check `record` and bring it into the one form that tokenisation reads.
+def to_pair(record: Any, path: str, line: int, config: DataConfig, tally: Tally) -> PreferencePair:
+    """Check `record` and bring it into the one form that tokenisation reads; count what is not read.
 
     Raises:
         DataError: with the field, what was found and the remedy.
     """
     try:
         if not isinstance(record, dict):
-            raise ValueError(f"a record must be an object with named fields, got {_kind(record)}")
+            raise ValueError(f"a record must be an object with named fields, got {kind_of(record)}")
         # Columnar formats store an absent field as null.
-        fields = {name: value for name, value in record.items() if value is not None}
-        for name, remedy in _UNSUPPORTED.items():
+        fields = {
+            name: value for name, value in record.items() if value is not None and name not in config.ignored_fields
+        }
+        for name, remedy in UNSUPPORTED.items():
             if fields.get(name):
-                raise ValueError(f"field {name!r} cannot be used: {remedy}")
-        if config.conversations_field in fields:
-            prompt, chosen, rejected = _from_sharegpt(fields, config)
-        else:
-            prompt, chosen, rejected = _from_prompt(fields, config)
+                raise ValueError(f"field {name!r} cannot be used: {remedy}; or name it in `ignored_fields`")
+        prompt, chosen, rejected = _parts(fields, record, config, tally)
         return PreferencePair(
             prompt=prompt,
             chosen=chosen,
             rejected=rejected,
             weight=_weight(fields.get(config.weight_field, 1.0), config.weight_field),
-            tools=_tools(fields.get("tools")),
+            tools=checked_tools(fields.get("tools")),
             path=path,
             line=line,
         )
@@ -65,48 +54,139 @@ def to_pair(record: Any, path: str, line: int, config: DataConfig) -> Preference
         raise DataError("values nested too deeply for a preference pair; remove the record", path, line) from error
 
 
-def _from_prompt(fields: dict[str, Any], config: DataConfig) -> tuple[Text, Text, Text]:
+def _parts(fields: dict[str, Any], record: dict[str, Any], config: DataConfig, tally: Tally) -> Parts:
+    is_sharegpt = config.conversations_field in fields
+    has_prompt = config.prompt_field in fields
+    _check_named_fields(fields, record, config)
+    if is_sharegpt and fields.get(config.prompt_field):
+        raise ValueError(
+            f"{config.conversations_field!r} and {config.prompt_field!r} are both there; name the one that is not the "
+            "prompt in `ignored_fields`"
+        )
+    read = {config.chosen_field, config.rejected_field, config.weight_field, "tools"}
+    if is_sharegpt:
+        parts = _from_sharegpt(fields, config)
+        read |= {config.conversations_field, "system"}
+    else:
+        parts = _from_prompt(fields, config)
+        read.add(config.prompt_field)
+    prompt, chosen, rejected = parts
+    if isinstance(prompt, list) and (is_sharegpt or isinstance(fields.get(config.prompt_field), list | dict)):
+        assert isinstance(chosen, list)
+        assert isinstance(rejected, list)
+        parts = prompt, *_without_prompt(prompt, chosen, rejected, config, tally)
+    unread = {name: value for name, value in fields.items() if name not in read}
+    check_unread(unread, prompt, (chosen, rejected), config, is_found=not is_sharegpt and not has_prompt)
+    tally.unread.update(name for name in unread if name not in UNSUPPORTED)
+    return parts
+
+
+def _check_named_fields(fields: dict[str, Any], record: dict[str, Any], config: DataConfig) -> None:
+    """Refuse a record without a field that the settings name: the name may be mistyped."""
+    missing = ""
+    if config.is_renamed("weight_field") and config.weight_field not in record:
+        missing = "weight_field"
+    if config.conversations_field not in fields:
+        prompt_is_renamed = config.is_renamed("prompt_field")
+        if config.is_renamed("conversations_field") and not (prompt_is_renamed and config.prompt_field in fields):
+            missing = "conversations_field"
+        elif prompt_is_renamed and config.prompt_field not in fields:
+            missing = "prompt_field"
+    if missing:
+        raise ValueError(
+            f"field {getattr(config, missing)!r}, which `{missing}` names, is missing; the record has "
+            f"{shorten(list(fields))}"
+        )
+
+
+def _from_prompt(fields: dict[str, Any], config: DataConfig) -> Parts:
     """Read the forms of TRL: an explicit prompt, or one to be found at the start of both sides."""
-    if fields.get("system"):
-        raise ValueError("field 'system' is read beside 'conversations' only; make it the first message of the prompt")
-    chosen = _text(fields, config.chosen_field)
-    rejected = _text(fields, config.rejected_field)
+    chosen, rejected = _answers(fields, config)
+    prompt = _text(fields, "prompt_field", config) if config.prompt_field in fields else None
+    if isinstance(prompt, list):
+        if isinstance(chosen, str) or isinstance(rejected, str):
+            _check_last_turn(prompt, config.prompt_field, config)
+        return prompt, _turns(chosen), _turns(rejected)
     _same_form(config.chosen_field, chosen, config.rejected_field, rejected)
-    if config.prompt_field not in fields:
+    if prompt is None:
         return _split_common_start(chosen, rejected)
-    prompt = _text(fields, config.prompt_field)
-    if isinstance(prompt, str) and isinstance(chosen, list):
-        # Some data sets repeat the question as a string beside whole conversations.
-        turns, chosen, rejected = _split_common_start(chosen, rejected)
-        if not any(turn["content"] == prompt for turn in turns if isinstance(turn, dict)):
-            raise ValueError(
-                f"{config.prompt_field!r} is a string that is no turn of the start shared by {config.chosen_field!r} "
-                f"and {config.rejected_field!r}: {_shorten(prompt)}"
-            )
-        return turns, chosen, rejected
-    _same_form(config.prompt_field, prompt, config.chosen_field, chosen)
+    if isinstance(prompt, str) and isinstance(chosen, list) and isinstance(rejected, list):
+        return _from_string_and_turns(prompt, chosen, rejected, config)
     return prompt, chosen, rejected
 
 
-def _from_sharegpt(fields: dict[str, Any], config: DataConfig) -> tuple[Text, Text, Text]:
-    prompt = _messages(fields[config.conversations_field], config.conversations_field)
+def _from_string_and_turns(prompt: str, chosen: list[Message], rejected: list[Message], config: DataConfig) -> Parts:
+    """Read a prompt that is a string beside answers alone, or beside whole conversations that repeat it as a turn."""
+    if all(message["role"] not in ("user", "system") for message in chosen + rejected):
+        return [{"role": "user", "content": prompt}], chosen, rejected
+    turns, left, right = _split_common_start(chosen, rejected)
+    if not any(turn["content"] == prompt for turn in turns if isinstance(turn, dict)):
+        raise ValueError(
+            f"{config.prompt_field!r} is a string that is no turn of the start shared by {config.chosen_field!r} and "
+            f"{config.rejected_field!r}: {shorten(prompt)}"
+        )
+    return turns, left, right
+
+
+def _from_sharegpt(fields: dict[str, Any], config: DataConfig) -> Parts:
+    prompt = checked_messages(fields[config.conversations_field], config.conversations_field)
     system = fields.get("system")
     if system:
-        message = {"role": "system", "content": _checked_text(system, "system")}
+        message = {"role": "system", "content": checked_text(system, "system")}
         if prompt and prompt[0]["role"] == "system" and prompt[0] != message:
             raise ValueError(f"{config.conversations_field!r} begins with another system turn than field 'system'")
         if not prompt or prompt[0]["role"] != "system":
             prompt.insert(0, message)
-    sides = []
-    for name in (config.chosen_field, config.rejected_field):
-        side = _text(fields, name)
-        if isinstance(side, str):
-            raise ValueError(f"{name!r} must be a turn, or a list of turns, beside {config.conversations_field!r}")
-        sides.append(side)
-    return prompt, sides[0], sides[1]
+    _check_last_turn(prompt, config.conversations_field, config)
+    chosen, rejected = _answers(fields, config)
+    return prompt, _turns(chosen), _turns(rejected)
 
 
-def _split_common_start(chosen: Text, rejected: Text) -> tuple[Text, Text, Text]:
+def _answers(fields: dict[str, Any], config: DataConfig) -> tuple[Text, Text]:
+    if (
+        config.chosen_field not in fields
+        and "messages" in fields
+        and {"rejected_response", "rejected_messages"} & fields.keys()
+    ):
+        raise ValueError(
+            f"'messages' beside a rejected answer is the form of ms-swift; write a record with "
+            f"{config.prompt_field!r}, the messages without the last one, {config.chosen_field!r}, the last one, and "
+            f"{config.rejected_field!r}, a string or the rejected last message"
+        )
+    return _text(fields, "chosen_field", config), _text(fields, "rejected_field", config)
+
+
+def _check_last_turn(prompt: list[Message], name: str, config: DataConfig) -> None:
+    if prompt and prompt[-1]["role"] == "assistant":
+        raise ValueError(
+            f"{name!r} ends with an answer, which {config.chosen_field!r} and {config.rejected_field!r} would follow; "
+            "remove its last turn"
+        )
+
+
+def _turns(answer: Text) -> list[Message]:
+    return [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
+
+
+def _without_prompt(
+    prompt: list[Message], chosen: list[Message], rejected: list[Message], config: DataConfig, tally: Tally
+) -> tuple[list[Message], list[Message]]:
+    """Take the prompt off two answers that repeat it; a part of it, or on one side alone, is refused."""
+    sides = chosen, rejected
+    if prompt and all(side[: len(prompt)] == prompt for side in sides):
+        tally.repeated_prompts["removed"] += 1
+        return chosen[len(prompt) :], rejected[len(prompt) :]
+    for name, side in zip((config.chosen_field, config.rejected_field), sides, strict=True):
+        start = list(takewhile(lambda message: message["role"] != "assistant", side))
+        if any(message in prompt for message in start if message["role"] in ("user", "system")):
+            raise ValueError(
+                f"{name!r} begins with turns of the prompt, but not both answers begin with the whole of it; leave the "
+                "answers' own turns alone in them"
+            )
+    return chosen, rejected
+
+
+def _split_common_start(chosen: Text, rejected: Text) -> Parts:
     """Split off the longest common start; as in TRL, a space before the difference belongs to the completions."""
     length = 0
     for left, right in zip(chosen, rejected, strict=False):
@@ -118,100 +198,32 @@ def _split_common_start(chosen: Text, rejected: Text) -> tuple[Text, Text, Text]
     return chosen[:length], chosen[length:], rejected[length:]
 
 
-def _text(fields: dict[str, Any], name: str) -> Text:
+def _text(fields: dict[str, Any], setting: str, config: DataConfig) -> Text:
+    name = getattr(config, setting)
     if name not in fields:
-        raise ValueError(f"field {name!r} is missing; the record has {_shorten(list(fields))}")
+        raise ValueError(
+            f"field {name!r} is missing; the record has {shorten(list(fields))}; if one of these is meant, set "
+            f"`{setting}`"
+        )
     value = fields[name]
-    if isinstance(value, str):
-        return _checked_text(value, name)
-    return _messages([value] if isinstance(value, dict) else value, name)
-
-
-def _messages(value: Any, name: str) -> list[Message]:
-    if not isinstance(value, list):
-        raise ValueError(f"{name!r} must be a string or a list of messages, got {_kind(value)}")
-    return [_message(item, f"{name}[{index}]") for index, item in enumerate(value)]
-
-
-def _message(value: Any, name: str) -> Message:
-    if not isinstance(value, dict):
-        raise ValueError(f"{name} must be a message, an object with role and content; got {_kind(value)}")
-    message = {key: item for key, item in value.items() if item is not None}
-    if "from" in message and "value" in message and "role" not in message:
-        speaker = message["from"]
-        if not isinstance(speaker, str) or speaker not in _SHAREGPT_ROLES:
-            raise ValueError(f"{name}.from must be one of {', '.join(_SHAREGPT_ROLES)}; got {_shorten(speaker)}")
-        return {"role": _SHAREGPT_ROLES[speaker], "content": _checked_text(message["value"], f"{name}.value")}
-    if not isinstance(message.get("role"), str) or not message["role"]:
-        raise ValueError(f"{name}.role must be a non-empty string, got {_shorten(message.get('role'))}")
-    for key in message.keys() - {"content"}:
-        _check_extra({key: message[key]}, f"{name}.{key}")
-    if "content" not in message and message.get("tool_calls"):
-        return {**message, "content": ""}
-    return {**message, "content": _checked_text(message.get("content"), f"{name}.content")}
-
-
-def _checked_text(value: Any, name: str) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{name!r} must be a string, got {_kind(value)}")
-    if "\0" in value:
-        raise ValueError(f"{name!r} has a NUL character at position {value.index(chr(0))}")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        surrogate = ascii(value[error.start])
-        raise ValueError(f"{name!r} has half a surrogate pair, {surrogate}, at position {error.start}") from error
-    return value
-
-
-def _check_extra(value: Any, name: str) -> None:
-    """Check a value that only chat templates read."""
-    if _is_deeper(value, MAX_DEPTH):
-        raise ValueError(f"{name!r} is nested deeper than {MAX_DEPTH} levels")
-    _checked_text(json.dumps(value, ensure_ascii=False, default=str), name)
-
-
-def _is_deeper(value: Any, depth: int) -> bool:
-    if not isinstance(value, dict | list):
-        return False
-    return depth == 0 or any(
-        _is_deeper(item, depth - 1) for item in (value.values() if isinstance(value, dict) else value)
-    )
+        return checked_messages(value, name)
+    if _PRINTED_MESSAGES.match(value):
+        raise ValueError(
+            f"{name!r} is the text of a list of messages, which would be trained on as it stands; store the list itself"
+        )
+    return checked_text(value, name)
 
 
 def _same_form(left_name: str, left: Text, right_name: str, right: Text) -> None:
     if type(left) is not type(right):
         raise ValueError(
-            f"{left_name!r} is {_kind(left)} but {right_name!r} is {_kind(right)}; make both strings or both lists"
+            f"{left_name!r} is {kind_of(left)} but {right_name!r} is {kind_of(right)}; make both strings or both lists"
         )
 
 
 def _weight(value: Any, name: str) -> float:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not MIN_WEIGHT <= value <= MAX_WEIGHT:
-        raise ValueError(f"{name!r} must be a number in [{MIN_WEIGHT:g}, {MAX_WEIGHT:g}], got {_shorten(value)}")
+        raise ValueError(f"{name!r} must be a number in [{MIN_WEIGHT:g}, {MAX_WEIGHT:g}], got {shorten(value)}")
     return float(value)
-
-
-def _tools(value: Any) -> list[Any] | None:
-    if isinstance(value, str):
-        try:
-            value = json.loads(value) if value.strip() else None
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"'tools' is a string but not JSON: {error}") from error
-    if not value:
-        return None
-    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise ValueError(f"'tools' must be a list of objects, or one as JSON text; got {_kind(value)}")
-    _check_extra(value, "tools")
-    return value
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
-    return names.get(type(value), "a number" if isinstance(value, (int, float)) else f"a {type(value).__name__}")
-
-
-def _shorten(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -33,13 +33,18 @@ class DataReport:
 
     kept: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
-    """Pairs left out, by the reason: identical, empty_prompt, empty_completion, boundary, prompt_too_long,
-    completion_too_long, identical_tokens; with `truncation: drop` max_prompt_length, max_completion_length,
-    max_length."""
+    """Pairs left out, by the reason: identical, empty_prompt, empty_completion, left_out (by the chat template),
+    boundary, prompt_too_long, completion_too_long, identical_tokens; with `truncation: drop` max_prompt_length,
+    max_completion_length, max_length."""
     truncated: dict[str, int] = field(default_factory=dict)
     """Pairs shortened, by the part: prompt, chosen, rejected; a pair may count in several."""
     boundary_moved: int = 0
     """Pairs whose completion begins before the end of the prompt (`boundary: common_prefix`)."""
+    unread: dict[str, int] = field(default_factory=dict)
+    """Pairs that have a value in a field which is not read (identifiers, scores, ...), by the field."""
+    repeated_prompts: dict[str, int] = field(default_factory=dict)
+    """Pairs whose answers begin with their prompt: removed from both, kept on both (see `repeated_prompt`), or kept on
+    one side."""
     prompt_tokens: LengthStats = field(default_factory=LengthStats)
     chosen_tokens: LengthStats = field(default_factory=LengthStats)
     """Completion tokens of the preferred side."""
@@ -54,12 +59,17 @@ class DataReport:
     def summary(self) -> str:
         """Say in one line how many pairs were kept, dropped and truncated, and why."""
         parts = [f"{self.kept} of {self.read} pairs kept"]
-        for name in ("dropped", "truncated"):
+        for name in ("dropped", "truncated", "repeated_prompts"):
             counts: dict[str, int] = getattr(self, name)
             if counts:
-                parts.append(f"{name}: " + ", ".join(f"{count} {cause}" for cause, count in sorted(counts.items())))
+                parts.append(
+                    f"{name.replace('_', ' ')}: "
+                    + ", ".join(f"{count} {cause}" for cause, count in sorted(counts.items()))
+                )
         if self.boundary_moved:
             parts.append(f"boundary moved: {self.boundary_moved}")
+        if self.unread:
+            parts.append(f"fields not read: {', '.join(sorted(self.unread))}")
         parts.append(f"longest: {self.prompt_tokens.max} prompt + {self._longest_completion} completion tokens")
         return "; ".join(parts)
 
@@ -75,6 +85,8 @@ class Tally:
         self.dropped: Counter[str] = Counter()
         self.truncated: Counter[str] = Counter()
         self.boundary_moved = 0
+        self.unread: Counter[str] = Counter()
+        self.repeated_prompts: Counter[str] = Counter()
         self.prompt_lengths: list[int] = []
         self.chosen_lengths: list[int] = []
         self.rejected_lengths: list[int] = []
@@ -86,6 +98,8 @@ class Tally:
             dropped=dict(self.dropped),
             truncated=dict(self.truncated),
             boundary_moved=self.boundary_moved,
+            unread=dict(self.unread),
+            repeated_prompts=dict(self.repeated_prompts),
             prompt_tokens=LengthStats.of(self.prompt_lengths),
             chosen_tokens=LengthStats.of(self.chosen_lengths),
             rejected_tokens=LengthStats.of(self.rejected_lengths),

@@ -48,7 +48,7 @@ def loads(raw: bytes, path: str, first_line: int, *, unfinished: bool) -> Any:
         found = raw[error.start : error.start + 1].hex()
         raise DataError(f"column {column}: byte 0x{found} is not UTF-8; save the file as UTF-8", path, line) from error
     try:
-        return json.loads(text, object_pairs_hook=unique_keys, parse_constant=_refuse_constant)
+        return _parse(text)
     except json.JSONDecodeError as error:
         remedy = "mend or remove the record"
         if unfinished:
@@ -60,6 +60,24 @@ def loads(raw: bytes, path: str, first_line: int, *, unfinished: bool) -> Any:
         raise DataError(message, path, first_line) from error
     except ValueError as error:
         raise DataError(f"{error}; mend or remove the record", path, first_line) from error
+
+
+def parse_text(text: str) -> Any:
+    """Parse JSON that is stored as text within a record.
+
+    Raises:
+        ValueError: with the reason.
+    """
+    try:
+        return _parse(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error}") from error
+    except RecursionError as error:
+        raise ValueError("not JSON that can be used: brackets nested too deeply") from error
+
+
+def _parse(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=unique_keys, parse_constant=_refuse_constant)
 
 
 def _refuse_constant(name: str) -> NoReturn:

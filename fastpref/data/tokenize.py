@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import groupby, islice
-from typing import Any
+from itertools import islice
+from typing import Any, NamedTuple
 
+from fastpref.data.chat import ChatRenderer, Rendered, text_difference, with_chat_template
 from fastpref.data.config import DataConfig
+from fastpref.data.encoding import Encoder
 from fastpref.data.problems import BadPairError, ProblemLog
 from fastpref.data.report import DataReport, Tally
 from fastpref.data.schema import Message, PreferencePair, TokenizedPair
 from fastpref.data.truncation import DroppedPair, Sides, truncate
-from fastpref.errors import ConfigError, DataError, MissingDependencyError
+from fastpref.errors import DataError
 
 # Enough texts at a time for a tokenizer with threads of its own.
 _PAIRS_PER_CALL = 128
 
-Rendered = tuple[str, str, str]
-"""Text of the prompt, then of prompt + completion for either side, or with "separate" of the completion alone."""
 _EMPTY_REASONS = ("empty_prompt", "empty_completion", "empty_completion")
+
+
+class _Whole(NamedTuple):
+    """A pair as texts and as tokens: the prompt, and prompt and completion together for either side."""
+
+    pair: PreferencePair
+    texts: Rendered
+    """Of strings without the appended end-of-sequence token."""
+    ids: Sides
+    """With all special tokens."""
+    end: list[int]
+    """What was appended to either side: the end-of-sequence token or nothing."""
 
 
 def tokenize_pairs(
@@ -26,17 +38,21 @@ def tokenize_pairs(
 ) -> tuple[list[TokenizedPair], DataReport]:
     """Tokenise pairs as TRL 1.16 does, and report what became of them.
 
-    Strings: the tokens of `prompt` and of `prompt + completion + eos`, each text tokenised as a whole with the
-    tokenizer's own special tokens. Messages: the chat template's text for the prompt with the generation prompt, and
-    for prompt and completion together, tokenised without further special tokens. `boundary` says where the completion
-    begins:
+    Strings: the tokens of `prompt` and of `prompt + completion`, each text tokenised as a whole. In front of it are the
+    special tokens that the tokenizer begins a text with, unless the prompt spells them out; behind the completion is
+    the end-of-sequence token, once, where `append_eos` asks for it, whatever the tokenizer ends a text with.
+    Messages: the chat template's text for the prompt with the generation prompt, and for prompt and completion
+    together, tokenised without further special tokens.
+    `boundary` says where the completion begins:
     strict: after the prompt's tokens, which both whole texts must begin with; otherwise the pair is bad.
     common_prefix: where the tokens of the three texts begin to differ (TRL's rule); the report counts such pairs.
-    separate: after the prompt's tokens, with the rest of the text tokenised on its own; no token spans the boundary.
+    separate: after the prompt's tokens, as strict where a whole text begins with them; otherwise with the rest of
+    the text tokenised on its own, as the text goes on at inference: without the space that some tokenizers put in
+    front of every text. The pair is bad where these tokens would read differently from the whole text.
 
     Args:
         pairs: from `read_pairs`, in any number; read once.
-        tokenizer: a transformers tokenizer.
+        tokenizer: a transformers tokenizer; a template of `config` is used instead of its own and not put on it.
         config: limits, boundary rule and template; see `truncate` for the order of the limits.
 
     Returns:
@@ -44,7 +60,9 @@ def tokenize_pairs(
 
     Raises:
         DataError: bad pairs, with `on_bad_pair: error`; up to `max_reported` of them in one message.
-        ConfigError: the tokenizer lacks the chat template or the end-of-sequence token that the pairs need.
+        ConfigError: the tokenizer lacks the chat template or the end-of-sequence token that the pairs need, cuts
+            special tokens into pieces, or contradicts itself about what stands around a text; `chat_template` is no
+            template.
         MissingDependencyError: a chat template without jinja2.
     """
     tally, problems = Tally(), ProblemLog(config.max_reported)
@@ -57,6 +75,8 @@ def iter_tokenized(
     pairs: Iterable[PreferencePair], tokenizer: Any, config: DataConfig, tally: Tally, problems: ProblemLog
 ) -> Iterator[TokenizedPair]:
     """Tokenise as `tokenize_pairs` does, one pair at a time; counts go to `tally`, bad pairs to `problems`."""
+    tokenizer = with_chat_template(tokenizer, config.chat_template)
+    encoder, renderer = Encoder(tokenizer), ChatRenderer(tokenizer, config)
     iterator = iter(pairs)
     pair_id = 0
     while chunk := list(islice(iterator, _PAIRS_PER_CALL)):
@@ -64,18 +84,18 @@ def iter_tokenized(
         for pair in chunk:
             try:
                 _check_texts(pair)
-                rendered.append((pair, _render(pair, tokenizer, config)))
+                rendered.append((pair, _render(pair, encoder, renderer, config)))
             except DataError as error:
                 _settle(error, config, tally, problems)
-        for pair, sides in _encode(rendered, tokenizer, config):
+        for whole in _encode(rendered, encoder, config):
             try:
-                kept = _finish(pair, sides, config, tally)
+                kept = _finish(whole, encoder, renderer, config, tally)
             except DroppedPair as dropped:
                 tally.dropped[str(dropped)] += 1
             except DataError as error:
                 _settle(error, config, tally, problems)
             else:
-                yield _tokenized_pair(pair_id, pair, kept)
+                yield _tokenized_pair(pair_id, whole.pair, kept)
                 pair_id += 1
 
 
@@ -105,108 +125,49 @@ def _is_empty(side: str | list[Message]) -> bool:
     return not any(message["content"].strip() or message.get("tool_calls") for message in side)
 
 
-def _render(pair: PreferencePair, tokenizer: Any, config: DataConfig) -> Rendered:
-    prompt, chosen, rejected = _render_whole(pair, tokenizer, config)
-    if config.boundary != "separate":
-        return prompt, chosen, rejected
-    if not chosen.startswith(prompt) or not rejected.startswith(prompt):
-        message = "the chat template writes the prompt differently alone than before a completion; change the template"
-        raise BadPairError("boundary", message, pair.path, pair.line)
-    return prompt, chosen.removeprefix(prompt), rejected.removeprefix(prompt)
+def _render(pair: PreferencePair, encoder: Encoder, renderer: ChatRenderer, config: DataConfig) -> Rendered:
+    if pair.is_conversational:
+        return renderer.render(pair)
+    assert isinstance(pair.prompt, str)
+    assert isinstance(pair.chosen, str)
+    assert isinstance(pair.rejected, str)
+    encoder.check_added()
+    eos = encoder.eos[0] if config.append_eos else ""
+    chosen, rejected = pair.chosen.removesuffix(eos), pair.rejected.removesuffix(eos)
+    if chosen == rejected:
+        message = f"chosen and rejected differ only in {eos!r} at the end, which both end in; remove the pair"
+        raise BadPairError("identical", message, pair.path, pair.line)
+    return pair.prompt, pair.prompt + chosen, pair.prompt + rejected
 
 
-def _render_whole(pair: PreferencePair, tokenizer: Any, config: DataConfig) -> Rendered:
-    if isinstance(pair.prompt, str):
-        assert isinstance(pair.chosen, str)
-        assert isinstance(pair.rejected, str)
-        eos = _eos_token(tokenizer) if config.append_eos else ""
-        chosen = pair.prompt + pair.chosen.removesuffix(eos) + eos
-        return pair.prompt, chosen, pair.prompt + pair.rejected.removesuffix(eos) + eos
-    assert isinstance(pair.chosen, list)
-    assert isinstance(pair.rejected, list)
-    return (
-        _render_chat(pair.prompt, True, pair, tokenizer, config),
-        _render_chat(pair.prompt + pair.chosen, False, pair, tokenizer, config),
-        _render_chat(pair.prompt + pair.rejected, False, pair, tokenizer, config),
-    )
-
-
-def _render_chat(
-    messages: list[Message], add_generation_prompt: bool, pair: PreferencePair, tokenizer: Any, config: DataConfig
-) -> str:
-    if config.chat_template is None and not tokenizer.chat_template:
-        raise ConfigError(
-            f"{pair.path}:{pair.line} is made of messages, but the tokenizer has no chat template; "
-            "set `chat_template` or use a tokenizer that has one"
-        )
-    try:
-        import jinja2
-    except ImportError as error:
-        raise MissingDependencyError("chat templates need jinja2; install fastpref[hf]") from error
-    try:
-        return tokenizer.apply_chat_template(
-            messages,
-            tools=pair.tools,
-            chat_template=config.chat_template,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            **config.chat_template_kwargs,
-        )
-    except jinja2.TemplateSyntaxError as error:
-        raise ConfigError(f"the chat template is not valid Jinja (its line {error.lineno}): {error.message}") from error
-    except (jinja2.TemplateError, TypeError) as error:
-        raise DataError(f"the chat template refuses these messages: {error}", pair.path, pair.line) from error
-
-
-def _eos_token(tokenizer: Any) -> str:
-    if tokenizer.eos_token is None:
-        raise ConfigError(
-            "the tokenizer has no end-of-sequence token to append to string completions; "
-            "set its `eos_token`, or set `append_eos: false`"
-        )
-    return tokenizer.eos_token
-
-
-def _encode(
-    rendered: list[tuple[PreferencePair, Rendered]], tokenizer: Any, config: DataConfig
-) -> Iterator[tuple[PreferencePair, Sides]]:
+def _encode(rendered: list[tuple[PreferencePair, Rendered]], encoder: Encoder, config: DataConfig) -> Iterator[_Whole]:
     """Tokenise the three texts of every pair, many pairs in one call, in order."""
-    for is_chat, run in groupby(rendered, key=lambda item: item[0].is_conversational):
-        pairs, texts = zip(*run, strict=True)
-        prompts, chosen, rejected = zip(*texts, strict=True)
-        # A chat template writes all special tokens itself; a completion on its own begins in mid-sequence.
-        completion_is_whole = not is_chat and config.boundary != "separate"
-        sides = zip(
-            _token_ids(prompts, not is_chat, tokenizer),
-            _token_ids(chosen, completion_is_whole, tokenizer),
-            _token_ids(rejected, completion_is_whole, tokenizer),
-            strict=True,
-        )
-        yield from zip(pairs, sides, strict=True)
+    encoded = iter(encoder.ids([text for _, texts in rendered for text in texts]))
+    for pair, texts in rendered:
+        prompt, chosen, rejected = islice(encoded, 3)
+        # A chat template writes all special tokens itself.
+        if pair.is_conversational:
+            for text, ids in zip(texts, (prompt, chosen, rejected), strict=True):
+                encoder.check_special(text, ids)
+            yield _Whole(pair, texts, (prompt, chosen, rejected), [])
+            continue
+        end = [encoder.eos[1]] if config.append_eos else []
+        opened = encoder.opened(prompt), encoder.opened(chosen) + end, encoder.opened(rejected) + end
+        yield _Whole(pair, texts, opened, end)
 
 
-def _token_ids(texts: tuple[str, ...], add_special_tokens: bool, tokenizer: Any) -> list[list[int]]:
-    # `verbose` is the warning about texts beyond the model's length, which `max_length` settles.
-    encoding = tokenizer(list(texts), add_special_tokens=add_special_tokens, verbose=False)
-    return encoding["input_ids"]
-
-
-def _finish(pair: PreferencePair, encoded: Sides, config: DataConfig, tally: Tally) -> Sides:
+def _finish(whole: _Whole, encoder: Encoder, renderer: ChatRenderer, config: DataConfig, tally: Tally) -> Sides:
     """Find the boundary, apply the limits and count."""
-    where = pair.path, pair.line
-    sides = encoded
-    if config.boundary != "separate":
-        prompt, chosen, rejected = encoded
-        length = min(_common_prefix_length(prompt, chosen), _common_prefix_length(prompt, rejected))
-        if length < len(prompt) and config.boundary == "strict":
-            raise BadPairError("boundary", _boundary_message(length, len(prompt)), *where)
-        sides = prompt[:length], chosen[length:], rejected[length:]
+    where = whole.pair.path, whole.pair.line
+    sides = _common_prefix(whole) if config.boundary == "common_prefix" else _after_prompt(whole, encoder, config)
+    if sides is None:
+        raise BadPairError("boundary", _boundary_message(whole, encoder, renderer, config), *where)
     for name, reason, ids in zip(("prompt", "chosen", "rejected"), _EMPTY_REASONS, sides, strict=True):
         if not ids:
             raise BadPairError(reason, f"no token is left for the {name} part; remove the pair", *where)
     kept = truncate(sides, config, *where)
 
-    tally.boundary_moved += len(sides[0]) < len(encoded[0])
+    tally.boundary_moved += len(sides[0]) < len(whole.ids[0])
     for name, before, after in zip(("prompt", "chosen", "rejected"), sides, kept, strict=True):
         if len(after) < len(before):
             tally.truncated[name] += 1
@@ -216,12 +177,79 @@ def _finish(pair: PreferencePair, encoded: Sides, config: DataConfig, tally: Tal
     return kept
 
 
-def _boundary_message(length: int, prompt_length: int) -> str:
-    return (
-        f"only the first {length} of the prompt's {prompt_length} tokens begin the tokens of prompt and completion: "
-        "the tokenizer merges across the boundary, or the chat template writes the prompt differently alone; end the "
-        "prompt at a word's end, or set `boundary: separate` (tokens as at inference) or `common_prefix` (as TRL)"
-    )
+def _common_prefix(whole: _Whole) -> Sides:
+    prompt, chosen, rejected = whole.ids
+    length = _shared_length(whole.ids)
+    return prompt[:length], chosen[length:], rejected[length:]
+
+
+def _after_prompt(whole: _Whole, encoder: Encoder, config: DataConfig) -> Sides | None:
+    """Split behind the prompt's tokens; None where the boundary rule does not allow it."""
+    prompt, *sides = whole.ids
+    completions = []
+    for ids, text in zip(sides, whole.texts[1:], strict=True):
+        if ids[: len(prompt)] == prompt:
+            completions.append(ids[len(prompt) :])
+        elif config.boundary == "separate" and (rest := _continuation(whole, text, ids, encoder)) is not None:
+            completions.append(rest)
+        else:
+            return None
+    return prompt, completions[0], completions[1]
+
+
+def _continuation(whole: _Whole, text: str, ids: list[int], encoder: Encoder) -> list[int] | None:
+    """Tokens of a side behind the prompt's tokens; None where prompt and these would not read as the whole text."""
+    if not text.startswith(whole.texts[0]):
+        return None
+    rest = encoder.continuation(text.removeprefix(whole.texts[0])) + whole.end
+    return rest if encoder.reads_on(whole.ids[0], rest, ids) else None
+
+
+def _boundary_message(whole: _Whole, encoder: Encoder, renderer: ChatRenderer, config: DataConfig) -> str:
+    prompt, *sides = whole.texts
+    differing = [text for text in sides if not text.startswith(prompt)]
+    if differing:
+        alone, before = text_difference(prompt, differing[0])
+        part = " in its generation prompt" if renderer.writes_other_generation_prompt(whole.pair, differing[0]) else ""
+        cause = (
+            f"the chat template writes the prompt differently alone than before a completion{part}: {alone} alone, "
+            f"{before} before a completion"
+        )
+    elif config.boundary == "separate":
+        cause = (
+            f"the tokenizer {encoder.name} cannot go on behind this prompt: tokens of prompt and completion on its own "
+            "read differently from the text as a whole"
+        )
+    else:
+        cause = (
+            f"only the first {_shared_length(whole.ids)} of the prompt's {len(whole.ids[0])} tokens begin the tokens "
+            "of prompt and completion: the tokenizer merges across the boundary"
+        )
+    remedies = list(_boundary_remedies(whole, encoder, config))
+    if differing:
+        remedies.append("set another `chat_template`")
+    return f"{cause}; {', or '.join(remedies) or 'remove the pair'}"
+
+
+def _boundary_remedies(whole: _Whole, encoder: Encoder, config: DataConfig) -> Iterator[str]:
+    """What helps this pair: each was tried."""
+    prompt, *sides = whole.texts
+    kept = prompt.rstrip()
+    if not whole.pair.is_conversational and kept and kept != prompt:
+        start = encoder.opened(encoder.ids([kept])[0])
+        if all(ids[: len(start)] == start for ids in whole.ids[1:]):
+            yield "move the white space at the prompt's end to the start of both completions"
+    rests = [_continuation(whole, text, ids, encoder) for text, ids in zip(sides, whole.ids[1:], strict=True)]
+    if config.boundary != "separate" and None not in rests and rests[0] != rests[1]:
+        yield "set `boundary: separate` (tokens as at inference)"
+    shared = _common_prefix(whole)
+    if all(shared) and shared[1] != shared[2]:
+        yield "set `boundary: common_prefix` (as TRL)"
+
+
+def _shared_length(sides: Sides) -> int:
+    prompt, chosen, rejected = sides
+    return min(_common_prefix_length(prompt, chosen), _common_prefix_length(prompt, rejected))
 
 
 def _common_prefix_length(left: list[int], right: list[int]) -> int:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fastpref.data import strict_json
 from fastpref.data.dataset import PreferenceDataset
-from fastpref.errors import ConfigError, DataError, MissingDependencyError
+from fastpref.data.tokenizer_files import TOKENIZER_FILES, check_files, check_loaded, read_settings
+from fastpref.errors import ConfigError, MissingDependencyError
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
-_CONFIG_FILES = ("tokenizer_config.json", "config.json")
+__all__ = ["TOKENIZER_FILES", "check_token_ids", "load_tokenizer", "resolve_pad_token_id"]
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -20,56 +19,41 @@ def load_tokenizer(path: str | Path) -> Any:
         The tokenizer, with its padding token set to the end-of-sequence token when it has none.
 
     Raises:
-        ConfigError: no such directory, no tokenizer in it, a class or code of its own, or files that do not load.
-        MissingDependencyError: transformers is not installed.
+        ConfigError: no such directory, no tokenizer in it or part of one, a class or code of its own, files that do
+            not load, or of which transformers makes another tokenizer than they describe.
+        MissingDependencyError: transformers, or a package that its files are read with, is not installed.
     """
     directory = Path(path)
     if not directory.is_dir():
         raise ConfigError(f"tokenizer {str(path)!r} is no local directory; download it first and give its path")
-    if not any((directory / name).is_file() for name in TOKENIZER_FILES):
-        raise ConfigError(f"tokenizer {str(path)!r} has none of {', '.join(TOKENIZER_FILES)}; copy the tokenizer there")
-    declared_class = _check_configs(directory)
+    settings = read_settings(directory)
+    check_files(directory)
     try:
         import transformers
     except ImportError as error:
         raise MissingDependencyError("tokenizers are loaded with transformers; install fastpref[hf]") from error
-    if declared_class is not None and not hasattr(transformers, declared_class):
+    declared = settings["tokenizer_class"]
+    if declared is not None and not hasattr(transformers, declared):
         raise ConfigError(
-            f"tokenizer {str(path)!r} wants the class {declared_class!r}, which transformers "
+            f"tokenizer {str(path)!r} wants the class {declared!r}, which transformers "
             f"{transformers.__version__} does not have; convert it to a tokenizer.json of a standard class"
         )
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             str(directory), local_files_only=True, trust_remote_code=False
         )
+        check_loaded(tokenizer, directory, settings)
+    except ConfigError:
+        raise
     # The rust library raises plain Exception for a malformed tokenizer.json.
     except Exception as error:
-        raise ConfigError(f"tokenizer {str(path)!r} does not load: {error}; save it again") from error
+        remedy = "save it again"
+        if not (directory / "tokenizer.json").is_file():
+            remedy = "copy its tokenizer.json there, or set `tokenizer_class` in tokenizer_config.json to its class"
+        raise ConfigError(f"tokenizer {str(path)!r} does not load: {error}; {remedy}") from error
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def _check_configs(directory: Path) -> str | None:
-    """Return the tokenizer class that the directory declares; refuse one that brings code."""
-    declared_class = None
-    for name in _CONFIG_FILES:
-        file = directory / name
-        if not file.is_file():
-            continue
-        try:
-            settings = strict_json.loads(file.read_bytes(), str(file), 1, unfinished=False)
-        except DataError as error:
-            raise ConfigError(str(error)) from error
-        if not isinstance(settings, dict):
-            raise ConfigError(f"{file} must hold a JSON object")
-        if settings.get("auto_map"):
-            raise ConfigError(
-                f"{file} asks to run code of its own (`auto_map`), which is never done; "
-                "convert the tokenizer to a tokenizer.json of a standard class and remove `auto_map`"
-            )
-        declared_class = declared_class or settings.get("tokenizer_class")
-    return declared_class
 
 
 def resolve_pad_token_id(tokenizer: Any) -> int:

@@ -21,16 +21,24 @@ def truncate(sides: Sides, config: DataConfig, path: str, line: int) -> Sides:
     `max_length` for the two together: keep_start shortens the completions, keep_end the start of the prompt by what
     the longer side needs.
 
+    Tokens are cut, not words or turns: keep_end takes off the beginning-of-sequence token and the system turn first
+    and may begin in the middle of a turn, keep_start may take off the generation prompt (`max_prompt_length`), and a
+    shortened completion has no end-of-sequence token. Nothing is put back in their place. "drop" leaves such pairs out.
+    The tokenizer's own `model_max_length` plays no part.
+
     Raises:
-        BadPairError: nothing of a completion, or nothing of the prompt, would be left; or the sides become equal.
+        BadPairError: nothing of a completion, or nothing of the prompt, would be left; or the sides are equal.
         DroppedPair: the pair is over a limit and `truncation` is "drop".
     """
-    shortened = _limit_parts(sides, config)
-    shortened = _limit_total(shortened, config, path, line)
+    if sides[1] == sides[2]:
+        message = "the tokenizer gives chosen and rejected the same tokens, though their texts differ; remove the pair"
+        raise BadPairError("identical_tokens", message, path, line)
+    parts = _limit_parts(sides, config)
+    shortened = _limit_total(parts, config, path, line)
     if shortened[1] == shortened[2]:
-        message = (
-            "chosen and rejected have the same tokens within the limits; raise max_length or max_completion_length"
-        )
+        limits = ["max_completion_length"] if parts[1] != sides[1] or parts[2] != sides[2] else []
+        limits += ["max_length"] if shortened[1] != parts[1] or shortened[2] != parts[2] else []
+        message = f"chosen and rejected have the same tokens within the limits; raise {' and '.join(limits)}"
         raise BadPairError("identical_tokens", message, path, line)
     return shortened
 

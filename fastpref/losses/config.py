@@ -91,6 +91,25 @@ class Loss:
 LOSSES: dict[str, Loss] = {}
 """The losses by name, the only registry."""
 
+_UNPAIRED = "it learns from answers that are rated alone; bco_pair and apo_zero rate both answers of a pair alone"
+# Names of papers and of other trainers.
+_ELSEWHERE = {
+    "dpo": "the loss of DPO is named sigmoid",
+    "dpo_norm": "DPO on means per token is named sigmoid_norm",
+    "cdpo": "conservative DPO is sigmoid with label_smoothing",
+    **dict.fromkeys(("rdpo", "robust_dpo"), "it is named robust, with label_smoothing"),
+    **dict.fromkeys(("slic", "slic_hf"), "it is named hinge"),
+    "exo": "it is named exo_pair",
+    "nca": "it is named nca_pair",
+    "bco": "it is named bco_pair",
+    "sppo": "it is named sppo_hard",
+    "apo": "it is named apo_zero, or apo_down where the policy is better than the chosen answers",
+    "cpo_simpo": "it is simpo with simpo_alpha",
+    **dict.fromkeys(("nll", "cross_entropy", "chosen_nll"), "it is named sft"),
+    "rpo": "DPO with an NLL is pref_loss [sigmoid, sft] with loss_weights",
+    **dict.fromkeys(("kto", "kto_pair"), _UNPAIRED),
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class DPOConfig:
@@ -217,7 +236,7 @@ def _check_names(validator: Validator, names: tuple[Any, ...]) -> None:
         validator.note("pref_loss", "must name at least one loss, got none; the default is sigmoid")
     for name in names:
         one = Validator(SimpleNamespace(pref_loss=name))
-        one.choice("pref_loss", tuple(LOSSES))
+        one.choice("pref_loss", tuple(LOSSES), elsewhere=_ELSEWHERE)
         validator.problems += one.problems
     for name in LOSSES:
         if [isinstance(other, str) and other == name for other in names].count(True) > 1:

@@ -61,7 +61,10 @@ LENGTHS = {"ld_alpha": Option(default=None, at_least=0, at_most=1, redefines_log
 # the margin of two log-ratios, or of what an f-divergence puts in their place
 MARGIN = LENGTHS | {
     "f_divergence": Option(
-        default="reverse_kl", choices=("reverse_kl", "forward_kl", "js", "alpha"), redefines_log_ratios=True
+        default="reverse_kl",
+        choices=("reverse_kl", "forward_kl", "js", "alpha"),
+        elsewhere={"js_divergence": "write js", "alpha_divergence": "write alpha, with f_alpha"},
+        redefines_log_ratios=True,
     ),
     "f_alpha": Option(default=0.5, only_if=("f_divergence", "alpha")),
 }

@@ -46,7 +46,7 @@ class DPOTrainer:
         eval_dataset: the same, for `evaluate`.
         data_collator: list of items -> batch as in `Microbatch.from_dict`; default `PreferenceCollator`; with
             packing it must be a `PackedCollator`, the default then.
-        processing_class: tokenizer that is saved with an exported model and names the padding token.
+        processing_class: tokenizer that names the padding token.
 
     Raises:
         ConfigError: settings, models and loss do not fit each other.

@@ -35,7 +35,7 @@ OWNERS = {
 
 # room -> its sub-rooms from the bottom up: each may import those before it; a file beside them may import all
 FLOORS = {
-    "run": ("architecture", "config", "plan", "record"),
+    "run": ("architecture", "config", "plan", "served", "record"),
     "trainer": ("ranks", "model", "step", "reference", "saves"),
 }
 

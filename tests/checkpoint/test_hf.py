@@ -42,6 +42,23 @@ def same(got: torch.Tensor, expected: torch.Tensor) -> bool:
 # --- writing and reading
 
 
+def test_writer_replaces_leaves_out_and_copies_through_links(tmp_path: Path) -> None:
+    source, blobs = tmp_path / "source", tmp_path / "blobs"
+    (source / "additional_chat_templates").mkdir(parents=True)
+    blobs.mkdir()
+    for name in ("tokenizer.json", "vocab.txt", "additional_chat_templates/rag.jinja", "modeling.py"):
+        (blobs / Path(name).name).write_text(name)
+        (source / name).symlink_to(blobs / Path(name).name)
+    replaced = {"vocab.txt": None, "LICENSE": b"free", "tokenizer_config.json": b"{}"}
+    with ModelWriter(tmp_path / "m", [], {}, source, replaced=replaced):
+        pass
+    files = {str(file.relative_to(tmp_path / "m")): file for file in (tmp_path / "m").rglob("*") if file.is_file()}
+    kept = ("tokenizer.json", "additional_chat_templates/rag.jinja")
+    assert sorted(files) == sorted(["config.json", "LICENSE", "tokenizer_config.json", *kept])
+    assert not any(file.is_symlink() for file in files.values())
+    assert all(files[name].read_text() == name for name in kept) and files["LICENSE"].read_text() == "free"
+
+
 @pytest.mark.parametrize(("max_shard_bytes", "num_files"), [(1 << 30, 1), (50, 2), (1, 4)])
 def test_writer_writes_what_safetensors_reads(tmp_path: Path, max_shard_bytes: int, num_files: int) -> None:
     path = write(tmp_path / "m", max_shard_bytes=max_shard_bytes)

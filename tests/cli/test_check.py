@@ -152,3 +152,39 @@ def test_check_names_a_pair_that_does_not_fit_a_packed_row(project: Path, run_cl
     result = run_cli("check", "run.yaml", "training.packing=true", "training.pack_length=20")
     assert result.exit_code == 2
     assert "pack_length must be a multiple of pad_to_multiple_of=8, got 20" in squeezed(result.stderr)
+
+
+def test_check_names_the_prompt_that_is_not_read(project: Path, run_cli) -> None:
+    record = {"instruction": "w1 w2", "input": "w3", "chosen": "w4 w5", "rejected": "w4 w6", "id": 7}
+    (project / "pairs.jsonl").write_text(json.dumps(record) + "\n")
+    settings = ["data.boundary=separate"]
+    result = run_cli("check", "run.yaml", *settings)
+    assert result.exit_code == 3
+    assert "`prompt_field: instruction`" in squeezed(result.stderr)
+    settings.append("data.prompt_field=instruction")
+    assert "field 'input' is not read" in squeezed(run_cli("check", "run.yaml", *settings, "data.eval=[]").stderr)
+    settings.append("data.ignored_fields=[input]")
+    output = squeezed(run_cli("check", "run.yaml", *settings, "data.eval=[]").output)
+    assert "prompt (2 tokens, not scored): w1|w2" in output
+    assert "not read: id 1" in output
+    mistyped = run_cli("check", "run.yaml", "data.prompt_field=promt")
+    assert "field 'promt', which `prompt_field` names, is missing" in squeezed(mistyped.stderr)
+
+
+def test_check_counts_repeated_prompts(project: Path, run_cli) -> None:
+    record = {"prompt": "w1 w2", "chosen": "w1 w2 w4", "rejected": "w1 w2 w6"}
+    (project / "pairs.jsonl").write_text(json.dumps(record) + "\n")
+    output = squeezed(run_cli("check", "run.yaml", "data.boundary=separate").output)
+    assert "repeated prompts: removed 1 0" in output
+    assert "chosen (2 tokens, scored): ⟦w4|<|end|>⟧" in output
+    output = squeezed(run_cli("check", "run.yaml", "data.boundary=separate", "data.repeated_prompt=keep").output)
+    assert "repeated prompts: kept 1 0" in output
+    assert "chosen (4 tokens, scored): ⟦w1|w2|w4|<|end|>⟧" in output
+
+
+def test_check_says_how_to_fetch_a_data_set(project: Path, run_cli) -> None:
+    result = run_cli("check", "run.yaml", "data.train=trl-lib/some_set")
+    message = squeezed(result.stderr)
+    assert "data.train: 'trl-lib/some_set' does not exist" in message
+    assert "datasets.load_dataset('trl-lib/some_set', split='train')" in message
+    assert "datasets" not in squeezed(run_cli("check", "run.yaml", "data.train=no/pairs.jsonl").stderr)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from test_encoding import EXACT
 
 from fastpref.data import DataConfig, PreferenceCollator, PreferenceDataset, load_dataset
 
@@ -85,6 +86,24 @@ def test_load_dataset_common_prefix_boundary_equals_trl(merging_tokenizer, tmp_p
     for pair, row in zip(dataset, expected, strict=True):
         assert pair.chosen_input_ids == row["prompt_ids"] + row["chosen_ids"]
         assert pair.num_prompt_tokens == len(row["prompt_ids"])
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_load_dataset_tokens_of_every_kind_of_tokenizer_equal_trl(name: str, tmp_path: Path) -> None:
+    """Strings and messages, with merges across the boundary and without."""
+    tokenizer = EXACT[name]()
+    strings = [
+        {"prompt": "Answer:\n", "chosen": "Yes, it is", "rejected": " No"},
+        {"prompt": "Answer: a", "chosen": "b", "rejected": "Yes</s>"},
+        {"prompt": "ab ", "chosen": "Yes", "rejected": "  12"},
+    ]
+    for records in (strings, CHAT):
+        expected = trl_rows(records, tokenizer, max_length=None)
+        dataset = load(records, tokenizer, tmp_path, boundary="common_prefix")
+        for pair, row in zip(dataset, expected, strict=True):
+            assert pair.chosen_input_ids == row["prompt_ids"] + row["chosen_ids"]
+            assert pair.rejected_input_ids == row["prompt_ids"] + row["rejected_ids"]
+            assert pair.num_prompt_tokens == len(row["prompt_ids"])
 
 
 @pytest.mark.parametrize("max_length", [26, 31, 40, 200])

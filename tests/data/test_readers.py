@@ -120,17 +120,22 @@ def test_read_pairs_tools(write, tools, expected) -> None:
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"rejected": None}, r"field 'rejected' is missing; the record has \['prompt', 'chosen'\]"),
+        (
+            {"rejected": None},
+            r"field 'rejected' is missing; the record has \['prompt', 'chosen'\].* set `rejected_field`",
+        ),
         ({"chosen": 4}, r"'chosen' must be a string or a list of messages, got a number"),
         ({"chosen": [GOOD]}, r"'chosen' is a list but 'rejected' is a string"),
         ({"chosen": [GOOD], "rejected": [BAD], "prompt": [USER, "Hi"]}, r"prompt\[1\] must be a message.*got a string"),
-        ({"prompt": [USER]}, r"'prompt' is a list but 'chosen' is a string"),
         ({"prompt": [{"content": "x"}]}, r"prompt\[0\]\.role must be a non-empty string, got None"),
+        ({"prompt": [{"role": "user", "content": 3}]}, r"'prompt\[0\]\.content' must be a string, got a number"),
         ({"prompt": [{"role": "user", "content": ["x"]}]}, r"'prompt\[0\]\.content' must be a string, got a list"),
         ({"prompt": [{"role": "user"}]}, r"'prompt\[0\]\.content' must be a string, got null"),
         ({"prompt": [{"from": "robot", "value": "x"}]}, r"prompt\[0\]\.from must be one of human, .*got 'robot'"),
-        ({"conversations": [USER]}, r"'chosen' must be a turn, or a list of turns, beside 'conversations'"),
-        ({"system": "Be kind."}, r"field 'system' is read beside 'conversations' only"),
+        (
+            {"system": "Be kind."},
+            r"'system' is not read, and the prompt does not contain it; make it part of the prompt",
+        ),
         ({"images": ["a.png"]}, r"field 'images' cannot be used: pairs are text only"),
         ({"chat_template_kwargs": {"a": 1}}, r"set `chat_template_kwargs` for the whole data set"),
         ({"tools": "[1"}, r"'tools' is a string but not JSON"),
@@ -176,7 +181,7 @@ def test_read_pairs_json_array_counts_records(write) -> None:
 
 def test_read_pairs_json_that_is_no_array_is_refused(write) -> None:
     with pytest.raises(DataError, match="one JSON array of records; for one record per line set `format: jsonl`"):
-        list(read_pairs(write(json.dumps(PLAIN), "pairs.json")))
+        list(read_pairs(write(json.dumps(PLAIN), "pairs.json"), DataConfig(format="json")))
 
 
 def test_read_pairs_json_syntax_error_has_its_own_line(write) -> None:

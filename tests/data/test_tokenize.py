@@ -226,3 +226,21 @@ def test_tokenized_pairs_survive_json(byte_tokenizer) -> None:
     """Ids are plain integers, not numpy or tensor scalars."""
     pair = tokenize_one(make_pair(), byte_tokenizer)
     assert json.loads(json.dumps(pair.chosen_input_ids)) == pair.chosen_input_ids
+
+
+def test_tokenize_limits_cut_special_tokens_like_any_other(byte_tokenizer) -> None:
+    """keep_end takes off <bos> and the system turn; nothing is put back."""
+    system = {"role": "system", "content": "S"}
+    chat = make_pair([system, USER], [GOOD], [BAD])
+    pair = tokenize_one(chat, byte_tokenizer, max_length=11, truncation="keep_end")
+    assert texts(pair, byte_tokenizer) == ("Hi<eos><|assistant|>", "Hello.<eos>", "Go.<eos>")
+    strings = tokenize_one(make_pair(), byte_tokenizer, max_length=5, truncation="keep_end")
+    assert texts(strings, byte_tokenizer) == ("ab", "cd<eos>", "e<eos>")
+    strings = tokenize_one(make_pair(), byte_tokenizer, max_length=5)
+    assert texts(strings, byte_tokenizer) == ("<bos>ab", "cd", "e<eos>")
+
+
+def test_tokenize_is_not_bounded_by_the_tokenizers_length(byte_tokenizer) -> None:
+    tokenizer = copy.deepcopy(byte_tokenizer)
+    tokenizer.model_max_length = 4
+    assert tokenize_one(make_pair("x" * 20), tokenizer) == tokenize_one(make_pair("x" * 20), byte_tokenizer)

@@ -75,11 +75,28 @@ def test_truncate_never_leaves_a_part_empty(options: dict, reason: str, match: s
     assert str(caught.value).startswith("pairs.jsonl:4: ")
 
 
-def test_truncate_to_equal_completions_is_a_bad_pair() -> None:
-    config = DataConfig(max_completion_length=2)
-    with pytest.raises(BadPairError, match="same tokens within the limits") as caught:
-        truncate(([1], [2, 3, 4], [2, 3, 5]), config, "pairs.jsonl", 1)
+@pytest.mark.parametrize(
+    ("options", "limits"),
+    [
+        ({"max_completion_length": 2}, "max_completion_length"),
+        ({"max_length": 3}, "max_length"),
+        ({"max_completion_length": 2, "truncation": "keep_end"}, "max_completion_length"),
+        ({"max_completion_length": 3, "max_length": 3}, "max_completion_length and max_length"),
+    ],
+)
+def test_truncate_to_equal_completions_names_the_limits_that_cut(options: dict, limits: str) -> None:
+    sides = [1], [2, 3, 4, 8], [2, 3, 5, 9]
+    with pytest.raises(BadPairError, match=f"same tokens within the limits; raise {limits}, or set") as caught:
+        truncate(sides, DataConfig(**options), "pairs.jsonl", 1)
     assert caught.value.reason == "identical_tokens"
+    raised = {name: 9 for name in limits.split(" and ")}
+    assert truncate(sides, DataConfig(**options | raised), "pairs.jsonl", 1)
+
+
+def test_truncate_does_not_blame_a_limit_for_equal_tokens() -> None:
+    with pytest.raises(BadPairError, match="gives chosen and rejected the same tokens, though their texts") as caught:
+        truncate(([1], [2, 3], [2, 3]), DataConfig(max_completion_length=1), "pairs.jsonl", 1)
+    assert "raise" not in str(caught.value)
 
 
 lengths = st.one_of(st.none(), st.integers(2, 12))

@@ -214,9 +214,15 @@ def _data_documents() -> Iterator[Document]:
     lines = [json.dumps(record).encode() + b"\n" for record in records]
     yield Document("pairs.jsonl", "jsonl", b"".join(lines))
     yield Document("pairs.json", "json", b"[" + b",".join(lines) + b"]")
-    table = pa.Table.from_pylist([{**plain, "messages": [user]}, {**plain, "prompt": "x" * 200}] * 3)
+    table = pa.Table.from_pylist([{**plain, "note": [user]}, {**plain, "prompt": "x" * 200}] * 3)
     chats = pa.Table.from_pylist([{key: chat[key] for key in ("prompt", "chosen")} | {"rejected": [bad]}] * 3)
-    for name, rows in (("pairs", table), ("chats", chats)):
+    tool = pa.array(['{"name": "f", "x": [null, 1]}'] * 3)
+    tools = pa.ListArray.from_arrays([0, 1, 2, 3], pa.ExtensionArray.from_storage(pa.json_(), tool))
+    labels = {"feature": {"names": ["user", "assistant"], "_type": "ClassLabel"}, "_type": "List"}
+    features = {"tools": {"feature": {"_type": "Json"}, "_type": "List"}, "more": labels}
+    typed = chats.append_column("tools", tools).append_column("more", pa.array([[0], [1], None]))
+    typed = typed.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    for name, rows in (("pairs", table), ("chats", chats), ("typed", typed)):
         sink = pa.BufferOutputStream()
         pyarrow.parquet.write_table(rows, sink)
         yield Document(f"{name}.parquet", "columns", sink.getvalue().to_pybytes())

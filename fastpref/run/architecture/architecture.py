@@ -15,19 +15,22 @@ from fastpref.checkpoint.hf import read_config
 from fastpref.errors import ConfigError, Problem
 from fastpref.run.architecture.config_reader import ConfigReader
 from fastpref.run.architecture.experts import Experts, read_experts
-from fastpref.run.architecture.families import FAMILIES, Activation, Family, Window
+from fastpref.run.architecture.families import FAMILIES, Activation, Family
+from fastpref.run.architecture.known_keys import ACTIVATION_NAMES, DROPOUT_KEYS, neutral_values, without_inert
 from fastpref.run.architecture.rope import Rope, read_ropes
+from fastpref.run.architecture.windows import read_window
 
 # Settings of several families of which one value is implemented.
 _FIXED = {
     "attention_bias": False,
     "mlp_bias": False,
-    "attention_dropout": 0,
     "attn_logit_softcapping": None,
     "final_logit_softcapping": None,
     "use_bidirectional_attention": False,
-    "quantization_config": None,
 }
+_QUANTIZATION_KEYS = ("compression_config", "quantization", "quantization_config")
+# What is said of every layer is held in memory.
+_MOST_LAYERS = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,11 +116,11 @@ class Architecture:
         if config.get("auto_map"):
             text = "asks for Python code of the model's own, which never runs here; use a plain model"
             raise ConfigError([Problem("auto_map", text)], "config.json")
-        family = FAMILIES.get(config.get("model_type", ""))
+        model_type = config.get("model_type")
+        family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
         if family is None:
-            text = f"must be one of {', '.join(FAMILIES)}, got {config.get('model_type')!r}"
-            raise ConfigError([Problem("model_type", text)], "config.json")
-        reader = ConfigReader(config)
+            raise ConfigError([Problem("model_type", _other_family(config))], "config.json")
+        reader = ConfigReader(without_inert(config, family))
         reader.take("model_type", str)
         architecture = _read(cls, reader, config["model_type"], family)
         if architecture is None:
@@ -125,56 +128,40 @@ class Architecture:
         return architecture
 
 
+def _other_family(config: Mapping[str, Any]) -> str:
+    text = f"must be one of {', '.join(FAMILIES)}, got {config.get('model_type')!r}"
+    inner = config.get("text_config")
+    if isinstance(inner, Mapping) and inner.get("model_type") in tuple(FAMILIES):
+        text += (
+            f"; its text_config is of type {inner['model_type']}: load the whole model with transformers, put its "
+            "language_model and lm_head into a text model that was made from text_config, and save that one"
+        )
+    return text
+
+
 def _read(cls: type[Architecture], reader: ConfigReader, model_type: str, family: Family) -> Architecture | None:
-    fixed = {family.activation[0]: family.activation[1], **_FIXED, **family.fixed}
-    qkv_bias = family.qkv_bias
-    if family.qkv_bias_key is not None:
-        del fixed[family.qkv_bias_key]
-        qkv_bias = reader.take(family.qkv_bias_key, bool, family.qkv_bias)
-    for key, supported in fixed.items():
-        reader.require(key, supported, family.absent.get(key, supported))
-    for key in family.inert:
-        reader.left.pop(key, None)
-    num_layers, num_heads = reader.take("num_hidden_layers", int), reader.take("num_attention_heads", int)
-    hidden_size = reader.take("hidden_size", int)
-    # JSON null means one for each query head; only an absent key means the family's default.
-    default_groups = None if "num_key_value_heads" in reader.nulls else family.num_key_value_heads
-    sizes = {
-        "ffn_hidden_size": reader.take("intermediate_size", int),
-        "vocab_size": reader.take("vocab_size", int),
-        "max_positions": reader.take("max_position_embeddings", int),
-        "norm_eps": reader.take("rms_norm_eps", float, family.norm_eps),
-        "init_std": reader.take("initializer_range", float, 0.02),
-        "tie_embeddings": reader.take("tie_word_embeddings", bool, family.tie_embeddings),
-        "num_query_groups": reader.take("num_key_value_heads", int, default_groups or num_heads),
-        "head_dim": reader.take("head_dim", int, family.head_dim),
-    }
+    """Take the whole config; None where `reader` found problems."""
+    qkv_bias = _take_qkv_bias(reader, family)
+    _require_supported(reader, family)
+    num_layers, sizes = _take_num_layers(reader), _take_sizes(reader, family)
     pre_attn = None
     if family.query_pre_attn_scalar is not None:
         pre_attn = reader.take("query_pre_attn_scalar", float, family.query_pre_attn_scalar)
     rope, local_rope = read_ropes(reader, (family.rope_theta, family.local_rope_theta), sizes["max_positions"])
-    window, sliding_layers = _read_window(reader, family.window, num_layers or 0)
+    window, sliding_layers = read_window(reader, family.window, num_layers or 0)
     experts = read_experts(reader, family.experts, num_layers or 0, sizes["ffn_hidden_size"])
+    reader.drop_neutral(neutral_values(family, qkv_bias=qkv_bias))
     reader.problems += [
         Problem(key, f"= {value!r} is not supported for {model_type}; remove it if it has no effect on the model")
         for key, value in sorted(reader.left.items())
     ]
     if not reader.problems:
-        if sizes["head_dim"] is None:
-            if hidden_size % num_heads:
-                reader.note("num_attention_heads", f"{num_heads} must divide hidden_size {hidden_size}")
-            sizes["head_dim"] = hidden_size // num_heads
-        if num_heads % sizes["num_query_groups"]:
-            reader.note(
-                "num_key_value_heads", f"{sizes['num_query_groups']} must divide num_attention_heads {num_heads}"
-            )
+        _fit_heads(reader, sizes)
     if reader.problems or rope is None:
         return None
     return cls(
         model_type=model_type,
         num_layers=num_layers,
-        hidden_size=hidden_size,
-        num_heads=num_heads,
         activation=family.activation[1],
         rope=rope,
         local_rope=local_rope if sliding_layers else None,
@@ -183,7 +170,7 @@ def _read(cls: type[Architecture], reader: ConfigReader, model_type: str, family
         qk_norm=family.qk_norm,
         zero_centered_norms=family.zero_centered_norms,
         sandwich_norms=family.sandwich_norms,
-        embedding_scale=hidden_size**0.5 if family.scaled_embedding else None,
+        embedding_scale=sizes["hidden_size"] ** 0.5 if family.scaled_embedding else None,
         sliding_window=window,
         sliding_layers=sliding_layers,
         experts=experts,
@@ -191,33 +178,64 @@ def _read(cls: type[Architecture], reader: ConfigReader, model_type: str, family
     )
 
 
-def _read_window(reader: ConfigReader, family: Window | None, num_layers: int) -> tuple[int | None, tuple[bool, ...]]:
-    """Size of the window, and which layers have it."""
-    if family is None:
-        return None, ()
-    # JSON null switches the window off; only an absent key means the default.
-    window = reader.take("sliding_window", int, None if "sliding_window" in reader.nulls else family.size)
-    if family.layers == "all":
-        return window, (True,) * num_layers if window else ()
-    if family.layers == "pattern":
-        in_use, period = True, reader.take("sliding_window_pattern", int, 6) or 1
-        default = [
-            "full_attention" if (index + 1) % period == 0 else "sliding_attention" for index in range(num_layers)
-        ]
-    else:
-        in_use = reader.take("use_sliding_window", bool, False)
-        first = reader.left.pop("max_window_layers", 28)
-        if not isinstance(first, int) or isinstance(first, bool) or first < 0:
-            reader.note("max_window_layers", f"must be a whole number >= 0, got {first!r}")
-            first = 0
-        num_full = first if in_use and window else num_layers
-        default = ["full_attention"] * min(num_full, num_layers) + ["sliding_attention"] * (num_layers - num_full)
-    kinds = reader.take("layer_types", list, None) or default
-    if len(kinds) != num_layers or not set(kinds) <= {"full_attention", "sliding_attention"}:
-        reader.note(
-            "layer_types", f"must name full_attention or sliding_attention for {num_layers} layers, got {kinds}"
-        )
-    sliding = tuple(kind == "sliding_attention" for kind in kinds)
-    if any(sliding) and not (in_use and window):
-        reader.note("layer_types", "names sliding_attention, but use_sliding_window or sliding_window is off")
-    return (window, sliding) if any(sliding) else (None, ())
+def _take_qkv_bias(reader: ConfigReader, family: Family) -> bool:
+    if family.qkv_bias_key is None:
+        return family.qkv_bias
+    return bool(reader.take(family.qkv_bias_key, bool, family.qkv_bias))
+
+
+def _require_supported(reader: ConfigReader, family: Family) -> None:
+    """Take the keys that change nothing, and those of which one value is implemented."""
+    for key in family.inert:
+        reader.left.pop(key, None)
+    for key, supported in {**_FIXED, **family.fixed}.items():
+        reader.require(key, supported)
+    for key in _QUANTIZATION_KEYS:
+        if key in reader.left:
+            remedy = "use the model's files in 16 or 32 bits"
+            reader.note(key, f"= {reader.left.pop(key)!r} says that the weights are quantized; {remedy}")
+    key, activation = family.activation
+    reader.require(key, *ACTIVATION_NAMES[activation])
+    for key in DROPOUT_KEYS:
+        reader.drop_probability(key)
+
+
+def _take_num_layers(reader: ConfigReader) -> Any:
+    num_layers = reader.take("num_hidden_layers", int)
+    if num_layers is not None and num_layers > _MOST_LAYERS:
+        reader.note("num_hidden_layers", f"must be at most {_MOST_LAYERS}, got {num_layers}")
+        return None
+    return num_layers
+
+
+def _take_sizes(reader: ConfigReader, family: Family) -> dict[str, Any]:
+    num_heads = reader.take("num_attention_heads", int)
+    # JSON null means one group for each query head, and a head's share of the width; only an absent key means the
+    # family's default.
+    default_groups = None if "num_key_value_heads" in reader.nulls else family.num_key_value_heads
+    default_head_dim = None if "head_dim" in reader.nulls else family.head_dim
+    return {
+        "num_heads": num_heads,
+        "hidden_size": reader.take("hidden_size", int),
+        "ffn_hidden_size": reader.take("intermediate_size", int),
+        "vocab_size": reader.take("vocab_size", int),
+        "max_positions": reader.take("max_position_embeddings", int),
+        "norm_eps": reader.take("rms_norm_eps", float, family.norm_eps),
+        "init_std": reader.take("initializer_range", float, 0.02),
+        "tie_embeddings": reader.take("tie_word_embeddings", bool, family.tie_embeddings),
+        "num_query_groups": reader.take("num_key_value_heads", int, default_groups or num_heads),
+        "head_dim": reader.take("head_dim", int, default_head_dim),
+    }
+
+
+def _fit_heads(reader: ConfigReader, sizes: dict[str, Any]) -> None:
+    """Fill an absent head size in, and note sizes that do not divide each other."""
+    num_heads, hidden_size, num_groups = sizes["num_heads"], sizes["hidden_size"], sizes["num_query_groups"]
+    if sizes["head_dim"] is None:
+        if hidden_size % num_heads:
+            reader.note("num_attention_heads", f"{num_heads} must divide hidden_size {hidden_size}")
+        sizes["head_dim"] = hidden_size // num_heads
+    if sizes["head_dim"] % 2 and not reader.problems:
+        reader.note("head_dim", f"{sizes['head_dim']} must be even, since rotary embeddings turn pairs")
+    if num_heads % num_groups:
+        reader.note("num_key_value_heads", f"{num_groups} must divide num_attention_heads {num_heads}")

@@ -8,45 +8,9 @@ from typing import Any
 
 from fastpref.errors import Problem
 
-# Keys without effect on the weights or the forward pass of training.
-INERT_KEYS = frozenset(
-    {
-        "_attn_implementation_autoset",
-        "_name_or_path",
-        # transformers takes the pattern from layer_types or sliding_window_pattern
-        "_sliding_window_pattern",
-        "architectures",
-        "bos_token_id",
-        "cache_implementation",
-        "chunk_size_feed_forward",
-        "cls_token_id",
-        "decoder_start_token_id",
-        "dtype",
-        "eos_token_id",
-        "finetuning_task",
-        "id2label",
-        "is_decoder",
-        "is_encoder_decoder",
-        "label2id",
-        "output_attentions",
-        "output_hidden_states",
-        "pad_token_id",
-        "prefix",
-        "pretraining_tp",
-        "problem_type",
-        "return_dict",
-        "sep_token_id",
-        "task_specific_params",
-        "tokenizer_class",
-        "torch_dtype",
-        "torchscript",
-        "transformers_version",
-        "unk_token_id",
-        "unsloth_fixed",
-        "unsloth_version",
-        "use_cache",
-    }
-)
+# Above every size of a model, and small enough to be computed with.
+_LARGEST_INT = 2**31 - 1
+_LARGEST_FLOAT = 1e100
 
 
 class ConfigReader:
@@ -56,13 +20,13 @@ class ConfigReader:
         config: the contents of a `config.json`, or of an object in it.
 
     Attributes:
-        left: keys that have an effect and that nobody has taken yet; JSON null counts as absent.
+        left: keys that nobody has taken yet; JSON null counts as absent.
         nulls: keys that are JSON null.
         problems: what was wrong so far.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        self.left = {key: value for key, value in config.items() if value is not None and key not in INERT_KEYS}
+        self.left = {key: value for key, value in config.items() if value is not None}
         self.nulls = {key for key, value in config.items() if value is None}
         self.problems: list[Problem] = []
 
@@ -84,21 +48,36 @@ class ConfigReader:
         if value is not default and not good:
             self.note(key, f"must be of type {kind.__name__}, got {value!r}")
             return None
-        if value is not None and kind in (int, float) and not 0 < value < math.inf:
+        if value is None or kind not in (int, float):
+            return value
+        if not 0 < value < math.inf:
             self.note(key, f"must be a finite number > 0, got {value!r}")
+            return None
+        largest = _LARGEST_INT if kind is int else _LARGEST_FLOAT
+        if value > largest:
+            self.note(key, f"must be at most {largest:g}, got {value!r}")
             return None
         return value
 
-    def require(self, key: str, supported: Any, absent: Any = ...) -> None:
-        """Take a key that may only have the one value that is implemented, or be absent where that means the same.
+    def require(self, key: str, *supported: Any) -> None:
+        """Take a key that may only have a value that is implemented, or be absent, which means the first of these."""
+        value = self.left.pop(key, supported[0])
+        if not any(_same(value, one) for one in supported):
+            self.note(key, f"must be {supported[0]!r}, got {value!r}: other values are not implemented")
 
-        Args:
-            key: the key.
-            supported: the value.
-            absent: what its absence means; that value by default.
-        """
-        if key not in self.left and absent not in (..., supported):
-            self.note(key, f"must be {supported!r}, and its absence means {absent!r}: set it")
-        value = self.left.pop(key, supported)
-        if value != supported:
-            self.note(key, f"must be {supported!r}, got {value!r}: other values are not implemented")
+    def drop_probability(self, key: str) -> None:
+        """Take a probability without effect on a model that answers without dropout."""
+        value = self.left.pop(key, 0)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+            self.note(key, f"must be a number >= 0 and < 1, got {value!r}")
+
+    def drop_neutral(self, neutral: Mapping[str, tuple[Any, ...]]) -> None:
+        """Take keys that nothing reads, where they have one of the values that `neutral` lists for them."""
+        for key, values in neutral.items():
+            if key in self.left and any(_same(self.left[key], value) for value in values):
+                del self.left[key]
+
+
+def _same(value: Any, other: Any) -> bool:
+    """Equality in which true is not 1."""
+    return isinstance(value, bool) == isinstance(other, bool) and bool(value == other)

@@ -91,8 +91,6 @@ class Family(NamedTuple):
     """Mixture-of-experts layers; None for a dense family."""
     fixed: Mapping[str, Any] = {}
     """Keys of this family that may have one value alone -> that value."""
-    absent: Mapping[str, Any] = {}
-    """Keys that may have one value alone and mean another one where they are absent -> that one."""
     inert: tuple[str, ...] = ()
     """Keys that mean nothing to this family's models."""
 
@@ -105,7 +103,13 @@ class Family(NamedTuple):
 FAMILIES = {
     "llama": Family(),
     "mistral": Family(num_key_value_heads=8, window=Window(4096, "all")),
-    "qwen2": Family(qkv_bias=True, num_key_value_heads=32, window=Window(4096, "after_first")),
+    "qwen2": Family(
+        qkv_bias=True,
+        num_key_value_heads=32,
+        window=Window(4096, "after_first"),
+        # The biases are there whatever it says.
+        inert=("attention_bias",),
+    ),
     "qwen3": Family(qk_norm=True, num_key_value_heads=32, head_dim=128, window=Window(4096, "after_first")),
     "gemma3_text": Family(
         qk_norm=True,
@@ -125,7 +129,6 @@ FAMILIES = {
         qk_norm=True,
         num_key_value_heads=4,
         experts=ExpertFamily("mlp", "gate_proj", "up_proj", "down_proj", 128, 8, 768, False, "qwen3"),
-        fixed={"use_sliding_window": False},
         # The window's size and first layer, while it is off.
         inert=("sliding_window", "max_window_layers"),
     ),
@@ -142,8 +145,7 @@ FAMILIES = {
         qkv_bias_key="attention_bias",
         num_key_value_heads=8,
         head_dim=128,
-        fixed={"attention_out_bias": False, "residual_dropout": 0},
-        absent={"attention_dropout": 0.1, "residual_dropout": 0.1},
+        fixed={"attention_out_bias": False},
     ),
 }
 """Model type -> family."""

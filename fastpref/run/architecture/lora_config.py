@@ -10,10 +10,11 @@ from fastpref.errors import Problem
 from fastpref.validation import Rule, validate
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_ALL = "leave target_modules out for all of them"
 _RULES = {
     "lora_alpha": Rule(above=0),
     "lora_dropout": Rule(at_least=0, below=1),
-    "target_modules": Rule(choices=TARGETS),
+    "target_modules": Rule(choices=TARGETS, elsewhere=dict.fromkeys(("all", "all_linear"), _ALL)),
 }
 
 

@@ -28,11 +28,21 @@ CHANGEABLE = (
 )
 """What a run may go on with changed, by request. Any other change would lose or repeat pairs (seed, batch, data), or
 misread what was saved (model, adapters, number format, form of the optimizer)."""
+_SCHEDULES_ELSEWHERE = {
+    "constant_with_warmup": "write constant, with warmup_steps or warmup_ratio",
+    **dict.fromkeys(("cosine_with_min_lr", "cosine_warmup_with_min_lr"), "write cosine, with min_lr"),
+    "inverse_sqrt": "write inverse-square-root",
+    "polynomial": "with power 1 it is linear",
+}
+_TARGETS_ELSEWHERE = {
+    "none": "write [] for no writer; metrics.jsonl is always written",
+    "all": "write [tensorboard, wandb]",
+}
 _RULES = {
     "seed": Rule(at_least=0),
     "learning_rate": Rule(at_least=0, at_most=10),
     "min_lr": Rule(at_least=0, at_most=10),
-    "lr_scheduler_type": Rule(choices=LR_SCHEDULES),
+    "lr_scheduler_type": Rule(choices=LR_SCHEDULES, elsewhere=_SCHEDULES_ELSEWHERE),
     "warmup_steps": Rule(at_least=0),
     "warmup_ratio": Rule(at_least=0, below=1),
     "adam_beta1": Rule(at_least=0, below=1),
@@ -40,7 +50,7 @@ _RULES = {
     "adam_epsilon": Rule(above=0),
     "active_eps": Rule(above=0, below=1),
     "virtual_pipeline_model_parallel_size": Rule(at_least=2, hint="leave it out for one chunk per stage"),
-    "report_to": Rule(choices=REPORT_TARGETS),
+    "report_to": Rule(choices=REPORT_TARGETS, elsewhere=_TARGETS_ELSEWHERE),
     "save_total_limit": Rule(at_least=2, hint="one good checkpoint has to survive a bad one"),
     "resume_allow_changes": Rule(choices=CHANGEABLE),
 }

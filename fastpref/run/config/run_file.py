@@ -19,6 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from fastpref.errors import ConfigError, Problem
+from fastpref.run.config import other_names
 from fastpref.run.config.run_config import RunConfig
 from fastpref.run.config.yaml_tree import Finding, KeyPath, YamlTree, dotted
 
@@ -34,8 +35,14 @@ _EXPECTED = {
 }
 # Sections without which no file is whole, as the checks see them where they cannot be used.
 _STAND_INS = {"model": {"path": "."}, "data": {}}
+_LEAVE_OUT = "; leave it out for all of them"
+# Keys that elsewhere are switches, and what stands for true.
+_SWITCHED = {"training.resume_from_checkpoint": "latest", "training.recompute_granularity": "full"}
+_WORDS_FOR_LISTS = {"none": "; write []", "all": _LEAVE_OUT, "all-linear": _LEAVE_OUT}
 _PLAIN_KEY = re.compile(r"(?!(?:null|true|false)$)[a-z][a-z0-9_]*")
 _NOT_PRINTABLE = re.compile("[\x7f-\xa0\u2028\u2029\ufeff\ufffe\uffff]")
+# What two names share at least before one is taken for a slip of the other: `lr` is no `lora`.
+_SIMILAR = 0.75
 _NUMBER = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9]*)?([eE][-+]?[0-9]+)?")
 
 
@@ -159,12 +166,16 @@ def _unknown_keys(
 
 
 def _nearest(key: str, known: Mapping[str, dict | None]) -> str:
-    """Advice for an unknown key: a similar name in its section, the same name in another, or what the section has."""
-    if near := difflib.get_close_matches(key, known, n=1):
-        return f"did you mean {near[0]}?"
+    """Advice for an unknown key: where it belongs, what stands for another trainer's, a similar name, or all names."""
     sections = _known_keys(RunConfig)
+    if homes := [section for section, names in sections.items() if key in (names or ())]:
+        return f"did you mean {homes[0]}.{key}?"
+    if instead := other_names.advice(key):
+        return instead
+    if near := difflib.get_close_matches(key, known, n=1, cutoff=_SIMILAR):
+        return f"did you mean {near[0]}?"
     for section, names in sections.items():
-        if near := difflib.get_close_matches(key, names or (), n=1, cutoff=0.8):
+        if near := difflib.get_close_matches(key, names or (), n=1, cutoff=_SIMILAR):
             return f"did you mean {section}.{near[0]}?"
     return f"known are {', '.join(known)}"
 
@@ -180,7 +191,7 @@ def _type_findings(tree: YamlTree, errors: Iterable[ErrorDetails]) -> Iterator[F
         if any(other[: len(path)] == path and other != path for other in expected):
             continue  # the item inside says more
         value = tree.at(path)
-        text = f"must be {' or '.join(rules)}, got {_shown(value)}{_remedy(value, rules)}"
+        text = f"must be {' or '.join(rules)}, got {_shown(value)}{_remedy(dotted(path), value, rules)}"
         yield Finding(tree.location(path), Problem(dotted(path), text), path)
 
 
@@ -198,13 +209,23 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _remedy(value: Any, rules: Sequence[str]) -> str:
+def _remedy(key: str, value: Any, rules: Sequence[str]) -> str:
     if value is None:
         return "; remove the key to keep the default"
     if isinstance(value, str) and any("number" in rule for rule in rules) and _NUMBER.fullmatch(value):
         return "; remove the quotes"
     if isinstance(value, str) and "a list" in rules:
-        return f"; write [{value}]"
+        return _WORDS_FOR_LISTS.get(value, f"; write [{value}]")
+    if isinstance(value, bool) and key in _SWITCHED:
+        return f"; write {_SWITCHED[key]}" if value else "; leave it out"
+    if isinstance(value, dict) and key.startswith(("data.train", "data.eval")):
+        return "; name files by their paths alone, and settings of all of them as keys of data"
+    if isinstance(value, str) and key == "model":
+        return f"; write {{path: {value}}}"
+    if isinstance(value, str) and key == "data":
+        return f"; write {{train: {value}}}"
+    if value is True and key == "lora":
+        return "; write {} for the defaults"
     return ""
 
 

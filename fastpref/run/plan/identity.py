@@ -38,11 +38,10 @@ def reference_identity(run: PreparedRun) -> dict[str, Any]:
     directory = Path(config.model.tokenizer_path)
     names = sorted({*COMPANION_FILES, *TOKENIZER_FILES} - {"generation_config.json"})
     tokenizer_files = [directory / name for name in names if (directory / name).is_file()]
-    template = config.data.chat_template or run.tokenizer.chat_template
     return {
         **_weights_identity(config),
         "tokenizer_sha256": json_sha256(_files_sha256(tokenizer_files)),
-        "chat_template_sha256": json_sha256(template),
+        "chat_template_sha256": json_sha256(run.tokenizer.chat_template),
         "params_dtype": str(config.training.params_dtype).removeprefix("torch."),
         **{f"data.{name}": getattr(config.data, name) for name in _DATA_SETTINGS},
     }

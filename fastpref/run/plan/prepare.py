@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from fastpref.data import (
     load_tokenizer,
     resolve_pad_token_id,
 )
+from fastpref.data.chat import with_chat_template
 from fastpref.data.tokenizer import TOKENIZER_FILES
 from fastpref.errors import ConfigError, Problem, raise_if_any
 from fastpref.run.architecture.adapter_files import AdapterFiles
@@ -69,7 +70,7 @@ class PreparedRun:
     reference_architecture: Architecture | None
     """The reference, where it has a directory of its own."""
     tokenizer: Any
-    """A transformers tokenizer."""
+    """A transformers tokenizer, with the run's chat template."""
     train: PreferenceDataset | None
     """Training pairs; None where only an evaluation was asked for."""
     eval: PreferenceDataset | None
@@ -171,15 +172,17 @@ def prepare(
         ]
     )
     _check_files(config, architecture, reference)
-    tokenizer = load_tokenizer(config.model.tokenizer_path)
+    tokenizer = _tokenizer(config)
+    # the tokenizer has the template by now
+    data = replace(config.data, chat_template=None)
     run = PreparedRun(
         config=config,
         world_size=world_size,
         architecture=architecture,
         reference_architecture=reference,
         tokenizer=tokenizer,
-        train=load_dataset(train_paths, tokenizer, config.data) if train_paths else None,
-        eval=load_dataset(config.data.eval_paths, tokenizer, config.data) if config.data.eval_paths else None,
+        train=load_dataset(train_paths, tokenizer, data) if train_paths else None,
+        eval=load_dataset(data.eval_paths, tokenizer, data) if data.eval_paths else None,
     )
     for dataset in (run.train, run.eval):
         if dataset is not None:
@@ -192,6 +195,15 @@ def prepare(
     if checkpoint is not None:
         _require_own_checkpoint(run, checkpoint)
     return run
+
+
+def _tokenizer(config: RunConfig) -> Any:
+    """Load the tokenizer and put the run's chat template on it, for whoever renders, compares or saves it."""
+    tokenizer = load_tokenizer(config.model.tokenizer_path)
+    try:
+        return with_chat_template(tokenizer, config.data.chat_template)
+    except ConfigError as error:
+        raise ConfigError([problem.under("data") for problem in error.problems]) from error
 
 
 def launched_world_size() -> int:
@@ -241,9 +253,6 @@ def _model_problems(config: RunConfig, arch: Architecture) -> Iterator[Problem]:
     if arch.experts is None and coefficient:
         text = f"({coefficient}) balances experts, and {arch.model_type} has none; leave it out"
         yield Problem("training.moe_aux_loss_coeff", text)
-    if arch.head_dim % 2:
-        text = f": head_dim must be even, as rotary positions turn pairs of its entries, got {arch.head_dim}"
-        yield Problem("model", text)
 
 
 def _reference_problems(other: Architecture | None, arch: Architecture) -> Iterator[Problem]:

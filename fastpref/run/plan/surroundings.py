@@ -17,6 +17,7 @@ import torch
 
 from fastpref.checkpoint import directory
 from fastpref.checkpoint.lock import refuse_if_held
+from fastpref.data.open_files import hub_hint
 from fastpref.errors import MissingDependencyError, Problem, raise_if_any
 from fastpref.run.config.arguments import TrainingArguments
 from fastpref.run.config.run_config import RunConfig
@@ -42,12 +43,14 @@ def path_problems(config: RunConfig, *, for_training: bool) -> Iterator[Problem]
     if unusable:
         yield from unusable
         return
+    relative_to = f"relative paths start at the current directory, {Path.cwd()}"
     for key, path in given:
         if not Path(path).is_dir():
-            yield Problem(key, f": {path!r} is not a directory; {_remedy(path, is_model=True)}")
+            yield Problem(key, f": {path!r} is not a directory; {relative_to}{_model_hint(path)}")
     for key, path in files:
         if not Path(path).exists():
-            yield Problem(key, f": {path!r} does not exist; {_remedy(path, is_model=False)}")
+            hint = hub_hint(path)
+            yield Problem(key, f": {path!r} does not exist; {relative_to}{hint and f'; {hint}'}")
     for key, path in _new_directories(config).items():
         parent = _nearest_existing(Path(path))
         if not parent.is_dir():
@@ -111,19 +114,17 @@ def _new_directories(config: RunConfig) -> dict[str, str]:
     return {"training.output_dir": config.training.output_dir, **cache}
 
 
-def _remedy(path: str, *, is_model: bool) -> str:
-    """Say what a path that is not there may have been meant to be."""
-    if is_model and Path(path).is_file():
-        return "give the directory that holds the file"
-    remedy = f"relative paths start at the current directory, {Path.cwd()}"
+def _model_hint(path: str) -> str:
+    """Say what a path may have been meant to be that is no directory; empty where nothing suggests itself."""
+    if Path(path).is_file():
+        return "; give the directory that holds the file"
+    if not _HUB_NAME.fullmatch(path) or Path(path).parent.exists():
+        return ""
     name = Path(path).name
-    if _HUB_NAME.fullmatch(path) and not Path(path).parent.exists() and (is_model or not Path(path).suffix):
-        kind, result = ("", name) if is_model else ("--repo-type dataset ", "its files")
-        remedy += (
-            f"; a name on the Hugging Face Hub is not downloaded here: run `hf download {path} {kind}--local-dir "
-            f"{name}` and give {result}"
-        )
-    return remedy
+    return (
+        f"; a name on the Hugging Face Hub is not downloaded here: run `hf download {path} --local-dir {name}` and "
+        f"give {name}"
+    )
 
 
 def _output_problems(config: RunConfig) -> Iterator[Problem]:

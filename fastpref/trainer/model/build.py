@@ -148,6 +148,7 @@ def save_hf(
     architecture: Architecture | None = None,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5_000_000_000,
+    replaced: Mapping[str, bytes | None] | None = None,
 ) -> None:
     """Write a model directory that transformers can load; what `load_models` read comes back bit for bit.
 
@@ -161,6 +162,7 @@ def save_hf(
         architecture: what was read from that `config.json`; None reads it.
         dtype: number format of the files; None for that of the parameters.
         max_shard_bytes: size at which the next file begins.
+        replaced: contents of files by name, in place of copies out of `tokenizer_dir`; None leaves a file out.
 
     Memory: one parameter, gathered, on rank 0.
 
@@ -171,11 +173,13 @@ def save_hf(
     config = dict(hf_config) if isinstance(hf_config, Mapping) else read_config(hf_config)
     chunks = unwrap_model(list(models))
     dtype = dtype or next(chunks[0].parameters()).dtype
-    key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
-    config[key] = str(dtype).removeprefix("torch.")
+    # the newer name, the older one, or whichever the file has: versions of transformers differ in which they read
+    for key in [name for name in ("dtype", "torch_dtype") if name in config] or ["dtype"]:
+        config[key] = str(dtype).removeprefix("torch.")
     companions = None if tokenizer_dir is None else Path(tokenizer_dir)
     arch = architecture or Architecture.from_hf(config)
-    save_parameters(MergedParameters(chunks), arch, Path(out_dir), config, companions, dtype, max_shard_bytes)
+    parameters = MergedParameters(chunks)
+    save_parameters(parameters, arch, Path(out_dir), config, companions, dtype, max_shard_bytes, replaced)
 
 
 class _Files:

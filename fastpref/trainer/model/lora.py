@@ -224,13 +224,22 @@ def adapters_of(chunk: torch.nn.Module) -> dict[str, LoraAdapter]:
     return {name: adapter for name, adapter in adapters.items() if isinstance(adapter, LoraAdapter)}
 
 
-def save_adapter(models: Sequence[torch.nn.Module], out_dir: str | Path, base: str | None = None) -> None:
+def save_adapter(
+    models: Sequence[torch.nn.Module],
+    out_dir: str | Path,
+    base: str | None = None,
+    tokenizer_dir: str | Path | None = None,
+    *,
+    replaced: Mapping[str, bytes | None] | None = None,
+) -> None:
     """Write the adapters as a directory that `peft.PeftModel.from_pretrained` loads.
 
     Args:
         models: this rank's chunks with adapters, bare or inside Megatron's wrappers.
         out_dir: the new directory; it must not exist, or be empty.
         base: name or path of the model that the adapters belong to, noted in `adapter_config.json`.
+        tokenizer_dir: where to copy tokenizer files and `generation_config.json` from.
+        replaced: contents of files by name, in place of copies out of `tokenizer_dir`; None leaves a file out.
 
     Raises:
         ConfigError: the model has no adapters.
@@ -250,7 +259,8 @@ def save_adapter(models: Sequence[torch.nn.Module], out_dir: str | Path, base: s
     ]
     config, size = files.peft_config(applied.config, base), sum(spec.num_bytes for spec in specs)
     write_tensors(
-        merged_tensors(mine, table, dtype), lambda: AdapterWriter(out_dir, specs, config, max_shard_bytes=size)
+        merged_tensors(mine, table, dtype),
+        lambda: AdapterWriter(out_dir, specs, config, tokenizer_dir, size, replaced),
     )
 
 

@@ -100,6 +100,7 @@ def save_parameters(
     companions: Path | None,
     dtype: torch.dtype,
     max_shard_bytes: int,
+    replaced: Mapping[str, bytes | None] | None = None,
 ) -> None:
     """Write `parameters_of` a model as a directory; global rank 0 writes, and holds one parameter at a time.
 
@@ -111,7 +112,7 @@ def save_parameters(
     """
     specs = [TensorSpec(name, dtype, shape) for name, shape in file_shapes(arch).items()]
     tensors = merged_tensors(parameters, parameter_table(arch), dtype)
-    write_tensors(tensors, lambda: ModelWriter(path, specs, config, companions, max_shard_bytes))
+    write_tensors(tensors, lambda: ModelWriter(path, specs, config, companions, max_shard_bytes, replaced))
 
 
 def write_tensors(tensors: Iterator[tuple[str, Tensor]], make_writer: Callable[[], ModelWriter]) -> None:

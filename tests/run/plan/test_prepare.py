@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_project import MODEL
+from tiny_project import MODEL, TEMPLATE
 
 from fastpref.errors import CheckpointError, ConfigError
 from fastpref.run.architecture.architecture import Architecture
@@ -144,6 +144,23 @@ def test_prepare_for_evaluation_alone(project: Path) -> None:
         load_run_config("run.yaml", ["data.train=gone.jsonl", "training.warmup_steps=99"]), 1, for_training=False
     )
     assert run.train is None and len(run.eval) == 4
+
+
+def test_chat_template_of_a_run_is_the_tokenizers(project: Path) -> None:
+    """Whether it is given as text or as a file: for the tokens, the reference's identity and what is exported."""
+    template = TEMPLATE.replace("<|end|>", " w0<|end|>")
+    (project / "chat.jinja").write_text(template)
+    runs = [prepared(f"data.chat_template={text}") for text in ("chat.jinja", json.dumps(template))]
+    assert [run.tokenizer.chat_template for run in runs] == [template, template]
+    assert runs[0].train.sha256 == runs[1].train.sha256 != prepared().train.sha256
+    ids = runs[0].train[0].chosen_input_ids[: runs[0].train[0].num_prompt_tokens]
+    assert runs[0].tokenizer.convert_ids_to_tokens(ids)[-3:] == ["w0", "<|end|>", "<|assistant|>"]
+
+
+def test_chat_template_that_is_no_file_is_a_problem_of_its_key(project: Path) -> None:
+    message = refusal("data.chat_template=chat.jinja")
+    assert message.startswith("data.chat_template: 'chat.jinja' is no file")
+    assert f"relative paths start at {project}" in message
 
 
 def test_prepare_counts_batches_and_steps(project: Path) -> None:

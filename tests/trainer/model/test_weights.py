@@ -143,6 +143,14 @@ def test_save_hf_writes_what_transformers_loads(tmp_path: Path, one_rank) -> Non
     hf_oracle.assert_same_bits(again.state_dict(), model.state_dict())
 
 
+@pytest.mark.parametrize("keys", [("dtype",), ("torch_dtype",), ("dtype", "torch_dtype")])
+def test_save_hf_leaves_no_other_dtype_behind(llama: Path, tmp_path: Path, one_rank, keys: tuple[str, ...]) -> None:
+    config = {key: value for key, value in json.loads((llama / "config.json").read_text()).items() if key != "dtype"}
+    save_hf(load_models(llama), tmp_path / "out", {**config, **dict.fromkeys(keys, "bfloat16")})
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert {key: written[key] for key in written if "dtype" in key} == dict.fromkeys(keys, "float32")
+
+
 def test_save_hf_casts_on_request(llama: Path, tmp_path: Path, one_rank) -> None:
     save_hf(load_models(llama), tmp_path / "out", llama, dtype=torch.bfloat16)
     expected = {name: tensor.bfloat16() for name, tensor in hf_oracle.read_tensors(llama).items()}

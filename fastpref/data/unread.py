@@ -1,0 +1,140 @@
+"""Fields of a record that are not read: what is part of the prompt by its name is not passed over in silence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from fastpref.data.config import DataConfig
+from fastpref.data.schema import Message
+
+UNSUPPORTED = {
+    "image": "pairs are text only",
+    "images": "pairs are text only",
+    "video": "pairs are text only",
+    "videos": "pairs are text only",
+    "audio": "pairs are text only",
+    "audios": "pairs are text only",
+    "chat_template_kwargs": "set `chat_template_kwargs` for the whole data set",
+}
+"""Fields that a pair cannot hold, and why."""
+
+# Names under which published preference data keep what the model is asked.
+_PROMPT_PARTS = frozenset(
+    name.replace("_", "")
+    for line in (
+        "prompt prompts instruction instructions input inputs question questions query queries request",
+        "user human user_prompt user_input user_query user_message user_instruction",
+        "context contexts passage passages paragraph document documents article post story premise scenario",
+        "background knowledge evidence reference_text task task_description problem problem_statement",
+        "history chat_history conversation_history dialog_history dialogue_history chat turns trajectory",
+        "initial_reason_steps",
+        "conversation conversations dialog dialogs dialogue dialogues messages message",
+        "system systems system_prompt system_message system_instruction system_instructions sys_prompt",
+        "functions available_tools tool_definitions",
+    )
+    for name in line.split()
+)
+_TOOLS = ("functions", "availabletools", "tooldefinitions")
+_ANSWERS = ("assistant", "gpt", "model", "bot", "ai")
+Text = str | list[Message]
+
+
+def decides_about_pair(name: str, config: DataConfig) -> bool:
+    """Whether the value of a field matters for the pair: it is read, or may not be passed over."""
+    named = {config.prompt_field, config.chosen_field, config.rejected_field, config.conversations_field}
+    return name in named | {config.weight_field, "tools"} | UNSUPPORTED.keys() or _plain(name) in _PROMPT_PARTS
+
+
+def check_unread(
+    unread: dict[str, Any], prompt: Text, answers: tuple[Text, Text], config: DataConfig, is_found: bool
+) -> None:
+    """Refuse a record of which a part of the prompt would be lost in silence.
+
+    Args:
+        unread: the fields that are not read, without those that are absent.
+        prompt: as it is read.
+        answers: as they are read.
+        config: names fields.
+        is_found: the prompt is the common start of the answers. Nothing tells that of two strings from answers that
+            happen to begin alike, so that no field of such a name may be left beside them.
+
+    Raises:
+        ValueError: naming the field and the settings that help.
+    """
+    # the system prompt last: where the prompt itself is missing, that is the first thing to say
+    for name, value in sorted(unread.items(), key=lambda item: _is_system(item[0])):
+        if _plain(name) not in _PROMPT_PARTS:
+            continue
+        is_empty = not any(_parts(value, ""))
+        if is_empty or (not (is_found and isinstance(prompt, str)) and _is_contained(value, prompt, answers)):
+            continue
+        ignored = f"or, if it is not to be read, `ignored_fields: [{name}]`"
+        if is_found and not _is_system(name) and _plain(name) not in _TOOLS:
+            raise ValueError(
+                f"field {name!r} is not read, and there is no {config.prompt_field!r}: what both answers begin with "
+                f"would be the prompt; set `prompt_field: {name}` {ignored}"
+            )
+        remedy = "make it part of the prompt"
+        if _plain(name) in _TOOLS:
+            remedy = "call it 'tools' if it describes tools for the chat template"
+        elif _is_system(name) and isinstance(prompt, list):
+            remedy = "make it the first message of the prompt"
+        raise ValueError(f"field {name!r} is not read, and the prompt does not contain it; {remedy} {ignored}")
+
+
+def _plain(name: str) -> str:
+    return "".join(character for character in name.lower() if character.isalnum())
+
+
+def _is_system(name: str) -> bool:
+    return _plain(name).startswith("sys")
+
+
+def _parts(value: Any, role: str) -> Iterator[tuple[str, str]]:
+    """Yield the texts of a value, each with the role of its turn."""
+    if isinstance(value, dict):
+        speaker = value.get("role", value.get("from"))
+        if isinstance(speaker, str):
+            yield from _parts(value.get("content", value.get("value")), speaker)
+            return
+        value = [item for key, item in value.items() if key != "type"]
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _parts(item, role)
+    elif isinstance(value, str | int | float) and not isinstance(value, bool) and (text := _squeezed(str(value))):
+        yield role, text
+
+
+def _is_contained(value: Any, prompt: Text, answers: tuple[Text, Text]) -> bool:
+    asked = _joined(prompt)
+    said = f"{asked} {_joined(answers[0])} {_joined(answers[1])}"
+    # What is kept by turns may go on into the answers; a question may not.
+    is_by_turns = isinstance(prompt, list) and not isinstance(value, str)
+    return all(
+        _has_words(said if is_by_turns or role.lower() in _ANSWERS else asked, text) for role, text in _parts(value, "")
+    )
+
+
+def _has_words(text: str, words: str) -> bool:
+    """Whether `words` stand in `text`, not as a piece of longer words."""
+    start = text.find(words)
+    while start >= 0:
+        end = start + len(words)
+        if not _is_one_word(text[start - 1 : start], words[0]) and not _is_one_word(words[-1], text[end : end + 1]):
+            return True
+        start = text.find(words, start + 1)
+    return False
+
+
+def _is_one_word(left: str, right: str) -> bool:
+    # Chinese, Japanese and Korean, from U+2E80 on, write words without spaces.
+    return bool(left and right) and all(side.isalnum() and side < "\u2e80" for side in (left, right))
+
+
+def _joined(text: Text) -> str:
+    return _squeezed(text if isinstance(text, str) else " ".join(str(message["content"]) for message in text))
+
+
+def _squeezed(text: str) -> str:
+    return " ".join(text.split())

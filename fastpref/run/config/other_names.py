@@ -1,0 +1,147 @@
+"""Settings of other trainers by the names that people bring along, and what stands for each here.
+
+The names are those of TRL 1.16 and of its earlier versions, of Transformers' `TrainingArguments`, ms-swift,
+LLaMA-Factory, axolotl, OpenRLHF, verl and Megatron-LM. A name that is a key of some section here needs no entry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+# Our key, then what other trainers call it.
+_SAME: Mapping[str, Sequence[str]] = {
+    "model.path": ("model_name_or_path", "model_name", "model_id", "base_model", "pretrain", "model_dir", "load"),
+    "model.tokenizer": ("tokenizer_name_or_path", "tokenizer_name", "tokenizer_path", "tokenizer_model"),
+    "reference.path": ("ref_model", "ref_model_path", "ref_model_name_or_path", "ref_pretrain"),
+    "data.train": (
+        *("dataset", "datasets", "dataset_name", "dataset_path", "train_file", "train_files", "train_dataset"),
+        *("train_path", "data_path", "prompt_data"),
+    ),
+    "data.eval": (
+        *("eval_dataset", "val_dataset", "val_files", "validation_file", "eval_file", "test_datasets", "eval_path"),
+    ),
+    "data.max_length": (
+        *("cutoff_len", "sequence_len", "max_seq_length", "max_seq_len", "model_max_length", "max_len", "seq_length"),
+    ),
+    "data.truncation": ("truncation_mode", "truncation_strategy", "truncation_side"),
+    "data.chat_template": ("chat_template_path", "chat_template_jinja"),
+    "data.chat_template_kwargs": ("template_kwargs",),
+    "data.prompt_field": ("prompt_key", "input_key", "field_prompt", "prompt_column"),
+    "data.chosen_field": ("chosen_key", "field_chosen", "chosen_column"),
+    "data.rejected_field": ("rejected_key", "field_rejected", "rejected_column"),
+    "loss.beta": ("pref_beta", "dpo_beta", "rl_beta", "orpo_alpha", "simpo_beta", "kl_beta"),
+    "loss.pref_loss": ("loss_type", "rlhf_type", "rl", "stage", "loss_name"),
+    "loss.f_divergence": ("f_divergence_type",),
+    "loss.f_alpha": ("f_alpha_divergence_coef",),
+    "loss.ld_alpha": ("dpo_ld_alpha", "ld_dpo_alpha"),
+    "loss.label_smoothing": ("dpo_label_smoothing", "cdpo_label_smoothing"),
+    "lora.r": ("lora_r", "lora_rank", "rank"),
+    "lora.target_modules": ("lora_target", "lora_target_modules", "target_layers"),
+    "lora.path": ("adapter_name_or_path", "lora_model_dir", "lora_path", "adapters", "peft_model_id"),
+    "training.per_device_train_batch_size": ("micro_batch_size", "train_micro_batch_size_per_gpu"),
+    "training.per_device_eval_batch_size": ("eval_batch_size", "eval_micro_batch_size"),
+    "training.learning_rate": ("lr",),
+    "training.lr_scheduler_type": ("lr_scheduler", "lr_decay_style", "lr_scheduler_name"),
+    "training.warmup_steps": ("lr_warmup_steps", "lr_warmup_iters", "num_warmup_steps"),
+    "training.warmup_ratio": ("lr_warmup_fraction", "lr_warmup_ratio", "warmup_proportion", "lr_warmup_steps_ratio"),
+    "training.num_train_epochs": ("num_epochs", "epochs", "max_epochs", "total_epochs", "n_epochs"),
+    "training.max_steps": ("train_iters", "total_training_steps", "max_num_steps"),
+    "training.max_grad_norm": ("clip_grad", "gradient_clipping", "max_norm", "grad_clip"),
+    "training.output_dir": ("save", "save_path", "output_path", "default_local_dir"),
+    "training.save_steps": ("save_interval", "save_freq"),
+    "training.eval_steps": ("eval_interval", "test_freq", "val_period"),
+    "training.logging_steps": ("log_interval",),
+    "training.seed": ("data_seed",),
+    "training.drop_last": ("dataloader_drop_last",),
+    "training.packing": ("padding_free", "sample_packing", "use_remove_padding", "neat_packing"),
+    "training.disable_progress": ("disable_tqdm",),
+    "training.moe_aux_loss_coeff": ("router_aux_loss_coef",),
+    "training.tensor_model_parallel_size": ("tensor_parallel_size", "tp_size", "tp", "tensor_parallel_degree"),
+    "training.pipeline_model_parallel_size": ("pipeline_parallel_size", "pp_size", "pp", "pipeline_parallel_degree"),
+    "training.context_parallel_size": ("cp_size", "cp", "context_parallel_degree", "sequence_parallel_size"),
+    "training.expert_model_parallel_size": ("expert_parallel_size", "ep_size", "ep", "expert_parallel_degree"),
+    "training.distributed_timeout_seconds": ("ddp_timeout", "nccl_timeout"),
+}
+
+_NO_MOVING_REFERENCE = "the reference stays as it is; fastpref.integrations.trl.DPOTrainer can move it"
+_PRECISION = "the number format is training.bf16: true, training.fp16: true, or neither for fp32"
+_NO_QUANTIZATION = "weights are trained as they are, not quantised; leave it out, and save memory by a lora section"
+_ADAPTERS = "a lora section trains adapters, a file without one trains the weights; leave it out"
+_PLAIN_ADAPTERS = "adapters are plain LoRA on the layers of lora.target_modules; leave it out"
+_ONCE = "pairs are read and tokenised once, before the first step; leave it out"
+_STEPS = "set training.{0} to a number of steps; without it the run does so at its end only"
+_HUB = "nothing is uploaded; write the model with `fastpref train --export DIR` and upload that directory"
+_RECOMPUTE = "this is training.recompute_granularity here: full for whole layers, selective for the attention alone"
+_SHARDED = "training.use_distributed_optimizer: true shards the optimizer; parallel sizes are keys of training"
+_ALWAYS_FUSED = "the fused head is always in use; leave it out"
+_ATTENTION = "attention is that of Transformer Engine where it is installed; leave it out"
+_NO_CODE = "code of a model never runs here; leave it out"
+_WITH_SFT = "write loss.pref_loss: [sigmoid, sft] with loss.loss_weights: [1, this weight]"
+
+# What has no key of the same meaning, and what to write instead.
+_INSTEAD: Mapping[str, str] = {
+    **dict.fromkeys(("rpo_alpha", "pref_ftx", "dpo_sft_loss_weight", "nll_loss_coef"), _WITH_SFT),
+    "gamma_beta_ratio": "write loss.simpo_gamma as this ratio times loss.beta",
+    "reference_free": "choose a loss that reads no reference, such as loss.pref_loss: simpo or cpo",
+    "use_weighting": "the weights of WPO are in fastpref.integrations.trl.DPOTrainer only; leave it out",
+    "precompute_ref_log_probs": "write reference.mode: precomputed",
+    "precompute_ref_batch_size": "the reference scores training.per_device_eval_batch_size pairs at a time",
+    **dict.fromkeys(("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"), _NO_MOVING_REFERENCE),
+    **dict.fromkeys(("gradient_checkpointing", "activation_checkpointing", "recompute_activations"), _RECOMPUTE),
+    **dict.fromkeys(("gradient_checkpointing_kwargs", "recompute_method", "recompute_num_layers"), _RECOMPUTE),
+    **dict.fromkeys(("torch_dtype", "dtype", "precision", "mixed_precision", "params_dtype"), _PRECISION),
+    **dict.fromkeys(("load_in_4bit", "load_in_8bit", "quantization_bit", "quantization_config"), _NO_QUANTIZATION),
+    **dict.fromkeys(("use_peft", "use_lora", "finetuning_type", "train_type", "tuner_type", "adapter"), _ADAPTERS),
+    **dict.fromkeys(("modules_to_save", "lora_modules_to_save", "use_dora", "lora_bias"), _PLAIN_ADAPTERS),
+    **dict.fromkeys(("init_lora_weights", "init_weights", "lora_target_parameters", "rank_pattern"), _PLAIN_ADAPTERS),
+    **dict.fromkeys(("dataset_num_proc", "preprocessing_num_workers", "dataloader_num_workers", "streaming"), _ONCE),
+    **dict.fromkeys(("dataloader_pin_memory", "overwrite_cache", "remove_unused_columns"), _ONCE),
+    "distributed_timeout_minutes": "write training.distributed_timeout_seconds, in seconds",
+    **dict.fromkeys(("save_strategy", "saves_per_epoch"), _STEPS.format("save_steps")),
+    **dict.fromkeys(
+        ("eval_strategy", "evaluation_strategy", "evals_per_epoch", "do_eval"), _STEPS.format("eval_steps")
+    ),
+    "logging_strategy": "set training.logging_steps to a number of steps",
+    "do_train": "`fastpref train` trains, `fastpref eval` evaluates; leave it out",
+    **dict.fromkeys(("push_to_hub", "hub_model_id", "hub_strategy", "hub_token"), _HUB),
+    **dict.fromkeys(("deepspeed", "fsdp", "fsdp_config", "zero_stage"), _SHARDED),
+    **dict.fromkeys(
+        ("use_liger_kernel", "enable_liger_kernel", "liger_kernel_config", "use_liger_loss"), _ALWAYS_FUSED
+    ),
+    **dict.fromkeys(("attn_implementation", "attn_impl", "flash_attn", "flash_attention"), _ATTENTION),
+    **dict.fromkeys(("trust_remote_code", "model_init_kwargs"), _NO_CODE),
+    **dict.fromkeys(("optim", "optimizer", "optim_args"), "the optimizer is AdamW; leave it out"),
+    "disable_dropout": "models train without dropout; leave it out (lora.lora_dropout is that of adapters)",
+    **dict.fromkeys(
+        ("global_batch_size", "train_batch_size", "batch_size"),
+        "a batch is training.per_device_train_batch_size times training.gradient_accumulation_steps times the "
+        "data-parallel ranks",
+    ),
+    **dict.fromkeys(
+        ("split_dataset_ratio", "val_size", "val_set_size"),
+        "write the pairs of the evaluation to a file of their own and name it in data.eval",
+    ),
+    "template": "the chat template is the tokenizer's own, or data.chat_template",
+    "system": "make it the first message of the prompts",
+    **dict.fromkeys(
+        ("overwrite_output_dir", "overwrite_output"), "a run never overwrites another; choose a new training.output_dir"
+    ),
+    **dict.fromkeys(("run_name", "wandb_project", "project"), "wandb reads WANDB_PROJECT and WANDB_NAME; leave it out"),
+    "load_best_model_at_end": "each checkpoint stays; `fastpref export --checkpoint DIR` takes any of them",
+    "activation_offloading": "activations stay on the device; training.recompute_granularity saves their memory",
+    **dict.fromkeys(("pad_token", "padding_value"), "padding is never seen by the model; leave it out"),
+    "generate_during_eval": "evaluation computes metrics only; leave it out",
+    "is_encoder_decoder": "models are decoder-only; leave it out",
+    "average_tokens_across_devices": "means are over all pairs of a step on all ranks; leave it out",
+    "save_only_model": "checkpoints always hold what resuming needs; `fastpref export` writes a model alone",
+}
+_KEYS = {name: f"this is {key} here" for key, names in _SAME.items() for name in names} | dict(_INSTEAD)
+
+
+def advice(key: str) -> str | None:
+    """What to write in place of another trainer's setting; None for a name that is none.
+
+    Args:
+        key: the name as it was written, with hyphens or underscores.
+    """
+    return _KEYS.get(key.lower().replace("-", "_"))

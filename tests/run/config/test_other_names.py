@@ -1,0 +1,112 @@
+"""What people bring along from other trainers gets the advice that leads to the setting meant."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from fastpref.errors import ConfigError
+from fastpref.run.config import other_names
+from fastpref.run.config.run_config import RunConfig
+from fastpref.run.config.run_file import _known_keys, load_run_config
+
+MINIMAL = "model: {path: policy}\ndata: {train: pairs.jsonl}\n"
+_KEY = re.compile(r"\b((?:model|reference|data|loss|lora|training)\.[a-z_]+)\b")
+KNOWN = {f"{section}.{key}" for section, keys in _known_keys(RunConfig).items() for key in keys or ()}
+
+
+def refusal(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_run_config(path)
+    return str(caught.value)
+
+
+def test_every_advice_names_keys_that_are_there() -> None:
+    named = {
+        (name, key)
+        for name, advice in other_names._KEYS.items()
+        for key in _KEY.findall(advice.replace("fastpref.integrations", ""))
+    }
+    assert len(named) > 150
+    assert {(name, key) for name, key in named if key not in KNOWN} == set()
+
+
+def test_no_known_key_has_an_advice() -> None:
+    assert not {key.split(".")[1] for key in KNOWN} & set(other_names._KEYS)
+
+
+def test_every_setting_of_trl_is_known_or_has_an_advice() -> None:
+    trl = pytest.importorskip("trl")
+    transformers = pytest.importorskip("transformers")
+    general = {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
+    own = {field.name for field in dataclasses.fields(trl.DPOConfig)} - general
+    known = {key.split(".")[1] for key in KNOWN}
+    assert {name for name in own - known if other_names.advice(name) is None} == set()
+
+
+@pytest.mark.parametrize(
+    ("key", "line", "advice"),
+    [
+        ("loss.loss_type", "loss: {loss_type: sigmoid}", "this is loss.pref_loss here"),
+        ("loss.rpo_alpha", "loss: {rpo_alpha: 1}", "write loss.pref_loss: [sigmoid, sft] with loss.loss_weights"),
+        ("lora.lora_target", "lora: {lora_target: all}", "this is lora.target_modules here"),
+        ("lora.lora-rank", "lora: {lora-rank: 8}", "this is lora.r here"),
+        (
+            "training.gradient_checkpointing",
+            "training: {gradient_checkpointing: true}",
+            "this is training.recompute_",
+        ),
+        ("model_name_or_path", "model_name_or_path: m", "this is model.path here"),
+        ("lr", "lr: 1.0e-6", "this is training.learning_rate here"),
+        ("training.target_modules", "training: {target_modules: [q_proj]}", "did you mean lora.target_modules?"),
+        ("training.sed", "training: {sed: 1}", "did you mean seed?"),
+    ],
+)
+def test_key_of_another_trainer(tmp_path: Path, key: str, line: str, advice: str) -> None:
+    assert f"{key} is not a known key; {advice}" in refusal(tmp_path, f"{MINIMAL}{line}\n")
+
+
+@pytest.mark.parametrize(
+    ("line", "advice"),
+    [
+        ("loss: {pref_loss: dpo}", "got 'dpo'; the loss of DPO is named sigmoid"),
+        ("loss: {pref_loss: [dpo, sft]}", "got 'dpo'; the loss of DPO is named sigmoid"),
+        ("loss: {pref_loss: kto_pair}", "bco_pair and apo_zero rate both answers"),
+        ("loss: {f_divergence: js_divergence}", "write js"),
+        ("lora: {target_modules: all-linear}", "leave it out for all of them"),
+        ("lora: {target_modules: [all-linear]}", "leave target_modules out for all of them"),
+        ("training: {lr_scheduler_type: constant_with_warmup}", "write constant, with warmup_steps or warmup_ratio"),
+        ("training: {report_to: none}", "write []"),
+        ("training: {report_to: wandb}", "write [wandb]"),
+        ("training: {resume_from_checkpoint: true}", "write latest"),
+        ("training: {recompute_granularity: true}", "write full"),
+        ("lora: true", "write {} for the defaults"),
+    ],
+)
+def test_value_of_another_trainer(tmp_path: Path, line: str, advice: str) -> None:
+    message = refusal(tmp_path, f"{MINIMAL}{line}\n")
+    assert advice in message
+    assert "did you mean ipo" not in message
+
+
+def test_data_sets_as_mappings(tmp_path: Path) -> None:
+    message = refusal(tmp_path, "model: {path: policy}\ndata: {train: [{path: a.jsonl, type: chatml}]}\n")
+    assert 'data.train[0] must be a string, got {"path": "a.jsonl"' in message
+    assert "name files by their paths alone" in message
+
+
+def test_advice_of_values_works(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        MINIMAL + "loss: {pref_loss: [sigmoid, sft], loss_weights: [1, 0.5], f_divergence: js}\n"
+        "lora: {}\n"
+        "training: {report_to: [], lr_scheduler_type: constant, warmup_steps: 1, recompute_granularity: full}\n"
+    )
+    config = load_run_config(path)
+    assert config.training.report_to == ()
+    assert len(config.lora.target_modules) == 7
