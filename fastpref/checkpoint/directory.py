@@ -15,7 +15,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastpref.checkpoint.manifest import MANIFEST_FILE, FileRecord, listing_problems, read_manifest, write_manifest
+from fastpref.checkpoint.manifest import (
+    MANIFEST_FILE,
+    FileRecord,
+    listing_problems,
+    read_manifest,
+    refuse_damaged,
+    write_manifest,
+)
 from fastpref.errors import CheckpointError
 from fastpref.files import parse_object, sync
 
@@ -54,8 +61,27 @@ def candidates(root: Path, wanted: str) -> list[Path]:
         return newest_first[:1] if wanted == "latest" else newest_first
     path = Path(wanted)
     if not (path / MANIFEST_FILE).is_file():
-        raise CheckpointError(f"{path} is not a finished checkpoint: {MANIFEST_FILE} is missing")
+        raise CheckpointError(
+            f"{path} is not a finished checkpoint: {MANIFEST_FILE} is missing; give the directory step-N of a run's "
+            "checkpoints, or latest"
+        )
     return [path]
+
+
+def complete_candidate(root: Path, wanted: str) -> Path:
+    """The checkpoint to continue from, as far as sizes of files tell; their contents are not read.
+
+    Args:
+        root: the run's checkpoints.
+        wanted: a directory, "latest", or "latest-valid", which skips those that are incomplete.
+
+    Raises:
+        CheckpointError: there is none, or files of it are missing or of another size.
+    """
+    *others, last = candidates(root, wanted)
+    path = next((path for path in others if is_whole(path)), last)
+    refuse_damaged(path, listing_problems(path, read_manifest(path)))
+    return path
 
 
 def write_state(directory: Path, state: Mapping[str, Any]) -> None:

@@ -20,6 +20,8 @@ _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_JSON_BYTES = 16 << 20
 # What PyTorch can represent; the product of more, or larger, sizes has no bound on its time.
 MAX_DIMS, MAX_SIZE = 64, 2**63 - 1
+# How a file of git's extension for large files begins where the file itself was not fetched.
+_POINTER = b"version https://git-lfs"
 
 
 class TensorInfo(NamedTuple):
@@ -56,10 +58,30 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _parse_object(path: Path, raw: bytes) -> dict[str, Any]:
+    _refuse_pointer(path, raw)
     try:
         return parse_object(raw)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}; copy or download the file again") from error
+
+
+def refuse_if_pointer(path: Path) -> None:
+    """Refuse a file that git's extension for large files has not fetched.
+
+    Raises:
+        CheckpointError: it is one.
+    """
+    with open(path, "rb") as file:
+        _refuse_pointer(path, file.read(len(_POINTER)))
+
+
+def _refuse_pointer(path: Path, beginning: bytes) -> None:
+    if beginning.startswith(_POINTER):
+        refuse(
+            path,
+            f"is a git-lfs pointer of {path.stat().st_size} bytes, not the file itself; run `git lfs install` and then "
+            "`git lfs pull` in its repository, or download the file again",
+        )
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -69,6 +91,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         CheckpointError: the header is damaged, or describes another file.
     """
     file_size = path.stat().st_size
+    refuse_if_pointer(path)
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if file_size < 8 or length > min(MAX_JSON_BYTES, file_size - 8):
@@ -101,7 +124,11 @@ def _parse_entry(path: Path, name: str, entry: Any) -> tuple[TensorInfo, tuple[i
         refuse(path, f"tensor {name!r} has a malformed header entry")
     shape = tuple(sizes)
     if dtype_name not in DTYPES:
-        refuse(path, f"tensor {name!r} has dtype {dtype_name}; only {', '.join(DTYPES)} weights can be trained on")
+        refuse(
+            path,
+            f"tensor {name!r} has dtype {dtype_name}; only {', '.join(DTYPES)} weights can be trained on; take "
+            "the model that was not quantised",
+        )
     numbers = (*shape, start, stop)
     if not all(type(number) is int and 0 <= number <= MAX_SIZE for number in numbers):
         refuse(path, f"tensor {name!r} has a shape or offset that is no whole number >= 0 below 2**63")

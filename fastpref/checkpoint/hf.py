@@ -24,12 +24,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fastpref.checkpoint.diagnosis import ADAPTER_CONFIG_FILE, CONFIG_FILE, other_contents
 from fastpref.checkpoint.headers import TensorInfo, TensorSpec, encode_header, listed, read_header, read_json, refuse
 from fastpref.errors import CheckpointError
 from fastpref.files import sync
 
-CONFIG_FILE = "config.json"
-ADAPTER_CONFIG_FILE = "adapter_config.json"
 # Everything that a tokenizer needs; never Python files.
 COMPANION_FILES = (
     "added_tokens.json",
@@ -50,7 +49,6 @@ COMPANION_FILES = (
 )
 # Named chat templates, and tokenizers for certain versions of transformers or of Mistral's models.
 _COMPANION_PATTERNS = ("additional_chat_templates/*.jinja", "tokenizer.*.json", "tokenizer.model.v*")
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors")
 
 
@@ -77,7 +75,14 @@ class ModelDirectory:
         self.config = read_config(self.path, self.config_file)
         self.tensors: dict[str, TensorInfo] = {}
         self._open_files: dict[Path, Any] = {}
-        for file in self._weight_files():
+        files = self._weight_files()
+        if self.config_file == CONFIG_FILE and (self.path / ADAPTER_CONFIG_FILE).is_file():
+            refuse(
+                self.path,
+                f"holds a whole model and an adapter ({ADAPTER_CONFIG_FILE}), which transformers would take instead; "
+                "move the adapter's files to a directory of their own",
+            )
+        for file in files:
             for name, info in read_header(file).items():
                 if name in self.tensors:
                     refuse(file, f"tensor {name!r} is also in {self.tensors[name].path.name}")
@@ -113,17 +118,25 @@ class ModelDirectory:
 
     def _weight_files(self) -> list[Path]:
         single, index = self.path / f"{self.stem}.safetensors", self._index_path
-        if single.is_file() and index.is_file():
+        # some writers add an index to a single file
+        if single.is_file() and index.is_file() and set(self._weight_map().values()) != {single.name}:
             refuse(self.path, f"holds both {single.name} and {index.name}; remove the one that is out of date")
         if single.is_file():
             return [single]
         if not index.is_file():
-            _refuse_without_weights(self.path, self.stem)
+            self._refuse_without_weights()
         files = [self.path / name for name in sorted(set(self._weight_map().values()))]
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             refuse(index, f"names files that do not exist: {listed(missing)}; download them")
         return files
+
+    def _refuse_without_weights(self) -> NoReturn:
+        found = other_contents(self.path, self.config_file)
+        if found is None:
+            names = sorted(file.name for file in self.path.iterdir())
+            found = f"found: {listed(names)}; download the weights, too"
+        refuse(self.path, f"has neither {self.stem}.safetensors nor its index: {found}")
 
     def _weight_map(self) -> dict[str, str]:
         index = self._index_path
@@ -132,7 +145,11 @@ class ModelDirectory:
             refuse(index, "`weight_map` must map tensor names to file names")
         for name, file in weight_map.items():
             if not isinstance(file, str) or not _SAFE_NAME.fullmatch(file):
-                refuse(index, f"maps {name!r} to {file!r}; only .safetensors files beside the index are read")
+                refuse(
+                    index,
+                    f"maps {name!r} to {file!r}; only .safetensors files beside the index are read; move them there, "
+                    "and take directories out of the names in the index",
+                )
         return weight_map
 
     def _check_index(self) -> None:
@@ -292,9 +309,10 @@ def read_config(directory: str | Path, name: str = CONFIG_FILE) -> dict[str, Any
     """
     path = Path(directory) / name
     if not Path(directory).is_dir():
-        raise CheckpointError(f"{directory} is not a directory; pass a local model directory with {name}")
+        raise CheckpointError(f"{directory} is not a directory; pass a local directory with {name}")
     if not path.is_file():
-        raise CheckpointError(f"{directory} has no {name}; pass a Hugging Face model directory")
+        found = other_contents(Path(directory), name) or "give the directory that was downloaded or saved with it"
+        raise CheckpointError(f"{directory} has no {name}: {found}")
     config = read_json(path)
     if config.get("auto_map"):
         refuse(
@@ -327,15 +345,3 @@ def _plan_shards(specs: Sequence[TensorSpec], max_shard_bytes: int) -> list[list
         shards[-1].append(spec)
         size += spec.num_bytes
     return shards
-
-
-def _refuse_without_weights(directory: Path, stem: str) -> NoReturn:
-    found = sorted(file.name for file in directory.iterdir())
-    pickles = [name for name in found if name.endswith(_PICKLES)]
-    if pickles:
-        refuse(
-            directory,
-            f"holds its weights as pickles ({listed(pickles)}), which can run any code when loaded; convert them in a "
-            "sandbox with transformers' `save_pretrained` and load the safetensors files",
-        )
-    refuse(directory, f"has neither {stem}.safetensors nor its index, found: {listed(found) or 'nothing'}")

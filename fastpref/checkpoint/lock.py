@@ -63,23 +63,41 @@ class RunLock:
             draft.unlink(missing_ok=True)
 
     def _remove_if_stale(self) -> None:
-        try:
-            holder = json.loads(self.path.read_text(encoding="utf-8"))
-            pid, host = int(holder["pid"]), str(holder["host"])
-        except FileNotFoundError:  # released meanwhile
-            return
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise CheckpointError(
-                f"{self.path} cannot be read ({error}), so nobody knows whether another run uses the directory; "
-                "remove the file if none does"
-            ) from error
-        if host == socket.gethostname() and holder != _identity(pid):
+        if _is_stale(self.path):
             self.path.unlink(missing_ok=True)
-            return
+
+
+def refuse_if_held(directory: Path) -> None:
+    """Refuse a directory that another process holds; takes nothing and removes nothing.
+
+    Raises:
+        CheckpointError: another process holds it, or may hold it; names its process and host.
+    """
+    _is_stale(directory / LOCK_FILE)
+
+
+def _is_stale(path: Path) -> bool:
+    """Whether a lock is there that nobody holds.
+
+    Raises:
+        CheckpointError: somebody holds it, or may hold it.
+    """
+    try:
+        holder = json.loads(path.read_text(encoding="utf-8"))
+        pid, host = int(holder["pid"]), str(holder["host"])
+    except FileNotFoundError:  # never taken, or released meanwhile
+        return False
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(
-            f"process {pid} on {host} runs in {self.path.parent}; wait for it or use another output_dir"
-            f" (if it is dead, remove {self.path})"
-        )
+            f"{path} cannot be read ({error}), so nobody knows whether another run uses the directory; remove the file "
+            "if none does"
+        ) from error
+    if host == socket.gethostname() and holder != _identity(pid):
+        return True
+    raise CheckpointError(
+        f"process {pid} on {host} runs in {path.parent}; wait for it or use another output_dir (if it is dead, remove "
+        f"{path})"
+    )
 
 
 def _identity(pid: int) -> dict[str, Any]:

@@ -9,7 +9,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -196,6 +195,8 @@ def export(config_path: Path, overrides: tuple[str, ...], checkpoint: str, outpu
 def check(config_path: Path, overrides: tuple[str, ...], world_size: int | None) -> None:
     """Validate everything that training would, and show what it would do; needs no GPU and loads no weights.
 
+    Of the weights' files it reads the headers; what only the weights or the other ranks know, it cannot say.
+
     With reference.mode=precomputed it reads the weights' files once, to compare their hash with the cache's.
 
     Without --world-size the plan is for the ranks of the launcher, or the fewest that the layout needs.
@@ -204,6 +205,7 @@ def check(config_path: Path, overrides: tuple[str, ...], world_size: int | None)
     from fastpref.run.plan.identity import describe_reference
     from fastpref.run.plan.prepare import launched_world_size, prepare
     from fastpref.run.plan.row_usage import row_usages
+    from fastpref.run.plan.surroundings import is_installed
 
     config = _load(config_path, overrides)
     if world_size is None:
@@ -219,7 +221,7 @@ def check(config_path: Path, overrides: tuple[str, ...], world_size: int | None)
         tables.rows(row_usages(run)),
         tables.memory(preview.estimate_memory(run), preview.full_logits_bytes(run)),
         f"{config_path} is valid.",
-        None if _is_installed("megatron") else 'Training it needs megatron: pip install "fastpref[megatron]"',
+        None if is_installed("megatron") else 'Training it needs megatron: pip install "fastpref[megatron]"',
     )
 
 
@@ -239,13 +241,6 @@ def _load(config_path: Path, overrides: tuple[str, ...]) -> RunConfig:
     from fastpref.run.config.run_file import load_run_config
 
     return load_run_config(config_path, overrides)
-
-
-def _is_installed(package: str) -> bool:
-    try:
-        return find_spec(package) is not None
-    except ValueError:  # an entry of sys.modules without a specification
-        return False
 
 
 def _print(*parts: RenderableType | None) -> None:

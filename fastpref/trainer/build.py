@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import gc
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ from fastpref.run.plan.pipeline import PipelinePlan
 from fastpref.run.plan.prepare import PreparedRun, hf_config_of, prepare, reference_is_policy
 from fastpref.trainer.model.build import ModelOptions, build_models, load_models
 from fastpref.trainer.model.lora import add_lora
-from fastpref.trainer.ranks.agreement import from_rank_0, together
+from fastpref.trainer.ranks.agreement import DISK_FULL, from_rank_0, together
 from fastpref.trainer.ranks.platform import initialize_megatron
 from fastpref.trainer.reference.scoring import score_reference
 
@@ -36,14 +34,14 @@ def trainer_parts(config: RunConfig, *, for_training: bool = True) -> dict[str, 
         for_training: False is for evaluation alone: no training data, and no reference cache is made.
 
     Raises:
-        ConfigError: see `prepare`; or the output directory cannot be written.
+        ConfigError: see `prepare`.
         DataError: see `prepare`; or the ranks read different data.
         CheckpointError: a model directory or the reference cache is unusable.
     """
     run = prepare(config, for_training=for_training)
     initialize_megatron(config.training)
     if for_training:
-        _require_writable(config)
+        _make_output(config)
     _require_equal_data(run)
     # First, so that a reference that is only scored is gone before the policy takes memory.
     if config.precomputes_reference:
@@ -176,17 +174,16 @@ def _require_equal_data(run: PreparedRun) -> None:
         )
 
 
-def _require_writable(config: RunConfig) -> None:
-    """Refuse before anything is loaded what the run would find when it begins."""
+def _make_output(config: RunConfig) -> None:
+    """Make the output directory before anything is loaded: some disks say only then that they cannot be written."""
     if torch.distributed.get_rank() != 0:
         return
     path = Path(config.training.output_dir)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        if not os.access(path, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except PermissionError as error:
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise
         raise ConfigError(
-            f"training.output_dir: {str(path)!r} cannot be written: {error.strerror}; change its permissions, or "
-            "choose another directory"
+            f"training.output_dir: {str(path)!r} cannot be made: {error.strerror}; choose another directory"
         ) from error

@@ -226,6 +226,16 @@ def test_reader_refuses_ambiguous_weights(tmp_path: Path) -> None:
         ModelDirectory(path)
 
 
+def test_reader_reads_a_single_file_with_an_index_of_its_own(tmp_path: Path) -> None:
+    path = write(tmp_path / "m")
+    index = path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(TENSORS, "model.safetensors")}))
+    assert ModelDirectory(path).tensors.keys() == TENSORS.keys()
+    index.write_text(json.dumps({"weight_map": dict.fromkeys([*TENSORS, "more"], "model.safetensors")}))
+    with pytest.raises(CheckpointError, match=r"more \(index: model\.safetensors, found in: None\)"):
+        ModelDirectory(path)
+
+
 def test_reader_refuses_a_directory_without_a_model(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="nowhere is not a directory"):
         ModelDirectory(tmp_path / "nowhere")

@@ -41,12 +41,20 @@ def test_check_shows_the_plan(project: Path, run_cli) -> None:
     assert not torch.distributed.is_initialized()
 
 
-def test_check_needs_no_weights(project: Path, run_cli, tokenizer_dir: Path) -> None:
-    model = project / "model"
-    model.mkdir()
-    (model / "config.json").write_text(json.dumps(MODEL))
-    result = run_cli("check", "run.yaml", f"model={{path: model, tokenizer: {tokenizer_dir}}}")
-    assert result.exit_code == 0, result.output
+def test_check_reads_headers_and_no_weights(
+    project: Path, run_cli, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    LlamaForCausalLM(LlamaConfig(**MODEL)).save_pretrained(project / "model")
+    (project / "model" / "generation_config.json").unlink(missing_ok=True)
+    monkeypatch.delattr("fastpref.checkpoint.hf.safe_open")
+    settings = f"model={{path: model, tokenizer: {tokenizer_dir}}}"
+    assert run_cli("check", "run.yaml", settings).exit_code == 0
+    (project / "model" / "model.safetensors").unlink()
+    result = run_cli("check", "run.yaml", settings)
+    assert result.exit_code == 4
+    assert "model: has neither model.safetensors nor its index: found: config.json; download" in squeezed(result.stderr)
 
 
 def test_check_plans_for_more_ranks_than_are_present(project: Path, run_cli) -> None:

@@ -41,7 +41,7 @@ def edit(model: Path, changes: dict[str, torch.Tensor | str | None]) -> None:
     ("changes", "message"),
     [
         ({NORM: None}, f"missing tensors: {NORM}"),
-        ({HEAD: None}, f"missing tensors: {HEAD}; set tie_word_embeddings if the head is the embedding"),
+        ({HEAD: None}, f"missing tensors: {HEAD}; set tie_word_embeddings to true in config.json if"),
         ({"score.weight": torch.ones(2)}, "unexpected tensors: score.weight"),
         ({"model.layers.2.mlp.up_proj.weight": ONES}, "unexpected tensors: model.layers.2.mlp.up_proj.weight"),
         ({NORM: "norm.weight"}, f"missing tensors: {NORM}; unexpected tensors: norm.weight"),

@@ -5,13 +5,12 @@ from pathlib import Path
 
 import pytest
 from tiny_project import MODEL
+from transformers import LlamaConfig, LlamaForCausalLM
 
 
 @pytest.mark.parametrize("command", ["check", "train"])
 def test_token_ids_beyond_the_vocabulary(project: Path, run_cli, command: str) -> None:
-    # the directory has no weights: reading them would be another error
-    (project / "model").mkdir()
-    (project / "model" / "config.json").write_text(json.dumps({**MODEL, "vocab_size": 12}))
+    LlamaForCausalLM(LlamaConfig(**{**MODEL, "vocab_size": 12})).save_pretrained(project / "model")
     result = run_cli(command, "run.yaml", "model.config=null", "model.path=model")
     assert result.exit_code == 2
     assert "pairs.jsonl:" in result.stderr and "the model's vocabulary has 12 entries" in result.stderr

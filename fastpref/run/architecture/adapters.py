@@ -1,4 +1,4 @@
-"""Adapters in and out: every adapter parameter of a model, the peft tensors behind it, and adapter directories.
+"""Adapters in and out: every adapter parameter of a model, and the peft tensors behind it.
 
 An adapter has two parameters. `lora_A` stacks the A of every target in its linear layer. `lora_B` has the rows of that
 layer's weight, in the same order, with the r columns of the B whose output a row is; rows of projections that are no
@@ -9,17 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastpref.checkpoint.headers import listed
-from fastpref.checkpoint.hf import AdapterDirectory
-from fastpref.errors import CheckpointError, ConfigError
+from fastpref.errors import ConfigError
 from fastpref.run.architecture.architecture import Architecture
 from fastpref.run.architecture.layouts import Columns, GateUp, Layout, QueryKeyValue, Read, Replicated
 from fastpref.run.architecture.lora_config import LoraConfig
@@ -27,20 +24,6 @@ from fastpref.run.architecture.names import is_expert, parameter_table
 
 ADAPTER = "adapter"
 _A, _B = "lora_A", "lora_B"
-# Settings of peft that change what an adapter computes, with the values that mean that they are off.
-_PEFT_OFF: dict[str, tuple[Any, ...]] = {
-    "alpha_pattern": ({}, None),
-    "bias": ("none",),
-    "fan_in_fan_out": (False, None),
-    "layer_replication": (None,),
-    "lora_bias": (False, None),
-    "modules_to_save": (None, []),
-    "rank_pattern": ({}, None),
-    "target_parameters": (None, []),
-    "trainable_token_indices": (None,),
-    "use_dora": (False, None),
-    "use_qalora": (False, None),
-}
 
 
 @dataclass(frozen=True)
@@ -215,59 +198,6 @@ class InitialAdapters:
             bound = 1.0 / math.sqrt(full.size(1))
             full.uniform_(-bound, bound, generator=generator)
         return full[start:stop] if dim == 0 else full[:, start:stop]
-
-
-class AdapterFiles:
-    """An adapter directory as a source of tensors.
-
-    Args:
-        path: a directory with `adapter_config.json` and `adapter_model.safetensors`.
-        arch: the model that it must fit.
-        lora: the settings that it must have been made with.
-
-    Raises:
-        CheckpointError: files are missing or damaged, settings differ or are not supported, or tensors do not fit;
-            the message lists everything.
-    """
-
-    def __init__(self, path: str | Path, arch: Architecture, lora: LoraConfig) -> None:
-        self._directory = AdapterDirectory(path)
-        self.read = self._directory.read
-        problems = [*_setting_problems(self._directory.config, lora), *self._tensor_problems(arch, lora)]
-        if problems:
-            raise CheckpointError(f"{path}: {'; '.join(problems)}")
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """List all tensors by name."""
-        return {name: info.shape for name, info in self._directory.tensors.items()}
-
-    def _tensor_problems(self, arch: Architecture, lora: LoraConfig) -> Iterator[str]:
-        found, expected = self.shapes(), adapter_shapes(arch, lora)
-        missing = sorted(set(expected) - set(found))
-        unexpected = sorted(set(found) - set(expected))
-        if missing:
-            yield f"missing tensors: {listed(missing)}; set lora.target_modules to what the adapter was trained for"
-        if unexpected:
-            yield f"unexpected tensors: {listed(unexpected)}; add their projections to lora.target_modules"
-        wrong = [
-            f"{name} is {list(found[name])}, the model needs {list(shape)}"
-            for name, shape in expected.items()
-            if name in found and found[name] != shape
-        ]
-        if wrong:
-            yield f"wrong shapes: {listed(wrong)}"
-
-
-def _setting_problems(config: Mapping[str, Any], lora: LoraConfig) -> Iterator[str]:
-    if config.get("peft_type") != "LORA":
-        yield f"peft_type must be LORA, got {config.get('peft_type')!r}"
-    for key, default in (("r", 8), ("lora_alpha", 8), ("use_rslora", False)):
-        found, wanted = config.get(key, default), getattr(lora, key)
-        if found != wanted:
-            yield f"{key} is {found!r}, the run has {wanted!r}; set lora.{key} to {found!r}"
-    for key, off in _PEFT_OFF.items():
-        if key in config and config[key] not in off:
-            yield f"{key} {config[key]!r} is not supported; train an adapter without it"
 
 
 def peft_config(lora: LoraConfig, base: str | None) -> dict[str, Any]:

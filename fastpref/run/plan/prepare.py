@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 
-from fastpref.checkpoint import directory
+from fastpref.checkpoint.directory import complete_candidate, read_state
+from fastpref.checkpoint.headers import refuse_if_pointer
 from fastpref.checkpoint.hf import read_config
+from fastpref.checkpoint.reference_cache import ReferenceCache
 from fastpref.data import (
     PackedCollator,
     PreferenceCollator,
@@ -26,13 +28,23 @@ from fastpref.data import (
     resolve_pad_token_id,
 )
 from fastpref.data.chat import with_chat_template
-from fastpref.data.open_files import hub_hint
+from fastpref.data.tokenizer import TOKENIZER_FILES
 from fastpref.errors import ConfigError, Problem, raise_if_any
-from fastpref.run.architecture.adapters import AdapterFiles, adapted_linears
+from fastpref.run.architecture.adapter_files import AdapterFiles
+from fastpref.run.architecture.adapters import adapted_linears
 from fastpref.run.architecture.architecture import Architecture
+from fastpref.run.architecture.model_files import check_model_files
 from fastpref.run.config.layout import model_problems, world_problems
 from fastpref.run.config.run_config import RunConfig
 from fastpref.run.plan.announce import announce
+from fastpref.run.plan.fingerprint import (
+    LORA_BASE,
+    architecture_fingerprint,
+    is_of_weights,
+    lora_fingerprint,
+    require_same,
+    settings_fingerprint,
+)
 from fastpref.run.plan.pair_schedule import PairSchedule
 from fastpref.run.plan.pipeline import (
     SAMPLE_PAIRS,
@@ -44,6 +56,7 @@ from fastpref.run.plan.pipeline import (
 )
 from fastpref.run.plan.resumption import check_position
 from fastpref.run.plan.rows import default_collator, row_capacity
+from fastpref.run.plan.surroundings import check_output, path_problems, require_packages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,17 +150,30 @@ def prepare(
     Raises:
         ConfigError: paths, layout, batches, token ids or settings do not fit each other.
         DataError: a data file is at fault.
-        CheckpointError: a model directory has no usable `config.json`, or there is no checkpoint to continue from.
+        CheckpointError: the files of a model or an adapter do not fit it, another run holds the output directory, or
+            the checkpoint to continue from is missing, incomplete or of other settings, or the reference cache is none.
+        MissingDependencyError: a package of `report_to` is missing.
     """
     world_size = launched_world_size() if world_size is None else world_size
     train_paths = config.data.train_paths if for_training else ()
-    raise_if_any([*_path_problems(config, for_training, saves), *_evaluation_problems(config, for_training)])
-    if config.training.resume_from_checkpoint is not None:
-        directory.candidates(config.training.checkpoint_root, config.training.resume_from_checkpoint)
+    raise_if_any([*path_problems(config, for_training=for_training), *_evaluation_problems(config, for_training)])
+    if for_training and saves:
+        check_output(config)
+        require_packages(config.training)
+    if config.precomputes_reference and saves and (config.reference_cache.exists() or not for_training):
+        ReferenceCache(config.reference_cache)
+    wanted = config.training.resume_from_checkpoint
+    checkpoint = None if wanted is None else complete_candidate(config.training.checkpoint_root, wanted)
     architecture = Architecture.from_hf(hf_config_of(config))
     reference = None if reference_is_policy(config) else Architecture.of(str(config.reference_path))
-    raise_if_any([*_layout_problems(config, architecture, world_size), *_reference_problems(reference, architecture)])
-    _check_lora(config, architecture)
+    raise_if_any(
+        [
+            *_layout_problems(config, architecture, world_size),
+            *_model_problems(config, architecture),
+            *_reference_problems(reference, architecture),
+        ]
+    )
+    _check_files(config, architecture, reference)
     tokenizer = _tokenizer(config)
     run = PreparedRun(
         config=config,
@@ -166,8 +192,11 @@ def prepare(
     raise_if_any(problem.under("training") for problem in expert_stage_problems(run.pipeline_plan, architecture))
     if for_training:
         _check_schedule(run)
-    if for_training and saves:
-        _check_resumption(run)
+    if checkpoint is not None:
+        # which checkpoint is valid is only found out when it is read
+        if for_training and wanted != "latest-valid":
+            check_position(checkpoint, run.schedule.total_steps)
+        _require_own_checkpoint(run, checkpoint)
     return run
 
 
@@ -214,56 +243,6 @@ def reference_is_policy(config: RunConfig) -> bool:
     return path is None or (config.model.path is not None and Path(path).samefile(config.model.path))
 
 
-def _path_problems(config: RunConfig, for_training: bool, saves: bool) -> Iterator[Problem]:
-    directories = {
-        "model.path": config.model.path,
-        "model.tokenizer": config.model.tokenizer,
-        "reference.path": None if config.reference is None else config.reference.path,
-        "lora.path": None if config.lora is None else config.lora.path,
-    }
-    files = [("data.train", path) for path in config.data.train_paths if for_training]
-    files += [("data.eval", path) for path in config.data.eval_paths]
-    given = [(key, path) for key, path in directories.items() if path is not None]
-    unusable = [
-        Problem(key, f": {path!r} begins with ~, which only a shell expands, or holds a NUL; write the path out")
-        for key, path in [*given, *files, *_new_directories(config).items()]
-        if path.startswith("~") or "\0" in path
-    ]
-    if unusable:
-        yield from unusable
-        return
-    relative_to = f"relative paths start at the current directory, {Path.cwd()}"
-    for key, path in given:
-        if not Path(path).is_dir():
-            yield Problem(key, f": {path!r} is not a directory; {relative_to}")
-    for key, path in files:
-        if not Path(path).exists():
-            hint = hub_hint(path)
-            yield Problem(key, f": {path!r} does not exist; {relative_to}{hint and f'; {hint}'}")
-    for key, path in _new_directories(config).items():
-        if Path(path).exists() and not Path(path).is_dir():
-            yield Problem(key, f": {path!r} exists and is not a directory; choose another")
-    if for_training and saves:
-        yield from _output_problems(config)
-
-
-def _new_directories(config: RunConfig) -> dict[str, str]:
-    """Directories that the run makes where they are not there."""
-    cache = {"reference.cache": str(config.reference_cache)} if config.precomputes_reference else {}
-    return {"training.output_dir": config.training.output_dir, **cache}
-
-
-def _output_problems(config: RunConfig) -> Iterator[Problem]:
-    output, args = Path(config.training.output_dir), config.training
-    steps = directory.finished_steps(args.checkpoint_root)
-    if args.resume_from_checkpoint is None and steps:
-        yield Problem(
-            "training.output_dir",
-            f": {str(output)!r} holds the checkpoints of another run (up to step {steps[-1]}); continue it with "
-            "training.resume_from_checkpoint=latest, or choose another directory",
-        )
-
-
 def _evaluation_problems(config: RunConfig, for_training: bool) -> Iterator[Problem]:
     args = config.training
     if for_training and not config.data.train_paths:
@@ -282,6 +261,13 @@ def _layout_problems(config: RunConfig, arch: Architecture, world_size: int) -> 
         yield problem.under("training")
 
 
+def _model_problems(config: RunConfig, arch: Architecture) -> Iterator[Problem]:
+    coefficient = config.training.moe_aux_loss_coeff
+    if arch.experts is None and coefficient:
+        text = f"({coefficient}) balances experts, and {arch.model_type} has none; leave it out"
+        yield Problem("training.moe_aux_loss_coeff", text)
+
+
 def _reference_problems(other: Architecture | None, arch: Architecture) -> Iterator[Problem]:
     if other is None:
         return
@@ -292,11 +278,40 @@ def _reference_problems(other: Architecture | None, arch: Architecture) -> Itera
             yield Problem("reference.path", f": {field.name} must be the policy's, {ours!r}, got {theirs!r}")
 
 
-def _check_lora(config: RunConfig, arch: Architecture) -> None:
+def _check_files(config: RunConfig, arch: Architecture, reference: Architecture | None) -> None:
+    """Compare the headers of every weight that the run will load with what it is loaded into."""
+    for name in TOKENIZER_FILES:
+        file = Path(config.model.tokenizer_path) / name
+        if file.is_file():
+            refuse_if_pointer(file)
     if config.lora is not None:
         adapted_linears(arch, config.lora)
-        if config.lora.path is not None:
-            AdapterFiles(config.lora.path, arch, config.lora)
+    if config.model.path is not None:
+        check_model_files(config.model.path, arch)
+    if reference is not None:
+        check_model_files(str(config.reference_path), reference)
+    if config.lora is not None and config.lora.path is not None:
+        AdapterFiles(config.lora.path, arch, config.lora)
+
+
+def _require_own_checkpoint(run: PreparedRun, checkpoint: Path) -> None:
+    """Compare the settings that a checkpoint records with those of the run; an evaluation reads its weights alone."""
+    config, args, experts = run.config, run.config.training, run.architecture.experts
+    now = architecture_fingerprint(run.architecture)
+    if config.lora is not None:
+        now |= lora_fingerprint(config.lora)
+    if run.train is not None:
+        given = args.moe_aux_loss_coeff
+        coefficient = 0.0 if experts is None else experts.router_aux_loss_coef if given is None else given
+        now |= settings_fingerprint(args, config.loss, run.schedule, run.train, coefficient)
+    saved = read_state(checkpoint).get("fingerprint", {})
+    # the checksum of the weights beside adapters is known once they are loaded
+    saved = {
+        name: value
+        for name, value in saved.items()
+        if name != LORA_BASE and (run.train is not None or is_of_weights(name))
+    }
+    require_same(checkpoint, saved, now, args.resume_allow_changes if run.train is not None else ())
 
 
 def _check_lengths(dataset: PreferenceDataset, max_positions: int) -> None:
@@ -320,11 +335,3 @@ def _check_schedule(run: PreparedRun) -> None:
             f"warm-up takes {warmup_steps} of {total_steps} steps; lower training.warmup_steps or "
             "training.warmup_ratio, or train longer"
         )
-
-
-def _check_resumption(run: PreparedRun) -> None:
-    """Refuse early to continue from beyond the end; only the run itself finds out which checkpoint is valid."""
-    args = run.config.training
-    if args.resume_from_checkpoint not in (None, "latest-valid"):
-        for path in directory.candidates(args.checkpoint_root, str(args.resume_from_checkpoint)):
-            check_position(path, run.schedule.total_steps)

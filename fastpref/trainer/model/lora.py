@@ -15,10 +15,9 @@ Dims: L positions (of this rank), S sequences, I inputs, O outputs of this rank'
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +37,16 @@ from fastpref.checkpoint.headers import TensorSpec
 from fastpref.checkpoint.hf import AdapterWriter
 from fastpref.errors import ConfigError
 from fastpref.run.architecture import adapters as files
+from fastpref.run.architecture.adapter_files import AdapterFiles
 from fastpref.run.architecture.adapters import ADAPTER, AdaptedLinear
 from fastpref.run.architecture.architecture import Architecture
 from fastpref.run.architecture.layouts import GateUp
 from fastpref.run.architecture.lora_config import LoraConfig
 from fastpref.run.architecture.names import is_expert
+from fastpref.run.plan.fingerprint import LORA_BASE, lora_fingerprint
 from fastpref.trainer.model.chunks import unwrap
 from fastpref.trainer.model.weights import TensorSource, fill, merged_tensors, parameters_of, write_tensors
 from fastpref.trainer.ranks.agreement import agree
-
-# What identifies the run that a checkpoint of adapters belongs to.
-LORA_FINGERPRINT = ("lora", "lora_base_checksum")
 
 
 class AdapterSwitch:
@@ -168,9 +166,7 @@ class AppliedLora:
     @property
     def fingerprint(self) -> dict[str, Any]:
         """Settings and frozen weights that a checkpoint of adapters belongs to."""
-        settings = {**asdict(self.config), "target_modules": sorted(self.config.target_modules)}
-        del settings["path"]
-        return dict(zip(LORA_FINGERPRINT, (json.dumps(settings, sort_keys=True), self.base_checksum), strict=True))
+        return {**lora_fingerprint(self.config), LORA_BASE: self.base_checksum}
 
 
 def add_lora(
@@ -200,7 +196,7 @@ def add_lora(
     source: TensorSource = (
         files.InitialAdapters(files.adapter_shapes(arch, lora), seed)
         if lora.path is None
-        else files.AdapterFiles(lora.path, arch, lora)
+        else AdapterFiles(lora.path, arch, lora)
     )
     checksum = _checksum(chunks)
     problems: list[str] = []

@@ -12,13 +12,13 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from fastpref.checkpoint.headers import TensorSpec, listed
+from fastpref.checkpoint.headers import TensorSpec
 from fastpref.checkpoint.hf import ModelWriter
 from fastpref.errors import CheckpointError
 from fastpref.run.architecture.architecture import Architecture
 from fastpref.run.architecture.layouts import Layout, VocabRows
+from fastpref.run.architecture.model_files import same_values, tensor_problems, tie_problem
 from fastpref.run.architecture.names import (
-    DERIVED_TENSOR,
     EMBEDDING,
     HEAD,
     file_shapes,
@@ -83,7 +83,7 @@ def load_parameters(models: Sequence[GPTModel], arch: Architecture, source: Tens
         CheckpointError: tensors are missing, unexpected or of the wrong shape, a value is not finite, or a
             tied model brings an `lm_head.weight` that differs from its embedding.
     """
-    problems = _name_problems(source.shapes(), arch)
+    problems = tensor_problems(source.shapes(), arch)
     if not problems:
         try:
             problems = _fill_all(models, arch, source)
@@ -158,29 +158,6 @@ def parameters_of(models: Sequence[GPTModel]) -> dict[str, Tensor]:
     return parameters
 
 
-def _name_problems(found: Mapping[str, tuple[int, ...]], arch: Architecture) -> list[str]:
-    expected = file_shapes(arch)
-    allowed = {HEAD} if arch.tie_embeddings else set()
-    unexpected = [name for name in found if name not in expected and name not in allowed]
-    unexpected = [name for name in unexpected if not DERIVED_TENSOR.fullmatch(name)]
-    missing = [name for name in expected if name not in found]
-    shapes = {**expected, HEAD: expected[EMBEDDING]}
-    wrong = [
-        f"{name} is {list(found[name])}, config.json says {list(shape)}"
-        for name, shape in shapes.items()
-        if name in found and tuple(found[name]) != shape
-    ]
-    problems = []
-    if missing:
-        remedy = "; set tie_word_embeddings if the head is the embedding" if missing == [HEAD] else ""
-        problems.append(f"missing tensors: {listed(missing)}{remedy}")
-    if unexpected:
-        problems.append(f"unexpected tensors: {listed(sorted(unexpected))}")
-    if wrong:
-        problems.append(f"wrong shapes: {listed(wrong)}")
-    return problems
-
-
 def _fill_all(models: Sequence[GPTModel], arch: Architecture, source: TensorSource) -> list[str]:
     table, problems = parameter_table(arch), []
     with torch.no_grad():
@@ -210,14 +187,13 @@ def fill(
 
 
 def _tied_head_problems(models: Sequence[GPTModel], arch: Architecture, source: TensorSource) -> list[str]:
-    # transformers drops the head of a tied model; one that says something else must not vanish unnoticed.
     if not any(model.pre_process for model in models):
         return []
     shape, size = (arch.vocab_size, arch.hidden_size), parallel_state.get_tensor_model_parallel_world_size()
     embedding, head = (VocabRows(name, shape).shard(source.read, _tp_rank(), size) for name in (EMBEDDING, HEAD))
-    if torch.equal(embedding, head):
+    if same_values(embedding, head):
         return []
-    return [f"tie_word_embeddings is true but {HEAD} differs from {EMBEDDING}; set it to false to keep the head"]
+    return [tie_problem()]
 
 
 def merged_tensors(

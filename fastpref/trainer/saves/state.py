@@ -24,11 +24,11 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from fastpref.checkpoint import directory
 from fastpref.checkpoint.manifest import content_problems, listing_problems, read_manifest, refuse_damaged
 from fastpref.errors import CheckpointError
-from fastpref.run.config.arguments import CHANGEABLE
+from fastpref.run.plan.fingerprint import differences, is_of_weights, require_same
 from fastpref.trainer.model.chunks import unwrap
-from fastpref.trainer.model.lora import LORA_FINGERPRINT, fill_weights, sharded_weights
+from fastpref.trainer.model.lora import fill_weights, sharded_weights
 from fastpref.trainer.ranks.agreement import together
-from fastpref.trainer.saves.fingerprint import differences, weights_fingerprint
+from fastpref.trainer.saves.fingerprint import absent_values, weights_fingerprint
 
 # The optimizer's shards are stored by parameter, so that any layout can read them; experts have an optimizer of their
 # own, whose shards then need no name of their own.
@@ -133,7 +133,7 @@ def clear_the_way(root: Path, step: int, fingerprint: Mapping[str, Any], *, foun
         for path in later:
             if found_damaged or not directory.is_whole(path):
                 warnings.warn(f"{path} is damaged; it is now {directory.set_aside(path)}", stacklevel=2)
-            elif differences(directory.read_state(path).get("fingerprint", {}), fingerprint):
+            elif differences(directory.read_state(path).get("fingerprint", {}), fingerprint, absent_values()):
                 foreign.append(path.name)
         if foreign:
             raise CheckpointError(
@@ -156,7 +156,7 @@ def load_weights(path: Path, models: Sequence[torch.nn.Module]) -> dict[str, Any
     chunks = [unwrap(model) for model in models]
     whole = directory.read_state(path)
     saved = whole.get("fingerprint", {})
-    of_weights = {key: value for key, value in saved.items() if key.startswith("model.") or key in LORA_FINGERPRINT}
+    of_weights = {key: value for key, value in saved.items() if is_of_weights(key)}
     _require_same(path, of_weights, weights_fingerprint(chunks))
     loaded = _read({f"model{index}": sharded_weights(chunk) for index, chunk in enumerate(chunks)}, path)
     with torch.no_grad():
@@ -168,21 +168,7 @@ def load_weights(path: Path, models: Sequence[torch.nn.Module]) -> dict[str, Any
 def _require_same(
     path: Path, saved: Mapping[str, Any], now: Mapping[str, Any], may_differ: Collection[str] = ()
 ) -> None:
-    found = differences(saved, now)
-    changed = {name: _setting(name) for name in found if _setting(name) not in may_differ}
-    if not changed:
-        return
-    lines = "; ".join(f"{name}: saved {found[name][0]!r}, now {found[name][1]!r}" for name in changed)
-    remedy = "Use the saved settings or start a new run"
-    if set(changed.values()) <= set(CHANGEABLE):
-        allowed = ", ".join(sorted({*changed.values(), *may_differ}))
-        remedy += f"; to change these on purpose, set resume_allow_changes: [{allowed}]"
-    raise CheckpointError(f"{path} belongs to another run: {lines}. {remedy}")
-
-
-def _setting(name: str) -> str:
-    """The setting that an entry of a fingerprint belongs to: `loss.beta` to the loss."""
-    return name.split(".", 1)[0]
+    require_same(path, saved, now, may_differ, absent_values())
 
 
 def _read(payload: dict[str, Any], path: Path) -> dict[str, Any]:

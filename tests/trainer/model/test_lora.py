@@ -345,7 +345,7 @@ def test_add_lora_refuses_a_second_time(one_rank) -> None:
         ({"r": 4}, "r is 3, the run has 4; set lora.r to 3.*wrong shapes"),
         ({"lora_alpha": 8.0}, "lora_alpha is 4.0, the run has 8.0; set lora.lora_alpha to 4.0"),
         ({"use_rslora": True}, "use_rslora is False, the run has True"),
-        ({"target_modules": ("q_proj",)}, "unexpected tensors: .*; add their projections to lora.target_modules"),
+        ({"target_modules": ("q_proj",)}, r"unexpected tensors: .*; set lora.target_modules to \[q_proj, k_proj"),
     ],
 )
 def test_add_lora_refuses_files_of_other_settings(saved, settings: dict, message: str, one_rank) -> None:

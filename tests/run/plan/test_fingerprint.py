@@ -10,8 +10,8 @@ from fastpref.run.architecture.experts import Experts
 from fastpref.run.architecture.lora_config import LoraConfig
 from fastpref.run.architecture.rope import Rope
 from fastpref.run.config.arguments import TrainingArguments
-from fastpref.trainer.saves import fingerprint
-from fastpref.trainer.saves.fingerprint import differences
+from fastpref.run.plan import fingerprint
+from fastpref.run.plan.fingerprint import differences
 
 EXPERTS = {"num_experts": 4, "experts_per_token": 2, "ffn_hidden_size": 8, "norm_topk_prob": True, "layers": [True]}
 
