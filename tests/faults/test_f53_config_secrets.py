@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ def test_train_keeps_the_environment_to_itself(project: Path, run_cli, monkeypat
 
 
 def test_commands_write_to_their_directories_alone(project: Path, run_cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training, its checkpoints and logs, an evaluation, an export, a refusal: nothing appears anywhere else."""
+    """Training, its checkpoints and logs, an evaluation, an export, a refusal: nothing is left anywhere else."""
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     before = sorted(path.name for path in project.iterdir())
     with opened_files() as opened:
@@ -36,7 +37,10 @@ def test_commands_write_to_their_directories_alone(project: Path, run_cli, monke
     assert (trained.exit_code, evaluated.exit_code, refused.exit_code) == (0, 0, 2), trained.output + evaluated.output
     written = {path for path, is_write in opened if is_write} - {Path(os.devnull)}
     inside = {path for path in written if path.is_relative_to(project)}
-    assert written - inside == set()
+    # a tokenizer that changes in an export is tried in a temporary directory, which is then gone
+    temporary = {path for path in written - inside if path.is_relative_to(tempfile.gettempdir())}
+    assert written - inside == temporary
+    assert [path for path in temporary if path.exists()] == []
     # an export fills a directory beside its own, model.tmp-..., until it is whole
     assert {path.relative_to(project).parts[0].split(".")[0] for path in inside} == {"out", "model"}
     assert sorted(path.name for path in project.iterdir()) == sorted([*before, "model", "out"])
