@@ -12,6 +12,7 @@ from typing import Any
 from fastpref.checkpoint.headers import read_json
 from fastpref.checkpoint.hf import CONFIG_FILE, companion_names
 from fastpref.data import load_tokenizer
+from fastpref.data.text_settings import PROBE
 from fastpref.errors import ConfigError
 from fastpref.run.architecture.architecture import Architecture
 from fastpref.run.config.run_config import RunConfig
@@ -32,7 +33,6 @@ _TEMPLATE_FILE, _OLD_TEMPLATE_FILE = "chat_template.jinja", "chat_template.json"
 _TEMPLATE_DIRECTORY = "additional_chat_templates"
 # Newer transformers call it by a name that older ones do not know; all know this one.
 _GENERIC_CLASSES = {"TokenizersBackend": "PreTrainedTokenizerFast"}
-_TEXT = "In 1869, 3.5 naïve  cats\n\n\tsaid: 你好, world!"
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def served_files(config: RunConfig, arch: Architecture, *, is_adapter: bool) -> 
     ends = end_tokens(config.data, tokenizer, arch.vocab_size)
     template = served_template(config.data, tokenizer)
     is_at_home = config.model.path is not None and not is_adapter and directory.samefile(config.model.path)
-    replaced = {**_tokenizer_files(directory, tokenizer, template, names_class=not is_at_home)}
+    replaced = _tokenizer_files(directory, tokenizer, template, names_class=not is_at_home)
     written = _config(config, hf_config, arch, tokenizer, ends)
     if replaced or not is_at_home:
         _require_same_tokenizer(directory, replaced, None if is_adapter else written, tokenizer, template)
@@ -116,11 +116,10 @@ def _tokenizer_files(
     directory: Path, tokenizer: Any, template: Template | None, *, names_class: bool
 ) -> dict[str, bytes | None]:
     files = template_files(directory, template)
-    settings = _tokenizer_settings(directory)
+    written = files.get(TOKENIZER_CONFIG_FILE)
+    settings = _tokenizer_settings(directory) if written is None else json.loads(written)
     if names_class and not settings.get("tokenizer_class"):
-        replaced = files.get(TOKENIZER_CONFIG_FILE)
         name = type(tokenizer).__name__
-        settings = settings if replaced is None else json.loads(replaced)
         files[TOKENIZER_CONFIG_FILE] = _json({**settings, "tokenizer_class": _GENERIC_CLASSES.get(name, name)})
     return files
 
@@ -167,10 +166,10 @@ def _require_same_tokenizer(
         try:
             found = _behaviour(load_tokenizer(copy), None)
         except ConfigError as error:
-            raise ConfigError(f"{_remedy(directory)}: {str(error).replace(name, 'it')}") from error
+            raise _other_tokenizer(directory, config) from error
     texts = template.values() if isinstance(template, dict) else [template]
     if found not in [_behaviour(tokenizer, text) for text in texts]:
-        raise ConfigError(_remedy(directory))
+        raise _other_tokenizer(directory, config)
 
 
 def _behaviour(tokenizer: Any, template: str | None) -> list[Any]:
@@ -178,14 +177,19 @@ def _behaviour(tokenizer: Any, template: str | None) -> list[Any]:
     texts = []
     if template is not None or tokenizer.chat_template:
         texts = [render(tokenizer, messages, template) for messages in PROBES]
-    ids = [tokenizer(text)["input_ids"] for text in (_TEXT, *(text for text in texts if text))]
+    ids = [tokenizer(text)["input_ids"] for text in (PROBE, *(text for text in texts if text))]
     return [texts, ids, tokenizer.eos_token_id, tokenizer.bos_token_id]
 
 
-def _remedy(directory: Path) -> str:
-    return (
-        f"the tokenizer of {str(directory)!r} would read text otherwise in an export than it does there; load it with "
-        "transformers, save it with save_pretrained into a new directory, and name that in model.tokenizer"
+def _other_tokenizer(directory: Path, config: Mapping[str, Any] | None) -> ConfigError:
+    text = f"the tokenizer of {str(directory)!r} would read text otherwise in an export than it does there"
+    if config is None:
+        remedy = "load it with transformers, save it with save_pretrained into a new directory, and name that in"
+        return ConfigError(f"{text}; {remedy} model.tokenizer")
+    return ConfigError(
+        f"{text}: transformers chooses the class of a tokenizer by the config.json beside it, which is of type "
+        f"{config['model_type']}; name the tokenizer of such a model in model.tokenizer, or export adapters (a lora "
+        "section, without --merge), beside which there is no config.json"
     )
 
 

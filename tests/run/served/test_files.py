@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from served_exports import CHATML, VOCAB_SIZE, byte_tokenizer
-from tiny_project import MODEL
+from tiny_project import MODEL, write_tokenizer
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -87,8 +87,22 @@ def test_tokenizer_that_would_read_otherwise_is_refused(base: Path, exported, mo
         return tokenizer
 
     monkeypatch.setattr(files, "load_tokenizer", load_with_another_end)
-    with pytest.raises(ConfigError, match=r"would read text otherwise in an export .* name that in model.tokenizer"):
+    with pytest.raises(ConfigError, match=r"would read text otherwise in an export .* in model.tokenizer"):
         exported(ModelConfig(path=str(base), tokenizer=str(tmp_path / "tokenizer")))
+
+
+def test_class_that_transformers_overrules_is_named_with_a_way_out(exported, tmp_path: Path) -> None:
+    """Beside a config.json of Qwen2, transformers 5 loads Qwen2's class whatever the tokenizer's files name."""
+    write_tokenizer(tmp_path / "tokenizer")
+    model = ModelConfig(config={**MODEL, "model_type": "qwen2"}, tokenizer=str(tmp_path / "tokenizer"))
+    with pytest.raises(ConfigError, match=r"config.json beside it, which is of type qwen2; .* or export adapters"):
+        exported(model)
+    path = exported(model, adapter=True)
+    text = "w3 w5 w7"
+    assert (
+        AutoTokenizer.from_pretrained(path)(text)["input_ids"]
+        == load_tokenizer(tmp_path / "tokenizer")(text)["input_ids"]
+    )
 
 
 # --- config.json
