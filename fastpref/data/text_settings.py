@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
+from collections.abc import Mapping
 from typing import Any
 
 from fastpref.data.chat import with_chat_template
@@ -30,8 +30,10 @@ def text_settings(
     Raises:
         ConfigError: `chat_template` is no template.
     """
-    vocabulary = sorted(tokenizer.get_vocab().items()), tokenizer.bos_token_id, tokenizer.eos_token_id
-    found: dict[str, Any] = {"model.tokenizer": _sha256([vocabulary, tokenizer(PROBE)["input_ids"]])}
+    vocabulary, ids = sorted(tokenizer.get_vocab().items()), tokenizer(PROBE)["input_ids"]
+    found: dict[str, Any] = {
+        "model.tokenizer": _sha256([vocabulary, ids, tokenizer.bos_token_id, tokenizer.eos_token_id])
+    }
     if has_strings:
         found["data.append_eos"] = config.append_eos
     if has_messages:
@@ -41,4 +43,6 @@ def text_settings(
 
 
 def _sha256(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+    """Hash values of any type, whatever their order in a mapping."""
+    plain = sorted(value.items()) if isinstance(value, Mapping) else value
+    return hashlib.sha256(repr(plain).encode()).hexdigest()
