@@ -285,7 +285,7 @@ class ModelWriter:
 
     def _write_bytes(self, name: str, content: bytes) -> None:
         path = self._temporary / name
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "xb") as file:
             file.write(content)
             file.flush()

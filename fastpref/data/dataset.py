@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -12,7 +12,8 @@ from fastpref.data.config import DataConfig
 from fastpref.data.problems import ProblemLog
 from fastpref.data.readers import gather_pairs
 from fastpref.data.report import DataReport, Tally
-from fastpref.data.schema import TokenizedPair
+from fastpref.data.schema import PreferencePair, TokenizedPair
+from fastpref.data.text_settings import text_settings
 from fastpref.data.tokenize import iter_tokenized
 from fastpref.errors import DataError
 
@@ -25,6 +26,9 @@ class PreferenceDataset(Sequence[TokenizedPair]):
     Args:
         pairs: read once; each gets its position as `pair_id`.
         report: counts to keep beside the pairs; by default those of `pairs` alone.
+
+    Attributes:
+        text_settings: how the pairs were made of text, see `fastpref.data.text_settings`; None where nobody said.
 
     Raises:
         ValueError: a pair whose two sides do not begin with the same prompt tokens.
@@ -40,6 +44,7 @@ class PreferenceDataset(Sequence[TokenizedPair]):
             self._append(pair)
         self.report = DataReport(kept=len(self)) if report is None else report
         self.sha256 = self._digest()
+        self.text_settings: dict[str, Any] | None = None
 
     def _append(self, pair: TokenizedPair) -> None:
         (chosen, num_prompt), (rejected, num_rejected_prompt) = pair.sides
@@ -99,8 +104,8 @@ def load_dataset(paths: str | Path | Sequence[str | Path], tokenizer: Any, confi
         config: see `DataConfig`; its own paths are not read here.
 
     Returns:
-        The kept pairs with `report` (the counts) and `sha256` (of all token ids, boundaries and weights: equal if and
-        only if the training data are, whatever the files are called).
+        The kept pairs with `report` (the counts), `text_settings` and `sha256` (of all token ids,
+        boundaries and weights: equal if and only if the training data are, whatever the files are called).
 
     Raises:
         DataError: what `read_pairs` and `tokenize_pairs` refuse, up to `max_reported` of them in one message; no
@@ -111,10 +116,20 @@ def load_dataset(paths: str | Path | Sequence[str | Path], tokenizer: Any, confi
     if not files:
         raise DataError("no data file was named; name at least one")
     tally, problems = Tally(), ProblemLog(config.max_reported)
-    pairs = (pair for path in files for pair in gather_pairs(path, config, problems, tally))
-    dataset = PreferenceDataset(iter_tokenized(pairs, tokenizer, config, tally, problems))
+    is_conversational: set[bool] = set()
+
+    def pairs() -> Iterator[PreferencePair]:
+        for path in files:
+            for pair in gather_pairs(path, config, problems, tally):
+                is_conversational.add(pair.is_conversational)
+                yield pair
+
+    dataset = PreferenceDataset(iter_tokenized(pairs(), tokenizer, config, tally, problems))
     problems.raise_if_any()
     dataset.report = tally.report()
+    dataset.text_settings = text_settings(
+        tokenizer, config, has_strings=False in is_conversational, has_messages=True in is_conversational
+    )
     if not len(dataset):
         raise DataError(f"no pair is left to train on: {dataset.report.summary()}", ", ".join(files))
     return dataset

@@ -12,7 +12,9 @@ import torch
 from megatron.core.models.gpt import GPTModel
 
 from fastpref.checkpoint import directory
-from fastpref.errors import ConfigError
+from fastpref.data import load_tokenizer
+from fastpref.data.text_settings import text_settings
+from fastpref.errors import CheckpointError, ConfigError
 from fastpref.run.config.arguments import ParallelArguments
 from fastpref.run.config.run_config import RunConfig
 from fastpref.run.plan.announce import announce
@@ -41,7 +43,8 @@ def export_checkpoint(config: RunConfig, checkpoint: str, output: str | Path, *,
 
     Raises:
         ConfigError: the output is not empty, the settings do not fit, or there is nothing to merge.
-        CheckpointError: the checkpoint or the model directory is unusable.
+        CheckpointError: the checkpoint or the model directory is unusable, or the tokenizer, the chat template or its
+            variables are not those that the checkpoint was trained with.
     """
     check_export(config, output, merge=merge)
     if launched_world_size() == 1:
@@ -50,6 +53,7 @@ def export_checkpoint(config: RunConfig, checkpoint: str, output: str | Path, *,
     directory.candidates(config.training.checkpoint_root, checkpoint)
     initialize_megatron(config.training)
     path = state.choose(config.training.checkpoint_root, checkpoint)
+    _require_trained_text(path, config)
     models = build_policy(config)
     files = files_of_export(models, config, merge=merge)
     announce(config.training, f"Reading the weights of {path}")
@@ -132,6 +136,19 @@ def check_export(config: RunConfig, output: str | Path, *, merge: bool = False) 
     nearest = next(parent for parent in whole.parents if parent.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise ConfigError(f"{name} cannot be made: {str(nearest)!r} is no directory, or not writable; choose another")
+
+
+def _require_trained_text(path: Path, config: RunConfig) -> None:
+    """Refuse an export that would serve other text than was trained: files and settings may have changed since."""
+    saved = directory.read_state(path).get("text") or {}  # a checkpoint older than the entry says nothing
+    now = text_settings(load_tokenizer(config.model.tokenizer_path), config.data)
+    changed = [name for name, value in saved.items() if name in now and value != now[name]]
+    if changed:
+        raise CheckpointError(
+            f"{path} was trained with another value or file of {', '.join(changed)}, so that an export would serve "
+            "other text than was trained; put back what it was trained with, and change the exported files afterwards "
+            "if they are to differ"
+        )
 
 
 def _own_directories(config: RunConfig) -> dict[str, Path]:

@@ -119,10 +119,11 @@ class Session:
         )
 
     def _state(self, step: int) -> dict[str, Any]:
-        """What `state.json` records: position, layout, versions, and the settings that decide the result."""
+        """What `state.json` records: position, layout, versions, what decides the result, how text was read."""
         return {
             "step": step,
             "fingerprint": self._fingerprint(),
+            "text": getattr(self._engine.feed.train_dataset, "text_settings", None),
             **self._engine.schedule.state(),
             "layout": {
                 "world_size": torch.distributed.get_world_size(),

@@ -151,3 +151,62 @@ def test_what_cannot_be_served_is_refused_before_training(chat_project: Path, ru
     assert result.exit_code == 2, result.output
     assert "range cannot be written into the chat template for an export" in re.sub(r"\s+", " ", result.stderr)
     assert not (chat_project / "out" / "metrics.jsonl").exists() and not (chat_project / "model").exists()
+
+
+@pytest.fixture
+def trained_project(chat_project: Path, base_model: Path, run_cli) -> Path:
+    """A run that is done, with a tokenizer and a template of its own directory."""
+    byte_tokenizer(chat_template=CHATML).save_pretrained(chat_project / "tokenizer")
+    (chat_project / "run.jinja").write_text(TEMPLATE)
+    run = (chat_project / "run.yaml").read_text()
+    run = run.replace(f"{{path: {base_model}}}", f"{{path: {base_model}, tokenizer: tokenizer}}")
+    run = re.sub(r"  chat_template: .*", "  chat_template: run.jinja", run).replace("max_steps: 2", "max_steps: 1")
+    (chat_project / "run.yaml").write_text(run)
+    result = run_cli("train", "run.yaml")
+    assert result.exit_code == 0, result.output
+    return chat_project
+
+
+def tokenizer_with_a_new_word() -> None:
+    tokenizer = AutoTokenizer.from_pretrained("tokenizer")
+    tokenizer.add_tokens(["Which"])
+    tokenizer.save_pretrained("tokenizer")
+
+
+def tokenizer_with_another_end() -> None:
+    byte_tokenizer("<|im_end|>", chat_template=CHATML).save_pretrained("tokenizer")
+
+
+@pytest.mark.parametrize(
+    ("edit", "settings", "changed"),
+    [
+        (lambda: Path("run.jinja").write_text(TEMPLATE + " "), (), "data.chat_template"),
+        (None, ("data.chat_template=null",), "data.chat_template"),
+        (None, ("data.chat_template_kwargs={thinks: true}",), "data.chat_template_kwargs"),
+        (tokenizer_with_a_new_word, (), "model.tokenizer"),
+        (tokenizer_with_another_end, (), "model.tokenizer"),
+        (lambda: Path("tokenizer/chat_template.jinja").write_text("{{ messages }}"), (), ""),  # which is not used
+        (lambda: Path("run.jinja").rename("moved.jinja"), ("data.chat_template=moved.jinja",), ""),
+        (None, ("data.append_eos=false",), ""),  # no pair is made of strings
+    ],
+)
+def test_text_that_was_not_trained_is_not_served(trained_project: Path, run_cli, edit, settings, changed: str) -> None:
+    if edit is not None:
+        edit()
+    result = run_cli("export", "run.yaml", "--output", "model", *settings)
+    if changed:
+        assert result.exit_code == 4
+        assert f"trained with another value or file of {changed}, so that" in re.sub(r"\s+", " ", result.stderr)
+    else:
+        assert result.exit_code == 0, result.output
+
+
+def test_template_that_wrote_no_pair_may_change(trained_project: Path, run_cli) -> None:
+    pair = {"prompt": "Which?", "chosen": " This.", "rejected": " None."}
+    Path("pairs.jsonl").write_text(json.dumps(pair) + "\n" + json.dumps(pair | {"chosen": " All."}) + "\n")
+    run = ("run.yaml", "training.output_dir=strings", "data.chat_template=null", "data.chat_template_kwargs={}")
+    assert run_cli("train", *run).exit_code == 0
+    Path("tokenizer/chat_template.jinja").write_text(TEMPLATE)
+    assert run_cli("export", *run, "--output", "model").exit_code == 0
+    result = run_cli("export", *run, "--output", "other", "data.append_eos=false")
+    assert result.exit_code == 4 and "data.append_eos" in result.stderr

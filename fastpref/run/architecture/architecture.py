@@ -219,13 +219,30 @@ def _take_sizes(reader: ConfigReader, family: Family) -> dict[str, Any]:
         "hidden_size": reader.take("hidden_size", int),
         "ffn_hidden_size": reader.take("intermediate_size", int),
         "vocab_size": reader.take("vocab_size", int),
-        "max_positions": reader.take("max_position_embeddings", int),
+        "max_positions": _take_max_positions(reader),
         "norm_eps": reader.take("rms_norm_eps", float, family.norm_eps),
         "init_std": reader.take("initializer_range", float, 0.02),
         "tie_embeddings": reader.take("tie_word_embeddings", bool, family.tie_embeddings),
         "num_query_groups": reader.take("num_key_value_heads", int, default_groups or num_heads),
         "head_dim": reader.take("head_dim", int, default_head_dim),
     }
+
+
+def _take_max_positions(reader: ConfigReader) -> int | None:
+    longest = reader.take("max_position_embeddings", int)
+    # Attention in chunks is full attention as long as a text ends within the first one.
+    chunks = reader.take("dual_chunk_attention_config", dict, None)
+    if chunks is None or longest is None:
+        return longest
+    inner = ConfigReader(chunks)
+    size, local = (inner.take(key, int) for key in ("chunk_size", "local_size"))
+    pretrained = inner.take("original_max_position_embeddings", int, longest)
+    for key, value in sorted(inner.left.items()):
+        inner.note(key, f"= {value!r} is not supported; remove it if it has no effect on the model")
+    if not inner.problems and size <= local:
+        inner.note("local_size", f"{local} must be less than chunk_size {size}")
+    reader.problems += [problem.under("dual_chunk_attention_config") for problem in inner.problems]
+    return None if inner.problems else min(longest, pretrained, size - local)
 
 
 def _fit_heads(reader: ConfigReader, sizes: dict[str, Any]) -> None:

@@ -51,6 +51,7 @@ def _require_no_window(reader: ConfigReader, num_layers: int) -> None:
     """Refuse a window, but not the sizes of one that is switched off."""
     if reader.left.get("use_sliding_window") is False:
         reader.left.pop("sliding_window", None)
+    if "sliding_window" not in reader.left:
         reader.left.pop("max_window_layers", None)
     reader.require("use_sliding_window", False)
     _require_one_kind(reader, num_layers, _FULL)

@@ -12,6 +12,7 @@ from typing import Any
 from fastpref.checkpoint.headers import read_json
 from fastpref.checkpoint.hf import CONFIG_FILE, companion_names
 from fastpref.data import load_tokenizer
+from fastpref.data.text_settings import PROBE
 from fastpref.errors import ConfigError
 from fastpref.run.architecture.architecture import Architecture
 from fastpref.run.config.run_config import RunConfig
@@ -29,10 +30,9 @@ from fastpref.run.served.stop_tokens import (
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 _LICENCES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "NOTICE.txt", "USE_POLICY.md")
 _TEMPLATE_FILE, _OLD_TEMPLATE_FILE = "chat_template.jinja", "chat_template.json"
-_TEMPLATE_DIRECTORY = "additional_chat_templates"
+_TEMPLATE_DIRECTORY, _APART = "additional_chat_templates", "tokenizer"
 # Newer transformers call it by a name that older ones do not know; all know this one.
 _GENERIC_CLASSES = {"TokenizersBackend": "PreTrainedTokenizerFast"}
-_TEXT = "In 1869, 3.5 naïve  cats\n\n\tsaid: 你好, world!"
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ def served_files(config: RunConfig, arch: Architecture, *, is_adapter: bool) -> 
 
     Tokenizer files are copies, except where that would serve other text than was trained: the chat template becomes
     that of the run, with `data.chat_template_kwargs` as its defaults, and a tokenizer that leaves its class to the
-    `config.json` beside it names the class. `generation_config.json` is the model's, with the tokens that end an answer
+    `config.json` beside it names the class; one that loads otherwise beside it, whatever it names, gets a directory of
+    its own in the export. `generation_config.json` is the model's, with the tokens that end an answer
     as trained.
 
     Args:
@@ -71,10 +72,13 @@ def served_files(config: RunConfig, arch: Architecture, *, is_adapter: bool) -> 
     ends = end_tokens(config.data, tokenizer, arch.vocab_size)
     template = served_template(config.data, tokenizer)
     is_at_home = config.model.path is not None and not is_adapter and directory.samefile(config.model.path)
-    replaced = {**_tokenizer_files(directory, tokenizer, template, names_class=not is_at_home)}
+    replaced = _tokenizer_files(directory, tokenizer, template, names_class=not is_at_home)
     written = _config(config, hf_config, arch, tokenizer, ends)
-    if replaced or not is_at_home:
-        _require_same_tokenizer(directory, replaced, None if is_adapter else written, tokenizer, template)
+    is_apart = (bool(replaced) or not is_at_home) and _stands_apart(
+        directory, replaced, None if is_adapter else written, tokenizer, template
+    )
+    if is_apart:
+        replaced = _set_apart(directory, replaced)
     generation = generation_config(config.model.path, written, ends)
     replaced[GENERATION_CONFIG_FILE] = (
         _model_file(config, GENERATION_CONFIG_FILE) if generation is None else _json(generation)
@@ -82,7 +86,14 @@ def served_files(config: RunConfig, arch: Architecture, *, is_adapter: bool) -> 
     if not is_adapter:
         replaced |= {name: content for name in _LICENCES if (content := _model_file(config, name)) is not None}
     base_lacks = is_adapter and not set(ends) <= set(_stops_of_base(config, hf_config, ends))
-    return ServedFiles(directory, written, replaced, _warnings(config, tokenizer, template, ends, base_lacks))
+    warnings = _warnings(config, tokenizer, template, ends, base_lacks)
+    if is_apart:
+        warnings += (
+            f"transformers would take another class for the tokenizer of {str(directory)!r} beside a config.json of "
+            f"type {written['model_type']}; it is in the directory {_APART!r} of the export: name that to a server "
+            "(vLLM: --tokenizer)",
+        )
+    return ServedFiles(directory, written, replaced, warnings)
 
 
 def template_files(directory: Path, template: Template | None) -> dict[str, bytes | None]:
@@ -116,11 +127,10 @@ def _tokenizer_files(
     directory: Path, tokenizer: Any, template: Template | None, *, names_class: bool
 ) -> dict[str, bytes | None]:
     files = template_files(directory, template)
-    settings = _tokenizer_settings(directory)
+    written = files.get(TOKENIZER_CONFIG_FILE)
+    settings = _tokenizer_settings(directory) if written is None else json.loads(written)
     if names_class and not settings.get("tokenizer_class"):
-        replaced = files.get(TOKENIZER_CONFIG_FILE)
         name = type(tokenizer).__name__
-        settings = settings if replaced is None else json.loads(replaced)
         files[TOKENIZER_CONFIG_FILE] = _json({**settings, "tokenizer_class": _GENERIC_CLASSES.get(name, name)})
     return files
 
@@ -146,14 +156,36 @@ def _config(
     return with_end_tokens(written, ends, CONFIG_FILE)
 
 
-def _require_same_tokenizer(
+def _stands_apart(
     directory: Path,
     replaced: Mapping[str, bytes | None],
     config: Mapping[str, Any] | None,
     tokenizer: Any,
     template: Template | None,
-) -> None:
-    """Load the tokenizer as an export will hold it, and compare what it writes and reads with the run's."""
+) -> bool:
+    """Whether the tokenizer reads as trained only where `config` is not beside it.
+
+    Raises:
+        ConfigError: it does so nowhere.
+    """
+    if _reads_alike(directory, replaced, config, tokenizer, template):
+        return False
+    if config is not None and _reads_alike(directory, replaced, None, tokenizer, template):
+        return True
+    raise ConfigError(
+        f"the tokenizer of {str(directory)!r} would read text otherwise in an export than it does there; load it with "
+        "transformers, save it with save_pretrained into a new directory, and name that in model.tokenizer"
+    )
+
+
+def _reads_alike(
+    directory: Path,
+    replaced: Mapping[str, bytes | None],
+    config: Mapping[str, Any] | None,
+    tokenizer: Any,
+    template: Template | None,
+) -> bool:
+    """Load the tokenizer as an export will hold it, beside a config or none, and compare it with the run's."""
     with tempfile.TemporaryDirectory() as name:
         copy = Path(name)
         for file in companion_names(directory):
@@ -166,11 +198,17 @@ def _require_same_tokenizer(
                 (copy / file).write_bytes(content)
         try:
             found = _behaviour(load_tokenizer(copy), None)
-        except ConfigError as error:
-            raise ConfigError(f"{_remedy(directory)}: {str(error).replace(name, 'it')}") from error
+        except ConfigError:
+            return False
     texts = template.values() if isinstance(template, dict) else [template]
-    if found not in [_behaviour(tokenizer, text) for text in texts]:
-        raise ConfigError(_remedy(directory))
+    return found in [_behaviour(tokenizer, text) for text in texts]
+
+
+def _set_apart(directory: Path, replaced: Mapping[str, bytes | None]) -> dict[str, bytes | None]:
+    """Move the tokenizer's files into a directory of their own, where no `config.json` is."""
+    names = [name for name in companion_names(directory) if name != GENERATION_CONFIG_FILE]
+    files = {**{name: (directory / name).read_bytes() for name in names}, **replaced}
+    return {**dict.fromkeys(files), **{f"{_APART}/{name}": content for name, content in files.items()}}
 
 
 def _behaviour(tokenizer: Any, template: str | None) -> list[Any]:
@@ -178,15 +216,8 @@ def _behaviour(tokenizer: Any, template: str | None) -> list[Any]:
     texts = []
     if template is not None or tokenizer.chat_template:
         texts = [render(tokenizer, messages, template) for messages in PROBES]
-    ids = [tokenizer(text)["input_ids"] for text in (_TEXT, *(text for text in texts if text))]
+    ids = [tokenizer(text)["input_ids"] for text in (PROBE, *(text for text in texts if text))]
     return [texts, ids, tokenizer.eos_token_id, tokenizer.bos_token_id]
-
-
-def _remedy(directory: Path) -> str:
-    return (
-        f"the tokenizer of {str(directory)!r} would read text otherwise in an export than it does there; load it with "
-        "transformers, save it with save_pretrained into a new directory, and name that in model.tokenizer"
-    )
 
 
 def _stops_of_base(config: RunConfig, hf_config: Mapping[str, Any], ends: list[int]) -> list[int]:

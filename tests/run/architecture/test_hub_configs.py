@@ -148,6 +148,8 @@ def test_from_hf_reads_every_spelling_of_two_ropes(keys: dict[str, Any], tmp_pat
         ),
         ("meta-llama/Meta-Llama-3-8B", {"layer_types": ["full_attention"] * 32}),
         ("meta-llama/Meta-Llama-3-8B", {"sliding_window": 4096, "use_sliding_window": False, "max_window_layers": 28}),
+        ("meta-llama/Meta-Llama-3-8B", {"max_window_layers": 28}),
+        ("Qwen/Qwen3-30B-A3B", {"sliding_window": 4096, "max_window_layers": 48}),
         ("meta-llama/Meta-Llama-3-8B", {"hidden_act": "swish", "hidden_activation": None}),
         ("meta-llama/Meta-Llama-3-8B", {"head_dim": None, "num_key_value_heads": None}),
         ("Qwen/Qwen2-7B", {"layer_types": ["full_attention"] * 28, "attention_bias": True}),

@@ -4,7 +4,7 @@ import itertools
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +149,7 @@ def test_from_hf_passes_what_a_family_does_anyway(keys: dict[str, Any], families
         *(("qk_layernorm", 1), ("mlp_bias", 0), ("use_mrope", 0), ("is_causal", 1), ("num_experts", False)),
         *(("activation", "relu2"), ("norm_type", "layernorm"), ("pruned_heads", {"0": [1]})),
         *(("quantization", {"bits": 4}), ("compression_config", {}), ("quantization_config", {})),
-        *(("no_rope_layers", [0, 1]), ("dual_chunk_attention_config", {}), ("per_layer_config", {"0": {}})),
+        *(("no_rope_layers", [0, 1]), ("per_layer_config", {"0": {}})),
         *(("never_heard_of", False), ("never_heard_of", 0), ("never_heard_of", []), ("text_config", {"a": 1})),
         *(("hidden_dropout", 1.0), ("attention_dropout", -0.1), ("residual_dropout", "0.1"), ("embd_pdrop", True)),
     ],
@@ -160,6 +160,19 @@ def test_from_hf_refuses_other_values_by_name(key: str, value: Any) -> None:
         Architecture.from_hf({**config, key: value})
     if "remove it" in str(caught.value):
         assert Architecture.from_hf({**config, key: None}) == Architecture.from_hf(config)
+
+
+DUAL_CHUNK = {"chunk_size": 262144, "local_size": 8192, "original_max_position_embeddings": 262144}
+
+
+def test_chunks_of_a_long_context_limit_the_length() -> None:
+    """As in Qwen2.5-7B-Instruct-1M: full attention, which transformers always takes, in the first chunk."""
+    config = {**BY_FAMILY["qwen2"], "max_position_embeddings": 1010000}
+    plain, chunked = (Architecture.from_hf({**config, "dual_chunk_attention_config": x}) for x in (None, DUAL_CHUNK))
+    assert chunked == replace(plain, max_positions=262144 - 8192)
+    for keys in ({}, {"sparse_attention_enabled": True}, {"local_size": 262144}, {"chunk_size": "big"}):
+        with pytest.raises(ConfigError, match=r"dual_chunk_attention_config\."):
+            Architecture.from_hf({**config, "dual_chunk_attention_config": keys and DUAL_CHUNK | keys})
 
 
 # --- models inside others

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from served_exports import CHATML, VOCAB_SIZE, byte_tokenizer
-from tiny_project import MODEL
+from tiny_project import MODEL, write_tokenizer
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -89,6 +89,22 @@ def test_tokenizer_that_would_read_otherwise_is_refused(base: Path, exported, mo
     monkeypatch.setattr(files, "load_tokenizer", load_with_another_end)
     with pytest.raises(ConfigError, match=r"would read text otherwise in an export .* name that in model.tokenizer"):
         exported(ModelConfig(path=str(base), tokenizer=str(tmp_path / "tokenizer")))
+
+
+def test_tokenizer_whose_class_transformers_overrules_is_set_apart(exported, tmp_path: Path) -> None:
+    """Beside a config.json of Qwen2, transformers 5 loads Qwen2's class whatever the tokenizer's files name."""
+    write_tokenizer(tmp_path / "tokenizer")
+    (tmp_path / "tokenizer" / "additional_chat_templates").mkdir()
+    (tmp_path / "tokenizer" / "additional_chat_templates" / "rag.jinja").write_text(CHATML)
+    model = ModelConfig(config={**MODEL, "model_type": "qwen2"}, tokenizer=str(tmp_path / "tokenizer"))
+    path, trained = exported(model), load_tokenizer(tmp_path / "tokenizer")
+    served = AutoTokenizer.from_pretrained(path / "tokenizer")
+    assert served("w3 w5 w7")["input_ids"] == trained("w3 w5 w7")["input_ids"]
+    assert served.chat_template == trained.chat_template
+    assert {file.name for file in path.iterdir() if file.is_file()} == {"config.json", "generation_config.json"}
+    run = RunConfig(model=model, data=DataConfig())
+    (said,) = files.served_files(run, Architecture.of(path), is_adapter=False).warnings
+    assert "beside a config.json of type qwen2; it is in the directory 'tokenizer' of the export" in said
 
 
 # --- config.json
