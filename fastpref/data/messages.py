@@ -32,6 +32,11 @@ def checked_messages(value: Any, name: str) -> list[Message]:
         ValueError: naming the place and what is wrong with it.
     """
     if isinstance(value, dict):
+        if isinstance(value.get("messages"), list):
+            raise ValueError(
+                f"{name!r} is an object with 'messages'; make that list the field, and 'tools', where there are any, a "
+                "field of the record"
+            )
         is_by_member = isinstance(value.get("role", value.get("from")), list)
         value = by_row(value) if is_by_member else [value]
     if not isinstance(value, list):
@@ -106,10 +111,10 @@ def kind_of(value: Any) -> str:
     return names.get(type(value), "a number" if isinstance(value, (int, float)) else f"a {type(value).__name__}")
 
 
-def shorten(value: Any) -> str:
-    """Show a value, at most 80 characters of it."""
+def shorten(value: Any, length: int = 80) -> str:
+    """Show a value, at most `length` characters of it."""
     text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 def _message(value: Any, name: str) -> Message:
@@ -123,7 +128,10 @@ def _message(value: Any, name: str) -> Message:
         content = checked_text(message.pop("value"), f"{name}.value")
         message = {**message, "role": _SHAREGPT_ROLES[speaker], "content": content}
     if not isinstance(message.get("role"), str) or not message["role"]:
-        raise ValueError(f"{name}.role must be a non-empty string, got {shorten(message.get('role'))}")
+        raise ValueError(
+            f"{name}.role must be a non-empty string, got {shorten(message.get('role'))}; the message has "
+            f"{shorten(list(message))}"
+        )
     if "tool_calls" in message:
         message["tool_calls"] = by_row(message["tool_calls"])
     for key in message.keys() - {"content"}:

@@ -177,6 +177,59 @@ def test_template_that_leaves_something_out_is_named(byte_tokenizer, pair, templ
     assert tokenize_one(make_pair(**pair), byte_tokenizer, chat_template=EVERYTHING)
 
 
+CALLS = (
+    "{% if message.tool_calls %}{{ message.tool_calls[0].function | tojson }}"
+    "{% else %}{{ message.content }}{% endif %}"
+)
+FIRST_CALL = LINES.replace("{{ message.content }}", CALLS)
+
+
+def call(arguments: Any) -> dict:
+    return {"type": "function", "function": {"name": "add", "arguments": arguments}}
+
+
+@pytest.mark.parametrize(
+    ("answer", "template", "left_out"),
+    [
+        ({"content": "Let me add.", "tool_calls": [call({})]}, FIRST_CALL, "the assistant turn 'Let me add.'"),
+        ({"tool_calls": [call({"a": 1}), call({"a": 2})]}, FIRST_CALL, "a tool call, {"),
+        ({"content": "3", "reasoning_content": "1 + 2"}, LINES, "'reasoning_content' of an answer, '1 \\+ 2'"),
+        ({"content": "3", "thinking": "1 + 2"}, LINES, "'thinking' of an answer"),
+        (
+            {"content": "<think>1 + 2</think>3"},
+            LINES.replace(".content }}", ".content.split('</think>')[-1] }}"),
+            "the reasoning of an answer, '1 \\+ 2'",
+        ),
+    ],
+)
+def test_template_that_leaves_out_a_part_of_an_answer_is_named(byte_tokenizer, answer, template, left_out) -> None:
+    sides = [[{**GOOD, "content": "", **answer}], [BAD]]
+    for options in ({}, {"boundary": "common_prefix"}):
+        with pytest.raises(DataError, match=f"the chat template leaves out {left_out}"):
+            tokenize_one(make_pair(None, *sides), byte_tokenizer, chat_template=template, **options)
+    everything = LINES.replace("{{ message.content }}", "{{ message }}")
+    assert tokenize_one(make_pair(None, *sides), byte_tokenizer, chat_template=everything)
+
+
+def test_reasoning_of_earlier_turns_may_be_left_out(byte_tokenizer) -> None:
+    prompt = [USER, {**GOOD, "reasoning_content": "so"}, USER]
+    answer = [{**GOOD, "content": "<think>Hm</think>1"}, USER, {**GOOD, "content": "2"}]
+    template = LINES.replace(".content }}", ".content.split('</think>')[-1] }}")
+    assert tokenize_one(make_pair(prompt, answer), byte_tokenizer, chat_template=template)
+
+
+def test_arguments_that_a_template_would_quote_twice_are_refused(byte_tokenizer) -> None:
+    template = LINES.replace("{{ message.content }}", "{{ (message.tool_calls or []) | tojson }}{{ message.content }}")
+    pair = make_pair(None, [{**GOOD, "tool_calls": [call('{"a": "\u00fc"}')]}])
+    with pytest.raises(DataError, match=r"arguments of a tool call, a string.*store the object itself"):
+        tokenize_one(pair, byte_tokenizer, chat_template=template)
+    as_text = LINES.replace("content }}", "content }}{% for c in message.tool_calls %}{{ c.function.arguments }}{% endfor %}")
+    assert tokenize_one(pair, byte_tokenizer, chat_template=as_text)
+    assert tokenize_one(
+        make_pair(None, [{**GOOD, "tool_calls": [call({"a": "\u00fc"})]}]), byte_tokenizer, chat_template=template
+    )
+
+
 def test_template_may_change_what_it_writes(byte_tokenizer) -> None:
     """Trimmed, without the reasoning of earlier turns, and with the system turn in the user's."""
     template = (
