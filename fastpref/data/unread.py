@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 from fastpref.data.config import DataConfig
@@ -30,7 +31,7 @@ _GIVEN = (
     "sourcetext referencetext task problem system sys functions availabletools tooldefinitions"
 )
 _QUALIFIERS = "text content statement description previous past prior turn"
-_BY_TURNS = re.compile("turns|histor|chat|trajector|conv|dialog|messages")
+_BY_TURNS = re.compile("turn|histor|chat|trajector|conv|dialog|messages")
 _TOOLS = ("functions", "availabletools", "tooldefinitions")
 _ANSWERS = ("assistant", "gpt", "model", "bot", "ai")
 Text = str | list[Message]
@@ -42,6 +43,7 @@ def _made_of(words: str) -> str:
 
 _QUALIFIED = f"(?:{_made_of(_QUALIFIERS)})*"
 _PROMPT_PART = re.compile(f"{_QUALIFIED}(?:{_made_of(f'{_ASKED} {_GIVEN}')}{_QUALIFIED})+")
+_LONGEST_NAME = 60  # bounds the time of the match
 _IS_ASKED = re.compile(_made_of(_ASKED))
 
 
@@ -96,8 +98,10 @@ def _plain(name: str) -> str:
     return "".join(character for character in name.lower() if character.isalpha())
 
 
+@lru_cache(maxsize=1024)
 def _is_prompt_part(name: str) -> bool:
-    return _PROMPT_PART.fullmatch(_plain(name)) is not None
+    plain = _plain(name)
+    return len(plain) <= _LONGEST_NAME and _PROMPT_PART.fullmatch(plain) is not None
 
 
 def _rank(name: str) -> int:

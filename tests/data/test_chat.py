@@ -178,8 +178,7 @@ def test_template_that_leaves_something_out_is_named(byte_tokenizer, pair, templ
 
 
 CALLS = (
-    "{% if message.tool_calls %}{{ message.tool_calls[0].function | tojson }}"
-    "{% else %}{{ message.content }}{% endif %}"
+    "{% if message.tool_calls %}{{ message.tool_calls[0].function | tojson }}{% else %}{{ message.content }}{% endif %}"
 )
 FIRST_CALL = LINES.replace("{{ message.content }}", CALLS)
 
@@ -223,7 +222,8 @@ def test_arguments_that_a_template_would_quote_twice_are_refused(byte_tokenizer)
     pair = make_pair(None, [{**GOOD, "tool_calls": [call('{"a": "\u00fc"}')]}])
     with pytest.raises(DataError, match=r"arguments of a tool call, a string.*store the object itself"):
         tokenize_one(pair, byte_tokenizer, chat_template=template)
-    as_text = LINES.replace("content }}", "content }}{% for c in message.tool_calls %}{{ c.function.arguments }}{% endfor %}")
+    written = "content }}{% for call in message.tool_calls %}{{ call.function.arguments }}{% endfor %}"
+    as_text = LINES.replace("content }}", written)
     assert tokenize_one(pair, byte_tokenizer, chat_template=as_text)
     assert tokenize_one(
         make_pair(None, [{**GOOD, "tool_calls": [call({"a": "\u00fc"})]}]), byte_tokenizer, chat_template=template

@@ -93,7 +93,7 @@ OTHER = {"role": "user", "content": "Bye"}
 @pytest.mark.parametrize("boundary", ["strict", "common_prefix"])
 def test_answer_that_begins_with_another_turn_is_a_bad_pair(write, byte_tokenizer, record: dict, boundary) -> None:
     path = write("\n".join(map(json.dumps, (record, {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}))))
-    with pytest.raises(DataError, match="begins with a turn of the (user|system) behind the prompt"):
+    with pytest.raises(DataError, match=r"begins with a turn of the (user|system) behind the prompt"):
         load_dataset(path, byte_tokenizer, DataConfig(boundary=boundary))
     report = load_dataset(path, byte_tokenizer, DataConfig(boundary=boundary, on_bad_pair="drop")).report
     assert (report.kept, report.dropped) == (1, {"no_answer": 1})
@@ -105,12 +105,16 @@ def test_conversations_that_differ_from_the_start_are_named(write, byte_tokenize
         load_dataset(path, byte_tokenizer, DataConfig())
 
 
-@pytest.mark.parametrize("prompt", ["Human: Hi", "", [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hm"}]])
-def test_prompt_that_conversations_do_not_contain_may_be_ignored(write, prompt: Any) -> None:
-    record = {"prompt": prompt, "chosen": [USER, GOOD], "rejected": [USER, BAD]}
-    if isinstance(prompt, list):
-        record["conversations"] = record.pop("prompt")
-    name = "conversations" if isinstance(prompt, list) else "prompt"
+@pytest.mark.parametrize(
+    ("name", "prompt"),
+    [
+        ("prompt", "Human: Hi"),
+        ("prompt", ""),
+        ("conversations", [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hm"}]),
+    ],
+)
+def test_prompt_that_conversations_do_not_contain_may_be_ignored(write, name: str, prompt: Any) -> None:
+    record = {name: prompt, "chosen": [USER, GOOD], "rejected": [USER, BAD]}
     with pytest.raises(DataError, match=rf"`ignored_fields: \[{name}\]`"):
         read(write, [record])
     assert read(write, [record], ignored_fields=[name]) == [([USER], [GOOD], [BAD])]

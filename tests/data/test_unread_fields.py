@@ -178,7 +178,7 @@ def test_prompt_is_named_before_the_system_prompt(write) -> None:
     with pytest.raises(DataError, match=r"'system' is not read.*make it part of the prompt, or"):
         read(write, record, prompt_field="question")
     record |= {"prompt": [USER], "system_prompt": record["system"], "system": None}
-    with pytest.raises(DataError, match=r"'system_prompt' is not read.*make it the first message of the prompt or call"):
+    with pytest.raises(DataError, match=r"'system_prompt' is not read.*make it the first message of the prompt or"):
         read(write, record, ignored_fields=["question"])
 
 
