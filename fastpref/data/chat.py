@@ -18,6 +18,8 @@ from fastpref.errors import ConfigError, DataError, MissingDependencyError, Prob
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 """Members of a message under which templates read what comes before the answer."""
 
+_SHORT = 16
+
 Rendered = tuple[str, str, str]
 """Text of the prompt, and of prompt and completion together for the chosen and for the rejected side."""
 
@@ -112,7 +114,8 @@ class ChatRenderer:
         rejected = self._text(pair.prompt + pair.rejected, pair)
         if chosen == rejected:
             message = f"the chat template writes chosen and rejected alike, which differ in {_difference(pair)}"
-            raise BadPairError("identical", f"{message}; set another template, or remove the pair", *_where(pair))
+            message += f"; set another template{_role_remedy(pair.chosen + pair.rejected)}, or remove the pair"
+            raise BadPairError("identical", message, *_where(pair))
         for messages, text in ((pair.chosen, chosen), (pair.rejected, rejected)):
             if _is_quoted_twice(pair.prompt + messages, text):
                 message = (
@@ -121,7 +124,10 @@ class ChatRenderer:
                 )
                 raise DataError(message, *_where(pair))
             if left_out := self._left_out(pair.prompt + messages, text, pair):
-                message = f"the chat template leaves out {left_out}; set another template, or remove what it leaves out"
+                message = (
+                    f"the chat template leaves out {left_out}; set another template"
+                    f"{_role_remedy(pair.prompt + messages)}, or remove what it leaves out"
+                )
                 raise BadPairError("left_out", message, pair.path, pair.line)
         return prompt, chosen, rejected
 
@@ -215,16 +221,23 @@ def _without_parts(message: Message, text: str, is_answer: bool) -> Iterator[tup
         for key in _REASONING:
             if isinstance(value := message.get(key), str) and _is_missing(value, text):
                 yield f"{key!r} of an answer, {_shown(value)}", {k: v for k, v in message.items() if k != key}
+    if call := message.get("function_call"):
+        yield f"'function_call' of a turn, {_shown(call)}", {**message, "function_call": None}
     calls = message.get("tool_calls")
-    for index, call in enumerate(calls if isinstance(calls, list) else []):
+    for index, call in enumerate(calls or []):
         fewer = [*calls[:index], *calls[index + 1 :]] or None
         part = "a tool call" if fewer else "the tool calls of a turn"
         yield f"{part}, {_shown(call)}", {**message, "tool_calls": fewer}
 
 
+def _role_remedy(messages: list[Message]) -> str:
+    unknown = sorted({message["role"] for message in messages} - {"system", "user", "assistant", "tool"})
+    return f", or mend the role {unknown[0]!r}" if unknown else ""
+
+
 def _is_quoted_twice(messages: list[Message], text: str) -> bool:
     """Whether arguments that are JSON text already stand in `text` as a string of JSON."""
-    calls = [call for message in messages for call in message.get("tool_calls") or [] if isinstance(call, dict)]
+    calls = [call for message in messages for call in message.get("tool_calls") or []]
     functions = [call.get("function", call) for call in calls]
     arguments = [function.get("arguments") for function in functions if isinstance(function, dict)]
     return any(
@@ -234,8 +247,9 @@ def _is_quoted_twice(messages: list[Message], text: str) -> bool:
 
 
 def _is_missing(part: str, text: str) -> bool:
+    """Whether a part of a message may have been left out of `text`; a short one may stand there by chance."""
     part = part.strip()
-    return bool(part) and part not in text
+    return bool(part) and (len(part) <= _SHORT or part not in text)
 
 
 def _difference(pair: PreferencePair) -> str:

@@ -68,19 +68,9 @@ def checked_tools(value: Any) -> list[Any] | None:
     Raises:
         ValueError: they have another form, or values that JSON does not have.
     """
-    if isinstance(value, str):
-        if not value.strip():
-            return None
-        try:
-            value = strict_json.parse_text(value)
-        except ValueError as error:
-            raise ValueError(f"'tools' is a string but {error}") from error
+    value = _objects(value, "tools")
     if not value:
         return None
-    value = by_row(value)
-    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise ValueError(f"'tools' must be a list of objects, or one as JSON text; got {kind_of(value)}")
-    _check_json(value, "tools")
     for index, tool in enumerate(value):
         function = tool.get("function")
         for place, holder in ((f"tools[{index}]", tool), (f"tools[{index}].function", function)):
@@ -89,6 +79,28 @@ def checked_tools(value: Any) -> list[Any] | None:
                     f"{place}.parameters must be an object, got a string, which a template would print as one; store "
                     "the object itself, or all of 'tools' as JSON text"
                 )
+    return value
+
+
+def _objects(value: Any, name: str) -> list[Any]:
+    """Return a list of objects, which may be given by member or as JSON text; empty where there is none.
+
+    Raises:
+        ValueError: the value has another form, or parts that JSON does not have.
+    """
+    if isinstance(value, str):
+        if not value.strip():
+            return []
+        try:
+            value = strict_json.parse_text(value)
+        except ValueError as error:
+            raise ValueError(f"{name!r} is a string but {error}") from error
+    if not value:
+        return []
+    value = by_row(value)
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise ValueError(f"{name!r} must be a list of objects, or one as JSON text; got {kind_of(value)}")
+    _check_json(value, name)
     return value
 
 
@@ -133,11 +145,11 @@ def _message(value: Any, name: str) -> Message:
             f"{shorten(list(message))}"
         )
     if "tool_calls" in message:
-        message["tool_calls"] = by_row(message["tool_calls"])
-    for key in message.keys() - {"content"}:
+        message["tool_calls"] = _objects(message["tool_calls"], f"{name}.tool_calls")
+    for key in message.keys() - {"content", "tool_calls"}:
         _check_json(message[key], f"{name}.{key}")
         checked_text(key, f"{name}: the name of a member")
-    if "content" not in message and message.get("tool_calls"):
+    if "content" not in message and (message.get("tool_calls") or message.get("function_call")):
         return {**message, "content": ""}
     return {**message, "content": _content(message.get("content"), f"{name}.content")}
 

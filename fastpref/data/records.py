@@ -15,8 +15,9 @@ from fastpref.errors import DataError
 
 # Far from the ends of fp32, where a weight could turn into 0 or infinity.
 MIN_WEIGHT, MAX_WEIGHT = 1e-6, 1e6
-# A list of messages as JSON or Python prints it, in a column of strings.
-_PRINTED_MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value)["']\s*:""")
+# A message or a list of them as JSON or Python prints it, in a column of strings; other JSON may be an answer.
+_PRINTED_START = re.compile(r"""\s*\[?\s*\{\s*["'](role|content|from|value)["']\s*:""")
+_PRINTED_ROLE = re.compile(r"""["'](role|from)["']\s*:\s*["'](user|assistant|system|tool|human|gpt)["']""")
 _MEANINGS = {"chosen_field": "the better answer", "rejected_field": "the worse answer"}
 Text = str | list[Message]
 Parts = tuple[Text, Text, Text]
@@ -40,12 +41,18 @@ def to_pair(record: Any, path: str, line: int, config: DataConfig, tally: Tally)
             if fields.get(name):
                 raise ValueError(f"field {name!r} cannot be used: {remedy}; or name it in `ignored_fields`")
         prompt, chosen, rejected = _parts(fields, record, config, tally)
+        tools = checked_tools(fields.get("tools"))
+        if tools and isinstance(prompt, str):
+            raise ValueError(
+                "'tools' are for a chat template, which does not write strings; write the prompt as messages, or, if "
+                "they are not to be read, `ignored_fields: [tools]`"
+            )
         return PreferencePair(
             prompt=prompt,
             chosen=chosen,
             rejected=rejected,
             weight=_weight(fields.get(config.weight_field, 1.0), config.weight_field),
-            tools=checked_tools(fields.get("tools")),
+            tools=tools,
             path=path,
             line=line,
         )
@@ -68,8 +75,9 @@ def _parts(fields: dict[str, Any], record: dict[str, Any], config: DataConfig, t
     read.add(config.conversations_field if is_sharegpt else config.prompt_field)
     prompt, chosen, rejected = _from_sharegpt(fields, config) if is_sharegpt else _from_prompt(fields, config)
     if isinstance(prompt, list) and isinstance(chosen, list) and isinstance(rejected, list):
-        if fields.get("system") and not (prompt and prompt[0]["role"] == "system"):
-            prompt = [{"role": "system", "content": checked_text(fields["system"], "system")}, *prompt]
+        system = checked_text(fields.get("system", ""), "system")
+        if system.strip() and not _begins_with_system(prompt, system):
+            prompt = [{"role": "system", "content": system}, *prompt]
             read.add("system")
         if is_sharegpt or isinstance(fields.get(config.prompt_field), list | dict):
             chosen, rejected = _without_prompt(prompt, chosen, rejected, config, tally)
@@ -77,6 +85,11 @@ def _parts(fields: dict[str, Any], record: dict[str, Any], config: DataConfig, t
     check_unread(unread, prompt, (chosen, rejected), config, is_found=not is_sharegpt and not has_prompt)
     tally.unread.update(name for name in unread if name not in UNSUPPORTED)
     return prompt, chosen, rejected
+
+
+def _begins_with_system(prompt: list[Message], system: str) -> bool:
+    """Whether the first turn is a system turn, or one of the user that `system` was put in front of."""
+    return bool(prompt) and (prompt[0]["role"] == "system" or prompt[0]["content"].startswith(system.strip()))
 
 
 def _check_named_fields(fields: dict[str, Any], record: dict[str, Any], config: DataConfig) -> None:
@@ -213,9 +226,10 @@ def _text(fields: dict[str, Any], setting: str, config: DataConfig) -> Text:
     value = fields[name]
     if not isinstance(value, str):
         return checked_messages(value, name)
-    if _PRINTED_MESSAGES.match(value):
+    if _PRINTED_START.match(value) and _PRINTED_ROLE.search(value):
         raise ValueError(
-            f"{name!r} is the text of a list of messages, which would be trained on as it stands; store the list itself"
+            f"{name!r} is the text of a message or a list of messages, which would be trained on as it stands; store "
+            "that itself"
         )
     return checked_text(value, name)
 

@@ -152,6 +152,16 @@ def test_template_that_writes_both_sides_alike_is_named(byte_tokenizer, template
     assert report.dropped == {"identical": 1}
 
 
+@pytest.mark.parametrize("role", ["Assistant", "gpt", "model"])
+def test_role_that_a_template_does_not_know_is_named(byte_tokenizer, role: str) -> None:
+    known = LINES.replace("in messages", "in messages if message.role in ('user', 'assistant', 'system', 'tool')")
+    sides = [[{"role": role, "content": text}] for text in ("a", "b")]
+    with pytest.raises(DataError, match=f"writes chosen and rejected alike.*, or mend the role '{role}'"):
+        tokenize_one(make_pair(None, *sides), byte_tokenizer, chat_template=known)
+    with pytest.raises(DataError, match=f"leaves out the {role} turn 'a'.*, or mend the role '{role}'"):
+        tokenize_one(make_pair([USER, sides[0][0], USER]), byte_tokenizer, chat_template=known)
+
+
 def test_template_that_reads_no_reasoning_field_is_named(byte_tokenizer) -> None:
     sides = [[{**GOOD, "reasoning_content": text}] for text in ("so", "thus")]
     with pytest.raises(DataError, match=r"alike, which differ in 'reasoning_content': 'so' and 'thus'"):
@@ -160,7 +170,7 @@ def test_template_that_reads_no_reasoning_field_is_named(byte_tokenizer) -> None
 
 CALL = {"role": "assistant", "content": "", "tool_calls": [TOOL]}
 WITHOUT_SYSTEM = LINES.replace("in messages", "in messages if message.role != 'system'")
-EVERYTHING = "{{ tools }}" + LINES.replace("{{ message.content", "{{ message.tool_calls }}{{ message.content")
+EVERYTHING = "{{ tools }}" + LINES.replace("{{ message.content", "{{ message }}{{ message.content")
 
 
 @pytest.mark.parametrize(
@@ -168,6 +178,15 @@ EVERYTHING = "{{ tools }}" + LINES.replace("{{ message.content", "{{ message.too
     [
         ({"prompt": [SYSTEM, USER]}, WITHOUT_SYSTEM, "the system turn 'Be kind.'"),
         ({"tools": [TOOL]}, LINES, "the tools"),
+        (
+            {"prompt": [USER, {**GOOD, "function_call": {"name": "add"}}, USER]},
+            *(LINES, "'function_call' of a turn, {'name': 'add'}"),
+        ),
+        (
+            {"prompt": [USER, {**GOOD, "content": "a"}, USER]},
+            LINES.replace("content }}", "content[:0] if loop.index == 2 else message.content }}"),
+            "the assistant turn 'a'",
+        ),
         ({"prompt": [USER, CALL, {"role": "tool", "content": "3"}]}, LINES, "the tool calls of a turn"),
     ],
 )

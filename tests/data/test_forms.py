@@ -162,8 +162,49 @@ def test_members_of_sharegpt_turns_reach_the_template(write) -> None:
 @pytest.mark.parametrize("name", ["prompt", "chosen", "rejected"])
 def test_printed_messages_are_refused(write, write_list, name: str) -> None:
     record = {"prompt": "Q", "chosen": "a", "rejected": "b", name: write_list([USER, GOOD])}
-    with pytest.raises(DataError, match=f"'{name}' is the text of a list of messages.*; store the list itself"):
+    with pytest.raises(
+        DataError, match=f"'{name}' is the text of a message or a list of messages.*; store that itself"
+    ):
         read(write, [record])
+
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+
+
+@pytest.mark.parametrize("calls", [[CALL], json.dumps([CALL]), {"type": ["function"], "function": [CALL["function"]]}])
+def test_tool_calls_in_every_form_are_a_list(write, calls: Any) -> None:
+    turn = {**GOOD, "content": None, "tool_calls": calls}
+    ((prompt, _, _),) = read(write, [{"prompt": [USER, turn, USER], "chosen": [GOOD], "rejected": [BAD]}])
+    assert prompt[1] == {**GOOD, "content": "", "tool_calls": [CALL]}
+
+
+@pytest.mark.parametrize("calls", ["add", [json.dumps(CALL)], CALL, 3, "[1"])
+def test_tool_calls_of_another_form_are_refused(write, calls: Any) -> None:
+    turn = {**GOOD, "tool_calls": calls}
+    with pytest.raises(
+        DataError, match=r"'prompt\[1\].tool_calls' (must be a list of objects|is a string but not JSON)"
+    ):
+        read(write, [{"prompt": [USER, turn, USER], "chosen": [GOOD], "rejected": [BAD]}])
+
+
+@pytest.mark.parametrize("message", [GOOD, {"content": GOOD["content"], "role": "assistant"}])
+@pytest.mark.parametrize("write_one", [json.dumps, repr])
+def test_printed_message_is_refused_and_other_json_is_not(write, message: dict, write_one) -> None:
+    with pytest.raises(DataError, match="'chosen' is the text of a message"):
+        read(write, [{"prompt": "Q", "chosen": write_one(message), "rejected": "b"}])
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        '[{"value": 3}, {"value": 4}]',
+        '{"content": "a role: user"}',
+        '[{"role": "manager", "name": "Ann"}]',
+        '{"model": "m", "messages": [{"role": "user", "content": "a"}]}',
+    ],
+)
+def test_json_that_is_an_answer_is_one(write, answer: str) -> None:
+    assert read(write, [{"prompt": "Q", "chosen": answer, "rejected": "b"}]) == [("Q", answer, "b")]
 
 
 def repeating(prompt: str) -> dict:

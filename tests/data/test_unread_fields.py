@@ -70,7 +70,10 @@ def test_system_prompt_of_messages_is_their_first_turn(write, record: dict) -> N
     expected = [system, USER]
     assert read(write, record | {"system": "Be kind."}).prompt == expected
     assert read(write, CHAT | {"prompt": expected, "system": "Be kind. "}).prompt == expected
+    assert read(write, record | {"system": " "}) == read(write, record)
     assert read(write, record | {"system": "Be kind."}, ignored_fields=["system"]) == read(write, record)
+    joined = {"role": "user", "content": "Be kind.\n\nName a colour."}
+    assert read(write, CHAT | {"prompt": [joined], "system": "Be kind."}).prompt == [joined]
     with pytest.raises(DataError, match="begins with another system turn than field 'system'"):
         read(write, CHAT | {"prompt": expected, "system": "Be rude."})
     strings = PLAIN | {"system": "Be kind."}
