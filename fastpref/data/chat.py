@@ -128,7 +128,7 @@ class ChatRenderer:
                     f"the chat template leaves out {left_out}; set another template"
                     f"{_role_remedy(pair.prompt + messages)}, or remove what it leaves out"
                 )
-                raise BadPairError("left_out", message, pair.path, pair.line)
+                raise BadPairError("left_out", message, *_where(pair))
         return prompt, chosen, rejected
 
     def writes_other_generation_prompt(self, pair: PreferencePair, whole: str) -> bool:
@@ -223,8 +223,8 @@ def _without_parts(message: Message, text: str, is_answer: bool) -> Iterator[tup
                 yield f"{key!r} of an answer, {_shown(value)}", {k: v for k, v in message.items() if k != key}
     if call := message.get("function_call"):
         yield f"'function_call' of a turn, {_shown(call)}", {**message, "function_call": None}
-    calls = message.get("tool_calls")
-    for index, call in enumerate(calls or []):
+    calls = message.get("tool_calls") or []
+    for index, call in enumerate(calls):
         fewer = [*calls[:index], *calls[index + 1 :]] or None
         part = "a tool call" if fewer else "the tool calls of a turn"
         yield f"{part}, {_shown(call)}", {**message, "tool_calls": fewer}

@@ -61,7 +61,7 @@ class DataConfig:
     weight_field: str = "weight"
     """Field of the pair weight, > 0; optional under its default name."""
     ignored_fields: tuple[str, ...] = ()
-    """Fields that are taken as absent. A field that is part of the prompt by its name (`input`, `task`, `history`),
+    """Fields that are taken as absent. A field that is part of the prompt by its name (`input`, `question`, `history`),
     and whose text the pair does not contain, is an error unless it is named here."""
     repeated_prompt: str = "auto"
     """What to do where prompt, chosen and rejected are strings and both answers begin with the prompt: remove it from

@@ -10,7 +10,7 @@ from fastpref.data.config import DataConfig
 from fastpref.data.messages import checked_messages, checked_text, checked_tools, kind_of, shorten
 from fastpref.data.report import Tally
 from fastpref.data.schema import Message, PreferencePair
-from fastpref.data.unread import UNSUPPORTED, check_unread
+from fastpref.data.unread import UNSUPPORTED, Text, check_unread
 from fastpref.errors import DataError
 
 # Far from the ends of fp32, where a weight could turn into 0 or infinity.
@@ -19,7 +19,6 @@ MIN_WEIGHT, MAX_WEIGHT = 1e-6, 1e6
 _PRINTED_START = re.compile(r"""\s*\[?\s*\{\s*["'](role|content|from|value)["']\s*:""")
 _PRINTED_ROLE = re.compile(r"""["'](role|from)["']\s*:\s*["'](user|assistant|system|tool|human|gpt)["']""")
 _MEANINGS = {"chosen_field": "the better answer", "rejected_field": "the worse answer"}
-Text = str | list[Message]
 Parts = tuple[Text, Text, Text]
 """Prompt, chosen, rejected."""
 

@@ -72,8 +72,7 @@ def check_unread(
     for name, value in sorted(unread.items(), key=lambda item: _rank(item[0])):
         if not _is_prompt_part(name):
             continue
-        is_count = isinstance(value, int | float) and _BY_TURNS.search(_plain(name))
-        is_empty = is_count or not any(_parts(value, ""))
+        is_empty = _is_label(_plain(name), value) or not any(_parts(value, ""))
         if is_empty or (not (is_found and isinstance(prompt, str)) and _is_contained(value, prompt, answers)):
             continue
         ignored = f"or, if it is not to be read, `ignored_fields: [{name}]`"
@@ -107,6 +106,15 @@ def _is_prompt_part(name: str) -> bool:
 def _rank(name: str) -> int:
     """What to speak of first where the prompt itself is missing: what may be it; the system prompt last."""
     return 2 if _is_system(name) else 0 if _IS_ASKED.search(_plain(name)) else 1
+
+
+def _is_label(plain_name: str, value: Any) -> bool:
+    """Whether a value counts turns, names a kind of task or identifies somebody, and is no text."""
+    if isinstance(value, int | float) and _BY_TURNS.search(plain_name):
+        return True
+    word = str(value).strip() if isinstance(value, str | int) else ""
+    is_one_word = len(word.split()) == 1
+    return is_one_word and (plain_name == "task" or (plain_name in ("user", "human") and not word.isalpha()))
 
 
 def _is_system(name: str) -> bool:

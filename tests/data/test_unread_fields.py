@@ -107,9 +107,17 @@ def test_field_that_is_the_prompt_is_named_before_others(write) -> None:
     record = {"task": "Coding", "trajectory": trajectory, "chosen": "Red.", "rejected": "Tuesday."}
     with pytest.raises(DataError, match="`prompt_field: trajectory`"):
         read(write, record)
+    assert read(write, record, prompt_field="trajectory").prompt == [USER]
+    record["task"] = "Sum up."
+    with pytest.raises(DataError, match="`prompt_field: trajectory`"):
+        read(write, record)
     with pytest.raises(DataError, match=r"`ignored_fields: \[task\]`"):
         read(write, record, prompt_field="trajectory")
-    assert read(write, record, prompt_field="trajectory", ignored_fields=["task"]).prompt == [USER]
+
+
+@pytest.mark.parametrize(("name", "value"), [("task", "Coding"), ("task", "math_qa"), ("user", "u_1723"), ("human", 7)])
+def test_kinds_and_identifiers_are_no_parts_of_the_prompt(write, name: str, value: Any) -> None:
+    assert read(write, PLAIN | {name: value}) == read(write, PLAIN)
 
 
 @pytest.mark.parametrize("empty", [None, "", " \n", [], [[]], {}, [{"role": "user", "content": ""}], True])
