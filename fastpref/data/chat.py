@@ -210,7 +210,7 @@ class ChatRenderer:
 
 def _without_parts(message: Message, text: str, is_answer: bool) -> Iterator[tuple[str, Message]]:
     """Name the parts of a message that need not be in `text`, each with the message without it."""
-    content = message["content"]
+    content = message["content"] if isinstance(message.get("content"), str) else ""
     if _is_missing(content, text):
         yield f"the {message['role']} turn {_shown(content)}", {**message, "content": ""}
     if is_answer:
@@ -223,11 +223,16 @@ def _without_parts(message: Message, text: str, is_answer: bool) -> Iterator[tup
                 yield f"{key!r} of an answer, {_shown(value)}", {k: v for k, v in message.items() if k != key}
     if call := message.get("function_call"):
         yield f"'function_call' of a turn, {_shown(call)}", {**message, "function_call": None}
-    calls = message.get("tool_calls") or []
+    calls = _calls(message)
     for index, call in enumerate(calls):
         fewer = [*calls[:index], *calls[index + 1 :]] or None
         part = "a tool call" if fewer else "the tool calls of a turn"
         yield f"{part}, {_shown(call)}", {**message, "tool_calls": fewer}
+
+
+def _calls(message: Message) -> list[Any]:
+    calls = message.get("tool_calls")
+    return calls if isinstance(calls, list) else []
 
 
 def _role_remedy(messages: list[Message]) -> str:
@@ -237,7 +242,7 @@ def _role_remedy(messages: list[Message]) -> str:
 
 def _is_quoted_twice(messages: list[Message], text: str) -> bool:
     """Whether arguments that are JSON text already stand in `text` as a string of JSON."""
-    calls = [call for message in messages for call in message.get("tool_calls") or []]
+    calls = [call for message in messages for call in _calls(message) if isinstance(call, dict)]
     functions = [call.get("function", call) for call in calls]
     arguments = [function.get("arguments") for function in functions if isinstance(function, dict)]
     return any(
