@@ -6,7 +6,7 @@ import copy
 import inspect
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,11 @@ from fastpref.data.config import DataConfig
 from fastpref.data.problems import BadPairError
 from fastpref.data.schema import Message, PreferencePair
 from fastpref.errors import ConfigError, DataError, MissingDependencyError, Problem
+
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Members of a message under which templates read what comes before the answer."""
+
+_SHORT = 16
 
 Rendered = tuple[str, str, str]
 """Text of the prompt, and of prompt and completion together for the chosen and for the rejected side."""
@@ -96,8 +101,8 @@ class ChatRenderer:
 
         Raises:
             ConfigError: there is no template, it is not valid Jinja, or it does not read one of the variables.
-            BadPairError: the template writes both sides alike, or leaves out a turn or the tools.
-            DataError: the template refuses the messages.
+            BadPairError: the template writes both sides alike, or leaves out a turn, a part of an answer or the tools.
+            DataError: the template refuses the messages, or quotes arguments of tools twice.
             MissingDependencyError: jinja2 is not installed.
         """
         self._check(pair)
@@ -107,13 +112,23 @@ class ChatRenderer:
         prompt = self._text(pair.prompt, pair, add_generation_prompt=True)
         chosen = self._text(pair.prompt + pair.chosen, pair)
         rejected = self._text(pair.prompt + pair.rejected, pair)
-        for messages, text in ((pair.chosen, chosen), (pair.rejected, rejected)):
-            if left_out := self._left_out(pair.prompt + messages, text, pair):
-                message = f"the chat template leaves out {left_out}; set another template, or remove what it leaves out"
-                raise BadPairError("left_out", message, pair.path, pair.line)
         if chosen == rejected:
             message = f"the chat template writes chosen and rejected alike, which differ in {_difference(pair)}"
-            raise BadPairError("identical", f"{message}; set another template, or remove the pair", *_where(pair))
+            message += f"; set another template{_role_remedy(pair.chosen + pair.rejected)}, or remove the pair"
+            raise BadPairError("identical", message, *_where(pair))
+        for messages, text in ((pair.chosen, chosen), (pair.rejected, rejected)):
+            if _is_quoted_twice(pair.prompt + messages, text):
+                message = (
+                    "the chat template writes the arguments of a tool call, a string, in quotes, which the model would "
+                    "learn; store the object itself"
+                )
+                raise DataError(message, *_where(pair))
+            if left_out := self._left_out(pair.prompt + messages, text, pair):
+                message = (
+                    f"the chat template leaves out {left_out}; set another template"
+                    f"{_role_remedy(pair.prompt + messages)}, or remove what it leaves out"
+                )
+                raise BadPairError("left_out", message, *_where(pair))
         return prompt, chosen, rejected
 
     def writes_other_generation_prompt(self, pair: PreferencePair, whole: str) -> bool:
@@ -174,16 +189,14 @@ class ChatRenderer:
             raise DataError(f"the chat template refuses these messages: {reason}", *_where(pair)) from error
 
     def _left_out(self, messages: list[Message], text: str, pair: PreferencePair) -> str:
-        """Say which turn or tools have no effect on `text`; empty where everything has one."""
+        """Say which part of a conversation has no effect on `text`; empty where everything has one."""
+        last_question = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
         for index, message in enumerate(messages):
-            content = message.get("content")
-            fewer = [*messages[:index], *messages[index + 1 :]]
-            if isinstance(content, str) and _is_missing(content, text) and self._same(text, pair, fewer):
-                return f"the {message['role']} turn {_shown(content)}"
-            calls = message.get("tool_calls")
-            without = [*messages[:index], {**message, "tool_calls": None}, *messages[index + 1 :]]
-            if calls and self._same(text, pair, without):
-                return f"the tool calls of a turn, {_shown(calls)}"
+            # Templates leave out the reasoning of earlier turns on purpose.
+            is_answer = index > last_question and index >= len(pair.prompt)
+            for part, without in _without_parts(message, text, is_answer):
+                if self._same(text, pair, [*messages[:index], without, *messages[index + 1 :]]):
+                    return part
         if pair.tools and self._same(text, pair, messages, tools=None):
             return "the tools"
         return ""
@@ -195,9 +208,53 @@ class ChatRenderer:
             return False
 
 
+def _without_parts(message: Message, text: str, is_answer: bool) -> Iterator[tuple[str, Message]]:
+    """Name the parts of a message that need not be in `text`, each with the message without it."""
+    content = message["content"] if isinstance(message.get("content"), str) else ""
+    if _is_missing(content, text):
+        yield f"the {message['role']} turn {_shown(content)}", {**message, "content": ""}
+    if is_answer:
+        reasoning, end, answer = content.rpartition("</think>")
+        reasoning = reasoning.strip().removeprefix("<think>").strip()
+        if end and _is_missing(reasoning, text):
+            yield f"the reasoning of an answer, {_shown(reasoning)}", {**message, "content": answer}
+        for key in _REASONING:
+            if isinstance(value := message.get(key), str) and _is_missing(value, text):
+                yield f"{key!r} of an answer, {_shown(value)}", {k: v for k, v in message.items() if k != key}
+    if call := message.get("function_call"):
+        yield f"'function_call' of a turn, {_shown(call)}", {**message, "function_call": None}
+    calls = _calls(message)
+    for index, call in enumerate(calls):
+        fewer = [*calls[:index], *calls[index + 1 :]] or None
+        part = "a tool call" if fewer else "the tool calls of a turn"
+        yield f"{part}, {_shown(call)}", {**message, "tool_calls": fewer}
+
+
+def _calls(message: Message) -> list[Any]:
+    calls = message.get("tool_calls")
+    return calls if isinstance(calls, list) else []
+
+
+def _role_remedy(messages: list[Message]) -> str:
+    unknown = sorted({message["role"] for message in messages} - {"system", "user", "assistant", "tool"})
+    return f", or mend the role {unknown[0]!r}" if unknown else ""
+
+
+def _is_quoted_twice(messages: list[Message], text: str) -> bool:
+    """Whether arguments that are JSON text already stand in `text` as a string of JSON."""
+    calls = [call for message in messages for call in _calls(message) if isinstance(call, dict)]
+    functions = [call.get("function", call) for call in calls]
+    arguments = [function.get("arguments") for function in functions if isinstance(function, dict)]
+    return any(
+        isinstance(value, str) and value.lstrip().startswith("{") and json.dumps(value, ensure_ascii=False) in text
+        for value in arguments
+    )
+
+
 def _is_missing(part: str, text: str) -> bool:
+    """Whether a part of a message may have been left out of `text`; a short one may stand there by chance."""
     part = part.strip()
-    return bool(part) and part not in text
+    return bool(part) and (len(part) <= _SHORT or part not in text)
 
 
 def _difference(pair: PreferencePair) -> str:

@@ -57,11 +57,11 @@ class DataConfig:
     rejected_field: str = "rejected"
     """Field of the answer to avoid."""
     conversations_field: str = "conversations"
-    """Field of a ShareGPT prompt: turns with `from` and `value`; the optional field `system` comes before them."""
+    """Field of a ShareGPT prompt: turns with `from` and `value`."""
     weight_field: str = "weight"
     """Field of the pair weight, > 0; optional under its default name."""
     ignored_fields: tuple[str, ...] = ()
-    """Fields that are taken as absent. A field that is part of the prompt by its name (`input`, `system`, `history`),
+    """Fields that are taken as absent. A field that is part of the prompt by its name (`input`, `question`, `history`),
     and whose text the pair does not contain, is an error unless it is named here."""
     repeated_prompt: str = "auto"
     """What to do where prompt, chosen and rejected are strings and both answers begin with the prompt: remove it from

@@ -32,6 +32,11 @@ def checked_messages(value: Any, name: str) -> list[Message]:
         ValueError: naming the place and what is wrong with it.
     """
     if isinstance(value, dict):
+        if isinstance(value.get("messages"), list):
+            raise ValueError(
+                f"{name!r} is an object with 'messages'; make that list the field, and 'tools', where there are any, a "
+                "field of the record"
+            )
         is_by_member = isinstance(value.get("role", value.get("from")), list)
         value = by_row(value) if is_by_member else [value]
     if not isinstance(value, list):
@@ -63,19 +68,9 @@ def checked_tools(value: Any) -> list[Any] | None:
     Raises:
         ValueError: they have another form, or values that JSON does not have.
     """
-    if isinstance(value, str):
-        if not value.strip():
-            return None
-        try:
-            value = strict_json.parse_text(value)
-        except ValueError as error:
-            raise ValueError(f"'tools' is a string but {error}") from error
+    value = _objects(value, "tools")
     if not value:
         return None
-    value = by_row(value)
-    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise ValueError(f"'tools' must be a list of objects, or one as JSON text; got {kind_of(value)}")
-    _check_json(value, "tools")
     for index, tool in enumerate(value):
         function = tool.get("function")
         for place, holder in ((f"tools[{index}]", tool), (f"tools[{index}].function", function)):
@@ -84,6 +79,28 @@ def checked_tools(value: Any) -> list[Any] | None:
                     f"{place}.parameters must be an object, got a string, which a template would print as one; store "
                     "the object itself, or all of 'tools' as JSON text"
                 )
+    return value
+
+
+def _objects(value: Any, name: str) -> list[Any]:
+    """Return a list of objects, which may be given by member or as JSON text; empty where there is none.
+
+    Raises:
+        ValueError: the value has another form, or parts that JSON does not have.
+    """
+    if isinstance(value, str):
+        if not value.strip():
+            return []
+        try:
+            value = strict_json.parse_text(value)
+        except ValueError as error:
+            raise ValueError(f"{name!r} is a string but {error}") from error
+    if not value:
+        return []
+    value = by_row(value)
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise ValueError(f"{name!r} must be a list of objects, or one as JSON text; got {kind_of(value)}")
+    _check_json(value, name)
     return value
 
 
@@ -106,10 +123,10 @@ def kind_of(value: Any) -> str:
     return names.get(type(value), "a number" if isinstance(value, (int, float)) else f"a {type(value).__name__}")
 
 
-def shorten(value: Any) -> str:
-    """Show a value, at most 80 characters of it."""
+def shorten(value: Any, length: int = 80) -> str:
+    """Show a value, at most `length` characters of it."""
     text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 def _message(value: Any, name: str) -> Message:
@@ -123,13 +140,16 @@ def _message(value: Any, name: str) -> Message:
         content = checked_text(message.pop("value"), f"{name}.value")
         message = {**message, "role": _SHAREGPT_ROLES[speaker], "content": content}
     if not isinstance(message.get("role"), str) or not message["role"]:
-        raise ValueError(f"{name}.role must be a non-empty string, got {shorten(message.get('role'))}")
+        raise ValueError(
+            f"{name}.role must be a non-empty string, got {shorten(message.get('role'))}; the message has "
+            f"{shorten(list(message))}"
+        )
     if "tool_calls" in message:
-        message["tool_calls"] = by_row(message["tool_calls"])
-    for key in message.keys() - {"content"}:
+        message["tool_calls"] = _objects(message["tool_calls"], f"{name}.tool_calls")
+    for key in message.keys() - {"content", "tool_calls"}:
         _check_json(message[key], f"{name}.{key}")
         checked_text(key, f"{name}: the name of a member")
-    if "content" not in message and message.get("tool_calls"):
+    if "content" not in message and (message.get("tool_calls") or message.get("function_call")):
         return {**message, "content": ""}
     return {**message, "content": _content(message.get("content"), f"{name}.content")}
 

@@ -33,7 +33,11 @@ def status(path: str) -> os.stat_result:
 
 
 def hub_hint(path: str) -> str:
-    """Return the remedy for a missing file whose name is that of a data set on a hub; empty for another name."""
+    """Return the remedy for a missing file whose name is an address, a pattern or a data set on a hub; else empty."""
+    if "://" in path:
+        return "only local files are read: download it, and name the file"
+    if "*" in path:
+        return "patterns are not expanded: name the files in a list"
     if Path(path).suffix.lower() in DATA_SUFFIXES.keys() | _COMPRESSED or not _HUB_NAME.fullmatch(path):
         return ""
     return (

@@ -37,9 +37,10 @@ def read_pairs(path: str | Path, config: DataConfig | None = None) -> Iterator[P
       turn each. Answers that both repeat the prompt are taken without it (strings: see `repeated_prompt`);
     - `chosen` and `rejected` that both begin with the prompt: it is their longest common start, in whole messages,
       or in characters less one trailing space; a string `prompt` beside such conversations must be one of its turns;
-    - `conversations` with `from`/`value` turns (ShareGPT), optional `system`, and a turn, turns or a string each in
-      `chosen` and `rejected`.
-    Optional in each: a weight, and `tools` for the chat template. Other fields are not read; one that by its name is
+    - `conversations` with `from`/`value` turns (ShareGPT), and a turn, turns or a string each in `chosen` and
+      `rejected`.
+    Optional in each: a weight, and, for messages, `system`, the first turn where they begin with none, and `tools`
+    for the chat template. Other fields are not read; one that by its name is
     part of the prompt, and whose text is not in it, is an error unless `ignored_fields` names it. UTF-8 with or
     without a byte-order mark, LF or CRLF; blank lines are skipped. In columnar files JSON types and the types of
     `datasets` are decoded, and null members of structs are taken as absent.

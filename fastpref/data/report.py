@@ -33,9 +33,9 @@ class DataReport:
 
     kept: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
-    """Pairs left out, by the reason: identical, empty_prompt, empty_completion, left_out (by the chat template),
-    boundary, prompt_too_long, completion_too_long, identical_tokens; with `truncation: drop` max_prompt_length,
-    max_completion_length, max_length."""
+    """Pairs left out, by the reason: identical, empty_prompt, empty_completion, no_answer (it begins with another
+    turn), left_out (by the chat template), boundary, prompt_too_long, completion_too_long, identical_tokens; with
+    `truncation: drop` max_prompt_length, max_completion_length, max_length."""
     truncated: dict[str, int] = field(default_factory=dict)
     """Pairs shortened, by the part: prompt, chosen, rejected; a pair may count in several."""
     boundary_moved: int = 0

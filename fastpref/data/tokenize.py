@@ -109,10 +109,15 @@ def _settle(error: DataError, config: DataConfig, tally: Tally, problems: Proble
 def _check_texts(pair: PreferencePair) -> None:
     where = pair.path, pair.line
     if not pair.prompt:
-        raise BadPairError("empty_prompt", "the prompt is empty; remove the pair", *where)
+        differ = pair.is_conversational and pair.chosen[:1] != pair.rejected[:1]
+        cause = ": chosen and rejected begin with different turns" if differ else ""
+        raise BadPairError("empty_prompt", f"the prompt is empty{cause}; remove the pair", *where)
     for name, side in (("chosen", pair.chosen), ("rejected", pair.rejected)):
         if _is_empty(side):
             raise BadPairError("empty_completion", f"the {name} completion is empty; remove the pair", *where)
+        if isinstance(side, list) and (role := side[0]["role"]) in ("user", "system"):
+            message = f"{name} begins with a turn of the {role} behind the prompt, and not with an answer"
+            raise BadPairError("no_answer", f"{message}; mend or remove the pair", *where)
     if pair.chosen == pair.rejected:
         raise BadPairError(
             "identical", "chosen and rejected are equal, so nothing is preferred; remove the pair", *where

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 from fastpref.data.config import DataConfig
@@ -19,31 +21,36 @@ UNSUPPORTED = {
 }
 """Fields that a pair cannot hold, and why."""
 
-# Names under which published preference data keep what the model is asked.
-_PROMPT_PARTS = frozenset(
-    name.replace("_", "")
-    for line in (
-        "prompt prompts instruction instructions input inputs question questions query queries request",
-        "user human user_prompt user_input user_query user_message user_instruction",
-        "context contexts passage passages paragraph document documents article post story premise scenario",
-        "background knowledge evidence reference_text task task_description problem problem_statement",
-        "history chat_history conversation_history dialog_history dialogue_history chat turns trajectory",
-        "initial_reason_steps",
-        "conversation conversations dialog dialogs dialogue dialogues messages message",
-        "system systems system_prompt system_message system_instruction system_instructions sys_prompt",
-        "functions available_tools tool_definitions",
-    )
-    for name in line.split()
+# Words of the names under which published preference data keep what the model is asked.
+_ASKED = (
+    "prompt instruction input question query queries request user human turns history histories chat trajectory "
+    "trajectories conversation conv dialog dialogue message initialreasonsteps"
 )
+_GIVEN = (
+    "context passage paragraph document article post story stories premise scenario background knowledge evidence "
+    "sourcetext referencetext task problem system sys functions availabletools tooldefinitions"
+)
+_QUALIFIERS = "text content statement description previous past prior turn"
+_BY_TURNS = re.compile("turn|histor|chat|trajector|conv|dialog|messages")
 _TOOLS = ("functions", "availabletools", "tooldefinitions")
 _ANSWERS = ("assistant", "gpt", "model", "bot", "ai")
 Text = str | list[Message]
 
 
+def _made_of(words: str) -> str:
+    return f"(?:{'|'.join(words.split())})s?"
+
+
+_QUALIFIED = f"(?:{_made_of(_QUALIFIERS)})*"
+_PROMPT_PART = re.compile(f"{_QUALIFIED}(?:{_made_of(f'{_ASKED} {_GIVEN}')}{_QUALIFIED})+")
+_LONGEST_NAME = 60  # bounds the time of the match
+_IS_ASKED = re.compile(_made_of(_ASKED))
+
+
 def decides_about_pair(name: str, config: DataConfig) -> bool:
     """Whether the value of a field matters for the pair: it is read, or may not be passed over."""
     named = {config.prompt_field, config.chosen_field, config.rejected_field, config.conversations_field}
-    return name in named | {config.weight_field, "tools"} | UNSUPPORTED.keys() or _plain(name) in _PROMPT_PARTS
+    return name in named | {config.weight_field, "tools"} | UNSUPPORTED.keys() or _is_prompt_part(name)
 
 
 def check_unread(
@@ -62,11 +69,10 @@ def check_unread(
     Raises:
         ValueError: naming the field and the settings that help.
     """
-    # the system prompt last: where the prompt itself is missing, that is the first thing to say
-    for name, value in sorted(unread.items(), key=lambda item: _is_system(item[0])):
-        if _plain(name) not in _PROMPT_PARTS:
+    for name, value in sorted(unread.items(), key=lambda item: _rank(item[0])):
+        if not _is_prompt_part(name):
             continue
-        is_empty = not any(_parts(value, ""))
+        is_empty = _is_label(_plain(name), value) or not any(_parts(value, ""))
         if is_empty or (not (is_found and isinstance(prompt, str)) and _is_contained(value, prompt, answers)):
             continue
         ignored = f"or, if it is not to be read, `ignored_fields: [{name}]`"
@@ -79,12 +85,36 @@ def check_unread(
         if _plain(name) in _TOOLS:
             remedy = "call it 'tools' if it describes tools for the chat template"
         elif _is_system(name) and isinstance(prompt, list):
-            remedy = "make it the first message of the prompt"
+            if name == "system":
+                raise ValueError(f"the prompt begins with another system turn than field 'system'; mend one {ignored}")
+            remedy = "make it the first message of the prompt or call it 'system'"
+        elif name == "system":
+            remedy = "make it part of the prompt, or write the prompt as messages,"
         raise ValueError(f"field {name!r} is not read, and the prompt does not contain it; {remedy} {ignored}")
 
 
 def _plain(name: str) -> str:
-    return "".join(character for character in name.lower() if character.isalnum())
+    return "".join(character for character in name.lower() if character.isalpha())
+
+
+@lru_cache(maxsize=1024)
+def _is_prompt_part(name: str) -> bool:
+    plain = _plain(name)
+    return len(plain) <= _LONGEST_NAME and _PROMPT_PART.fullmatch(plain) is not None
+
+
+def _rank(name: str) -> int:
+    """What to speak of first where the prompt itself is missing: what may be it; the system prompt last."""
+    return 2 if _is_system(name) else 0 if _IS_ASKED.search(_plain(name)) else 1
+
+
+def _is_label(plain_name: str, value: Any) -> bool:
+    """Whether a value counts turns, names a kind of task or identifies somebody, and is no text."""
+    if isinstance(value, int | float) and _BY_TURNS.search(plain_name):
+        return True
+    word = str(value).strip() if isinstance(value, str | int) else ""
+    is_one_word = len(word.split()) == 1
+    return is_one_word and (plain_name == "task" or (plain_name in ("user", "human") and not word.isalpha()))
 
 
 def _is_system(name: str) -> bool:
@@ -102,7 +132,7 @@ def _parts(value: Any, role: str) -> Iterator[tuple[str, str]]:
     if isinstance(value, list | tuple):
         for item in value:
             yield from _parts(item, role)
-    elif isinstance(value, str | int | float) and not isinstance(value, bool) and (text := _squeezed(str(value))):
+    elif value is not None and not isinstance(value, bool) and (text := _squeezed(str(value))):
         yield role, text
 
 

@@ -106,6 +106,16 @@ def test_a_column_of_the_prompt_that_is_not_read_is_named(project: Path, run_cli
     trained(run_cli, "out-1", f"data.train={lines}", "data.prompt_field=instruction", "data.ignored_fields=[input]")
 
 
+def test_a_system_column_trains_like_a_system_turn(project: Path, run_cli) -> None:
+    system = f"{WORDS[8]} {WORDS[9]}"
+    plain = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in rows()]
+    turns = [row | {"prompt": [{"role": "system", "content": system}, *row["prompt"]]} for row in plain]
+    as_turn = trained(run_cli, "out-turn", f"data.train={write_jsonl('turns.jsonl', turns)}")
+    columns = write_jsonl("columns.jsonl", [row | {"system": system, "turns": 1, "task": "qa"} for row in plain])
+    assert trained(run_cli, "out-column", f"data.train={columns}") == as_turn
+    assert trained(run_cli, "out-plain", f"data.train={columns}", "data.ignored_fields=[system]") != as_turn
+
+
 def test_answers_that_repeat_the_prompt_train_without_it(project: Path, run_cli) -> None:
     def pairs(repeated: str) -> list[dict]:
         return [

@@ -152,6 +152,16 @@ def test_template_that_writes_both_sides_alike_is_named(byte_tokenizer, template
     assert report.dropped == {"identical": 1}
 
 
+@pytest.mark.parametrize("role", ["Assistant", "gpt", "model"])
+def test_role_that_a_template_does_not_know_is_named(byte_tokenizer, role: str) -> None:
+    known = LINES.replace("in messages", "in messages if message.role in ('user', 'assistant', 'system', 'tool')")
+    sides = [[{"role": role, "content": text}] for text in ("a", "b")]
+    with pytest.raises(DataError, match=f"writes chosen and rejected alike.*, or mend the role '{role}'"):
+        tokenize_one(make_pair(None, *sides), byte_tokenizer, chat_template=known)
+    with pytest.raises(DataError, match=f"leaves out the {role} turn 'a'.*, or mend the role '{role}'"):
+        tokenize_one(make_pair([USER, sides[0][0], USER]), byte_tokenizer, chat_template=known)
+
+
 def test_template_that_reads_no_reasoning_field_is_named(byte_tokenizer) -> None:
     sides = [[{**GOOD, "reasoning_content": text}] for text in ("so", "thus")]
     with pytest.raises(DataError, match=r"alike, which differ in 'reasoning_content': 'so' and 'thus'"):
@@ -160,7 +170,7 @@ def test_template_that_reads_no_reasoning_field_is_named(byte_tokenizer) -> None
 
 CALL = {"role": "assistant", "content": "", "tool_calls": [TOOL]}
 WITHOUT_SYSTEM = LINES.replace("in messages", "in messages if message.role != 'system'")
-EVERYTHING = "{{ tools }}" + LINES.replace("{{ message.content", "{{ message.tool_calls }}{{ message.content")
+EVERYTHING = "{{ tools }}" + LINES.replace("{{ message.content", "{{ message }}{{ message.content")
 
 
 @pytest.mark.parametrize(
@@ -168,6 +178,15 @@ EVERYTHING = "{{ tools }}" + LINES.replace("{{ message.content", "{{ message.too
     [
         ({"prompt": [SYSTEM, USER]}, WITHOUT_SYSTEM, "the system turn 'Be kind.'"),
         ({"tools": [TOOL]}, LINES, "the tools"),
+        (
+            {"prompt": [USER, {**GOOD, "function_call": {"name": "add"}}, USER]},
+            *(LINES, "'function_call' of a turn, {'name': 'add'}"),
+        ),
+        (
+            {"prompt": [USER, {**GOOD, "content": "a"}, USER]},
+            LINES.replace("content }}", "content[:0] if loop.index == 2 else message.content }}"),
+            "the assistant turn 'a'",
+        ),
         ({"prompt": [USER, CALL, {"role": "tool", "content": "3"}]}, LINES, "the tool calls of a turn"),
     ],
 )
@@ -175,6 +194,59 @@ def test_template_that_leaves_something_out_is_named(byte_tokenizer, pair, templ
     with pytest.raises(DataError, match=f"the chat template leaves out {left_out}"):
         tokenize_one(make_pair(**pair), byte_tokenizer, chat_template=template)
     assert tokenize_one(make_pair(**pair), byte_tokenizer, chat_template=EVERYTHING)
+
+
+CALLS = (
+    "{% if message.tool_calls %}{{ message.tool_calls[0].function | tojson }}{% else %}{{ message.content }}{% endif %}"
+)
+FIRST_CALL = LINES.replace("{{ message.content }}", CALLS)
+
+
+def call(arguments: Any) -> dict:
+    return {"type": "function", "function": {"name": "add", "arguments": arguments}}
+
+
+@pytest.mark.parametrize(
+    ("answer", "template", "left_out"),
+    [
+        ({"content": "Let me add.", "tool_calls": [call({})]}, FIRST_CALL, "the assistant turn 'Let me add.'"),
+        ({"tool_calls": [call({"a": 1}), call({"a": 2})]}, FIRST_CALL, "a tool call, {"),
+        ({"content": "3", "reasoning_content": "1 + 2"}, LINES, "'reasoning_content' of an answer, '1 \\+ 2'"),
+        ({"content": "3", "thinking": "1 + 2"}, LINES, "'thinking' of an answer"),
+        (
+            {"content": "<think>1 + 2</think>3"},
+            LINES.replace(".content }}", ".content.split('</think>')[-1] }}"),
+            "the reasoning of an answer, '1 \\+ 2'",
+        ),
+    ],
+)
+def test_template_that_leaves_out_a_part_of_an_answer_is_named(byte_tokenizer, answer, template, left_out) -> None:
+    sides = [[{**GOOD, "content": "", **answer}], [BAD]]
+    for options in ({}, {"boundary": "common_prefix"}):
+        with pytest.raises(DataError, match=f"the chat template leaves out {left_out}"):
+            tokenize_one(make_pair(None, *sides), byte_tokenizer, chat_template=template, **options)
+    everything = LINES.replace("{{ message.content }}", "{{ message }}")
+    assert tokenize_one(make_pair(None, *sides), byte_tokenizer, chat_template=everything)
+
+
+def test_reasoning_of_earlier_turns_may_be_left_out(byte_tokenizer) -> None:
+    prompt = [USER, {**GOOD, "reasoning_content": "so"}, USER]
+    answer = [{**GOOD, "content": "<think>Hm</think>1"}, USER, {**GOOD, "content": "2"}]
+    template = LINES.replace(".content }}", ".content.split('</think>')[-1] }}")
+    assert tokenize_one(make_pair(prompt, answer), byte_tokenizer, chat_template=template)
+
+
+def test_arguments_that_a_template_would_quote_twice_are_refused(byte_tokenizer) -> None:
+    template = LINES.replace("{{ message.content }}", "{{ (message.tool_calls or []) | tojson }}{{ message.content }}")
+    pair = make_pair(None, [{**GOOD, "tool_calls": [call('{"a": "\u00fc"}')]}])
+    with pytest.raises(DataError, match=r"arguments of a tool call, a string.*store the object itself"):
+        tokenize_one(pair, byte_tokenizer, chat_template=template)
+    written = "content }}{% for call in message.tool_calls %}{{ call.function.arguments }}{% endfor %}"
+    as_text = LINES.replace("content }}", written)
+    assert tokenize_one(pair, byte_tokenizer, chat_template=as_text)
+    assert tokenize_one(
+        make_pair(None, [{**GOOD, "tool_calls": [call({"a": "\u00fc"})]}]), byte_tokenizer, chat_template=template
+    )
 
 
 def test_template_may_change_what_it_writes(byte_tokenizer) -> None:

@@ -74,6 +74,18 @@ def test_name_of_a_hub_has_its_remedy(name: str) -> None:
     assert f"load_dataset({name!r}, split='train').to_parquet('train.parquet')" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [
+        ("hf://datasets/a/b/train.parquet", "only local files are read: download it"),
+        ("data/train-*.parquet", "patterns are not expanded: name the files in a list"),
+    ],
+)
+def test_address_and_pattern_have_their_remedies(name: str, match: str) -> None:
+    with pytest.raises(DataError, match=match):
+        list(read_pairs(name))
+
+
 def test_missing_file_is_no_hub_name() -> None:
     for name in ("data/pairs.jsonl", "/nowhere/pairs.parquet", "a/b/c"):
         with pytest.raises(DataError, match="No such file or directory; check the path"):

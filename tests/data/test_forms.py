@@ -29,12 +29,16 @@ def read(write, records: list[dict], **options: Any) -> list[tuple]:
         ([USER], GOOD, "Go away."),
         ([USER], [USER, GOOD], [USER, BAD]),
         ("Hi", [USER, GOOD], [USER, BAD]),
+        (" Hi\n", [USER, GOOD], [USER, BAD]),
+        ([{**USER, "content": "Hi\n", "id": 3}], [USER, GOOD], [{**USER, "id": 4}, BAD]),
         ([{"role": "user", "content": [{"type": "text", "text": "Hi"}]}], [GOOD], [BAD]),
         ([{"role": "user", "content": [{"type": "text", "text": "Hi", "image_url": None}]}], [GOOD], [BAD]),
     ],
 )
 def test_forms_of_one_conversation(write, prompt: Any, chosen: Any, rejected: Any) -> None:
-    assert read(write, [{"prompt": prompt, "chosen": chosen, "rejected": rejected}]) == [([USER], [GOOD], [BAD])]
+    ((read_prompt, *answers),) = read(write, [{"prompt": prompt, "chosen": chosen, "rejected": rejected}])
+    texts = [{"role": turn["role"], "content": turn["content"].strip()} for turn in read_prompt]
+    assert (texts, answers) == ([USER], [[GOOD], [BAD]])
 
 
 @pytest.mark.parametrize(
@@ -75,6 +79,66 @@ def test_what_has_no_one_meaning_is_refused(write, prompt: Any, chosen: Any, rej
         read(write, [{"prompt": prompt, "chosen": chosen, "rejected": rejected}])
 
 
+OTHER = {"role": "user", "content": "Bye"}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"chosen": [USER, GOOD, USER, GOOD], "rejected": [USER, GOOD, OTHER, BAD]},
+        {"prompt": [USER], "chosen": [OTHER, GOOD], "rejected": [BAD]},
+        {"prompt": [USER], "chosen": [GOOD], "rejected": [SYSTEM, BAD]},
+    ],
+)
+@pytest.mark.parametrize("boundary", ["strict", "common_prefix"])
+def test_answer_that_begins_with_another_turn_is_a_bad_pair(write, byte_tokenizer, record: dict, boundary) -> None:
+    path = write("\n".join(map(json.dumps, (record, {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}))))
+    with pytest.raises(DataError, match=r"begins with a turn of the (user|system) behind the prompt"):
+        load_dataset(path, byte_tokenizer, DataConfig(boundary=boundary))
+    report = load_dataset(path, byte_tokenizer, DataConfig(boundary=boundary, on_bad_pair="drop")).report
+    assert (report.kept, report.dropped) == (1, {"no_answer": 1})
+
+
+def test_conversations_that_differ_from_the_start_are_named(write, byte_tokenizer) -> None:
+    path = write(json.dumps({"chosen": [USER, GOOD], "rejected": [OTHER, BAD]}))
+    with pytest.raises(DataError, match="the prompt is empty: chosen and rejected begin with different turns"):
+        load_dataset(path, byte_tokenizer, DataConfig())
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt"),
+    [
+        ("prompt", "Human: Hi"),
+        ("prompt", ""),
+        ("conversations", [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hm"}]),
+    ],
+)
+def test_prompt_that_conversations_do_not_contain_may_be_ignored(write, name: str, prompt: Any) -> None:
+    record = {name: prompt, "chosen": [USER, GOOD], "rejected": [USER, BAD]}
+    with pytest.raises(DataError, match=rf"`ignored_fields: \[{name}\]`"):
+        read(write, [record])
+    assert read(write, [record], ignored_fields=[name]) == [([USER], [GOOD], [BAD])]
+
+
+def test_form_of_openai_is_named(write) -> None:
+    record = {
+        "input": {"messages": [USER], "tools": [], "parallel_tool_calls": True},
+        "preferred_output": [GOOD],
+        "non_preferred_output": [BAD],
+    }
+    names = {"chosen_field": "preferred_output", "rejected_field": "non_preferred_output"}
+    with pytest.raises(DataError, match=r"'input' is an object with 'messages'; make that list the field, and 'tools'"):
+        read(write, [record], prompt_field="input", **names)
+    assert read(write, [record | {"input": [USER]}], prompt_field="input", **names) == [([USER], [GOOD], [BAD])]
+
+
+def test_answers_of_which_another_field_says_the_better_are_explained(write) -> None:
+    """The columns of PKU-SafeRLHF; a name alone would be no remedy."""
+    record = {"prompt": "Q", "response_0": "a", "response_1": "b", "better_response_id": 1}
+    with pytest.raises(DataError, match=r"'better_response_id'\]; .*is always the better answer.*says which.*write"):
+        read(write, [record])
+
+
 def test_sharegpt_prompt_that_ends_with_an_answer_is_refused(write) -> None:
     turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]
     with pytest.raises(
@@ -98,8 +162,49 @@ def test_members_of_sharegpt_turns_reach_the_template(write) -> None:
 @pytest.mark.parametrize("name", ["prompt", "chosen", "rejected"])
 def test_printed_messages_are_refused(write, write_list, name: str) -> None:
     record = {"prompt": "Q", "chosen": "a", "rejected": "b", name: write_list([USER, GOOD])}
-    with pytest.raises(DataError, match=f"'{name}' is the text of a list of messages.*; store the list itself"):
+    with pytest.raises(
+        DataError, match=f"'{name}' is the text of a message or a list of messages.*; store that itself"
+    ):
         read(write, [record])
+
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+
+
+@pytest.mark.parametrize("calls", [[CALL], json.dumps([CALL]), {"type": ["function"], "function": [CALL["function"]]}])
+def test_tool_calls_in_every_form_are_a_list(write, calls: Any) -> None:
+    turn = {**GOOD, "content": None, "tool_calls": calls}
+    ((prompt, _, _),) = read(write, [{"prompt": [USER, turn, USER], "chosen": [GOOD], "rejected": [BAD]}])
+    assert prompt[1] == {**GOOD, "content": "", "tool_calls": [CALL]}
+
+
+@pytest.mark.parametrize("calls", ["add", [json.dumps(CALL)], CALL, 3, "[1"])
+def test_tool_calls_of_another_form_are_refused(write, calls: Any) -> None:
+    turn = {**GOOD, "tool_calls": calls}
+    with pytest.raises(
+        DataError, match=r"'prompt\[1\].tool_calls' (must be a list of objects|is a string but not JSON)"
+    ):
+        read(write, [{"prompt": [USER, turn, USER], "chosen": [GOOD], "rejected": [BAD]}])
+
+
+@pytest.mark.parametrize("message", [GOOD, {"content": GOOD["content"], "role": "assistant"}])
+@pytest.mark.parametrize("write_one", [json.dumps, repr])
+def test_printed_message_is_refused_and_other_json_is_not(write, message: dict, write_one) -> None:
+    with pytest.raises(DataError, match="'chosen' is the text of a message"):
+        read(write, [{"prompt": "Q", "chosen": write_one(message), "rejected": "b"}])
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        '[{"value": 3}, {"value": 4}]',
+        '{"content": "a role: user"}',
+        '[{"role": "manager", "name": "Ann"}]',
+        '{"model": "m", "messages": [{"role": "user", "content": "a"}]}',
+    ],
+)
+def test_json_that_is_an_answer_is_one(write, answer: str) -> None:
+    assert read(write, [{"prompt": "Q", "chosen": answer, "rejected": "b"}]) == [("Q", answer, "b")]
 
 
 def repeating(prompt: str) -> dict:

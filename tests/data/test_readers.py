@@ -114,7 +114,14 @@ def test_read_pairs_other_field_names(write) -> None:
     [([{"name": "f"}], [{"name": "f"}]), ('[{"name": "f"}]', [{"name": "f"}]), ("", None), ([], None)],
 )
 def test_read_pairs_tools(write, tools, expected) -> None:
-    assert read_one(write, PLAIN | {"tools": tools}).tools == expected
+    chat = {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}
+    assert read_one(write, chat | {"tools": tools}).tools == expected
+    if not expected:
+        assert read_one(write, PLAIN | {"tools": tools}) == read_one(write, PLAIN)
+        return
+    with pytest.raises(DataError, match=r"'tools' are for a chat template.*strings; write the prompt as messages"):
+        read_one(write, PLAIN | {"tools": tools})
+    assert read_one(write, PLAIN | {"tools": tools}, ignored_fields=["tools"]) == read_one(write, PLAIN)
 
 
 @pytest.mark.parametrize(

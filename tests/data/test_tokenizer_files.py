@@ -184,7 +184,8 @@ def test_bos_setting_against_the_file_is_refused_where_it_matters(directory, ask
     files: Files = {"tokenizer.json": backend.to_str(), "tokenizer_config.json": settings}
     loaded = load_tokenizer(directory(files))
     strings = PreferencePair(prompt="hello", chosen=" world", rejected=" h", path="pairs.jsonl", line=1)
-    chat = [[{"role": "user", "content": text}] for text in ("hello", "world", "h")]
+    turns = {"hello": "user", "world": "assistant", "h": "assistant"}
+    chat = [[{"role": role, "content": text}] for text, role in turns.items()]
     messages = PreferencePair(prompt=chat[0], chosen=chat[1], rejected=chat[2], path="pairs.jsonl", line=1)
     assert tokenize_pairs([messages], loaded, DataConfig(boundary="common_prefix"))
     if asked != added:

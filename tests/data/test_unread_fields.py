@@ -46,19 +46,78 @@ PARTS = {
     "human": "Hello",
     "user": "Hello",
     "post": "TIFU",
+    "previous_turns": [["hello", "good day"]],
+    "sourceText": "Once upon",
+    "question_1": "Which?",
 }
 
 
 @pytest.mark.parametrize("name", PARTS)
 @pytest.mark.parametrize("record", [PLAIN, CHAT, TURNS, IMPLICIT, {"chosen": [USER, GOOD], "rejected": [USER, BAD]}])
 def test_part_of_a_prompt_that_is_not_read_is_refused(write, record: dict, name: str) -> None:
-    if name == "system" and record is TURNS:
+    if name == "system" and record not in (PLAIN, IMPLICIT):  # it is read
         return
     with pytest.raises(DataError, match=rf":1: field '{name}' is not read.*`ignored_fields: \[{name}\]`") as caught:
         read(write, record | {name: PARTS[name]})
     is_missing = "prompt" not in record and record is not TURNS and not name.lower().startswith("system")
     assert (f"`prompt_field: {name}`" in str(caught.value)) == is_missing
     assert read(write, record | {name: PARTS[name]}, ignored_fields=[name]) == read(write, record)
+
+
+@pytest.mark.parametrize("record", [CHAT, TURNS, {"chosen": [USER, GOOD], "rejected": [USER, BAD]}])
+def test_system_prompt_of_messages_is_their_first_turn(write, record: dict) -> None:
+    system = {"role": "system", "content": "Be kind."}
+    expected = [system, USER]
+    assert read(write, record | {"system": "Be kind."}).prompt == expected
+    assert read(write, CHAT | {"prompt": expected, "system": "Be kind. "}).prompt == expected
+    assert read(write, record | {"system": " "}) == read(write, record)
+    assert read(write, record | {"system": "Be kind."}, ignored_fields=["system"]) == read(write, record)
+    joined = {"role": "user", "content": "Be kind.\n\nName a colour."}
+    assert read(write, CHAT | {"prompt": [joined], "system": "Be kind."}).prompt == [joined]
+    with pytest.raises(DataError, match="begins with another system turn than field 'system'"):
+        read(write, CHAT | {"prompt": expected, "system": "Be rude."})
+    strings = PLAIN | {"system": "Be kind."}
+    with pytest.raises(DataError, match="make it part of the prompt, or write the prompt as messages, or, if"):
+        read(write, strings)
+    assert read(write, strings | {"prompt": [USER]}).prompt == expected
+
+
+@pytest.mark.parametrize("name", ["turns", "history", "conversation", "messages"])
+def test_number_of_turns_is_no_part_of_the_prompt(write, name: str) -> None:
+    for record in (PLAIN, CHAT, IMPLICIT):
+        assert read(write, record | {name: 2}) == read(write, record)
+
+
+@pytest.mark.parametrize("name", ["input_id", "prompt_length", "context_type", "system_name", "question_url", "turn"])
+def test_names_about_a_prompt_are_no_parts_of_it(write, name: str) -> None:
+    assert read(write, PLAIN | {name: "some text"}) == read(write, PLAIN)
+
+
+def test_part_of_another_kind_is_refused(write, tmp_path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    pq.write_table(pa.Table.from_pylist([PLAIN | {"context": b"Once upon"}]), tmp_path / "pairs.parquet")
+    with pytest.raises(DataError, match="'context' is not read"):
+        list(read_pairs(tmp_path / "pairs.parquet"))
+
+
+def test_field_that_is_the_prompt_is_named_before_others(write) -> None:
+    """The columns of UltraInteract_pair."""
+    trajectory = [{"from": "user", "value": USER["content"]}]
+    record = {"task": "Coding", "trajectory": trajectory, "chosen": "Red.", "rejected": "Tuesday."}
+    with pytest.raises(DataError, match="`prompt_field: trajectory`"):
+        read(write, record)
+    assert read(write, record, prompt_field="trajectory").prompt == [USER]
+    record["task"] = "Sum up."
+    with pytest.raises(DataError, match="`prompt_field: trajectory`"):
+        read(write, record)
+    with pytest.raises(DataError, match=r"`ignored_fields: \[task\]`"):
+        read(write, record, prompt_field="trajectory")
+
+
+@pytest.mark.parametrize(("name", "value"), [("task", "Coding"), ("task", "math_qa"), ("user", "u_1723"), ("human", 7)])
+def test_kinds_and_identifiers_are_no_parts_of_the_prompt(write, name: str, value: Any) -> None:
+    assert read(write, PLAIN | {name: value}) == read(write, PLAIN)
 
 
 @pytest.mark.parametrize("empty", [None, "", " \n", [], [[]], {}, [{"role": "user", "content": ""}], True])
@@ -127,10 +186,11 @@ def test_prompt_is_named_before_the_system_prompt(write) -> None:
     record = {"system": "Be kind.", "question": "Name a colour.", "chosen": "Red.", "rejected": "Tuesday."}
     with pytest.raises(DataError, match="`prompt_field: question`"):
         read(write, record)
-    with pytest.raises(DataError, match=r"'system' is not read.*make it part of the prompt or"):
+    with pytest.raises(DataError, match=r"'system' is not read.*make it part of the prompt, or"):
         read(write, record, prompt_field="question")
-    with pytest.raises(DataError, match=r"'system' is not read.*make it the first message of the prompt or"):
-        read(write, record | {"prompt": [USER]}, ignored_fields=["question"])
+    record |= {"prompt": [USER], "system_prompt": record["system"], "system": None}
+    with pytest.raises(DataError, match=r"'system_prompt' is not read.*make it the first message of the prompt or"):
+        read(write, record, ignored_fields=["question"])
 
 
 def test_tools_of_another_name_are_named(write) -> None:
