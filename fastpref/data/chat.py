@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from fastpref.data import strict_json
 from fastpref.data.config import DataConfig
 from fastpref.data.problems import BadPairError
 from fastpref.data.schema import Message, PreferencePair
@@ -99,37 +100,42 @@ class ChatRenderer:
     def render(self, pair: PreferencePair) -> Rendered:
         """Return the pair's texts, the prompt's with the generation prompt.
 
+        Arguments of tool calls that are JSON text are given to a template that would quote the text as the object that
+        it stands for, as servers do.
+
         Raises:
             ConfigError: there is no template, it is not valid Jinja, or it does not read one of the variables.
             BadPairError: the template writes both sides alike, or leaves out a turn, a part of an answer or the tools.
-            DataError: the template refuses the messages, or quotes arguments of tools twice.
+            DataError: the template refuses the messages, or arguments that it would quote are no JSON.
             MissingDependencyError: jinja2 is not installed.
         """
         self._check(pair)
-        assert isinstance(pair.prompt, list)
-        assert isinstance(pair.chosen, list)
-        assert isinstance(pair.rejected, list)
-        prompt = self._text(pair.prompt, pair, add_generation_prompt=True)
-        chosen = self._text(pair.prompt + pair.chosen, pair)
-        rejected = self._text(pair.prompt + pair.rejected, pair)
+        texts = self._texts(pair)
+        if any(map(_is_quoted_twice, _conversations(pair), texts[1:])):
+            pair = _with_objects(pair)
+            texts = self._texts(pair)
+        self._check_texts(pair, texts)
+        return texts
+
+    def _texts(self, pair: PreferencePair) -> Rendered:
+        chosen, rejected = (self._text(messages, pair) for messages in _conversations(pair))
+        return self._text(_turns(pair.prompt), pair, add_generation_prompt=True), chosen, rejected
+
+    def _check_texts(self, pair: PreferencePair, texts: Rendered) -> None:
+        _, chosen, rejected = texts
         if chosen == rejected:
             message = f"the chat template writes chosen and rejected alike, which differ in {_difference(pair)}"
-            message += f"; set another template{_role_remedy(pair.chosen + pair.rejected)}, or remove the pair"
+            message += (
+                f"; set another template{_role_remedy(_turns(pair.chosen) + _turns(pair.rejected))}, or remove the pair"
+            )
             raise BadPairError("identical", message, *_where(pair))
-        for messages, text in ((pair.chosen, chosen), (pair.rejected, rejected)):
-            if _is_quoted_twice(pair.prompt + messages, text):
+        for messages, text in zip(_conversations(pair), (chosen, rejected), strict=True):
+            if left_out := self._left_out(messages, text, pair):
                 message = (
-                    "the chat template writes the arguments of a tool call, a string, in quotes, which the model would "
-                    "learn; store the object itself"
-                )
-                raise DataError(message, *_where(pair))
-            if left_out := self._left_out(pair.prompt + messages, text, pair):
-                message = (
-                    f"the chat template leaves out {left_out}; set another template"
-                    f"{_role_remedy(pair.prompt + messages)}, or remove what it leaves out"
+                    f"the chat template leaves out {left_out}; set another template{_role_remedy(messages)}, or remove "
+                    "what it leaves out"
                 )
                 raise BadPairError("left_out", message, *_where(pair))
-        return prompt, chosen, rejected
 
     def writes_other_generation_prompt(self, pair: PreferencePair, whole: str) -> bool:
         """Whether `whole` begins with the prompt's turns, and only the generation prompt is not how it goes on."""
@@ -242,13 +248,44 @@ def _role_remedy(messages: list[Message]) -> str:
 
 def _is_quoted_twice(messages: list[Message], text: str) -> bool:
     """Whether arguments that are JSON text already stand in `text` as a string of JSON."""
-    calls = [call for message in messages for call in _calls(message) if isinstance(call, dict)]
-    functions = [call.get("function", call) for call in calls]
-    arguments = [function.get("arguments") for function in functions if isinstance(function, dict)]
+    arguments = [function.get("arguments") for message in messages for function in map(_function, _calls(message))]
     return any(
         isinstance(value, str) and value.lstrip().startswith("{") and json.dumps(value, ensure_ascii=False) in text
         for value in arguments
     )
+
+
+def _function(call: Any) -> dict[str, Any]:
+    """Name and arguments of a tool call."""
+    function = call.get("function", call) if isinstance(call, dict) else {}
+    return function if isinstance(function, dict) else {}
+
+
+def _with_objects(pair: PreferencePair) -> PreferencePair:
+    """The pair with arguments of tool calls that are JSON text as what they stand for."""
+    pair = copy.deepcopy(pair)
+    for message in [*_turns(pair.prompt), *_turns(pair.chosen), *_turns(pair.rejected)]:
+        for function in map(_function, _calls(message)):
+            if isinstance(text := function.get("arguments"), str):
+                try:
+                    function["arguments"] = strict_json.parse_text(text)
+                except ValueError as error:
+                    message_text = (
+                        f"the chat template quotes the arguments of a tool call, {_shown(text)}, which are a text that "
+                        f"is {error}; mend or remove the record"
+                    )
+                    raise DataError(message_text, *_where(pair)) from error
+    return pair
+
+
+def _turns(part: str | list[Message]) -> list[Message]:
+    assert isinstance(part, list)
+    return part
+
+
+def _conversations(pair: PreferencePair) -> tuple[list[Message], list[Message]]:
+    """The prompt and either side."""
+    return _turns(pair.prompt) + _turns(pair.chosen), _turns(pair.prompt) + _turns(pair.rejected)
 
 
 def _is_missing(part: str, text: str) -> bool:

@@ -236,17 +236,20 @@ def test_reasoning_of_earlier_turns_may_be_left_out(byte_tokenizer) -> None:
     assert tokenize_one(make_pair(prompt, answer), byte_tokenizer, chat_template=template)
 
 
-def test_arguments_that_a_template_would_quote_twice_are_refused(byte_tokenizer) -> None:
-    template = LINES.replace("{{ message.content }}", "{{ (message.tool_calls or []) | tojson }}{{ message.content }}")
-    pair = make_pair(None, [{**GOOD, "tool_calls": [call('{"a": "\u00fc"}')]}])
-    with pytest.raises(DataError, match=r"arguments of a tool call, a string.*store the object itself"):
-        tokenize_one(pair, byte_tokenizer, chat_template=template)
+def test_arguments_that_are_json_text_are_written_as_the_template_means_them(byte_tokenizer) -> None:
+    """Nowhere as a string of JSON: as the object where the template makes JSON, as they are where it writes text."""
+    as_json = LINES.replace("{{ message.content }}", "{{ (message.tool_calls or []) | tojson }}{{ message.content }}")
     written = "content }}{% for call in message.tool_calls %}{{ call.function.arguments }}{% endfor %}"
     as_text = LINES.replace("content }}", written)
-    assert tokenize_one(pair, byte_tokenizer, chat_template=as_text)
-    assert tokenize_one(
-        make_pair(None, [{**GOOD, "tool_calls": [call({"a": "\u00fc"})]}]), byte_tokenizer, chat_template=template
-    )
+
+    def text(arguments: Any, template: str) -> str:
+        pair = make_pair(None, [{**GOOD, "tool_calls": [call(arguments)]}])
+        return text_of(tokenize_one(pair, byte_tokenizer, chat_template=template), byte_tokenizer)
+
+    assert text('{"a":  "\u00fc"}', as_json) == text({"a": "\u00fc"}, as_json)
+    assert '{"a":  "\u00fc"}' in text('{"a":  "\u00fc"}', as_text)
+    with pytest.raises(DataError, match=r"quotes the arguments of a tool call, '\{a: 1\}', .*not JSON"):
+        text("{a: 1}", as_json)
 
 
 def test_template_may_change_what_it_writes(byte_tokenizer) -> None:
