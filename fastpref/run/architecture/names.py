@@ -9,8 +9,6 @@ from fastpref.run.architecture.families import FAMILIES
 from fastpref.run.architecture.layouts import Columns, GateUp, Layout, QueryKeyValue, Replicated, VocabRows
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-# Rotary tables that older files carry along; they follow from config.json.
-DERIVED_TENSOR = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 # Transformer Engine keeps a norm inside the linear layer that follows it.
 _FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
