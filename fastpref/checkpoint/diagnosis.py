@@ -19,6 +19,7 @@ _TRAINER_STATE = re.compile(
     r"(training_args|optimizer|scheduler|scaler|sampler|rng_state|random_states)(_\d+)*\.(bin|pt|pth|pkl)"
 )
 _SHARD = re.compile(r".+-\d{5}-of-\d{5}\.safetensors")
+_WEIGHTS = ("model.safetensors", "adapter_model.safetensors")
 # How a file is named while it is not whole.
 _UNFINISHED = (".part", ".partial", ".incomplete", ".aria2", ".crdownload", ".download")
 # Megatron's checkpoints have one of these; other distributed checkpoints of PyTorch have none.
@@ -111,7 +112,7 @@ def _weights_elsewhere(directory: Path, names: list[str], stem: str) -> Iterator
     index = f"{stem}.safetensors.index.json"
     if any(map(_SHARD.fullmatch, weights)) and index not in names:
         yield f"its weights are in several files without their index, {index}; download that, too"
-    if len(weights) == 1 and weights != [f"{stem}.safetensors"] and index not in names:
+    if len(weights) == 1 and weights[0] not in _WEIGHTS and index not in names:
         yield f"its weights have another name, {weights[0]}; rename the file to {stem}.safetensors"
 
 

@@ -174,10 +174,12 @@ CASES: dict[str, tuple[Break, tuple[str, ...], int, str]] = {
         "model: missing tensors: lm_head.weight; unexpected tensors: score.weight ",
     ),
     "wrapped": (
-        lambda r: rename_tensors(file_of(r), "", "_orig_mod."),
+        lambda r: rename_tensors(
+            file_of(r), r"model\.layers\.(\d)", r"module.model.layers.\1._checkpoint_wrapped_module"
+        ),
         (),
         4,
-        "the names begin with _orig_mod., as a wrapper of the model saves them: save the model inside of it",
+        "the names hold those of a wrapper, as DDP, FSDP and torch.compile use: save the model inside of it",
     ),
     "saved without its head": (
         lambda r: rename_tensors(r / "tied" / "model.safetensors", r"model\.", ""),

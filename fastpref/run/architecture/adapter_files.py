@@ -16,12 +16,14 @@ from fastpref.run.architecture.architecture import Architecture
 from fastpref.run.architecture.layouts import Columns, GateUp, QueryKeyValue
 from fastpref.run.architecture.lora_config import TARGETS, LoraConfig
 from fastpref.run.architecture.model_files import empty_hint
-from fastpref.run.architecture.names import EMBEDDING, HEAD, is_expert, parameter_table
+from fastpref.run.architecture.names import EMBEDDING, HEAD, is_expert, parameter_table, unwrapped
 from fastpref.run.architecture.peft_settings import MERGE, adapted_modules, setting_problems
 
 _TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_[AB]\.weight")
 # peft reads a tensor with and without the name that it gives to an adapter unless it is told another.
 _DEFAULT_NAME = re.compile(r"(\.lora_[AB])\.default\.(weight)$")
+_PREFIX = "base_model.model."
+_BEFORE = re.compile(r"^(?:.*\.)?(?=model\.layers\.)")
 _OTHER_NAME = re.compile(r"\.lora_[AB]\.[^.]+\.weight$")
 
 
@@ -73,8 +75,7 @@ class AdapterFiles:
         unread = [
             name
             for name in self._file_names
-            if name not in linear
-            and (_OTHER_NAME.search(name) or f"base_model.model.{name[name.rfind('model.layers.') :]}" in linear)
+            if name not in linear and (_OTHER_NAME.search(name) or _BEFORE.sub(_PREFIX, unwrapped(name)) in linear)
         ]
         if not unread:
             return []

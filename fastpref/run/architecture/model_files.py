@@ -12,7 +12,7 @@ from fastpref.checkpoint.headers import listed
 from fastpref.checkpoint.hf import CONFIG_FILE, ModelDirectory
 from fastpref.errors import CheckpointError
 from fastpref.run.architecture.architecture import Architecture
-from fastpref.run.architecture.names import EMBEDDING, HEAD, file_shapes
+from fastpref.run.architecture.names import EMBEDDING, HEAD, file_shapes, unwrapped
 
 # Rows of the embedding that are compared with the head's before all of both are read.
 _SAMPLE_ROWS = 128
@@ -117,10 +117,8 @@ def _missing_remedy(missing: list[str], unexpected: list[str]) -> str:
     others = set(unexpected)
     if EMBEDDING in missing and all(name.removeprefix(_BODY) in others for name in missing):
         return "; the names lack model. at their beginning: load it with transformers' AutoModelForCausalLM and save it"
-    longer = next((name for name in unexpected if name.endswith(f".{missing[0]}")), "")
-    prefix = longer.removesuffix(missing[0])
-    if prefix and all(f"{prefix}{name}" in others for name in missing):
-        return f"; the names begin with {prefix}, as a wrapper of the model saves them: save the model inside of it"
+    if {*missing} <= {unwrapped(name) for name in unexpected}:
+        return "; the names hold those of a wrapper, as DDP, FSDP and torch.compile use: save the model inside of it"
     return ""
 
 

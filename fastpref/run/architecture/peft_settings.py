@@ -185,6 +185,8 @@ def _pattern_problems(
             f"{pattern_key} gives layers another {key} than {value}, which is not supported: {listed(lines, 3)}; "
             + MERGE
         )
+    elif numbers[0] <= 0:
+        yield f"{key} must be above 0, got {numbers[0]!r}; {MERGE}"
     elif numbers != [wanted]:
         yield f"{key} is {numbers[0]!r}, the run has {wanted!r}; set lora.{key} to {numbers[0]!r}"
 
