@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,8 +14,17 @@ from fastpref.errors import CheckpointError
 CONFIG_FILE = "config.json"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-# What Hugging Face's trainers leave beside a model.
-_TRAINER_STATE = ("training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "rng_state.pth", "scaler.pt")
+# What trainers leave beside a model.
+_TRAINER_STATE = re.compile(
+    r"(training_args|optimizer|scheduler|scaler|sampler|rng_state|random_states)(_\d+)*\.(bin|pt|pth|pkl)"
+)
+_SHARD = re.compile(r".+-\d{5}-of-\d{5}\.safetensors")
+_WEIGHTS = ("model.safetensors", "adapter_model.safetensors")
+# How a file is named while it is not whole.
+_UNFINISHED = (".part", ".partial", ".incomplete", ".aria2", ".crdownload", ".download")
+# Megatron's checkpoints have one of these; other distributed checkpoints of PyTorch have none.
+_MEGATRON = ("latest_checkpointed_iteration.txt", "common.pt", "metadata.json")
+_COMPLETE_IT = f"put {CONFIG_FILE} and the tokenizer beside them and give DIR"
 _WRITERS = {CONFIG_FILE: "transformers'", ADAPTER_CONFIG_FILE: "peft's"}
 _EXPORT = "write its model with `fastpref export CONFIG --output DIR{}` and give DIR"
 
@@ -35,19 +45,37 @@ def _findings(directory: Path, wanted: str) -> Iterator[str]:
         yield f"it is a checkpoint of training; {_EXPORT.format(f' --checkpoint {directory}')}"
     if any((directory / "checkpoints").glob(f"step-*/{MANIFEST_FILE}")):
         yield f"it is the output directory of a run; {_EXPORT.format('')}"
-    if "latest_checkpointed_iteration.txt" in names or any(name.endswith(".distcp") for name in names):
-        yield "it is a checkpoint of Megatron; convert it to Hugging Face's form with Megatron's tools"
+    yield from _distributed(directory, names)
     if wanted == CONFIG_FILE and ADAPTER_CONFIG_FILE in names:
         base = _base_model(directory)
         yield f"it is an adapter; give it as lora.path, and its base model{base} as model.path"
     if wanted == ADAPTER_CONFIG_FILE and CONFIG_FILE in names and ADAPTER_CONFIG_FILE not in names:
         yield "it is a whole model and no adapter; give it as model.path"
     yield from _foreign_weights(names, wanted)
+    yield from _weights_elsewhere(directory, names, "model" if wanted == CONFIG_FILE else "adapter_model")
     inside = sorted(
         str(path.parent) for pattern in ("*", "*/*") for path in directory.glob(f"{pattern}/{wanted}") if path.is_file()
     )
     if inside:
         yield f"directories inside it have one; give one of them: {listed(inside)}"
+
+
+def _distributed(directory: Path, names: list[str]) -> Iterator[str]:
+    """Say of a checkpoint whose ranks wrote parts of the weights how to put them together."""
+    parts = sorted(path.parent for pattern in ("*.distcp", "*/*.distcp") for path in directory.glob(pattern))
+    if _MEGATRON[0] in names or any((part / name).exists() for part in parts for name in _MEGATRON):
+        yield "it is a checkpoint of Megatron; convert it to Hugging Face's form with Megatron's tools"
+    if parts:
+        models = [part for part in parts if "optim" not in part.name] or parts
+        yield (
+            f"it is a checkpoint of FSDP in parts; `accelerate merge-weights {models[0]} DIR` writes its weights; "
+            + _COMPLETE_IT
+        )
+    if "zero_to_fp32.py" in names:
+        yield (
+            f"it is a checkpoint of DeepSpeed in parts; `python {directory / 'zero_to_fp32.py'} {directory} DIR "
+            f"--safe_serialization` writes its weights; {_COMPLETE_IT}"
+        )
 
 
 def _foreign_weights(names: list[str], wanted: str) -> Iterator[str]:
@@ -63,12 +91,29 @@ def _foreign_weights(names: list[str], wanted: str) -> Iterator[str]:
             f"it holds weights in the form of their maker's own code ({found}); download {CONFIG_FILE} and the "
             "safetensors files in Hugging Face's form"
         )
-    pickles = [name for name in names if name.endswith(_PICKLES) and name not in _TRAINER_STATE]
+    pickles = [name for name in names if name.endswith(_PICKLES) and not _TRAINER_STATE.fullmatch(name)]
     if pickles:
         yield (
             f"it holds its weights as pickles ({listed(pickles)}), which can run any code when loaded; convert them in "
             f"a sandbox with {_WRITERS[wanted]} `save_pretrained` and load the safetensors files"
         )
+
+
+def _weights_elsewhere(directory: Path, names: list[str], stem: str) -> Iterator[str]:
+    """Say of safetensors files why they are not found."""
+    dangling = [name for name in names if name.endswith(".safetensors") and not (directory / name).exists()]
+    if dangling:
+        yield f"it has links to files that do not exist: {listed(dangling)}; download them again"
+    partial = [name for name in names if name.endswith(_UNFINISHED)]
+    partial += sorted(path.name for path in directory.glob(".cache/huggingface/download/*.incomplete"))
+    if partial:
+        yield f"it has files of a download that was not finished: {listed(partial)}; download the model again"
+    weights = [name for name in names if name.endswith(".safetensors")]
+    index = f"{stem}.safetensors.index.json"
+    if any(map(_SHARD.fullmatch, weights)) and index not in names:
+        yield f"its weights are in several files without their index, {index}; download that, too"
+    if len(weights) == 1 and weights[0] not in _WEIGHTS and index not in names:
+        yield f"its weights have another name, {weights[0]}; rename the file to {stem}.safetensors"
 
 
 def _base_model(directory: Path) -> str:

@@ -49,6 +49,8 @@ COMPANION_FILES = (
 )
 # Named chat templates, and tokenizers for certain versions of transformers or of Mistral's models.
 _COMPANION_PATTERNS = ("additional_chat_templates/*.jinja", "tokenizer.*.json", "tokenizer.model.v*")
+# Rotary tables that some files carry along; they follow from config.json.
+_DERIVED = re.compile(r"(?:.+\.)?rotary_emb\.\w+")
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors")
 
 
@@ -58,7 +60,7 @@ class ModelDirectory:
     Attributes:
         path: the directory.
         config: the contents of `config.json`.
-        tensors: every tensor of the model by name.
+        tensors: every tensor of the model by name, but for rotary tables, which follow from the configuration.
 
     Args:
         path: a directory with `config.json` and either `model.safetensors` or an index with its shards.
@@ -84,6 +86,8 @@ class ModelDirectory:
             )
         for file in files:
             for name, info in read_header(file).items():
+                if _DERIVED.fullmatch(name):
+                    continue
                 if name in self.tensors:
                     refuse(file, f"tensor {name!r} is also in {self.tensors[name].path.name}")
                 self.tensors[name] = info
@@ -158,7 +162,8 @@ class ModelDirectory:
             return
         weight_map = self._weight_map()
         found = {name: info.path.name for name, info in self.tensors.items()}
-        wrong = sorted(name for name in {*weight_map, *found} if weight_map.get(name) != found.get(name))
+        names = (name for name in {*weight_map, *found} if not _DERIVED.fullmatch(name))
+        wrong = sorted(name for name in names if weight_map.get(name) != found.get(name))
         if wrong:
             lines = [f"{name} (index: {weight_map.get(name)}, found in: {found.get(name)})" for name in wrong]
             refuse(self._index_path, f"does not fit its files: {listed(lines)}; write or download it again")

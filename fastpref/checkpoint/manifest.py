@@ -176,5 +176,6 @@ def refuse_damaged(directory: Path, problems: list[str]) -> None:
     """
     if problems:
         raise CheckpointError(
-            f"{directory} is damaged: {'; '.join(problems)}. Use another one; latest-valid is the newest undamaged"
+            f"{directory} is damaged: {'; '.join(problems)}. Use another one; latest-valid finds the newest that is "
+            "undamaged, if there is one"
         )

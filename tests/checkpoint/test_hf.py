@@ -207,7 +207,8 @@ def test_reader_refuses_an_index_that_does_not_fit(tmp_path: Path) -> None:
         index.write_text(json.dumps({"metadata": {"total_size": 0}, "weight_map": weight_map}))
         with pytest.raises(CheckpointError, match=message):
             ModelDirectory(path)
-    index.write_text(json.dumps({"metadata": {"total_size": 0}, "weight_map": good}))
+    tables = {"model.layers.0.self_attn.rotary_emb.inv_freq": first}  # read by nobody
+    index.write_text(json.dumps({"metadata": {"total_size": 0}, "weight_map": {**good, **tables}}))
     assert ModelDirectory(path).tensors.keys() == TENSORS.keys()
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -40,14 +41,17 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def files(project: Path, models: Path, tokenizer_dir: Path) -> Path:
     """A project whose run starts from `model`, with all of `models` beside it to be spoilt."""
-    import shutil
-
     for path in models.iterdir():
         shutil.copytree(path, project / path.name)
     text = (project / "run.yaml").read_text()
     start, stop = text.index("  config:"), text.index("data:")
     (project / "run.yaml").write_text(f"{text[:start]}  path: model\n{text[stop:]}")
     return project
+
+
+def rename_tensors(path: Path, old: str, new: str) -> None:
+    """Let the names of a file that begin with `old` begin with `new`."""
+    save_file({re.sub(f"^{old}", new, name): tensor for name, tensor in load_file(path).items()}, path)
 
 
 def rewrite(path: Path, **tensors: torch.Tensor | None) -> None:
@@ -161,7 +165,33 @@ CASES: dict[str, tuple[Break, tuple[str, ...], int, str]] = {
         lambda r: rewrite(file_of(r), v_head=torch.ones(1)),
         (),
         4,
-        "model: unexpected tensors: v_head",
+        "model: unexpected tensors: v_head; if the model does not need them, load it with transformers and save it",
+    ),
+    "reward model": (
+        lambda r: rewrite(file_of(r), lm_head__weight=None, score__weight=torch.ones(1, 16)),
+        (),
+        4,
+        "model: missing tensors: lm_head.weight; unexpected tensors: score.weight ",
+    ),
+    "wrapped": (
+        lambda r: rename_tensors(
+            file_of(r), r"model\.layers\.(\d)", r"module.model.layers.\1._checkpoint_wrapped_module"
+        ),
+        (),
+        4,
+        "the names hold those of a wrapper, as DDP, FSDP and torch.compile use: save the model inside of it",
+    ),
+    "saved without its head": (
+        lambda r: rename_tensors(r / "tied" / "model.safetensors", r"model\.", ""),
+        (TIED,),
+        4,
+        "the names lack model. at their beginning: load it with transformers' AutoModelForCausalLM and save it",
+    ),
+    "empty tensors": (
+        lambda r: rewrite(file_of(r), **{UP.replace(".", "__"): torch.zeros(0)}),
+        (),
+        4,
+        "config.json says [24, 16]; DeepSpeed's ZeRO-3 leaves empty tensors where it saves without gathering",
     ),
     "untied without head": (
         lambda r: rewrite(file_of(r), lm_head__weight=None),
@@ -221,6 +251,43 @@ CASES: dict[str, tuple[Break, tuple[str, ...], int, str]] = {
         4,
         "it holds its weights as pickles (pytorch_model.bin), which can run any code when loaded; convert them",
     ),
+    "trainer's state alone": (
+        lambda r: only(r, "config.json", "rng_state_0.pth", "optimizer.bin", "random_states_0.pkl"),
+        (),
+        4,
+        "model: has neither model.safetensors nor its index: found: config.json, optimizer.bin,",
+    ),
+    "shards without their index": (
+        lambda r: (r / "shards" / "model.safetensors.index.json").unlink(),
+        (SHARDS,),
+        4,
+        "its weights are in several files without their index, model.safetensors.index.json; download that, too",
+    ),
+    "another file name": (
+        lambda r: file_of(r).rename(r / "model" / "model.fp16.safetensors"),
+        (),
+        4,
+        "its weights have another name, model.fp16.safetensors; rename the file to model.safetensors",
+    ),
+    "link to nothing": (
+        lambda r: file_of(r).unlink() or file_of(r).symlink_to("../../blobs/1f0c"),
+        (),
+        4,
+        "it has links to files that do not exist: model.safetensors; download them again",
+    ),
+    "half a download": (
+        lambda r: only(r, "config.json", ".cache/huggingface/download/1f0c.incomplete"),
+        (),
+        4,
+        "it has files of a download that was not finished: 1f0c.incomplete; download the model again",
+    ),
+    "deepspeed": (
+        lambda r: only(r, "config.json", "zero_to_fp32.py", "latest", "rng_state_0.pth"),
+        (),
+        4,
+        "it is a checkpoint of DeepSpeed in parts; `python model/zero_to_fp32.py model DIR --safe_serialization` "
+        "writes its weights; put config.json and the tokenizer beside them and give DIR",
+    ),
     "consolidated": (
         lambda r: only(r, "consolidated.safetensors", "params.json"),
         (),
@@ -253,6 +320,12 @@ CASES: dict[str, tuple[Break, tuple[str, ...], int, str]] = {
     ),
     "megatron": (
         lambda r: only(r, "latest_checkpointed_iteration.txt"),
+        (),
+        4,
+        "has no config.json: it is a checkpoint of Megatron",
+    ),
+    "shards of megatron": (
+        lambda r: only(r, "__0_0.distcp", "metadata.json"),
         (),
         4,
         "has no config.json: it is a checkpoint of Megatron",
@@ -386,8 +459,6 @@ CASES: dict[str, tuple[Break, tuple[str, ...], int, str]] = {
 
 
 def make_both(root: Path) -> None:
-    import shutil
-
     for name in ("train", "reference"):
         shutil.copytree(root / "b", root / "both" / name)
 
@@ -452,6 +523,32 @@ def test_remedy_in_the_config_works(
         assert result.exit_code == 0, result.stderr
 
 
+def test_remedy_for_a_checkpoint_of_fsdp_works(files: Path, run_cli: Callable[..., Result]) -> None:
+    merge = pytest.importorskip("accelerate.utils").merge_fsdp_weights
+    parts = files / "model" / "pytorch_model_fsdp_0"
+    torch.distributed.checkpoint.save({"model": load_file(file_of(files))}, checkpoint_id=parts, no_dist=True)
+    file_of(files).unlink()
+    message = squeezed(run_cli("check", "run.yaml").stderr)
+    assert "it is a checkpoint of FSDP in parts; `accelerate merge-weights model/pytorch_model_fsdp_0 DIR`" in message
+    merge(str(parts), "whole")
+    shutil.copy("model/config.json", "whole")
+    assert run_cli("check", "run.yaml", "model.path=whole").exit_code == 0
+
+
+@pytest.mark.parametrize(("spoil", "folder"), [("unexpected tensor", "model"), ("saved without its head", "tied")])
+def test_transformers_saves_what_it_was_to_save_anew(
+    files: Path, run_cli: Callable[..., Result], spoil: str, folder: str
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    before = load_file(files / folder / "model.safetensors")
+    CASES[spoil][0](files)
+    AutoModelForCausalLM.from_pretrained(files / folder).save_pretrained("again")
+    assert run_cli("check", "run.yaml", "model.path=again").exit_code == 0
+    again = load_file("again/model.safetensors")
+    assert again.keys() == before.keys() and all(torch.equal(again[name], before[name]) for name in before)
+
+
 def test_remedy_for_a_run_given_as_a_model_works(project: Path, run_cli: Callable[..., Result]) -> None:
     assert run_cli("train", "run.yaml", "training.max_steps=1").exit_code == 0
     step = "out/checkpoints/step-1"
@@ -468,10 +565,19 @@ def test_remedy_for_a_run_given_as_a_model_works(project: Path, run_cli: Callabl
 # --- going on
 
 
+@pytest.fixture(scope="module")
+def first_step(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the output of a run of one step is kept, once a test has made it."""
+    return tmp_path_factory.mktemp("first-step") / "out"
+
+
 @pytest.fixture
-def stopped(project: Path, run_cli: Callable[..., Result]) -> Path:
+def stopped(project: Path, run_cli: Callable[..., Result], first_step: Path) -> Path:
     """A project with a run of one step."""
-    assert run_cli("train", "run.yaml", "training.max_steps=1", "lora.r=2").exit_code == 0
+    if not first_step.exists():
+        assert run_cli("train", "run.yaml", "training.max_steps=1", "lora.r=2").exit_code == 0
+        shutil.copytree("out", first_step)
+    shutil.copytree(first_step, "out", dirs_exist_ok=True)
     return project
 
 

@@ -15,12 +15,15 @@ from fastpref.run.architecture.adapters import adapter_shapes
 from fastpref.run.architecture.architecture import Architecture
 from fastpref.run.architecture.layouts import Columns, GateUp, QueryKeyValue
 from fastpref.run.architecture.lora_config import TARGETS, LoraConfig
-from fastpref.run.architecture.names import EMBEDDING, HEAD, is_expert, parameter_table
-from fastpref.run.architecture.peft_settings import adapted_modules, setting_problems
+from fastpref.run.architecture.model_files import empty_hint
+from fastpref.run.architecture.names import EMBEDDING, HEAD, is_expert, parameter_table, unwrapped
+from fastpref.run.architecture.peft_settings import MERGE, adapted_modules, setting_problems
 
 _TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_[AB]\.weight")
 # peft reads a tensor with and without the name that it gives to an adapter unless it is told another.
 _DEFAULT_NAME = re.compile(r"(\.lora_[AB])\.default\.(weight)$")
+_PREFIX = "base_model.model."
+_BEFORE = re.compile(r"^(?:.*\.)?(?=model\.layers\.)")
 _OTHER_NAME = re.compile(r"\.lora_[AB]\.[^.]+\.weight$")
 
 
@@ -47,12 +50,14 @@ class AdapterFiles:
                 twice.append(name)
             self._file_names[name] = file_name
         self._modules = sorted({match["module"] for match in map(_TENSOR.fullmatch, self._file_names) if match})
-        problems = [
-            *(f"{name} is there twice, with and without the name of the adapter" for name in twice),
-            *setting_problems(self._directory.config, lora, self._modules),
-            *self._scope_problems(arch),
-            *self._tensor_problems(arch, lora),
-        ]
+        settings = list(setting_problems(self._directory.config, lora, self._modules))
+        problems = [f"{name} is there twice, with and without the name of the adapter" for name in twice]
+        problems += settings
+        if misnamed := self._naming_problems(arch):  # what else is missing or unexpected follows from that
+            problems += misnamed
+        else:
+            problems += self._scope_problems(arch)
+            problems += self._tensor_problems(arch, lora, has_remedy=bool(settings))
         if problems:
             raise CheckpointError(f"{path}: {'; '.join(problems)}")
 
@@ -63,6 +68,21 @@ class AdapterFiles:
     def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
         """Read `[start:stop]` along `dim`."""
         return self._directory.read(self._file_names[name], dim, start, stop)
+
+    def _naming_problems(self, arch: Architecture) -> list[str]:
+        """Find tensors of layers that can be adapted under names that peft passes over without a word."""
+        linear = _linear_tensors(arch)
+        unread = [
+            name
+            for name in self._file_names
+            if name not in linear and (_OTHER_NAME.search(name) or _BEFORE.sub(_PREFIX, unwrapped(name)) in linear)
+        ]
+        if not unread:
+            return []
+        return [
+            f"tensors carry names under which peft does not read them: {listed(unread, 3)}; save the adapter with "
+            "peft's `save_pretrained`, from the model that a wrapper holds"
+        ]
 
     def _scope_problems(self, arch: Architecture) -> Iterator[str]:
         """Compare the layers that have tensors with those that peft would adapt: it reads no others."""
@@ -88,29 +108,22 @@ class AdapterFiles:
                 f"{listed(unread, 3)}"
             )
 
-    def _tensor_problems(self, arch: Architecture, lora: LoraConfig) -> Iterator[str]:
+    def _tensor_problems(self, arch: Architecture, lora: LoraConfig, *, has_remedy: bool) -> Iterator[str]:
         found, expected = self.shapes(), adapter_shapes(arch, lora)
         missing = sorted(set(expected) - set(found))
         unexpected = sorted(set(found) - set(expected))
         remedy = self._targets_remedy(arch)
         if missing:
             yield f"missing tensors: {listed(missing)}{remedy}"
-        linear = {f"base_model.model.{name}.lora_{kind}.weight" for name in _linear_modules(arch) for kind in "AB"}
+        linear = _linear_tensors(arch)
         adaptable = [name for name in unexpected if name in linear]
         if adaptable:
             yield f"unexpected tensors: {listed(adaptable)}{remedy}"
-        named = [name for name in unexpected if _OTHER_NAME.search(name)]
-        if named:
-            yield (
-                f"tensors carry the name of an adapter, under which peft does not read them: {listed(named, 3)}; save "
-                "the adapter with peft's `save_pretrained`"
-            )
-        others = [name for name in unexpected if name not in linear and name not in named]
+        others = [name for name in unexpected if name not in linear]
         if others:
             yield (
                 f"tensors of what cannot be adapted here, only {', '.join(TARGETS)} of dense layers can: "
-                f"{listed(others)}; merge the adapter into its model with peft's `merge_and_unload` and give "
-                "the result as model.path"
+                f"{listed(others)}{'' if has_remedy else f'; {MERGE}'}"
             )
         wrong = [
             f"{name} is {list(found[name])}, the model needs {list(shape)}"
@@ -118,14 +131,16 @@ class AdapterFiles:
             if name in found and found[name] != shape
         ]
         if wrong:
-            yield f"wrong shapes: {listed(wrong)}"
+            yield f"wrong shapes: {listed(wrong)}{empty_hint(found.values())}"
 
     def _targets_remedy(self, arch: Architecture) -> str:
         """Name the setting that fits the tensors, where there is one."""
         projections = {name.rpartition(".")[2] for name in self._modules}
         whole = {name for name in _linear_modules(arch) if name.rpartition(".")[2] in projections}
-        if not projections or whole != set(self._modules):
+        if not projections:
             return ""
+        if whole != set(self._modules):
+            return f"; an adapter of some layers alone is not supported: {MERGE}"
         return f"; set lora.target_modules to [{', '.join(name for name in TARGETS if name in projections)}]"
 
 
@@ -144,6 +159,11 @@ def _linear_modules(arch: Architecture) -> list[str]:
         if isinstance(layout, Columns | GateUp | QueryKeyValue) and name.endswith(".weight") and not is_expert(name)
         for file_name in layout.shapes
     ]
+
+
+def _linear_tensors(arch: Architecture) -> set[str]:
+    """The names that peft's files can have for layers that can be adapted."""
+    return {f"base_model.model.{name}.lora_{kind}.weight" for name in _linear_modules(arch) for kind in "AB"}
 
 
 def _parts(modules: Iterable[str]) -> str:

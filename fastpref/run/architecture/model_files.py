@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -12,10 +12,37 @@ from fastpref.checkpoint.headers import listed
 from fastpref.checkpoint.hf import CONFIG_FILE, ModelDirectory
 from fastpref.errors import CheckpointError
 from fastpref.run.architecture.architecture import Architecture
-from fastpref.run.architecture.names import DERIVED_TENSOR, EMBEDDING, HEAD, file_shapes
+from fastpref.run.architecture.names import EMBEDDING, HEAD, file_shapes, unwrapped
 
 # Rows of the embedding that are compared with the head's before all of both are read.
 _SAMPLE_ROWS = 128
+# What the names of all tensors but the head's begin with.
+_BODY = "model."
+
+
+class ModelFiles:
+    """A model directory as a source of tensors.
+
+    Of a tied model some writers keep the head and leave the embedding out: it is read under the embedding's name.
+
+    Args:
+        directory: the files.
+        arch: the model that they are read for.
+    """
+
+    def __init__(self, directory: ModelDirectory, arch: Architecture) -> None:
+        self._directory = directory
+        self._file_names = {name: name for name in directory.tensors}
+        if arch.tie_embeddings and EMBEDDING not in self._file_names and HEAD in self._file_names:
+            self._file_names[EMBEDDING] = self._file_names.pop(HEAD)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """List all tensors by name."""
+        return {name: self._directory.tensors[file_name].shape for name, file_name in self._file_names.items()}
+
+    def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
+        """Read `[start:stop]` along `dim`."""
+        return self._directory.read(self._file_names[name], dim, start, stop)
 
 
 def check_model_files(path: str | Path, arch: Architecture) -> None:
@@ -26,10 +53,11 @@ def check_model_files(path: str | Path, arch: Architecture) -> None:
     Raises:
         CheckpointError: files are missing, damaged or unsafe, or tensors do not fit; the message lists everything.
     """
-    directory = ModelDirectory(path)
-    problems = tensor_problems({name: info.shape for name, info in directory.tensors.items()}, arch)
-    if not problems and arch.tie_embeddings and HEAD in directory.tensors:
-        problems += _tie_problems(directory)
+    files = ModelFiles(ModelDirectory(path), arch)
+    shapes = files.shapes()
+    problems = tensor_problems(shapes, arch)
+    if not problems and arch.tie_embeddings and HEAD in shapes:
+        problems += _tie_problems(files, shapes[EMBEDDING][0])
     if problems:
         raise CheckpointError(f"{path}: {'; '.join(problems)}")
 
@@ -53,6 +81,16 @@ def tie_problem() -> str:
     )
 
 
+def empty_hint(shapes: Iterable[tuple[int, ...]]) -> str:
+    """Say where tensors without values come from, if there are any."""
+    if (0,) not in shapes:
+        return ""
+    return (
+        "; DeepSpeed's ZeRO-3 leaves empty tensors where it saves without gathering: set "
+        "stage3_gather_16bit_weights_on_model_save, or put its checkpoint together with zero_to_fp32.py"
+    )
+
+
 def same_values(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors of one shape hold the same numbers, in whatever formats."""
     dtype = torch.promote_types(one.dtype, other.dtype)
@@ -63,14 +101,25 @@ def _name_problems(found: Mapping[str, tuple[int, ...]], arch: Architecture) -> 
     expected = file_shapes(arch)
     allowed = {HEAD} if arch.tie_embeddings else set()
     unexpected = [name for name in found if name not in expected and name not in allowed]
-    unexpected = [name for name in unexpected if not DERIVED_TENSOR.fullmatch(name)]
     missing = [name for name in expected if name not in found]
     if missing:
-        is_tie = missing == [HEAD]
-        remedy = f"; set tie_word_embeddings to true in {CONFIG_FILE} if the head is the embedding" if is_tie else ""
-        yield f"missing tensors: {listed(missing)}{remedy}"
+        yield f"missing tensors: {listed(missing)}{_missing_remedy(missing, unexpected)}"
     if unexpected:
-        yield f"unexpected tensors: {listed(sorted(unexpected))}"
+        # with tensors missing, transformers would make up others in their place
+        drop = "; if the model does not need them, load it with transformers and save it again, which drops them"
+        yield f"unexpected tensors: {listed(sorted(unexpected))}{'' if missing else drop}"
+
+
+def _missing_remedy(missing: list[str], unexpected: list[str]) -> str:
+    """Say how a head, or tensors that are there under other names, got lost."""
+    if missing == [HEAD] and not unexpected:
+        return f"; set tie_word_embeddings to true in {CONFIG_FILE} if the head is the embedding"
+    others = set(unexpected)
+    if EMBEDDING in missing and all(name.removeprefix(_BODY) in others for name in missing):
+        return "; the names lack model. at their beginning: load it with transformers' AutoModelForCausalLM and save it"
+    if {*missing} <= {unwrapped(name) for name in unexpected}:
+        return "; the names hold those of a wrapper, as DDP, FSDP and torch.compile use: save the model inside of it"
+    return ""
 
 
 def _shape_problems(found: Mapping[str, tuple[int, ...]], arch: Architecture) -> Iterator[str]:
@@ -79,7 +128,8 @@ def _shape_problems(found: Mapping[str, tuple[int, ...]], arch: Architecture) ->
     wrong = [name for name, shape in shapes.items() if name in found and tuple(found[name]) != shape]
     if not wrong:
         return
-    remedy, sizes = "", {tuple(found[name]) for name in wrong}
+    sizes = {tuple(found[name]) for name in wrong}
+    remedy = empty_hint(sizes)
     if {*wrong} == {EMBEDDING, HEAD} & {*found} and len(sizes) == 1:
         ((rows, *width),) = sizes
         if width == [arch.hidden_size]:
@@ -88,10 +138,9 @@ def _shape_problems(found: Mapping[str, tuple[int, ...]], arch: Architecture) ->
     yield f"wrong shapes: {listed(lines)}{remedy}"
 
 
-def _tie_problems(directory: ModelDirectory) -> Iterator[str]:
-    num_rows = directory.tensors[EMBEDDING].shape[0]
+def _tie_problems(files: ModelFiles, num_rows: int) -> Iterator[str]:
     for row in range(0, num_rows, -(-num_rows // _SAMPLE_ROWS)):
-        embedding, head = (directory.read(name, 0, row, row + 1) for name in (EMBEDDING, HEAD))
+        embedding, head = (files.read(name, 0, row, row + 1) for name in (EMBEDDING, HEAD))
         if not same_values(embedding, head):
             yield tie_problem()
             return

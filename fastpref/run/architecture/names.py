@@ -9,13 +9,13 @@ from fastpref.run.architecture.families import FAMILIES
 from fastpref.run.architecture.layouts import Columns, GateUp, Layout, QueryKeyValue, Replicated, VocabRows
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-# Rotary tables that older files carry along; they follow from config.json.
-DERIVED_TENSOR = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 # Transformer Engine keeps a norm inside the linear layer that follows it.
 _FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
+# Names that wrappers of a module put among those of its parameters.
+_WRAPPER = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 # One module per expert, or Transformer Engine's one module with one weight per expert.
 _EXPERT = re.compile(r"mlp\.experts\.(?:local_experts\.(\d+)\.(linear_fc[12])\.weight|(linear_fc[12])\.weight(\d+))")
@@ -106,6 +106,11 @@ def is_expert(name: str) -> bool:
 def file_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
     """List the tensors of the model's files with their shapes, in file order."""
     return {name: shape for layout in parameter_table(arch).values() for name, shape in layout.shapes.items()}
+
+
+def unwrapped(name: str) -> str:
+    """Take the names of wrappers out of that of a tensor: DDP's, FSDP's, those of compiling and checkpointing."""
+    return _WRAPPER.sub("", name)
 
 
 def table_name(name: str, layer_offset: int, expert_offset: int = 0) -> str:

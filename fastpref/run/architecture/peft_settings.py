@@ -18,29 +18,31 @@ INERT = {
     *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "runtime_config"),
     # how it was trained, and where its first values came from: read together with `init_lora_weights` alone
     *("lora_dropout", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+    # biases that were trained are tensors of the file; peft asks about the form of no weight of these models
+    *("bias", "fan_in_fan_out"),
+    # how ms-swift trained it
+    *("lora_dtype", "lorap_lr_ratio", "lorap_emb_lr"),
     # details of `megatron_config` and `use_qalora`, which have to be off
     *("megatron_core", "qalora_group_size"),
 }
 """Fields that change nothing about an adapter whose tensors are there."""
-_MERGE = "merge it into its model with peft's `merge_and_unload` and give the result as model.path"
+MERGE = "merge it into its model with peft's `merge_and_unload` and give the result as model.path"
 _RETRAIN = "train an adapter without it"
 # Field -> values that mean that it is off, and what to do where it is on.
 _OFF: dict[str, tuple[tuple[Any, ...], str]] = {
     "alora_invocation_tokens": ((None, []), _RETRAIN),
     "arrow_config": ((None, {}), _RETRAIN),
-    "bias": (("none", None), _MERGE),
-    "ensure_weight_tying": ((False, None), _MERGE),
-    "fan_in_fan_out": ((False, None), _MERGE),
-    "kasa_config": ((None, {}), _MERGE),
+    "ensure_weight_tying": ((False, None), MERGE),
+    "kasa_config": ((None, {}), MERGE),
     "layer_replication": ((None, []), _RETRAIN),
-    "lora_bias": ((False, None), _MERGE),
+    "lora_bias": ((False, None), _RETRAIN),
     "megatron_config": ((None, {}), _RETRAIN),
-    "modules_to_save": ((None, []), _MERGE),
+    "modules_to_save": ((None, []), MERGE),
     "monteclora_config": ((None, {}), _RETRAIN),
-    "target_parameters": ((None, []), _MERGE),
-    "trainable_token_indices": ((None, [], {}), _MERGE),
+    "target_parameters": ((None, []), MERGE),
+    "trainable_token_indices": ((None, [], {}), MERGE),
     "use_bdlora": ((None, False, {}), _RETRAIN),
-    "use_dora": ((False, None), _MERGE),
+    "use_dora": ((False, None), MERGE),
     "use_qalora": ((False, None), _RETRAIN),
     "velora_config": ((None, {}), _RETRAIN),
 }
@@ -138,7 +140,7 @@ def _start_problems(start: Any) -> Iterator[str]:
     if isinstance(start, str) and start.lower().startswith(_BASE_CHANGING):
         yield (
             f"init_lora_weights {start!r} is not supported: peft changes the base model's weights for such an adapter; "
-            + _MERGE
+            + MERGE
         )
     else:
         yield f"init_lora_weights {start!r} is not supported; {_RETRAIN}"
@@ -181,8 +183,10 @@ def _pattern_problems(
         lines = [f"{name} {number}" for name, number in found.items() if number != value] or list(found)
         yield (
             f"{pattern_key} gives layers another {key} than {value}, which is not supported: {listed(lines, 3)}; "
-            + _MERGE
+            + MERGE
         )
+    elif numbers[0] <= 0:
+        yield f"{key} must be above 0, got {numbers[0]!r}; {MERGE}"
     elif numbers != [wanted]:
         yield f"{key} is {numbers[0]!r}, the run has {wanted!r}; set lora.{key} to {numbers[0]!r}"
 

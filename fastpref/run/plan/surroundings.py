@@ -65,9 +65,9 @@ def check_output(config: RunConfig) -> None:
         ConfigError: it cannot be written, or holds checkpoints that the run does not continue.
         CheckpointError: another process holds it.
     """
-    raise_if_any(_output_problems(config))
     if launched_rank() == 0:
         refuse_if_held(Path(config.training.output_dir))
+    raise_if_any(_output_problems(config))
 
 
 def require_packages(args: TrainingArguments) -> None:

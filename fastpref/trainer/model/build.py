@@ -34,6 +34,7 @@ from megatron.core.utils import unwrap_model
 from fastpref.checkpoint.hf import ModelDirectory, read_config
 from fastpref.errors import CheckpointError, ConfigError, Problem, raise_if_any
 from fastpref.run.architecture.architecture import Architecture
+from fastpref.run.architecture.model_files import ModelFiles
 from fastpref.run.config.layout import model_problems, size_problems
 from fastpref.run.plan.pipeline import PipelinePlan, expert_stage_problems, plan_pipeline
 from fastpref.trainer.model.attention import RMSNorm, SDPACoreAttention
@@ -132,7 +133,7 @@ def load_models(
     assert directory is not None
     try:
         arch = architecture or Architecture.from_hf(directory.config)
-        return _filled(arch, options or ModelOptions(), _Files(directory))
+        return _filled(arch, options or ModelOptions(), ModelFiles(directory, arch))
     except ConfigError as error:
         raise ConfigError(error.problems, str(directory.path)) from error
     except CheckpointError as error:
@@ -180,17 +181,6 @@ def save_hf(
     arch = architecture or Architecture.from_hf(config)
     parameters = MergedParameters(chunks)
     save_parameters(parameters, arch, Path(out_dir), config, companions, dtype, max_shard_bytes, replaced)
-
-
-class _Files:
-    """A model directory as a source of tensors."""
-
-    def __init__(self, directory: ModelDirectory) -> None:
-        self.read = directory.read
-        self._directory = directory
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: info.shape for name, info in self._directory.tensors.items()}
 
 
 def _filled(arch: Architecture, options: ModelOptions, source: TensorSource) -> list[GPTModel]:

@@ -125,22 +125,37 @@ ACCEPTED: dict[str, dict[str, Any]] = {
     "qalora off": {"use_qalora": False, "qalora_group_size": 32},
     "a newer peft": {"peft_version": "9.0", "use_x": False, "x_config": None, "x_list": [], "x_map": {}, "x_name": ""},
     "an older peft": {"merge_weights": False, "enable_lora": None},
+    "ms-swift": {"lora_dtype": "AUTO", "lorap_lr_ratio": 16.0, "lorap_emb_lr": 1e-6},
+    "biases of layers that have none": {"bias": "all"},
+    "weights as in other models": {"fan_in_fan_out": True},
 }
+
+
+@pytest.fixture(scope="module")
+def plain_answer(saved: Saved) -> torch.Tensor:
+    """What the run's settings and the adapter's tensors give, whatever else its file says."""
+    return answer(saved, saved.adapter)
+
+
+def assert_answers_plainly(saved: Saved, path: Path, plain_answer: torch.Tensor) -> None:
+    AdapterFiles(path, saved.arch, lora_of(path))
+    torch.testing.assert_close(plain_answer, answer_of_peft(saved, path), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ACCEPTED)
-def test_adapter_answers_as_in_peft(saved: Saved, tmp_path: Path, kind: str) -> None:
-    path = saved.changed(tmp_path / "adapter", ACCEPTED[kind])
-    torch.testing.assert_close(answer(saved, path), answer_of_peft(saved, path), rtol=1e-4, atol=1e-4)
+def test_adapter_answers_as_in_peft(saved: Saved, plain_answer: torch.Tensor, tmp_path: Path, kind: str) -> None:
+    assert_answers_plainly(saved, saved.changed(tmp_path / "adapter", ACCEPTED[kind]), plain_answer)
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_adapter_with_the_fields_of_the_first_peft_answers_as_in_peft(saved: Saved, tmp_path: Path) -> None:
+def test_adapter_with_the_fields_of_the_first_peft_answers_as_in_peft(
+    saved: Saved, plain_answer: torch.Tensor, tmp_path: Path
+) -> None:
     kept = {"peft_type", "base_model_name_or_path", "target_modules", "r", "lora_alpha", "task_type", "bias"}
     config = json.loads((saved.adapter / "adapter_config.json").read_text())
     path = saved.changed(tmp_path / "adapter", {}, removed=tuple({*config} - kept))
-    torch.testing.assert_close(answer(saved, path), answer_of_peft(saved, path), rtol=1e-4, atol=1e-4)
+    assert_answers_plainly(saved, path, plain_answer)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -151,10 +166,12 @@ def test_adapter_of_16_bits_answers_as_in_peft(saved: Saved, tmp_path: Path, dty
     torch.testing.assert_close(answer(saved, path), answer_of_peft(saved, path), rtol=1e-4, atol=1e-4)
 
 
-def test_adapter_beside_that_of_a_reference_answers_as_in_peft(saved: Saved, tmp_path: Path) -> None:
+def test_adapter_beside_that_of_a_reference_answers_as_in_peft(
+    saved: Saved, plain_answer: torch.Tensor, tmp_path: Path
+) -> None:
     path = saved.changed(tmp_path / "adapter", {})
     saved.changed(path / "reference", {"use_rslora": True})
-    torch.testing.assert_close(answer(saved, path), answer_of_peft(saved, path), rtol=1e-4, atol=1e-4)
+    assert_answers_plainly(saved, path, plain_answer)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -181,12 +198,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         for key, value in {
             "alora_invocation_tokens": [1, 2],
             "arrow_config": {"top_k": 2},
-            "bias": "all",
             "ensure_weight_tying": True,
-            "fan_in_fan_out": True,
             "kasa_config": {"beta": 1.0},
             "layer_replication": [[0, 2], [1, 4]],
-            "lora_bias": True,
             "megatron_config": {"hidden_size": 8},
             "modules_to_save": ["lm_head"],
             "monteclora_config": {"num_samples": 2},
@@ -198,6 +212,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
             "velora_config": {"num_groups": 2},
         }.items()
     },
+    # peft merges no bias into a layer that has none
+    "bias of B": ({"lora_bias": True}, "lora_bias True is not supported; train an adapter without it"),
     "dora as a text": ({"use_dora": "false"}, "use_dora 'false' is not supported"),
     "dora as a number": ({"use_dora": 1}, "use_dora 1 is not supported"),
     "unknown, on": ({"use_x": True}, "use_x True is not known here"),
@@ -211,6 +227,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "alpha as a text": ({"lora_alpha": "6"}, "lora_alpha must be a number, got '6'"),
     "alpha as a truth": ({"lora_alpha": True}, "lora_alpha must be a number, got True"),
     "alpha not finite": ({"lora_alpha": float("nan")}, "lora_alpha must be a number, got nan"),
+    "no alpha": ({"lora_alpha": 0}, "lora_alpha must be above 0, got 0; merge it into its model"),
     "another alpha": ({"lora_alpha": 6.5}, "lora_alpha is 6.5, the run has 6.0; set lora.lora_alpha to 6.5"),
     "rslora": ({"use_rslora": True}, "use_rslora is True, the run has False; set lora.use_rslora to true"),
     "rslora as a text": ({"use_rslora": "false"}, "use_rslora must be true or false, got 'false'"),
@@ -297,7 +314,6 @@ def test_targets_that_fit_are_named_and_fit(
         (f"{Q_NAME}.lora_B.bias", "tensors of what cannot be adapted here"),
         (f"{Q_NAME}.base_layer.bias", "tensors of what cannot be adapted here"),
         ("base_model.model.model.layers.0.mlp.experts.3.up_proj.lora_A.weight", "tensors of what cannot be adapted"),
-        ("model.layers.0.self_attn.q_proj.lora_A.weight", "tensors of what cannot be adapted here"),
     ],
 )
 def test_tensors_of_what_is_never_adapted_are_called_that(
@@ -311,30 +327,55 @@ def test_tensors_of_what_is_never_adapted_are_called_that(
     assert "lora.target_modules" not in found
 
 
-def renamed(path: Path, name: str) -> Path:
+def renamed(path: Path, old: str, new: str) -> Path:
     file = path / "adapter_model.safetensors"
-    save_file({key.replace(".weight", f".{name}.weight"): tensor for key, tensor in load_file(file).items()}, file)
+    save_file({key.replace(old, new): tensor for key, tensor in load_file(file).items()}, file)
     return path
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_names_with_that_of_pefts_own_adapter_are_read_as_in_peft(saved: Saved, tmp_path: Path) -> None:
-    path = renamed(saved.changed(tmp_path / "adapter", {}), "default")
-    expected = answer_of_peft(saved, path)
-    torch.testing.assert_close(answer(saved, path), expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(expected, answer_of_peft(saved, saved.adapter))
+    path = renamed(saved.changed(tmp_path / "adapter", {}), ".weight", ".default.weight")
+    torch.testing.assert_close(answer(saved, path), answer_of_peft(saved, path), rtol=1e-4, atol=1e-4)
     file = path / "adapter_model.safetensors"
     save_file({**load_file(file), f"{Q_NAME}.lora_A.weight": torch.zeros(4, 48)}, file)
     assert f"{Q_NAME}.lora_A.weight is there twice" in refusal(saved, path)
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_names_with_that_of_another_adapter_are_not_read_by_peft_either(saved: Saved, tmp_path: Path) -> None:
-    path = renamed(saved.changed(tmp_path / "adapter", {}), "policy")
-    assert "tensors carry the name of an adapter, under which peft does not read them" in refusal(saved, path)
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (".weight", ".policy.weight"),
+        ("base_model.model.model.", "base_model.model._orig_mod.model."),
+        ("base_model.model.", "_fsdp_wrapped_module.base_model.model."),
+        (".lora_", "._checkpoint_wrapped_module.lora_"),
+        ("base_model.model.", "base_model.model.base_model.model."),
+        ("base_model.model.", ""),
+    ],
+)
+def test_names_that_peft_does_not_read_are_refused(saved: Saved, tmp_path: Path, old: str, new: str) -> None:
+    path = renamed(saved.changed(tmp_path / "adapter", {}), old, new)
+    message = refusal(saved, path)
+    assert "tensors carry names under which peft does not read them" in message
+    assert "missing" not in message and "merge" not in message
     with torch.no_grad():
         base = saved.base(hf_oracle.make_problem(96).input_ids_SL).logits
     torch.testing.assert_close(answer_of_peft(saved, path), base)
+
+
+def test_an_adapter_of_some_layers_alone_is_to_be_merged(saved: Saved, tmp_path: Path) -> None:
+    path = saved.changed(tmp_path / "adapter", {"layers_to_transform": [1, 2]})
+    file = path / "adapter_model.safetensors"
+    save_file({name: t for name, t in load_file(file).items() if ".layers.1." in name or ".layers.2." in name}, file)
+    assert "an adapter of some layers alone is not supported: merge it into its model" in refusal(saved, path)
+
+
+def test_empty_tensors_are_called_those_of_zero_3(saved: Saved, tmp_path: Path) -> None:
+    path = saved.changed(tmp_path / "adapter", {})
+    file = path / "adapter_model.safetensors"
+    save_file({name: torch.zeros(0) for name in load_file(file)}, file)
+    assert "DeepSpeed's ZeRO-3 leaves empty tensors where it saves without gathering" in refusal(saved, path)
 
 
 def test_an_adapter_of_mlx_is_called_that(saved: Saved, tmp_path: Path) -> None:

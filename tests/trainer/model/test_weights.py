@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron_runs import Layout
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file, save_model
 
 from fastpref.errors import CheckpointError, ConfigError
 from fastpref.run.architecture.layouts import Columns, GateUp, QueryKeyValue, Replicated, VocabRows
@@ -226,10 +226,25 @@ def test_build_models_pads_the_vocabulary_with_zero_rows(rank_pool_2: RankPool) 
 # --- refusals
 
 
-def test_load_models_skips_rotary_tables_of_older_files(llama: Path, tmp_path: Path, one_rank) -> None:
+def test_load_models_skips_rotary_tables(llama: Path, tmp_path: Path, one_rank) -> None:
     before = hf_oracle.read_tensors(llama)
-    edit(llama, model__layers__0__self_attn__rotary_emb__inv_freq=torch.ones(6))
+    edit(
+        llama,
+        model__layers__0__self_attn__rotary_emb__inv_freq=torch.ones(6),
+        model__rotary_emb__inv_freq=torch.ones(6),
+        **{"model__layers__1__self_attn__rotary_emb__cos_cached": torch.ones(9, 12)},
+    )
     save_hf(load_models(llama), tmp_path / "out", llama)
+    hf_oracle.assert_same_bits(hf_oracle.read_tensors(tmp_path / "out"), before)
+
+
+def test_load_models_reads_an_embedding_that_was_saved_as_the_head(tmp_path: Path, one_rank) -> None:
+    model = hf_oracle.make_model("llama-tied-odd-vocab")
+    path = hf_oracle.save(model, tmp_path / "model")
+    before = hf_oracle.read_tensors(path)
+    save_model(model, str(path / "model.safetensors"))  # keeps the first of two names
+    assert "model.embed_tokens.weight" not in load_file(path / "model.safetensors")
+    save_hf(load_models(path), tmp_path / "out", path)
     hf_oracle.assert_same_bits(hf_oracle.read_tensors(tmp_path / "out"), before)
 
 
