@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from fastpref.run.config.arguments import TrainingArguments
 
 METRICS_FILE = "metrics.jsonl"
-_STATUS = {"loss": "loss {:.3f}", "rewards/accuracies": "acc {:.3f}", "rewards/margins": "margin {:.3f}"}
+_STATUS = {"loss": "loss {:.3f}", "rewards/accuracies": "acc {:.3f}", "rewards/margins": "margin {:z.3f}"}
 _LINE = {
     "loss": "loss {:.4f}",
     "rewards/accuracies": "accuracy {:.3f}",
-    "rewards/margins": "margin {:.4f}",
+    "rewards/margins": "margin {:z.4f}",
     "lr": "lr {:.2e}",
     "perf/pairs_per_second": "{:,.1f} pairs/s",
     "perf/tokens_per_second": "{:,.0f} tokens/s",
@@ -34,7 +34,7 @@ _LINE = {
 _EVALUATION = {
     "eval_loss": "loss {:.4f}",
     "eval_rewards/accuracies": "accuracy {:.3f}",
-    "eval_rewards/margins": "margin {:.4f}",
+    "eval_rewards/margins": "margin {:z.4f}",
 }
 
 
