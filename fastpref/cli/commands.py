@@ -19,7 +19,7 @@ from fastpref.cli.exit_codes import PREEMPTED
 from fastpref.cli.failures import ReportingGroup
 from fastpref.cli.kernel_commands import kernels
 from fastpref.cli.printing import show
-from fastpref.errors import ConfigError
+from fastpref.errors import ConfigError, MissingDependencyError
 from fastpref.files import write_durably
 
 if TYPE_CHECKING:
@@ -74,6 +74,8 @@ def train(config_path: Path, overrides: tuple[str, ...], export_dir: Path | None
     from fastpref.trainer.ranks import platform
 
     config = _load(config_path, overrides)
+    if missing := _missing_writers(config):
+        raise MissingDependencyError("; ".join(missing))
     if export_dir is not None:
         export.check_export(config, export_dir, merge=merge)
     elif merge:
@@ -217,6 +219,7 @@ def check(config_path: Path, overrides: tuple[str, ...], world_size: int | None)
         tables.memory(preview.estimate_memory(run), preview.full_logits_bytes(run)),
         f"{config_path} is valid.",
         None if _is_installed("megatron") else 'Training it needs megatron: pip install "fastpref[megatron]"',
+        *(f"Training it needs more: {missing}" for missing in _missing_writers(config)),
     )
 
 
@@ -236,6 +239,12 @@ def _load(config_path: Path, overrides: tuple[str, ...]) -> RunConfig:
     from fastpref.run.config.run_file import load_run_config
 
     return load_run_config(config_path, overrides)
+
+
+def _missing_writers(config: RunConfig) -> list[str]:
+    from fastpref.run.record.reporting import MISSING
+
+    return [MISSING[name] for name in config.training.report_to if not _is_installed(name)]
 
 
 def _is_installed(package: str) -> bool:

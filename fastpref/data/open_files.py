@@ -32,8 +32,20 @@ def status(path: str) -> os.stat_result:
         raise DataError(f"cannot be read: {reason}; {hint}", path) from error
 
 
+def model_hub_hint(path: str) -> str:
+    """Return the remedy for a missing directory whose name is that of a model on a hub; empty for another name."""
+    if not _HUB_NAME.fullmatch(path):
+        return ""
+    folder = path.rpartition("/")[2]
+    return f"if this is the name of a model on a hub, `hf download {path} --local-dir {folder}` and write {folder}"
+
+
 def hub_hint(path: str) -> str:
     """Return the remedy for a missing file whose name is that of a data set on a hub; empty for another name."""
+    if "," in path:
+        return f"several files are a list, [{path}]"
+    if "://" in path:
+        return "only local files are read; download it and write the path"
     if Path(path).suffix.lower() in DATA_SUFFIXES.keys() | _COMPRESSED or not _HUB_NAME.fullmatch(path):
         return ""
     return (

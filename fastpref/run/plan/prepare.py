@@ -26,7 +26,7 @@ from fastpref.data import (
     resolve_pad_token_id,
 )
 from fastpref.data.chat import with_chat_template
-from fastpref.data.open_files import hub_hint
+from fastpref.data.open_files import hub_hint, model_hub_hint
 from fastpref.errors import ConfigError, Problem, raise_if_any
 from fastpref.run.architecture.adapters import AdapterFiles, adapted_linears
 from fastpref.run.architecture.architecture import Architecture
@@ -235,7 +235,8 @@ def _path_problems(config: RunConfig, for_training: bool, saves: bool) -> Iterat
     relative_to = f"relative paths start at the current directory, {Path.cwd()}"
     for key, path in given:
         if not Path(path).is_dir():
-            yield Problem(key, f": {path!r} is not a directory; {relative_to}")
+            hint = model_hub_hint(path)
+            yield Problem(key, f": {path!r} is not a directory; {relative_to}{hint and f'; {hint}'}")
     for key, path in files:
         if not Path(path).exists():
             hint = hub_hint(path)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from fastpref.errors import MissingDependencyError
+from fastpref.errors import ConfigError, MissingDependencyError
 from fastpref.files import write_durably
 from fastpref.run.plan.announce import announce, clock
 
@@ -36,6 +36,13 @@ _EVALUATION = {
     "eval_rewards/accuracies": "accuracy {:.3f}",
     "eval_rewards/margins": "margin {:z.4f}",
 }
+
+MISSING = {
+    "tensorboard": 'report_to "tensorboard" needs that package: pip install "fastpref[megatron]"',
+    "wandb": 'report_to "wandb" needs that package: pip install wandb',
+}
+
+"""What is said where the package of a target of `report_to`, which has its name, is not installed."""
 
 
 class RunReporter:
@@ -170,9 +177,7 @@ class _TensorBoardWriter:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise MissingDependencyError(
-                'report_to "tensorboard" needs the tensorboard package: pip install "fastpref[megatron]"'
-            ) from error
+            raise MissingDependencyError(MISSING["tensorboard"]) from error
         # `purge_step` hides the events of steps that a resumed run repeats.
         self._writer = SummaryWriter(str(directory), purge_step=first_step + 1)
 
@@ -189,8 +194,14 @@ class _WandbWriter:
         try:
             import wandb
         except ImportError as error:
-            raise MissingDependencyError('report_to "wandb" needs that package: pip install wandb') from error
-        self._run = wandb.init(dir=str(directory))
+            raise MissingDependencyError(MISSING["wandb"]) from error
+        try:
+            self._run = wandb.init(dir=str(directory))
+        except Exception as error:  # of its own kinds, or of its network's
+            raise ConfigError(
+                f"report_to: wandb did not start: {type(error).__name__}: {error}; log in with `wandb login`, set "
+                "WANDB_MODE=offline, or leave it out"
+            ) from error
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log(dict(metrics), step=step)
