@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny_project import MODEL, write_pairs
 
+from fastpref.cli import commands
 from fastpref.run.config.layout import ParallelLayout
 from fastpref.run.plan.pipeline import plan_pipeline
 
@@ -38,6 +39,17 @@ def test_check_shows_the_plan(project: Path, run_cli) -> None:
         assert part in output, part
     assert "Pair 2" not in output
     assert not (project / "out").exists()
+
+
+def test_a_package_that_training_lacks_is_named_before_anything_is_read(
+    project: Path, run_cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commands, "_is_installed", lambda name: name != "wandb")
+    settings = ("run.yaml", "training.report_to=[tensorboard, wandb]", "training.disable_progress=false")
+    checked, started = run_cli("check", *settings), run_cli("train", *settings)
+    assert checked.exit_code == 0 and checked.stdout.endswith("needs that package: pip install wandb\n")
+    assert started.exit_code == 2
+    assert started.stderr == 'fastpref: config error: report_to "wandb" needs that package: pip install wandb\n'
     assert not torch.distributed.is_initialized()
 
 
