@@ -62,7 +62,11 @@ def candidates(root: Path, wanted: str) -> list[Path]:
             f"{path} is no checkpoint of fastpref; give a model as model.path, an adapter as lora.path"
         )
     if not (path / MANIFEST_FILE).is_file():
-        raise CheckpointError(f"{path} is not a finished checkpoint: {MANIFEST_FILE} is missing")
+        inside = [
+            step_directory(holder, step) for holder in (path, path / "checkpoints") for step in finished_steps(holder)
+        ]
+        hint = f"; name one that it holds, such as {inside[-1]}" if inside else ""
+        raise CheckpointError(f"{path} is not a finished checkpoint: {MANIFEST_FILE} is missing{hint}")
     return [path]
 
 

@@ -153,7 +153,7 @@ def test_resume_with_allowed_changes_follows_the_new_settings(quiet_args, tmp_pa
     new = {"learning_rate": 4e-2, "min_lr": 1e-2, "adam_beta2": 0.9, "adam_epsilon": 1e-6, "weight_decay": 0.1}
     allowed = {"resume_from_checkpoint": checkpoint(tmp_path), "resume_allow_changes": (*new, "loss")}
     config = DPOConfig(beta=0.5)
-    resumed = finish(quiet_args(**options | new | allowed), config)
+    resumed = finish(quiet_args(output_dir=str(tmp_path / "changed"), **options | new | allowed), config)
     whole = finish(quiet_args(output_dir=str(tmp_path / "new"), **options | new), config)
     rates = [record["lr"] for record in whole.log_history if "lr" in record]
     assert [record["lr"] for record in resumed.log_history if "lr" in record] == rates[2:]

@@ -165,6 +165,9 @@ def load_weights(path: Path, models: Sequence[torch.nn.Module]) -> dict[str, Any
     return whole
 
 
+_MEANINGS = {"train_data_sha256": " (the tokens of the training pairs, so files, tokenizer, template or limits)"}
+
+
 def _require_same(
     path: Path, saved: Mapping[str, Any], now: Mapping[str, Any], may_differ: Collection[str] = ()
 ) -> None:
@@ -172,7 +175,9 @@ def _require_same(
     changed = {name: _setting(name) for name in found if _setting(name) not in may_differ}
     if not changed:
         return
-    lines = "; ".join(f"{name}: saved {found[name][0]!r}, now {found[name][1]!r}" for name in changed)
+    lines = "; ".join(
+        f"{name}{_MEANINGS.get(name, '')}: saved {found[name][0]!r}, now {found[name][1]!r}" for name in changed
+    )
     remedy = "Use the saved settings or start a new run"
     if set(changed.values()) <= set(CHANGEABLE):
         allowed = ", ".join(sorted({*changed.values(), *may_differ}))
