@@ -67,7 +67,7 @@ def test_table_of_text_has_its_remedy(write) -> None:
         list(read_pairs(write("prompt,chosen,rejected\na,b,c\n", "pairs.csv")))
 
 
-@pytest.mark.parametrize("name", ["trl-lib/ultrafeedback_binarized", "trl-lib/ultrafeedback_binarized", "a/v1.5-mix"])
+@pytest.mark.parametrize("name", ["trl-lib/ultrafeedback_binarized", "argilla/dpo-mix-7k", "a/v1.5-mix"])
 def test_name_of_a_hub_has_its_remedy(name: str) -> None:
     with pytest.raises(DataError, match=r"No such file.*name of a data set on a hub, save one of its splits") as caught:
         list(read_pairs(name))
