@@ -60,11 +60,22 @@ def candidates(root: Path, wanted: str) -> list[Path]:
         newest_first = [step_directory(root, step) for step in reversed(steps)]
         return newest_first[:1] if wanted == "latest" else newest_first
     path = Path(wanted)
-    if not (path / MANIFEST_FILE).is_file():
+    if not path.is_dir():
         raise CheckpointError(
-            f"{path} is not a finished checkpoint: {MANIFEST_FILE} is missing; give the directory step-N of a run's "
-            "checkpoints, or latest"
+            f"{path} is no directory; name one of a checkpoint, or write latest for that of output_dir"
         )
+    if (path / "config.json").is_file() or (path / "trainer_state.json").is_file():
+        raise CheckpointError(
+            f"{path} is no checkpoint of fastpref; give a model as model.path, an adapter as lora.path"
+        )
+    if not (path / MANIFEST_FILE).is_file():
+        inside = [
+            step_directory(holder, step) for holder in (path, path / "checkpoints") for step in finished_steps(holder)
+        ]
+        hint = "give the directory step-N of a run's checkpoints, or latest"
+        if inside:
+            hint = f"name one that it holds, such as {inside[-1]}"
+        raise CheckpointError(f"{path} is not a finished checkpoint: {MANIFEST_FILE} is missing; {hint}")
     return [path]
 
 

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import click
-from rich.console import Console, RenderableType
 
 import fastpref
 from fastpref.cli import tables
 from fastpref.cli.exit_codes import PREEMPTED
 from fastpref.cli.failures import ReportingGroup
 from fastpref.cli.kernel_commands import kernels
+from fastpref.cli.printing import show
 from fastpref.errors import ConfigError
 from fastpref.files import write_durably
 
@@ -29,7 +27,6 @@ if TYPE_CHECKING:
 # The trainer takes seconds to import, so each command does it; --help and --version need not wait for it.
 
 EVAL_FILE = "eval.json"
-_FILE_WIDTH = 10_000  # columns; nothing is that wide
 Command = TypeVar("Command", bound=Callable[..., None])
 
 
@@ -87,7 +84,7 @@ def train(config_path: Path, overrides: tuple[str, ...], export_dir: Path | None
     seconds = time.perf_counter() - start
     if result.was_preempted:
         if trainer.is_main_process:
-            _print_last_words(
+            show(
                 f"Stopped by a signal after step {result.global_step}, with a checkpoint; continue with "
                 "training.resume_from_checkpoint=latest"
             )
@@ -99,7 +96,7 @@ def train(config_path: Path, overrides: tuple[str, ...], export_dir: Path | None
     if trainer.is_main_process:
         written = _written(config, result.global_step, export_dir)
         nothing = f"Step {result.global_step} of {result.global_step} was done before: nothing was left to train."
-        _print(
+        show(
             None if result.steps_run else nothing,
             tables.evaluation_changes(trainer.log_history),
             tables.summary(trainer.log_history, result.global_step, seconds, written, result.steps_run),
@@ -130,7 +127,7 @@ def score_ref(config_path: Path, overrides: tuple[str, ...], output: Path | None
     if distributed.get_rank() == 0:
         pairs = sum(plan.num_pairs for plan in cache.tables.values())
         seconds = tables.duration(time.perf_counter() - start)
-        _print(f"Scored {pairs:,} pairs in {seconds}: {cache.path}" if is_new else f"{cache.path} is there and fits")
+        show(f"Scored {pairs:,} pairs in {seconds}: {cache.path}" if is_new else f"{cache.path} is there and fits")
     platform.destroy()
 
 
@@ -162,7 +159,7 @@ def evaluate(config_path: Path, overrides: tuple[str, ...]) -> None:
         write_durably(path, (json.dumps(record, indent=2) + "\n").encode())
         of_step = "" if found is None else f" at step {found.step}"
         title = f"Evaluation of {len(trainer.feed.eval_dataset)} pairs{of_step}"
-        _print(tables.metrics(values, title), f"Written to {path}")
+        show(tables.metrics(values, title), f"Written to {path}")
     platform.destroy()
 
 
@@ -185,7 +182,7 @@ def export(config_path: Path, overrides: tuple[str, ...], checkpoint: str, outpu
     config = _load(config_path, overrides)
     path = export_checkpoint(config, checkpoint, output, merge=merge)
     if distributed.get_rank() == 0:
-        _print(f"Wrote {path} to {output}")
+        show(f"Wrote {path} to {output}")
     platform.destroy()
 
 
@@ -213,7 +210,7 @@ def check(config_path: Path, overrides: tuple[str, ...], world_size: int | None)
     run = prepare(config, world_size)
     reference = describe_reference(run)
     reports = {name: data.report for name, data in (("train", run.train), ("eval", run.eval)) if data is not None}
-    _print(
+    show(
         *(tables.pair(view, index) for index, view in enumerate(preview.pair_views(run))),
         tables.data_report(reports),
         tables.plan(run, preview.layout_axes(run), reference),
@@ -234,34 +231,13 @@ def plot(run_dir: Path, output: Path | None) -> None:
 
     path = output or run_dir / "curves.png"
     draw_curves(read_metrics(run_dir), path)
-    _print(f"Wrote {path}")
+    show(f"Wrote {path}")
 
 
 def _load(config_path: Path, overrides: tuple[str, ...]) -> RunConfig:
     from fastpref.run.config.run_file import load_run_config
 
     return load_run_config(config_path, overrides)
-
-
-def _print(*parts: RenderableType | None) -> None:
-    """Print to stdout; a file gets whole lines, however wide the terminal is that the command was started from."""
-    console = Console(highlight=False)
-    if not sys.stdout.isatty():
-        console.width = _FILE_WIDTH
-    for part in parts:
-        if part is not None:
-            console.print(part, markup=False)
-
-
-def _print_last_words(text: str) -> None:
-    """Print even where the terminal may be gone, which must not change the exit code."""
-    with suppress(OSError):
-        _print(text)
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError:  # the interpreter would try once more when it ends, and fail
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import click
 
 from fastpref.cli.exit_codes import INTERRUPTED
+from fastpref.cli.printing import complain
 from fastpref.errors import (
     CheckpointError,
     ConfigError,
@@ -77,7 +78,7 @@ def describe(error: Exception) -> tuple[str, int] | None:
         if isinstance(error, kind):
             return f"fastpref: {name} error: {error}{_notes(error)}", code
     if isinstance(error, OSError) and error.errno in _DISK_FULL:
-        return f"fastpref: no space left: {error}; free some and resume from the last checkpoint", 7
+        return f"fastpref: no space left: {error}; free some; training goes on from its last checkpoint", 7
     if isinstance(error, ImportError) and error.name and not error.name.startswith("fastpref"):
         return f'fastpref: this command needs {error.name}: pip install "fastpref[megatron]"', 2
     return None
@@ -122,7 +123,7 @@ def say_once(message: str) -> None:
     except (RuntimeError, ValueError, OSError):  # the store is gone with its host, or was never there
         store = None
     rank = _rank()
-    click.echo(f"[rank {rank}] {message}" if rank else message, err=True)
+    complain(f"[rank {rank}] {message}" if rank else message)
     if store is not None:
         with contextlib.suppress(RuntimeError):
             store.set(f"{key}/said", "")

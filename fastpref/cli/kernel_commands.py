@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from rich.console import Console
 from rich.table import Table
 
+from fastpref.cli.printing import show
 from fastpref.cli.tables import new_table
 from fastpref.errors import MissingDependencyError
 
@@ -40,7 +39,7 @@ def info() -> None:
     table.add_row(
         "Triton", "triton", "NVIDIA, compute capability >= 8.0", triton_engine.unavailable_reason() or "ready"
     )
-    _print(table)
+    show(table)
 
 
 @kernels.command()
@@ -56,7 +55,7 @@ def inspect(is_all: bool, match: str, processes: int) -> None:
     wanted = [variant for variant in wanted if match in variant.name]
     if not wanted:
         raise click.BadParameter(f"no variant's name contains {match!r}", param_hint="--match")
-    _print(resource_table(triton_compile.compile_all(wanted, processes)))
+    show(resource_table(triton_compile.compile_all(wanted, processes)))
 
 
 @kernels.command()
@@ -115,9 +114,3 @@ def _require_triton() -> None:
 
     if not HAS_TRITON:
         raise MissingDependencyError("this command needs Triton; install it with `pip install 'fastpref[triton]'`")
-
-
-def _print(table: Table) -> None:
-    # A pipe counts as 80 columns wide, which would fold every line of a wide table.
-    width = None if sys.stdout.isatty() else 160
-    Console(highlight=False, width=width).print(table, markup=False)

@@ -41,9 +41,9 @@ def evaluation_changes(history: Sequence[Mapping[str, float]]) -> Table | None:
     table = new_table("Evaluation", ("", *columns))
     for name in (f"eval_{metric}" for metric in _MAIN_METRICS):
         if name in first and name in last:
-            cells = [f"{first[name]:.4f}"]
+            cells = [f"{first[name]:z.4f}"]
             if last is not first:
-                cells += [f"{last[name]:.4f}", f"{last[name] - first[name]:+.4f}"]
+                cells += [f"{last[name]:z.4f}", f"{last[name] - first[name]:+z.4f}"]
             table.add_row(name.removeprefix("eval_"), *cells)
     return table
 

@@ -27,7 +27,7 @@ _RULES = {
     "chat_template": Rule(noun="Jinja template", hint="leave it out for the tokenizer's own"),
     "chat_template_kwargs": Rule(noun="mapping of names"),
     "boundary": Rule(choices=BOUNDARIES),
-    "max_length": Rule(at_least=2),
+    "max_length": Rule(at_least=2, hint="null is no limit"),
     "truncation": Rule(choices=TRUNCATIONS, elsewhere=_TRUNCATIONS_ELSEWHERE),
     "on_bad_pair": Rule(choices=("error", "drop")),
     "max_record_bytes": Rule(at_least=1024),

@@ -33,7 +33,9 @@ def status(path: str) -> os.stat_result:
 
 
 def hub_hint(path: str) -> str:
-    """Return the remedy for a missing file whose name is an address, a pattern or a data set on a hub; else empty."""
+    """Return the remedy for a missing file that is named as a list, address, pattern or data set on a hub, or empty."""
+    if "," in path:
+        return f"several files are a list, [{path}]"
     if "://" in path:
         return "only local files are read: download it, and name the file"
     if "*" in path:

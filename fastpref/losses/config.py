@@ -91,6 +91,7 @@ class Loss:
 LOSSES: dict[str, Loss] = {}
 """The losses by name, the only registry."""
 
+_GENERATING = "it generates answers while it trains, which no loss of pairs does; that of DPO is named sigmoid"
 _UNPAIRED = "it learns from answers that are rated alone; bco_pair and apo_zero rate both answers of a pair alone"
 # Names of papers and of other trainers.
 _ELSEWHERE = {
@@ -108,6 +109,8 @@ _ELSEWHERE = {
     **dict.fromkeys(("nll", "cross_entropy", "chosen_nll"), "it is named sft"),
     "rpo": "DPO with an NLL is pref_loss [sigmoid, sft] with loss_weights",
     **dict.fromkeys(("kto", "kto_pair"), _UNPAIRED),
+    **dict.fromkeys(("ppo", "grpo", "rloo", "gkd"), _GENERATING),
+    **dict.fromkeys(("rm", "reward"), "reward models are not trained here; the loss of DPO is named sigmoid"),
 }
 
 
@@ -235,6 +238,10 @@ def _check_names(validator: Validator, names: tuple[Any, ...]) -> None:
     if not names:
         validator.note("pref_loss", "must name at least one loss, got none; the default is sigmoid")
     for name in names:
+        if isinstance(name, str) and "," in name:
+            text = f"must be a list where there are several, got {name!r}; write [{name}]"
+            validator.note("pref_loss", text)
+            continue
         one = Validator(SimpleNamespace(pref_loss=name))
         one.choice("pref_loss", tuple(LOSSES), elsewhere=_ELSEWHERE)
         validator.problems += one.problems

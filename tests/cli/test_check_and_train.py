@@ -420,13 +420,13 @@ CASES: dict[str, tuple[Break, tuple[str, ...], int, str]] = {
         lambda r: None,
         ("training.resume_from_checkpoint=out/checkpoints/step-9",),
         4,
-        "out/checkpoints/step-9 is not a finished checkpoint",
+        "out/checkpoints/step-9 is no directory; name one of a checkpoint, or write latest",
     ),
     "a model as checkpoint": (
         lambda r: None,
         ("training.resume_from_checkpoint=model",),
         4,
-        "model is not a finished checkpoint: MANIFEST.json is missing; give the directory step-N",
+        "model is no checkpoint of fastpref; give a model as model.path, an adapter as lora.path",
     ),
     # the model and the settings
     "balance without experts": (

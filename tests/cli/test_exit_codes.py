@@ -25,6 +25,19 @@ from fastpref.trainer.ranks import platform
             2,
             "model.path: 'nowhere' is not a directory",
         ),
+        (
+            ["train", "run.yaml", "model.path=org/model", "model.config=null"],
+            2,
+            "is not downloaded here: run `hf download org/model --local-dir model` and give model",
+        ),
+        (["check", "run.yaml", "data.train=a.jsonl,b.jsonl"], 2, "several files are a list, [a.jsonl,b.jsonl]"),
+        (["check", "run.yaml", "data.train=hf://datasets/a/b.parquet"], 2, "only local files are read"),
+        (["train", "run.yaml", "training.resume_from_checkpoint=auto"], 4, "auto is no directory; name one"),
+        (
+            ["train", "run.yaml", "training.resume_from_checkpoint=hf"],
+            4,
+            "hf is no checkpoint of fastpref; give a model",
+        ),
         (["train", "run.yaml", "data.train=broken.jsonl"], 3, "fastpref: data error: broken.jsonl:1"),
         (["train", "run.yaml", "training.resume_from_checkpoint=latest"], 4, "fastpref: checkpoint error: no finished"),
         (["export", "run.yaml", "--output", "model"], 4, "fastpref: checkpoint error: no finished checkpoint"),
@@ -37,6 +50,8 @@ from fastpref.trainer.ranks import platform
 )
 def test_command_fails(project: Path, run_cli, arguments: list[str], code: int, message: str) -> None:
     (project / "broken.jsonl").write_text("{not json}\n")
+    (project / "hf").mkdir()
+    (project / "hf" / "config.json").write_text("{}")
     result = run_cli(*arguments)
     assert result.exit_code == code
     assert message in result.stderr

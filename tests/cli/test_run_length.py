@@ -82,6 +82,22 @@ def test_every_remedy_of_that_error_works(four_steps: Path, run_cli: Callable[..
     assert exported.exit_code == 0 and same_weights(four_steps / "exported", four_steps / "model")
 
 
+def test_the_directory_of_a_run_names_its_newest_checkpoint(four_steps: Path, run_cli: Callable[..., Result]) -> None:
+    for folder in ("out", "out/checkpoints"):
+        refused = run_cli("train", "run.yaml", f"training.resume_from_checkpoint={folder}")
+        assert refused.exit_code == 4
+        assert refused.stderr.endswith("; name one that it holds, such as out/checkpoints/step-4\n")
+
+
+def test_what_does_not_fit_is_said_without_rank_and_step(four_steps: Path, run_cli: Callable[..., Result]) -> None:
+    refused = run_cli("train", "run.yaml", LATEST, "training.max_steps=4", "data.max_length=8")
+    assert (
+        "train_data_sha256 (the tokens of the training pairs, so files, tokenizer, template or limits)"
+        in refused.stderr
+    )
+    assert refused.stderr.endswith("Use the saved settings or start a new run\n")
+
+
 def test_a_finished_run_does_nothing_and_says_so(four_steps: Path, run_cli: Callable[..., Result]) -> None:
     before = files(four_steps / "out")
     result = run_cli(

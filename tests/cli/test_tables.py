@@ -25,7 +25,7 @@ def test_duration(seconds: float, text: str) -> None:
 
 def test_evaluation_changes_shows_the_first_and_the_last() -> None:
     history = [
-        {"step": 0, "eval_loss": 0.7, "eval_rewards/margins": 0.0},
+        {"step": 0, "eval_loss": 0.7, "eval_rewards/margins": -1e-9},
         {"step": 5, "loss": 0.5},
         {"step": 5, "eval_loss": 0.6, "eval_rewards/margins": 0.1},
         {"step": 9, "eval_loss": 0.4, "eval_rewards/margins": 0.25, "eval_unlisted": 1.0},

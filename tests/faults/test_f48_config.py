@@ -32,7 +32,7 @@ def refusal(path: Path, text: str | bytes) -> str:
         ("shuffle: no", 'training.shuffle must be true or false, got "no"'),
         ("shuffle: 1", "training.shuffle must be true or false, got 1"),
         ("seed: true", "training.seed must be a whole number, got true"),
-        ("seed: 1.0", "training.seed must be a whole number, got 1.0"),
+        ("seed: 1.5", "training.seed must be a whole number, got 1.5"),
         ("seed: 2024-01-01", "training.seed must not be a date"),
         ("seed: null", "training.seed must be a whole number, got null; remove the key"),
         ("seed:", "training.seed must be a whole number, got null; remove the key"),

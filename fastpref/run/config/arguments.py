@@ -20,7 +20,12 @@ from fastpref.run.config.layout import ParallelLayout, schedule_problems, size_p
 from fastpref.validation import Rule, validate
 
 LR_SCHEDULES = ("constant", "linear", "cosine", "inverse-square-root")
-REPORT_TARGETS = ("tensorboard", "wandb")
+MISSING_WRITERS = {
+    "tensorboard": 'report_to "tensorboard" needs that package: pip install "fastpref[megatron]"',
+    "wandb": 'report_to "wandb" needs that package: pip install wandb',
+}
+"""What is said where the package of a target of `report_to`, which has its name, is not installed."""
+REPORT_TARGETS = tuple(MISSING_WRITERS)
 CHANGEABLE = (
     *("learning_rate", "min_lr", "lr_scheduler_type", "warmup_steps", "total_steps", "weight_decay"),
     *("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
@@ -48,6 +53,9 @@ _RULES = {
     "adam_beta1": Rule(at_least=0, below=1),
     "adam_beta2": Rule(at_least=0, below=1),
     "adam_epsilon": Rule(above=0),
+    "max_steps": Rule(at_least=1, hint="leave it out for num_train_epochs"),
+    "eval_steps": Rule(at_least=1, hint="leave it out to evaluate at the end only"),
+    "save_steps": Rule(at_least=1, hint="leave it out to save at the end only"),
     "active_eps": Rule(above=0, below=1),
     "virtual_pipeline_model_parallel_size": Rule(at_least=2, hint="leave it out for one chunk per stage"),
     "report_to": Rule(choices=REPORT_TARGETS, elsewhere=_TARGETS_ELSEWHERE),

@@ -35,10 +35,9 @@ _EXPECTED = {
 }
 # Sections without which no file is whole, as the checks see them where they cannot be used.
 _STAND_INS = {"model": {"path": "."}, "data": {}}
-_LEAVE_OUT = "; leave it out for all of them"
 # Keys that elsewhere are switches, and what stands for true.
 _SWITCHED = {"training.resume_from_checkpoint": "latest", "training.recompute_granularity": "full"}
-_WORDS_FOR_LISTS = {"none": "; write []", "all": _LEAVE_OUT, "all-linear": _LEAVE_OUT}
+_WORDS_FOR_SWITCHES = {"yes": "true", "on": "true", "true": "true", "no": "false", "off": "false", "false": "false"}
 _PLAIN_KEY = re.compile(r"(?!(?:null|true|false)$)[a-z][a-z0-9_]*")
 _NOT_PRINTABLE = re.compile("[\x7f-\xa0\u2028\u2029\ufeff\ufffe\uffff]")
 # What two names share at least before one is taken for a slip of the other: `lr` is no `lora`.
@@ -50,7 +49,8 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
     """Read a run file (YAML 1.2), apply overrides, and check everything that needs no other file.
 
     A value must have its field's type as YAML sees it: `1e-5` is a number, `"1e-5"` is not; `true` is no number, `yes`
-    is no boolean; whole numbers pass for floats and lists for tuples; NaN and infinities are refused.
+    is no boolean; whole numbers pass for floats, `3.0` for a whole number and lists for tuples; NaN and infinities are
+    refused.
 
     Args:
         path: the file, UTF-8.
@@ -118,9 +118,23 @@ def _validate(tree: YamlTree) -> tuple[RunConfig | None, list[Finding]]:
 def _check(values: dict[str, Any]) -> tuple[RunConfig | None, list[ErrorDetails]]:
     try:
         # As JSON, where strict types still let a whole number be a float and a list be a tuple.
-        return _adapter().validate_json(json.dumps(values), strict=True), []
+        return _adapter().validate_json(json.dumps(_with_whole_numbers(values)), strict=True), []
     except ValidationError as error:
         return None, error.errors(include_url=False)
+
+
+def _with_whole_numbers(values: dict[str, Any]) -> dict[str, Any]:
+    """Write `3.0` as `3` where it is the value of a section's key: a whole number, or a float that 3 passes for."""
+    return {
+        name: {key: int(value) if _is_whole(value) else value for key, value in section.items()}
+        if isinstance(section, dict)
+        else section
+        for name, section in values.items()
+    }
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, float) and value.is_integer() and abs(value) < 2**53
 
 
 @cache
@@ -177,7 +191,7 @@ def _nearest(key: str, known: Mapping[str, dict | None]) -> str:
     for section, names in sections.items():
         if near := difflib.get_close_matches(key, names or (), n=1, cutoff=_SIMILAR):
             return f"did you mean {section}.{near[0]}?"
-    return f"known are {', '.join(known)}"
+    return f"nothing here is called so; leave it out, or take one of {', '.join(known)}"
 
 
 def _type_findings(tree: YamlTree, errors: Iterable[ErrorDetails]) -> Iterator[Finding]:
@@ -215,18 +229,34 @@ def _remedy(key: str, value: Any, rules: Sequence[str]) -> str:
     if isinstance(value, str) and any("number" in rule for rule in rules) and _NUMBER.fullmatch(value):
         return "; remove the quotes"
     if isinstance(value, str) and "a list" in rules:
-        return _WORDS_FOR_LISTS.get(value, f"; write [{value}]")
-    if isinstance(value, bool) and key in _SWITCHED:
-        return f"; write {_SWITCHED[key]}" if value else "; leave it out"
+        return _as_list(key, value)
+    if isinstance(value, str) and "true or false" in rules and value.lower() in _WORDS_FOR_SWITCHES:
+        return f"; write {_WORDS_FOR_SWITCHES[value.lower()]}"
+    if isinstance(value, float) and key == "training.num_train_epochs":
+        return "; set training.max_steps for a part of an epoch"
+    if key in _SWITCHED:
+        return "; leave it out" if value is False else f"; write {_SWITCHED[key]}"
     if isinstance(value, dict) and key.startswith(("data.train", "data.eval")):
         return "; name files by their paths alone, and settings of all of them as keys of data"
     if isinstance(value, str) and key == "model":
         return f"; write {{path: {value}}}"
     if isinstance(value, str) and key == "data":
         return f"; write {{train: {value}}}"
-    if value is True and key == "lora":
-        return "; write {} for the defaults"
+    if isinstance(value, bool) and key in ("lora", "reference"):
+        return "; write {} for the defaults" if value else "; leave it out"
     return ""
+
+
+def _as_list(key: str, value: str) -> str:
+    """What is wrong with the names of a string as items of a list; if nothing is, this list."""
+    section, _, name = key.partition(".")
+    items = [item.strip() for item in value.split(",")]
+    _, errors = _check(_STAND_INS | {section: {name: items}})
+    problems = [
+        problem for error in errors if "error" in error.get("ctx", {}) for problem in error["ctx"]["error"].problems
+    ]
+    about = [problem.text for problem in problems if problem.key == name]
+    return f", and {about[0]}" if about else f"; write [{', '.join(items)}]"
 
 
 def _rule_findings(tree: YamlTree, errors: Iterable[ErrorDetails]) -> Iterator[Finding]:

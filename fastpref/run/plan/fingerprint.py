@@ -84,6 +84,9 @@ def is_of_weights(name: str) -> bool:
     return name.startswith("model.") or name in (LORA, LORA_BASE)
 
 
+_MEANINGS = {"train_data_sha256": " (the tokens of the training pairs, so files, tokenizer, template or limits)"}
+
+
 def require_same(
     path: Path,
     saved: Mapping[str, Any],
@@ -107,7 +110,9 @@ def require_same(
     changed = {name: _setting(name) for name in found if _setting(name) not in may_differ}
     if not changed:
         return
-    lines = "; ".join(f"{name}: saved {found[name][0]!r}, now {found[name][1]!r}" for name in changed)
+    lines = "; ".join(
+        f"{name}{_MEANINGS.get(name, '')}: saved {found[name][0]!r}, now {found[name][1]!r}" for name in changed
+    )
     remedy = "Use the saved settings or start a new run"
     if set(changed.values()) <= set(CHANGEABLE):
         allowed = ", ".join(sorted({*changed.values(), *may_differ}))

@@ -11,11 +11,13 @@ from fastpref.errors import CheckpointError
 def check_position(path: Path, total_steps: int) -> None:
     """Require that a run of `total_steps` optimizer steps is not over before the checkpoint `path`.
 
-    A checkpoint whose step cannot be read is left to those who verify it.
+    One that is not whole, or whose step cannot be read, is left to those who verify it.
 
     Raises:
         CheckpointError: the checkpoint is of a later step than the run's last.
     """
+    if not directory.is_whole(path):
+        return
     try:
         saved = directory.read_state(path)
     except CheckpointError:

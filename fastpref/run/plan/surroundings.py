@@ -19,15 +19,10 @@ from fastpref.checkpoint import directory
 from fastpref.checkpoint.lock import refuse_if_held
 from fastpref.data.open_files import hub_hint
 from fastpref.errors import MissingDependencyError, Problem, raise_if_any
-from fastpref.run.config.arguments import TrainingArguments
+from fastpref.run.config.arguments import MISSING_WRITERS, TrainingArguments
 from fastpref.run.config.run_config import RunConfig
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-# Where metrics go, and the name of the package that brings them there -> what it is called, and what installs it.
-_PACKAGES = {
-    "tensorboard": ("the tensorboard package", '"fastpref[megatron]"'),
-    "wandb": ("that package", "wandb"),
-}
 
 
 def path_problems(config: RunConfig, *, for_training: bool) -> Iterator[Problem]:
@@ -77,9 +72,8 @@ def require_packages(args: TrainingArguments) -> None:
         MissingDependencyError: a package of `report_to` is not installed.
     """
     for target in args.report_to if launched_rank() == 0 else ():
-        package, requirement = _PACKAGES[target]
         if not is_installed(target):
-            raise MissingDependencyError(f'report_to "{target}" needs {package}: pip install {requirement}')
+            raise MissingDependencyError(MISSING_WRITERS[target])
 
 
 def is_installed(package: str) -> bool:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from fastpref.errors import MissingDependencyError
+from fastpref.errors import ConfigError, MissingDependencyError
 from fastpref.files import write_durably
 from fastpref.run.plan.announce import announce, clock
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from fastpref.run.config.arguments import TrainingArguments
 
 METRICS_FILE = "metrics.jsonl"
-_STATUS = {"loss": "loss {:.3f}", "rewards/accuracies": "acc {:.3f}", "rewards/margins": "margin {:.3f}"}
+_STATUS = {"loss": "loss {:.3f}", "rewards/accuracies": "acc {:.3f}", "rewards/margins": "margin {:z.3f}"}
 _LINE = {
     "loss": "loss {:.4f}",
     "rewards/accuracies": "accuracy {:.3f}",
-    "rewards/margins": "margin {:.4f}",
+    "rewards/margins": "margin {:z.4f}",
     "lr": "lr {:.2e}",
     "perf/pairs_per_second": "{:,.1f} pairs/s",
     "perf/tokens_per_second": "{:,.0f} tokens/s",
@@ -34,7 +34,7 @@ _LINE = {
 _EVALUATION = {
     "eval_loss": "loss {:.4f}",
     "eval_rewards/accuracies": "accuracy {:.3f}",
-    "eval_rewards/margins": "margin {:.4f}",
+    "eval_rewards/margins": "margin {:z.4f}",
 }
 
 
@@ -170,9 +170,7 @@ class _TensorBoardWriter:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise MissingDependencyError(
-                'report_to "tensorboard" needs the tensorboard package: pip install "fastpref[megatron]"'
-            ) from error
+            raise _missing("tensorboard") from error
         # `purge_step` hides the events of steps that a resumed run repeats.
         self._writer = SummaryWriter(str(directory), purge_step=first_step + 1)
 
@@ -189,14 +187,27 @@ class _WandbWriter:
         try:
             import wandb
         except ImportError as error:
-            raise MissingDependencyError('report_to "wandb" needs that package: pip install wandb') from error
-        self._run = wandb.init(dir=str(directory))
+            raise _missing("wandb") from error
+        try:
+            self._run = wandb.init(dir=str(directory))
+        except Exception as error:  # of its own kinds, or of its network's
+            raise ConfigError(
+                f"report_to: wandb did not start: {type(error).__name__}: {error}; log in with `wandb login`, set "
+                "WANDB_MODE=offline, or leave it out"
+            ) from error
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log(dict(metrics), step=step)
 
     def close(self) -> None:
         self._run.finish()
+
+
+def _missing(writer: str) -> MissingDependencyError:
+    # what reads the records of a run imports this module, and needs no settings
+    from fastpref.run.config.arguments import MISSING_WRITERS
+
+    return MissingDependencyError(MISSING_WRITERS[writer])
 
 
 def _drop_records_after(path: Path, step: int) -> None:

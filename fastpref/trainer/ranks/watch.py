@@ -26,7 +26,7 @@ _GLOO_MARKS = ("gloo/transport", "gloo/rendezvous", "Connection closed by peer",
 
 
 class PeerWatch:
-    """Turns a failed collective into a `PeerError` while it is entered, and names step and rank in other errors.
+    """Turns a failed collective into a `PeerError` while it is entered, and names rank and step in errors of a step.
 
     Args:
         report_dir: where a rank that got no answer writes its stack.
@@ -59,7 +59,8 @@ class PeerWatch:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if isinstance(error, FastprefError) and not isinstance(error, PeerError):
-            error.add_note(f"on rank {self._rank} at step {self.step}, {self._phase}")
+            if self.step:
+                error.add_note(f"on rank {self._rank} at step {self.step}, {self._phase}")
         elif isinstance(error, RuntimeError) and is_peer_failure(error):
             stack = "".join(traceback.format_exception(error))
             self._report_dir.mkdir(parents=True, exist_ok=True)

@@ -64,6 +64,10 @@ def test_every_setting_of_trl_is_known_or_has_an_advice() -> None:
         ("model_name_or_path", "model_name_or_path: m", "this is model.path here"),
         ("lr", "lr: 1.0e-6", "this is training.learning_rate here"),
         ("training.target_modules", "training: {target_modules: [q_proj]}", "did you mean lora.target_modules?"),
+        ("training.beta1", "training: {beta1: 0.9}", "this is training.adam_beta1 here"),
+        ("training.eval_accumulation_steps", "training: {eval_accumulation_steps: 4}", "evaluation computes metrics"),
+        ("apply_chat_template", "apply_chat_template: true", "messages pass the chat template"),
+        ("use_my_trick", "use_my_trick: true", "nothing here is called so; leave it out, or take one of model, data"),
         ("training.sed", "training: {sed: 1}", "did you mean seed?"),
     ],
 )
@@ -78,18 +82,34 @@ def test_key_of_another_trainer(tmp_path: Path, key: str, line: str, advice: str
         ("loss: {pref_loss: [dpo, sft]}", "got 'dpo'; the loss of DPO is named sigmoid"),
         ("loss: {pref_loss: kto_pair}", "bco_pair and apo_zero rate both answers"),
         ("loss: {f_divergence: js_divergence}", "write js"),
-        ("lora: {target_modules: all-linear}", "leave it out for all of them"),
+        ("loss: {pref_loss: grpo}", "it generates answers while it trains"),
+        ('loss: {pref_loss: "sigmoid,sft"}', "write [sigmoid,sft]"),
+        ("lora: {target_modules: all-linear}", "leave target_modules out for all of them"),
         ("lora: {target_modules: [all-linear]}", "leave target_modules out for all of them"),
+        ('lora: {target_modules: "q_proj,v_proj"}', 'must be a list, got "q_proj,v_proj"; write [q_proj, v_proj]'),
+        ("lora: {target_modules: .*_proj}", 'must be a list, got ".*_proj", and must name only q_proj'),
+        ("lora: false", "lora must be a section of keys, got false; leave it out"),
+        ("data: {max_length: -1}", "null is no limit"),
         ("training: {lr_scheduler_type: constant_with_warmup}", "write constant, with warmup_steps or warmup_ratio"),
         ("training: {report_to: none}", "write []"),
         ("training: {report_to: wandb}", "write [wandb]"),
+        ("training: {report_to: all}", "write [tensorboard, wandb]"),
+        ("training: {report_to: swanlab}", "must name only tensorboard, wandb; got 'swanlab'"),
+        ("training: {resume_from_checkpoint: x, resume_allow_changes: all}", "got 'all'\n"),
+        ("training: {bf16: yes}", 'must be true or false, got "yes"; write true'),
+        ("training: {num_train_epochs: 0.5}", "set training.max_steps for a part of an epoch"),
+        ("training: {save_steps: -1}", "leave it out to save at the end only"),
+        ("training: {eval_steps: -1}", "leave it out to evaluate at the end only"),
+        ("training: {max_steps: -1}", "leave it out for num_train_epochs"),
+        ("training: {recompute_granularity: unsloth}", "write full"),
         ("training: {resume_from_checkpoint: true}", "write latest"),
         ("training: {recompute_granularity: true}", "write full"),
         ("lora: true", "write {} for the defaults"),
     ],
 )
 def test_value_of_another_trainer(tmp_path: Path, line: str, advice: str) -> None:
-    message = refusal(tmp_path, f"{MINIMAL}{line}\n")
+    known = "" if line.startswith("data:") else "data: {train: pairs.jsonl}\n"
+    message = refusal(tmp_path, f"model: {{path: policy}}\n{known}{line}\n") + "\n"
     assert advice in message
     assert "did you mean ipo" not in message
 
@@ -110,3 +130,15 @@ def test_advice_of_values_works(tmp_path: Path) -> None:
     config = load_run_config(path)
     assert config.training.report_to == ()
     assert len(config.lora.target_modules) == 7
+
+
+def test_whole_numbers_written_as_floats(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "model: {config: {rope_theta: 10000.0}, tokenizer: t}\ndata: {train: pairs.jsonl}\n"
+        "training: {num_train_epochs: 3.0, warmup_ratio: 0.0, max_grad_norm: 1.0, learning_rate: 1.0e-6}\n"
+    )
+    config = load_run_config(path)
+    assert config.training.num_train_epochs == 3 and isinstance(config.training.num_train_epochs, int)
+    assert isinstance(config.training.max_grad_norm, float)
+    assert isinstance(config.model.config["rope_theta"], float)

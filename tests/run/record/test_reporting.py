@@ -6,10 +6,11 @@ import io
 import json
 import re
 import sys
+import types
 
 import pytest
 
-from fastpref.errors import MissingDependencyError
+from fastpref.errors import ConfigError, MissingDependencyError
 from fastpref.run.plan import announce as announcing
 from fastpref.run.plan.announce import Meter, announce
 from fastpref.run.record import reporting
@@ -60,6 +61,15 @@ def test_reporter_without_wandb_names_the_remedy(tmp_path, monkeypatch) -> None:
 
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(MissingDependencyError, match="pip install wandb"):
+        RunReporter(arguments(tmp_path, "wandb"), rank=0, total_steps=1, first_step=0)
+
+
+def test_a_wandb_that_does_not_start_names_the_remedy(tmp_path, monkeypatch) -> None:
+    def refuse(**_: object) -> None:
+        raise RuntimeError("api_key not configured")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=refuse))
+    with pytest.raises(ConfigError, match="api_key not configured; log in with `wandb login`, set WANDB_MODE=offline"):
         RunReporter(arguments(tmp_path, "wandb"), rank=0, total_steps=1, first_step=0)
 
 
