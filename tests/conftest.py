@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -50,7 +51,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--megatron-version", help="run nothing unless this version of Megatron-Core is the one imported")
 
 
+def hear_signals() -> None:
+    """Undo what a shell does to a suite in the background: a run in the tests must hear the signals that it is sent."""
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    hear_signals()
     wanted = config.getoption("megatron_version")
     if wanted is None:
         return

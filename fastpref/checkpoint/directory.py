@@ -12,12 +12,14 @@ import re
 import shutil
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from fastpref.checkpoint.manifest import (
     MANIFEST_FILE,
     FileRecord,
+    content_problems,
     listing_problems,
     read_manifest,
     refuse_damaged,
@@ -80,19 +82,29 @@ def candidates(root: Path, wanted: str) -> list[Path]:
 
 
 def complete_candidate(root: Path, wanted: str) -> Path:
-    """The checkpoint to continue from, as far as sizes of files tell; their contents are not read.
+    """The checkpoint to continue from, as far as sizes of files and the contents of `state.json` tell.
 
     Args:
         root: the run's checkpoints.
-        wanted: a directory, "latest", or "latest-valid", which skips those that are incomplete.
+        wanted: a directory, "latest", or "latest-valid", which skips those that are seen to be damaged.
 
     Raises:
-        CheckpointError: there is none, or files of it are missing or of another size.
+        CheckpointError: there is none, or files of it are missing or not those of its manifest.
     """
     *others, last = candidates(root, wanted)
-    path = next((path for path in others if is_whole(path)), last)
-    refuse_damaged(path, listing_problems(path, read_manifest(path)))
-    return path
+    for path in others:
+        with suppress(CheckpointError):
+            _refuse_damaged_state(path)
+            return path
+    _refuse_damaged_state(last)
+    return last
+
+
+def _refuse_damaged_state(path: Path) -> None:
+    """Refuse a checkpoint that lacks a file, or whose `state.json` its manifest does not vouch for."""
+    records = read_manifest(path)
+    refuse_damaged(path, listing_problems(path, records))
+    refuse_damaged(path, content_problems(path, records, records.keys() & {STATE_FILE}))
 
 
 def write_state(directory: Path, state: Mapping[str, Any]) -> None:

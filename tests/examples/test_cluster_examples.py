@@ -7,7 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import Result
+
+from fastpref.checkpoint.headers import TensorSpec, encode_header
+from fastpref.run.architecture.architecture import Architecture
+from fastpref.run.architecture.names import file_shapes
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PAIRS = EXAMPLES / "data_real" / "pairs.jsonl"
@@ -77,9 +82,15 @@ MODELS = {
 
 
 def model_directory(folder: Path, config: dict) -> Path:
-    """What is there before the weights are downloaded: the architecture and a tokenizer (the small one of the demo)."""
+    """The architecture, a tokenizer (the small one of the demo), and weights, but for their numbers."""
     shutil.copytree(EXAMPLES / "tokenizer", folder)
     (folder / "config.json").write_text(json.dumps(config))
+    shapes = file_shapes(Architecture.from_hf(config))
+    specs = [TensorSpec(name, torch.bfloat16, shape) for name, shape in shapes.items()]
+    header = encode_header(specs)
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(header)
+        file.truncate(len(header) + sum(spec.num_bytes for spec in specs))
     return folder
 
 

@@ -11,17 +11,10 @@ from fastpref.errors import CheckpointError
 def check_position(path: Path, total_steps: int) -> None:
     """Require that a run of `total_steps` optimizer steps is not over before the checkpoint `path`.
 
-    One that is not whole, or whose step cannot be read, is left to those who verify it.
-
     Raises:
-        CheckpointError: the checkpoint is of a later step than the run's last.
+        CheckpointError: the checkpoint is of a later step than the run's last, or its state cannot be read.
     """
-    if not directory.is_whole(path):
-        return
-    try:
-        saved = directory.read_state(path)
-    except CheckpointError:
-        return
+    saved = directory.read_state(path)
     step = saved.get("step")
     if not isinstance(step, int) or step <= total_steps:
         return
