@@ -53,6 +53,9 @@ def start(project: Path, rank: int, action: str, saves: bool, port: int) -> subp
         "LOCAL_RANK": str(rank),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        # as under torchrun: the store is the launcher's, so that no port has to be free when a rank begins
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
         "GLOO_SOCKET_IFNAME": "lo",
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
@@ -68,11 +71,8 @@ def run(project: Path, action: str, *, saves: bool = False) -> list[tuple[int, s
     """
     from torch.distributed import TCPStore
 
-    # a free port, found by letting the system choose one
-    probe = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    port = probe.port
-    del probe
-    ranks = [start(project, rank, action, saves, port) for rank in (0, 1)]
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    ranks = [start(project, rank, action, saves, store.port) for rank in (0, 1)]
     try:
         first = ranks[0].communicate(timeout=180)[1]
         if action == "hangs":
