@@ -7,9 +7,10 @@ A template is a text, or several by name, of which transformers takes `tool_use`
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from fastpref.data import DataConfig
@@ -29,6 +30,7 @@ _TURNS = [
 ]
 PROBES = (_TURNS[1:2], _TURNS[1:3], _TURNS[1:], _TURNS)
 """Conversations that most templates take."""
+_TOOL = {"type": "function", "function": {"name": "look", "description": "Look up.", "parameters": {"type": "object"}}}
 
 
 def trained_template(config: DataConfig, tokenizer: Any) -> Template | None:
@@ -95,15 +97,22 @@ def _with_variables(template: str, variables: Mapping[str, Any], tokenizer: Any)
     }
     seen = {name: value for name, value in variables.items() if name.isidentifier() and name not in parameters}
     served = set_variables(seen, tokenizer.special_tokens_map) + template
-    for messages in PROBES:
-        trained = render(tokenizer, messages, template, **variables)
-        if trained is not None and render(tokenizer, messages, served) != trained:
-            raise ConfigError(
-                f"{_KEY}: {', '.join(seen)} cannot be written into the chat template for an export: without them it "
-                "would write another text; put the values into a template of your own, and name it in "
-                "data.chat_template"
-            )
+    tried = False
+    for messages, tools in itertools.product(PROBES, (None, [_TOOL])):
+        trained = render(tokenizer, messages, template, tools=tools, **variables)
+        tried = tried or trained is not None
+        if trained is not None and render(tokenizer, messages, served, tools=tools) != trained:
+            raise _lost(seen, "without them it would write another text")
+    if not tried:
+        raise _lost(seen, "it writes none of the conversations that it is tried on")
     return served
+
+
+def _lost(variables: Iterable[str], why: str) -> ConfigError:
+    return ConfigError(
+        f"{_KEY}: {', '.join(variables)} cannot be written into the chat template for an export: {why}; put the values "
+        "into a template of your own, and name it in data.chat_template"
+    )
 
 
 def _literal(value: Any, key: str) -> str:

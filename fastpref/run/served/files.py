@@ -168,9 +168,11 @@ def _stands_apart(
     Raises:
         ConfigError: it does so nowhere.
     """
-    if _reads_alike(directory, replaced, config, tokenizer, template):
+    texts = template.values() if isinstance(template, dict) else [template]
+    trained = [_behaviour(tokenizer, text) for text in texts]
+    if _exported_behaviour(directory, replaced, config) in trained:
         return False
-    if config is not None and _reads_alike(directory, replaced, None, tokenizer, template):
+    if config is not None and _exported_behaviour(directory, replaced, None) in trained:
         return True
     raise ConfigError(
         f"the tokenizer of {str(directory)!r} would read text otherwise in an export than it does there; load it with "
@@ -178,14 +180,10 @@ def _stands_apart(
     )
 
 
-def _reads_alike(
-    directory: Path,
-    replaced: Mapping[str, bytes | None],
-    config: Mapping[str, Any] | None,
-    tokenizer: Any,
-    template: Template | None,
-) -> bool:
-    """Load the tokenizer as an export will hold it, beside a config or none, and compare it with the run's."""
+def _exported_behaviour(
+    directory: Path, replaced: Mapping[str, bytes | None], config: Mapping[str, Any] | None
+) -> list[Any] | None:
+    """Load the tokenizer as an export will hold it, beside a config or none; None where it does not load."""
     with tempfile.TemporaryDirectory() as name:
         copy = Path(name)
         for file in companion_names(directory):
@@ -197,11 +195,9 @@ def _reads_alike(
             if content is not None:
                 (copy / file).write_bytes(content)
         try:
-            found = _behaviour(load_tokenizer(copy), None)
+            return _behaviour(load_tokenizer(copy), None)
         except ConfigError:
-            return False
-    texts = template.values() if isinstance(template, dict) else [template]
-    return found in [_behaviour(tokenizer, text) for text in texts]
+            return None
 
 
 def _set_apart(directory: Path, replaced: Mapping[str, bytes | None]) -> dict[str, bytes | None]:

@@ -172,6 +172,16 @@ def test_variables_that_cannot_be_written_are_refused(variables: dict[str, Any],
         set_variables(variables)
 
 
+def test_variables_of_a_template_that_cannot_be_tried_are_refused(base: Path, exported) -> None:
+    picky = (
+        "{{ raise_exception('no') if not tools }}{% for m in messages %}{{ x }}{{ m.content }}<|im_end|>{% endfor %}"
+    )
+    path = exported(base, chat_template=picky, chat_template_kwargs={"x": "1"})
+    assert written(path, tools=TOOLS) == "1hi<|im_end|>1ho<|im_end|>1?<|im_end|>"
+    with pytest.raises(ConfigError, match=r"x cannot be written into the chat template .* it writes none of"):
+        exported(base, chat_template=picky.replace("if not tools", ""), chat_template_kwargs={"x": "1"})
+
+
 def test_variables_that_would_be_lost_are_refused(base: Path, exported) -> None:
     # a name that Jinja itself gives a meaning
     with pytest.raises(ConfigError, match="range cannot be written into the chat template"):
