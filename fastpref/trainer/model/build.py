@@ -25,9 +25,10 @@ from fastpref.run.architecture.model_files import ModelFiles
 from fastpref.run.config.layout import model_problems, size_problems
 from fastpref.run.plan.pipeline import PipelinePlan, expert_stage_problems, plan_pipeline
 from fastpref.trainer.model.blocks import gelu_tanh, joint_inv_freq, keep_grad_mode, scale_embedding
-from fastpref.trainer.model.layers import block_spec, mark_shards
+from fastpref.trainer.model.layers import block_spec
 from fastpref.trainer.model.lora import MergedParameters
 from fastpref.trainer.model.moe import expert_settings
+from fastpref.trainer.model.shards import mark_shards
 from fastpref.trainer.model.weights import RandomTensors, TensorSource, load_parameters, save_parameters
 from fastpref.trainer.ranks.agreement import agree
 from fastpref.trainer.ranks.platform import current_layout
@@ -258,5 +259,5 @@ def _build_chunk(arch: Architecture, options: ModelOptions, config: TransformerC
         scale_embedding(model.embedding, arch.embedding_scale)
     if arch.sandwich_norms:
         keep_grad_mode(model)
-    mark_shards(model)
+    mark_shards([model])
     return model
