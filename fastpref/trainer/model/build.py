@@ -28,6 +28,7 @@ from fastpref.trainer.model.blocks import gelu_tanh, joint_inv_freq, keep_grad_m
 from fastpref.trainer.model.layers import block_spec
 from fastpref.trainer.model.lora import MergedParameters
 from fastpref.trainer.model.moe import expert_settings
+from fastpref.trainer.model.overlap import waits_for_sends
 from fastpref.trainer.model.shards import mark_shards
 from fastpref.trainer.model.weights import RandomTensors, TensorSource, load_parameters, save_parameters
 from fastpref.trainer.ranks.agreement import agree
@@ -229,7 +230,7 @@ def transformer_config(arch: Architecture, options: ModelOptions) -> Transformer
         perform_initialization=False,
         use_cpu_initialization=not on_gpu,
         # Freeing a sent tensor is NCCL's business; under gloo the send may still be reading it.
-        deallocate_pipeline_outputs=on_gpu,
+        deallocate_pipeline_outputs=on_gpu and (layout.vpp is None or waits_for_sends()),
         # Batched sends of the interleaved schedule meet the wrong receives where a stage's two neighbours are one rank.
         overlap_p2p_comm=layout.vpp is not None,
         batch_p2p_comm=layout.vpp is None,

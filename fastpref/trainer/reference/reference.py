@@ -20,6 +20,7 @@ from fastpref.trainer.model.chunks import unwrap
 from fastpref.trainer.model.head import HeadOptions, install_heads
 from fastpref.trainer.model.lora import lora_of
 from fastpref.trainer.model.modes import evaluating
+from fastpref.trainer.model.overlap import settle_overlap
 from fastpref.trainer.model.packing import install_packing
 from fastpref.trainer.model.request import ReferenceView
 from fastpref.trainer.ranks.agreement import together
@@ -220,7 +221,9 @@ def build_reference(
         raise ConfigError(
             f"ref_model has {len(ref_model)} chunks on this rank and the policy has {len(policy)}; build both alike"
         )
-    check_model([unwrap(model) for model in ref_model], args)
+    chunks = [unwrap(model) for model in ref_model]
+    check_model(chunks, args)
+    settle_overlap(chunks)
     trained = {id(parameter) for model in policy for parameter in model.parameters()}
     if any(id(parameter) in trained for model in ref_model for parameter in model.parameters()):
         raise ConfigError(
