@@ -5,6 +5,9 @@ from pathlib import Path
 import hf_oracle
 import pytest
 import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+from megatron.core.transformer.transformer_config import MLATransformerConfig
 from transformers import Qwen3MoeConfig
 
 from checks.tiny import TINY_LLAMA, tiny_pairs
@@ -18,6 +21,7 @@ from fastpref.trainer import (
     initialize_megatron,
     save_hf,
 )
+from fastpref.trainer.model.shards import mark_shards
 from fastpref.trainer.ranks import transformer_engine
 from fastpref.trainer.ranks.platform import destroy
 
@@ -95,3 +99,48 @@ def check(pool: RankPool, tmp_path: Path, model: str, layout: dict) -> None:
     for name, tensor in one.items():
         # Updates are up to 0.1.
         torch.testing.assert_close(many[name], tensor, rtol=0, atol=3e-6)
+
+
+@pytest.mark.parametrize("has_biases", [False, True])
+def test_copies_and_experts_of_linears_are_told_apart(has_biases: bool) -> None:
+    """Linears that every rank has a copy of mark themselves as shards before Megatron-Core 0.17."""
+    initialize_megatron(TrainingArguments())
+    try:
+        model = callers_model(has_biases)
+        model.config.tensor_model_parallel_size = 2  # one rank looks at it as one of two would
+        mark_shards([model])
+        marks = {name: parameter.tensor_model_parallel for name, parameter in model.named_parameters()}
+        attention, mlp = "decoder.layers.0.self_attention.", "decoder.layers.0.mlp."
+        copies = {f"{attention}linear_q_down_proj.weight", f"{attention}linear_kv_down_proj.weight"}
+        copies |= {f"{mlp}router.weight"} | {name for name in marks if "norm" in name}
+        if has_biases:
+            copies |= {f"{attention}linear_proj.bias", f"{mlp}router.bias"}
+        assert {name for name, is_shard in marks.items() if not is_shard} == copies
+        experts = [name for name in marks if name.startswith(f"{mlp}experts.")]
+        assert len(experts) == 2 * 4 * (1 + has_biases)  # two linears of four experts
+    finally:
+        destroy()
+
+
+def callers_model(has_biases: bool) -> GPTModel:
+    """Multi-latent attention, and shared experts or biases, as none of the families here has."""
+    config = MLATransformerConfig(
+        num_layers=1,
+        hidden_size=32,
+        num_attention_heads=4,
+        q_lora_rank=8,
+        kv_lora_rank=8,
+        qk_head_dim=8,
+        qk_pos_emb_head_dim=4,
+        v_head_dim=8,
+        num_moe_experts=4,
+        moe_ffn_hidden_size=16,
+        moe_shared_expert_intermediate_size=None if has_biases else 16,
+        moe_grouped_gemm=True,
+        add_bias_linear=has_biases,
+        normalization="RMSNorm",
+        use_cpu_initialization=True,
+        transformer_impl="transformer_engine",
+    )
+    spec = get_gpt_layer_with_transformer_engine_spec(num_experts=4, moe_grouped_gemm=True, multi_latent_attention=True)
+    return GPTModel(config, spec, vocab_size=64, max_sequence_length=64, position_embedding_type="rope")
