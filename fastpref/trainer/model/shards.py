@@ -20,16 +20,19 @@ from megatron.core.extensions import transformer_engine as te_layers
 from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.gpt import GPTModel
+from megatron.core.ssm.gated_delta_net import GatedDeltaNet
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
 )
+from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.moe import experts
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import Router
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.multi_latent_attention import MultiLatentAttention
 
 from fastpref.errors import ConfigError
 from fastpref.trainer.model.attention import RMSNorm
@@ -70,6 +73,10 @@ ATTENTION = (DotProductAttention, *_te_classes("TEDotProductAttention"))
 """Core attention; its `softmax_offset` has one number per head of this rank."""
 NORMS = (RMSNorm, FusedLayerNorm, torch.nn.LayerNorm, torch.nn.RMSNorm, *_te_norms())
 """Norms, whole on every rank."""
+MIXERS = (Attention, GatedDeltaNet)
+"""Modules that give each rank some of the heads."""
+QK_NORMS = ("q_layernorm", "k_layernorm")
+"""Norms of heads whose gradients Megatron adds up by their name, where `qk_layernorm` is set."""
 COPIES = (Router, SharedExpertMLP)
 """Modules whose own parameters are copies that Megatron marks for sequence parallelism."""
 
@@ -82,6 +89,8 @@ class _Places:
     """Inside the experts of a layer."""
     embeddings: frozenset[int]
     """Positions and token types, which Megatron adds before it cuts the sequence."""
+    head_norms: frozenset[int]
+    """Norms of single heads, of which a rank has some: it computes a part of the gradient, cut sequence or not."""
 
     @classmethod
     def of(cls, chunk: GPTModel) -> _Places:
@@ -90,6 +99,13 @@ class _Places:
         return cls(
             experts=frozenset(id(module) for layer in layers for module in layer.experts.modules()),
             embeddings=frozenset(id(child) for table in tables for child in table.children()),
+            head_norms=frozenset(
+                id(child)
+                for mixer in chunk.modules()
+                if isinstance(mixer, MIXERS) and not isinstance(mixer, MultiLatentAttention)
+                for name, child in mixer.named_children()
+                if isinstance(child, NORMS) and not (chunk.config.qk_layernorm and name in QK_NORMS)
+            ),
         )
 
 
@@ -117,13 +133,16 @@ def mark_shards(models: Sequence[GPTModel]) -> None:
             f"{listed}. Before the trainer is made, set tensor_model_parallel of the parameter to True (each rank "
             "holds a part of its own) or False (every rank holds the same), and under sequence parallelism for a copy "
             "also sequence_parallel to whether each rank computes a part of its gradient; or set "
-            "tensor_model_parallel_size: 1"
+            "tensor_model_parallel_size: 1. Gradients of norms of single heads are added up with sequence_parallel "
+            "alone, those of q_layernorm and k_layernorm with qk_layernorm, too: build the model so"
         )
 
 
 def _mark(module: torch.nn.Module, name: str, parameter: Any, places: _Places, *, sequence_parallel: bool) -> bool:
     """Mark one parameter; whether its role is known."""
     dim = _split_dim(module, name, places)
+    if id(module) in places.head_norms and not sequence_parallel:
+        return False
     if dim is None:
         says_sum = hasattr(parameter, "sequence_parallel") or not sequence_parallel
         return hasattr(parameter, "tensor_model_parallel") and (bool(parameter.tensor_model_parallel) or says_sum)

@@ -55,6 +55,7 @@ class ReferenceModel:
     def __init__(self, models: Sequence[torch.nn.Module], config: DPOConfig, args: TrainingArguments) -> None:
         self.models = list(models)
         if not isinstance(models[0], ReferenceView):
+            settle_overlap([unwrap(model) for model in models])
             install_heads(models, HeadOptions())
             if args.packing:
                 install_packing(models, prefix_sharing=args.prefix_sharing)
@@ -221,9 +222,7 @@ def build_reference(
         raise ConfigError(
             f"ref_model has {len(ref_model)} chunks on this rank and the policy has {len(policy)}; build both alike"
         )
-    chunks = [unwrap(model) for model in ref_model]
-    check_model(chunks, args)
-    settle_overlap(chunks)
+    check_model([unwrap(model) for model in ref_model], args)
     trained = {id(parameter) for model in policy for parameter in model.parameters()}
     if any(id(parameter) in trained for model in ref_model for parameter in model.parameters()):
         raise ConfigError(

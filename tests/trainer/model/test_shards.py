@@ -136,3 +136,20 @@ def test_marks_follow_from_the_kind_of_layer(one_rank, sequence_parallel: bool) 
     }
     for name in ("input_layernorm", "pre_mlp_layernorm"):
         assert getattr(marks[f"{layer}{name}.weight"], "sequence_parallel", False) == sequence_parallel
+
+
+def test_norms_of_heads_without_a_sum_over_ranks_are_refused(one_rank) -> None:
+    """A rank has some of the heads and so a part of the gradient, which Megatron adds up in two settings alone."""
+    models = as_if_split(stock_model(0))
+    attention = models[0].decoder.layers[0].self_attention
+    attention.q_layernorm = torch.nn.RMSNorm(8)
+    attention.k_layernorm = torch.nn.RMSNorm(8)
+    with pytest.raises(
+        ConfigError, match=r"RMSNorm\.weight \(first at .*q_layernorm\.weight\).* with qk_layernorm, too"
+    ):
+        mark_shards(models)
+    models[0].config.qk_layernorm = True
+    mark_shards(models)
+    models[0].config.qk_layernorm = False
+    mark_shards(as_if_split(models, sequence_parallel=True))
+    assert attention.q_layernorm.weight.sequence_parallel
