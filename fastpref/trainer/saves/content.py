@@ -36,7 +36,7 @@ from fastpref.run.architecture.names import is_expert
 from fastpref.trainer.model.chunks import unwrap
 from fastpref.trainer.model.lora import sharded_weights
 from fastpref.trainer.ranks.agreement import together
-from fastpref.trainer.saves.parts import Replicas, Whole, grouped, parts_of
+from fastpref.trainer.saves.parts import Replicas, Whole, grouped, parts_of, pieces_of
 
 # Experts have an optimizer of their own, whose tensors need no prefix: their names are different anyway.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
@@ -204,14 +204,20 @@ def _completed(saved: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
 
 def _fill(path: Path, replicas: Sequence[Replicas], owned: Sequence[ShardedTensor] = ()) -> None:
     """Reads this rank's share of `replicas` and what it owns, and brings it the other ranks' shares."""
+    wanted = [piece for replica in replicas for whole in replica.wholes for piece, _ in pieces_of(whole)]
     parts = [*(part for replica in replicas for part in replica.parts()), *owned]
-    together(lambda: _read(path, parts), f"reading {path}")
+    together(lambda: _read(path, [*wanted, *owned], parts), f"reading {path}")
     for replica in replicas:
         replica.spread()
 
 
-def _read(path: Path, parts: Sequence[ShardedTensor]) -> None:
+def _read(path: Path, wanted: Sequence[ShardedTensor], parts: Sequence[ShardedTensor]) -> None:
     """Fills parts from the files of a checkpoint, of which it reads those pieces that they meet.
+
+    Args:
+        path: the checkpoint.
+        wanted: what it must hold, whoever reads it.
+        parts: what this rank reads.
 
     Raises:
         CheckpointError: the checkpoint lacks a tensor, or has it in another shape.
@@ -219,34 +225,30 @@ def _read(path: Path, parts: Sequence[ShardedTensor]) -> None:
     reader = FileSystemReader(path)
     try:
         stored = reader.read_metadata().state_dict_metadata
+        _require(wanted, stored)
         by_key = grouped(replace(part, key=_stored_key(part.key, stored)) for part in parts)
-        _require_fitting(path, by_key, stored)
         padded = {key: shards[0] for key, shards in by_key.items() if shards[0].allow_shape_mismatch}
         planner = MCoreLoadPlanner(allow_shape_mismatch_sharded_tensors=padded)
         with torch.no_grad(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # each rank reads for itself
             read_files(mcore_to_pyt_state_dict(by_key, True), storage_reader=reader, planner=planner, no_dist=True)
     except (CheckpointException, UnpicklingError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+        raise CheckpointError(f"its files cannot be read: {error}") from error
 
 
 def _stored_key(key: str, stored: Collection[str]) -> str:
     """The name that a tensor has in a checkpoint, which older versions did not write as `canonical`."""
-    if key in stored:
-        return key
-    for beside, inside in _FUSED_NORMS.items():
-        if (other := key.replace(inside, beside)) in stored:
-            return other
-    return key
+    beside = (key.replace(inside, beside) for beside, inside in _FUSED_NORMS.items())
+    return next((name for name in (key, *beside) if name in stored), key)
 
 
-def _require_fitting(path: Path, by_key: Mapping[str, Sequence[ShardedTensor]], stored: Mapping[str, Any]) -> None:
+def _require(wanted: Sequence[ShardedTensor], stored: Mapping[str, Any]) -> None:
+    by_key = {_stored_key(tensor.key, stored): tensor for tensor in wanted}
     missing = sorted(key for key in by_key if not isinstance(stored.get(key), TensorStorageMetadata))
     if missing:
         more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
-        raise CheckpointError(f"{path} does not hold this model: it lacks {', '.join(missing[:_SHOWN])}{more}")
-    for key, (part, *_) in by_key.items():
-        if tuple(stored[key].size) != tuple(part.global_shape) and not part.allow_shape_mismatch:
-            raise CheckpointError(
-                f"{path} does not hold this model: {key} is {[*stored[key].size]} in it, not {[*part.global_shape]}"
-            )
+        raise CheckpointError(f"it does not hold this model; missing: {', '.join(missing[:_SHOWN])}{more}")
+    for key, tensor in by_key.items():
+        theirs, ours = [*stored[key].size], [*tensor.global_shape]
+        if theirs != ours and not tensor.allow_shape_mismatch:
+            raise CheckpointError(f"it does not hold this model: {key} is {theirs} in it, not {ours}")

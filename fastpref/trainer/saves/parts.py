@@ -69,7 +69,7 @@ def parts_of(whole: Whole, flat: Tensor, start: int, prefix: str = "") -> list[S
         Parts whose replica is that of `whole`, counted without data parallelism.
     """
     found = []
-    for piece, first in _pieces(whole):
+    for piece, first in pieces_of(whole):
         shape = (*(1 for _ in range(piece.prepend_axis_num)), *piece.local_shape)
         begin, end = max(start, first), min(start + flat.numel(), first + math.prod(shape))
         for offsets, sizes in boxes(shape, begin - first, end - first):
@@ -91,8 +91,8 @@ def parts_of(whole: Whole, flat: Tensor, start: int, prefix: str = "") -> list[S
     return found
 
 
-def _pieces(whole: Whole) -> Iterator[tuple[ShardedTensor, int]]:
-    """What a tensor is made of, and where in the flattened tensor each piece begins."""
+def pieces_of(whole: Whole) -> Iterator[tuple[ShardedTensor, int]]:
+    """What a checkpoint makes of a tensor of this rank, and where in the flattened tensor each piece begins."""
     if isinstance(whole, ShardedTensor):
         yield whole, 0
         return
@@ -110,10 +110,13 @@ class Replicas:
     Args:
         wholes: the same list on every rank of the group; data contiguous.
         group: the ranks.
+
+    Attributes:
+        wholes: the list.
     """
 
     def __init__(self, wholes: Sequence[Whole], group: torch.distributed.ProcessGroup) -> None:
-        self._wholes, self._group = list(wholes), group
+        self.wholes, self._group = list(wholes), group
 
     def parts(self) -> list[ShardedTensor]:
         """What this rank writes, or reads."""
@@ -136,9 +139,9 @@ class Replicas:
     def _cuts(self) -> Iterator[tuple[Whole, list[int]]]:
         """Every tensor, and where in it the stretches of the ranks begin and the last one ends."""
         size = self._group.size()
-        ends = list(accumulate(whole.data.nbytes for whole in self._wholes))
+        ends = list(accumulate(whole.data.nbytes for whole in self.wholes))
         total = ends[-1] if ends else 0
-        for whole, end in zip(self._wholes, ends, strict=True):
+        for whole, end in zip(self.wholes, ends, strict=True):
             before = [total * rank // size - (end - whole.data.nbytes) for rank in range(size + 1)]
             number = whole.data.element_size()
             yield whole, [min(max(-(-count // number), 0), whole.data.numel()) for count in before]
