@@ -22,6 +22,9 @@ NEXT_TESTS := test_conftest.py trainer/ranks/test_platform.py trainer/model/test
   trainer/saves/test_resume.py parallel/test_resume_layouts.py trainer/saves/test_async_save.py parallel/test_async_save_ranks.py \
   $(addprefix parallel/test_layouts.py::, test_layout_trains_like_one_process test_expert_layout_trains_like_one_process) \
   parallel/test_experts.py::test_two_ranks_train_experts_like_one
+# The Python code of Transformer Engine without its compiled extension, for which tests/te_stub stands in.
+TE_VERSION ?= 2.20.2
+TE = $(abspath $(VENV))/transformer-engine-$(TE_VERSION)
 PYTEST := $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 # With an NVIDIA driver pip takes the CUDA build of torch that fits it; otherwise the pinned CPU set-up.
 CONSTRAINTS := $(if $(shell command -v nvidia-smi),requirements/gpu-constraints.txt,requirements/cpu-constraints.txt)
@@ -78,6 +81,9 @@ test-megatron-next: $(READY) $(NEXT)
 
 $(NEXT): | $(READY)
 	$(BIN)/pip install --quiet --no-deps --ignore-requires-python --target $@ megatron-core==$(NEXT_VERSION)
+
+$(TE): | $(READY)
+	$(BIN)/pip install --quiet --no-deps --target $@ transformer-engine==$(TE_VERSION) onnx onnxscript onnx-ir ml-dtypes
 
 parity-trl: $(READY)
 	$(BIN)/python -m checks.trl_parity

@@ -203,6 +203,7 @@ def _models(run: ShortRun, args: TrainingArguments) -> tuple[list, list | None]:
         sequence_parallel=args.sequence_parallel,
         recompute_granularity=args.recompute_granularity,
         pipeline_plan=plan_pipeline(num_layers, args.layout, run.head_layers) if num_layers else None,
+        transformer_impl=args.transformer_impl,
     )
     if isinstance(run.policy, str):
         path = run.reference if run.loss.use_ref_model else None

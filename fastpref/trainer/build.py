@@ -130,6 +130,7 @@ def _options(config: RunConfig, plan: PipelinePlan | None) -> ModelOptions:
         recompute_granularity=args.recompute_granularity,
         moe_aux_loss_coeff=args.moe_aux_loss_coeff,
         pipeline_plan=plan,
+        transformer_impl=args.transformer_impl,
     )
 
 

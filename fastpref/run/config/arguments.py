@@ -126,6 +126,8 @@ class PrecisionArguments:
     """Parameters and activations in float16 with fp32 master weights and dynamic loss scaling."""
     recompute_granularity: Literal["full", "selective"] | None = None
     """Recompute activations in the backward pass: whole layers, or the attention core only."""
+    transformer_impl: Literal["transformer_engine", "local"] | None = None
+    """Whose layers compute: Transformer Engine's, or Megatron's own; None = the former where it runs (on a GPU)."""
     head_backward: Literal["auto", "active", "exact", "recompute", "cached"] = "auto"
     """How the head's backward pass goes about the vocabulary (`linear_logps`): auto = active in 16 bits, else exact."""
     active_eps: float | None = None

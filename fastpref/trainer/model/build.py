@@ -15,20 +15,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
-)
-from megatron.core.tensor_parallel.layers import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    VocabParallelEmbedding,
-    set_tensor_model_parallel_attributes,
-)
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
 from megatron.core.utils import unwrap_model
 
 from fastpref.checkpoint.hf import ModelDirectory, read_config
@@ -37,29 +24,15 @@ from fastpref.run.architecture.architecture import Architecture
 from fastpref.run.architecture.model_files import ModelFiles
 from fastpref.run.config.layout import model_problems, size_problems
 from fastpref.run.plan.pipeline import PipelinePlan, expert_stage_problems, plan_pipeline
-from fastpref.trainer.model.attention import RMSNorm, SDPACoreAttention
-from fastpref.trainer.model.blocks import (
-    NormedResidualAdd,
-    TwoRopeSelfAttention,
-    gelu_tanh,
-    joint_inv_freq,
-    keep_grad_mode,
-    scale_embedding,
-)
+from fastpref.trainer.model.blocks import gelu_tanh, joint_inv_freq, keep_grad_mode, scale_embedding
+from fastpref.trainer.model.layers import block_spec, mark_shards
 from fastpref.trainer.model.lora import MergedParameters
 from fastpref.trainer.model.moe import expert_settings
 from fastpref.trainer.model.weights import RandomTensors, TensorSource, load_parameters, save_parameters
 from fastpref.trainer.ranks.agreement import agree
 from fastpref.trainer.ranks.platform import current_layout
+from fastpref.trainer.ranks.transformer_engine import LayerImplementation, layer_implementation
 from fastpref.validation import Rule, validate
-
-try:
-    import transformer_engine  # noqa: F401  (Megatron's module imports without it, its classes do not work)
-    from megatron.core.extensions.transformer_engine import TENorm
-
-    HAVE_TRANSFORMER_ENGINE = True
-except ImportError:
-    HAVE_TRANSFORMER_ENGINE = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +51,8 @@ class ModelOptions:
     """Weight of the load-balancing loss of experts; None takes `router_aux_loss_coef` of the model's config."""
     pipeline_plan: PipelinePlan | None = None
     """Layers of every pipeline chunk; None cuts them evenly."""
+    transformer_impl: LayerImplementation | None = None
+    """Whose layers: Transformer Engine's or Megatron's own ("local"); None takes the former wherever they run."""
 
     def __post_init__(self) -> None:
         validate(self, {"params_dtype": Rule(choices=(torch.float32, torch.bfloat16, torch.float16))})
@@ -210,6 +185,7 @@ def transformer_config(arch: Architecture, options: ModelOptions) -> Transformer
     on_gpu, full = torch.cuda.is_available(), options.recompute_granularity == "full"
     layout = current_layout()
     plan = options.pipeline_plan or plan_pipeline(arch.num_layers, layout)
+    layers = layer_implementation(options.transformer_impl)
     return TransformerConfig(
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
@@ -245,8 +221,8 @@ def transformer_config(arch: Architecture, options: ModelOptions) -> Transformer
         recompute_granularity=options.recompute_granularity,
         recompute_method="uniform" if full else None,
         recompute_num_layers=1 if full else None,
-        transformer_impl="transformer_engine" if _use_transformer_engine() else "local",
-        **expert_settings(arch, options.moe_aux_loss_coeff, grouped_gemm=_use_transformer_engine()),
+        transformer_impl=layers,
+        **expert_settings(arch, options.moe_aux_loss_coeff, grouped_gemm=layers == "transformer_engine"),
         cuda_graph_scope=[],
         # Every parameter is filled right after construction.
         perform_initialization=False,
@@ -263,7 +239,7 @@ def _build_chunk(arch: Architecture, options: ModelOptions, config: TransformerC
     tp = config.tensor_model_parallel_size
     model = GPTModel(
         config=config,
-        transformer_layer_spec=_block_spec(arch, config, stage),
+        transformer_layer_spec=block_spec(arch, config, stage),
         vocab_size=-(-arch.vocab_size // tp) * tp,
         max_sequence_length=options.max_sequence_length or arch.max_positions,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=stage is None, vp_stage=stage),
@@ -282,66 +258,5 @@ def _build_chunk(arch: Architecture, options: ModelOptions, config: TransformerC
         scale_embedding(model.embedding, arch.embedding_scale)
     if arch.sandwich_norms:
         keep_grad_mode(model)
-    _mark_shards(model)
+    mark_shards(model)
     return model
-
-
-def _mark_shards(model: GPTModel) -> None:
-    """Tells Megatron which weights are split over tensor-parallel ranks, as its own initialisation would have.
-
-    Without the mark it takes a weight for a copy, and the gradient norm counts the shard of one rank only.
-    """
-    split_dims = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
-    for module in model.modules():
-        dim = split_dims.get(type(module))
-        # Megatron-Core 0.19 marks a weight that it does not initialise, too.
-        if dim is not None and module.weight is not None and not hasattr(module.weight, "tensor_model_parallel"):
-            set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dim, stride=1)
-
-
-def _block_spec(arch: Architecture, config: TransformerConfig, stage: int | None) -> TransformerBlockSubmodules:
-    first = get_transformer_layer_offset(config, vp_stage=stage)
-    numbers = range(first, first + get_num_layers_to_build(config, vp_stage=stage))
-    layer_specs = [_layer_spec(arch, config, arch.has_experts(number)) for number in numbers]
-    norm = TENorm if _use_transformer_engine() else RMSNorm
-    return TransformerBlockSubmodules(layer_specs=layer_specs, layer_norm=norm)
-
-
-def _layer_spec(arch: Architecture, config: TransformerConfig, has_experts: bool) -> ModuleSpec:
-    use_te = _use_transformer_engine()
-    norm = TENorm if use_te else RMSNorm
-    layer = (_transformer_engine_layer_spec if use_te else _local_layer_spec)(config, has_experts)
-    if arch.sandwich_norms:
-        normed_add = ModuleSpec(module=NormedResidualAdd, params={"config": config, "norm": norm})
-        layer.submodules.self_attn_bda = layer.submodules.mlp_bda = normed_add
-    if arch.local_rope is not None:
-        layer.submodules.self_attention.module = TwoRopeSelfAttention
-    return layer
-
-
-def _transformer_engine_layer_spec(config: TransformerConfig, has_experts: bool) -> ModuleSpec:
-    return get_gpt_layer_with_transformer_engine_spec(
-        num_experts=config.num_moe_experts if has_experts else None,
-        moe_grouped_gemm=config.moe_grouped_gemm,
-        qk_layernorm=config.qk_layernorm,
-    )
-
-
-def _local_layer_spec(config: TransformerConfig, has_experts: bool) -> ModuleSpec:
-    layer = get_gpt_layer_local_spec(
-        num_experts=config.num_moe_experts if has_experts else None,
-        moe_grouped_gemm=False,
-        qk_layernorm=config.qk_layernorm,
-        normalization="RMSNorm",
-    )
-    assert layer.module is TransformerLayer
-    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
-    attention = layer.submodules.self_attention.submodules
-    attention.core_attention = SDPACoreAttention
-    if config.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
-    return layer
-
-
-def _use_transformer_engine() -> bool:
-    return HAVE_TRANSFORMER_ENGINE and torch.cuda.is_available()

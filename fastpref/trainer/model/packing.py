@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core.extensions.transformer_engine import TEDotProductAttention
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.attention import SelfAttention
@@ -28,14 +29,10 @@ from fastpref.trainer.model.attention import SDPACoreAttention
 from fastpref.trainer.model.chunks import unwrap
 from fastpref.trainer.model.context_parallel import local_chunks, local_positions
 from fastpref.trainer.model.segment_attention import SegmentParams
+from fastpref.trainer.ranks import transformer_engine
 
-try:
-    import transformer_engine  # noqa: F401  (Megatron's module imports without it, its classes do not work)
-    from megatron.core.extensions.transformer_engine import TEDotProductAttention
-
-    TE_ATTENTION: tuple[type, ...] = (TEDotProductAttention,)
-except ImportError:
-    TE_ATTENTION = ()
+# Megatron defines its class without Transformer Engine, too, but then it is none.
+TE_ATTENTION: tuple[type, ...] = (TEDotProductAttention,) if transformer_engine.is_installed() else ()
 _VARLEN_CLASSES: dict[type, type] = {}
 
 

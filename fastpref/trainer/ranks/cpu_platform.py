@@ -142,6 +142,8 @@ def _replace_random_state() -> None:
 
 def _replace_adam() -> None:
     """Checkpoints of the distributed optimizer have FusedAdam's layout; torch's AdamW cannot be loaded into it."""
+    if not optimizer.USING_PYTORCH_OPTIMIZER:
+        return
     optimizer.Adam = distrib_optimizer.Adam = FusedLayoutAdam
     optimizer.USING_PYTORCH_OPTIMIZER = False
     distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_TE_OPTIMIZER = True

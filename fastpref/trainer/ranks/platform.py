@@ -15,6 +15,8 @@ from datetime import timedelta
 
 import torch
 
+import fastpref.trainer.ranks.transformer_engine  # noqa: F401  (before Megatron asks for it)
+
 with warnings.catch_warnings():
     # Said once per module at import; both packages are optional and the CPU has no use for either.
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")

@@ -10,9 +10,10 @@ from fastpref.run.architecture.architecture import Architecture
 from fastpref.run.config.layout import ParallelLayout
 from fastpref.trainer import ModelOptions, build_models
 from fastpref.trainer.model import build as model
-from fastpref.trainer.model import packing
+from fastpref.trainer.model import layers, packing
 from fastpref.trainer.model.attention import RMSNorm, SDPACoreAttention
 from fastpref.trainer.model.packing import VarlenRows, install_packing
+from fastpref.trainer.ranks import transformer_engine
 
 WINDOWED = {**TINY_LLAMA, "model_type": "mistral", "sliding_window": 4}
 
@@ -33,13 +34,13 @@ def engine_spec(**settings):
 
 def core_and_norm(monkeypatch, *, engine: bool, gpu: bool, cp: int = 1) -> tuple[type, type]:
     """The classes in the spec of a model for padded rows."""
-    monkeypatch.setattr(model, "HAVE_TRANSFORMER_ENGINE", engine)
-    monkeypatch.setattr(model, "TENorm", EngineNorm, raising=False)
-    monkeypatch.setattr(model, "get_gpt_layer_with_transformer_engine_spec", engine_spec)
+    monkeypatch.setattr(transformer_engine, "computes_here", lambda: engine and gpu)
+    monkeypatch.setattr(layers, "TENorm", EngineNorm)
+    monkeypatch.setattr(layers, "get_gpt_layer_with_transformer_engine_spec", engine_spec)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(model, "current_layout", lambda: ParallelLayout(cp=cp))
     arch = Architecture.from_hf(TINY_LLAMA)
-    block = model._block_spec(arch, model.transformer_config(arch, ModelOptions()), None)
+    block = layers.block_spec(arch, model.transformer_config(arch, ModelOptions()), None)
     (core,) = {layer.submodules.self_attention.submodules.core_attention for layer in block.layer_specs}
     return core, block.layer_norm
 

@@ -1,0 +1,86 @@
+"""What layers are built of: Transformer Engine's modules or Megatron's own, and which of their weights are shards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core.extensions.transformer_engine import TENorm
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
+
+from fastpref.run.architecture.architecture import Architecture
+from fastpref.trainer.model.attention import RMSNorm, SDPACoreAttention
+from fastpref.trainer.model.blocks import NormedResidualAdd, TwoRopeSelfAttention
+
+
+def mark_shards(model: GPTModel) -> None:
+    """Tells Megatron which weights are split over tensor-parallel ranks, as its own initialisation would have.
+
+    Without the mark it takes a weight for a copy, and the gradient norm counts the shard of one rank only.
+    """
+    split_dims = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
+    for module in model.modules():
+        dim = split_dims.get(type(module))
+        # Megatron-Core 0.19 marks a weight that it does not initialise, too.
+        if dim is not None and module.weight is not None and not hasattr(module.weight, "tensor_model_parallel"):
+            set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dim, stride=1)
+
+
+def block_spec(arch: Architecture, config: TransformerConfig, stage: int | None) -> TransformerBlockSubmodules:
+    """The layers of a pipeline chunk, of the kind that `config.transformer_impl` names."""
+    first = get_transformer_layer_offset(config, vp_stage=stage)
+    numbers = range(first, first + get_num_layers_to_build(config, vp_stage=stage))
+    layer_specs = [_layer_spec(arch, config, arch.has_experts(number)) for number in numbers]
+    return TransformerBlockSubmodules(layer_specs=layer_specs, layer_norm=_norm(config))
+
+
+def _layer_spec(arch: Architecture, config: TransformerConfig, has_experts: bool) -> ModuleSpec:
+    make = _local_layer_spec if config.transformer_impl == "local" else _transformer_engine_layer_spec
+    layer = make(config, has_experts)
+    if arch.sandwich_norms:
+        normed_add = ModuleSpec(module=NormedResidualAdd, params={"config": config, "norm": _norm(config)})
+        layer.submodules.self_attn_bda = layer.submodules.mlp_bda = normed_add
+    if arch.local_rope is not None:
+        layer.submodules.self_attention.module = TwoRopeSelfAttention
+    return layer
+
+
+def _norm(config: TransformerConfig) -> Any:
+    return RMSNorm if config.transformer_impl == "local" else TENorm
+
+
+def _transformer_engine_layer_spec(config: TransformerConfig, has_experts: bool) -> ModuleSpec:
+    return get_gpt_layer_with_transformer_engine_spec(
+        num_experts=config.num_moe_experts if has_experts else None,
+        moe_grouped_gemm=config.moe_grouped_gemm,
+        qk_layernorm=config.qk_layernorm,
+    )
+
+
+def _local_layer_spec(config: TransformerConfig, has_experts: bool) -> ModuleSpec:
+    layer = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts if has_experts else None,
+        moe_grouped_gemm=False,
+        qk_layernorm=config.qk_layernorm,
+        normalization="RMSNorm",
+    )
+    assert layer.module is TransformerLayer
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = SDPACoreAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    return layer

@@ -1,0 +1,104 @@
+"""Lets the Python code of Transformer Engine run without a GPU, on top of the stand-in for its compiled extension.
+
+Three things stand in its way and are answered when the modules in question are imported, not before: the loader that
+looks for shared objects, the checks that CUDA and tensors on it are there, and questions about the device, whose
+answers are a Hopper's. What tensors compute is not touched; where they are made is the business of
+`fastpref.trainer.ranks.cpu_platform`.
+"""
+
+import ast
+import importlib.abc
+import importlib.machinery
+import os
+import sys
+import typing
+from collections.abc import Sequence
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+HOPPER = SimpleNamespace(major=9, minor=0, multi_processor_count=132, name="H100 (stand-in)", total_memory=80 << 30)
+LOADER = "transformer_engine.common"
+# Modules that ask whether CUDA or a tensor on it is there, and refuse where it is not.
+WANT_CUDA = (
+    "transformer_engine.pytorch.module.base",
+    "transformer_engine.pytorch.attention.dot_product_attention.backends",
+    "transformer_engine.pytorch.attention.dot_product_attention.context_parallel",
+    "transformer_engine.pytorch.attention.dot_product_attention.dot_product_attention",
+    "transformer_engine.pytorch.permutation",
+)
+
+
+class _OnCuda(ast.NodeTransformer):
+    """Code that takes every tensor to be on CUDA, which is there."""
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
+        self.generic_visit(node)
+        is_question = node.attr == "is_cuda" and isinstance(node.ctx, ast.Load)
+        return ast.copy_location(ast.Constant(True), node) if is_question else node
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        self.generic_visit(node)
+        is_question = ast.unparse(node) == "torch.cuda.is_available()"
+        return ast.copy_location(ast.Constant(True), node) if is_question else node
+
+
+class _CudaLoader(importlib.machinery.SourceFileLoader):
+    def path_stats(self, path: str) -> dict[str, Any]:
+        raise OSError("no byte code is read or kept: it would not be that of the file")
+
+    def source_to_code(self, data: Any, path: Any, *, _optimize: int = -1) -> Any:
+        return compile(_OnCuda().visit(ast.parse(data)), path, "exec", dont_inherit=True, optimize=_optimize)
+
+
+class _WithoutSharedObjects(importlib.machinery.SourceFileLoader):
+    def exec_module(self, module: ModuleType) -> None:
+        super().exec_module(module)
+        module.load_framework_extension = lambda framework: None  # type: ignore[attr-defined]
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds what the path finds, and has some modules loaded in another way."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name == "transformer_engine":
+            _answer_as_hopper()
+        kind = _CudaLoader if name in WANT_CUDA else _WithoutSharedObjects if name == LOADER else None
+        spec = kind and importlib.machinery.PathFinder.find_spec(name, path, target)
+        if kind and spec and spec.origin:
+            spec.loader = kind(name, spec.origin)
+        return spec
+
+
+def _answer_as_hopper() -> None:
+    import torch
+
+    torch.cuda.get_device_properties = lambda *args, **kwargs: HOPPER
+    torch.cuda.get_device_capability = lambda *args, **kwargs: (HOPPER.major, HOPPER.minor)
+    torch.cuda.is_current_stream_capturing = lambda: False
+    torch.cuda.device = _SameDevice
+    # Marks for a profiler of GPUs.
+    torch.cuda.nvtx.range_push = torch.cuda.nvtx.range_pop = lambda *args: 0
+
+
+class _SameDevice:
+    """Takes the place of `torch.cuda.device`, which other libraries name as a class."""
+
+    def __init__(self, device: object) -> None:
+        """Take what it takes; there is one device."""
+
+    def __enter__(self) -> None:
+        """Enter."""
+
+    def __exit__(self, *exc: object) -> None:
+        """Leave."""
+
+
+def install() -> None:
+    """Prepare this interpreter; nothing is imported."""
+    # Transformer Engine loads no shared libraries then.
+    os.environ["NVTE_PROJECT_BUILDING"] = "1"
+    if not hasattr(typing, "override"):  # it is of Python 3.12
+        typing.override = lambda method: method
+    sys.meta_path.insert(0, _Finder())
