@@ -1,4 +1,4 @@
-"""Every rank holds, writes and reads its share of a checkpoint, and all of them what Megatron would have saved whole."""
+"""Every rank holds, writes and reads its share of a checkpoint; all shares are what Megatron would have saved whole."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
