@@ -52,5 +52,6 @@ def test_save_ranks_bench(tmp_path: Path) -> None:
         ("owned", 2),
     ]
     written = [[rank["writes_mib"] for rank in row["ranks"]] for row in rows]
-    assert written[1][1] == 0.0 and written[3][0] == written[3][1] == pytest.approx(written[2][0] / 2, rel=0.05)
+    assert written[1][1] == 0.0 and sum(written[3]) == pytest.approx(written[2][0], rel=0.01)
+    assert max(written[3]) < 0.6 * written[2][0]
     assert "| owned | 2 |" in result.output
