@@ -28,6 +28,7 @@ with warnings.catch_warnings():
 from fastpref.errors import ConfigError, raise_if_any
 from fastpref.run.config.arguments import TrainingArguments
 from fastpref.run.config.layout import ARGUMENT_NAMES, ParallelLayout, size_problems, world_problems
+from fastpref.trainer.ranks import heartbeat, meeting
 
 __all__ = [
     "background_group",
@@ -72,8 +73,13 @@ def initialize_distributed(timeout_s: float = 600.0) -> None:
     if timeout_s <= 0:
         raise ConfigError(f"timeout_s must be > 0 seconds, got {timeout_s}")
     install_cpu_platform()
-    if torch.distributed.is_initialized():
-        return
+    if not torch.distributed.is_initialized():
+        _join(timeout_s)
+        _owns_process_group = True
+    heartbeat.begin(timeout_s)
+
+
+def _join(timeout_s: float) -> None:
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -89,7 +95,6 @@ def initialize_distributed(timeout_s: float = 600.0) -> None:
         torch.distributed.init_process_group(
             backend, store=torch.distributed.HashStore(), rank=0, world_size=1, timeout=timeout
         )
-    _owns_process_group = True
 
 
 def initialize_model_parallel(
@@ -208,6 +213,8 @@ def destroy() -> None:
         RotaryEmbedding.forward.cache_clear()
         # A group's threads end with its last reference, and models that hold one are full of cycles.
         gc.collect()
+    heartbeat.end()
     if _owns_process_group and torch.distributed.is_initialized():
+        meeting.forget()
         torch.distributed.destroy_process_group()
     _owns_process_group = False
