@@ -14,7 +14,7 @@ from fastpref.testing.workers import RankPool
 from fastpref.trainer.ranks import heartbeat, meeting, platform
 from fastpref.trainer.ranks.agreement import agree, from_rank_0, together
 
-TIMEOUT_S, WORK_S = 1.0, 2.5
+TIMEOUT_S, WORK_S = 0.8, 1.6
 
 
 @contextmanager
@@ -112,5 +112,3 @@ def test_a_rank_that_shows_no_life_is_not_waited_for() -> None:
     with RankPool(2, timeout_s=60.0) as pool:
         said, _ = pool.run(stop_while_another_waits, heartbeat.LEAST_SILENCE_S)
     assert "rank 1 has shown no life for" in said and "working" in said
-
-
