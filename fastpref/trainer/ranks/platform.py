@@ -29,6 +29,7 @@ from fastpref.errors import ConfigError, raise_if_any
 from fastpref.run.config.arguments import TrainingArguments
 from fastpref.run.config.layout import ARGUMENT_NAMES, ParallelLayout, size_problems, world_problems
 from fastpref.trainer.ranks import heartbeat, meeting
+from fastpref.trainer.ranks.descriptors import allow_connections, connect_lazily
 
 __all__ = [
     "background_group",
@@ -67,12 +68,14 @@ def initialize_distributed(timeout_s: float = 600.0) -> None:
         timeout_s: seconds after which a collective that a peer does not join fails.
 
     Raises:
-        ConfigError: `timeout_s` <= 0, or the launcher's variables are incomplete.
+        ConfigError: `timeout_s` <= 0, the launcher's variables are incomplete, or a process may not open as many files
+            as the ranks need connections.
     """
     global _owns_process_group
     if timeout_s <= 0:
         raise ConfigError(f"timeout_s must be > 0 seconds, got {timeout_s}")
     install_cpu_platform()
+    connect_lazily()
     if not torch.distributed.is_initialized():
         _join(timeout_s)
         _owns_process_group = True
@@ -88,6 +91,7 @@ def _join(timeout_s: float) -> None:
         missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
         if missing:
             raise ConfigError(f"WORLD_SIZE is set but {', '.join(missing)} is not; start the ranks with torchrun")
+        allow_connections(int(os.environ["WORLD_SIZE"]))
         torch.distributed.init_process_group(backend, timeout=timeout)
     else:
         # One rank talks to nobody; without this gloo looks the host name up.
