@@ -92,7 +92,7 @@ def read_dump(path: Path) -> Dump:
     return Dump(tuple(ordered), {name: ranks for name, ranks in groups.items() if ranks})
 
 
-class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
+class _Unpickler(pickle._Unpickler):
     """Builds containers, strings and numbers alone. Python's own one: the faster one believes sizes in the file."""
 
     def __init__(self, path: Path) -> None:

@@ -27,7 +27,14 @@ _SAME_HANG_S = 3600.0
 _MAX_FRAMES = 12
 _RANK = re.compile(r"\d{1,9}")
 # Operations to which every rank brings inputs of one shape.
-_SAME_INPUTS = ("all_reduce", "allreduce", "all_gather", "reduce_scatter", "_allgather_base", "_all_gather_base")
+_SAME_INPUTS: tuple[str, ...] = (
+    "all_reduce",
+    "allreduce",
+    "all_gather",
+    "reduce_scatter",
+    "_allgather_base",
+    "_all_gather_base",
+)
 _SAME_INPUTS += ("_reduce_scatter_base", "broadcast", "reduce", "barrier")
 
 
@@ -202,7 +209,9 @@ def _blame(hang: Hang, waits: _Waits, rank: int) -> Iterator[str]:
         by_place[call.group, call.sequence, call.op].append(other)
     for others in by_place.values():
         call = waiting[others[0]]
-        did = "is not at" if rank in waits.calls else "did not enter"
+        did = "did not enter" if rank in hang.dumps else "left no record of"
+        if rank in waits.calls:
+            did = "is not at"
         yield f"rank {rank} {did} {_title(call)}, in which {named(others)} wait{'s' if len(others) == 1 else ''}:"
         yield from _places(call.frames)
     if rank in hang.dumps:
@@ -240,8 +249,7 @@ def _mismatches(waits: _Waits) -> list[str]:
         kinds: dict[tuple[Any, ...], list[int]] = defaultdict(list)
         entered = waits.entered(rank, call)
         for other, theirs in entered.items():
-            inputs = (theirs.sizes, theirs.dtypes) if theirs.op.startswith(_SAME_INPUTS) else ()
-            kinds[theirs.op, inputs].append(other)
+            kinds[_kind(theirs)].append(other)
         if len(kinds) > 1:
             lines.append(f"Call {call.sequence} of {_group(call.group)} is not the same on all ranks:")
             for ranks in sorted(kinds.values(), key=len):
@@ -250,12 +258,17 @@ def _mismatches(waits: _Waits) -> list[str]:
     return lines
 
 
+def _kind(call: Call) -> tuple[Any, ...]:
+    """What is the same on all ranks of a collective."""
+    return (call.op, call.sizes, call.dtypes) if call.op.startswith(_SAME_INPUTS) else (call.op,)
+
+
 def _stalled(waits: _Waits) -> list[str]:
     """Collectives that all ranks entered and that do not complete."""
     stalled: dict[tuple[GroupKey, int], list[int]] = defaultdict(list)
     for rank, call in waits.calls.items():
-        same = {(other.op, other.sizes) for other in waits.entered(rank, call).values()}
-        if not waits.for_whom[rank] and call.library != "gloo" and len(same) <= 1:
+        kinds = {_kind(other) for other in waits.entered(rank, call).values()}
+        if not waits.for_whom[rank] and call.library != "gloo" and len(kinds) <= 1:
             stalled[call.group, call.sequence].append(rank)
     lines = []
     for ranks in stalled.values():

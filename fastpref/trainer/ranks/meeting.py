@@ -71,8 +71,9 @@ def meet(
     ranks = torch.distributed.get_process_group_ranks(group)
     if len(ranks) == 1:
         return {ranks[0]: words} if words else {}
-    name = (group or torch.distributed.group.WORLD).group_name
-    prefix, number = _numbers.next(name)
+    place = group or torch.distributed.group.WORLD
+    assert place is not None
+    prefix, number = _numbers.next(place.group_name)
     store, key = _store(), f"{prefix}/{number}"
     if words:
         store.set(f"{key}/words-{torch.distributed.get_rank()}", words)

@@ -116,7 +116,9 @@ class PeerWatch:
                 break
             except RuntimeError:
                 ages[_NONE][rank] = 0.0
-        kinds = sorted((kind for kind in ages.items() if kind[1]), key=lambda kind: -max(kind[1].values()))
+        kinds = sorted(
+            (kind for kind in ages.items() if kind[1]), key=lambda kind: (kind[0] == _NONE, -max(kind[1].values()))
+        )
         return [_sign_of(what, ranks) for what, ranks in kinds[:_MAX_SIGNS]]
 
     def _observe(self) -> None:
