@@ -1,7 +1,7 @@
 """Open files of a rank: as few connections as the ranks need, and a limit that admits them.
 
 A gloo group of n ranks connects each of them with every other: n sockets, one of which listens. Connected when they
-first talk, a rank has one that listens, one to rank 0, and about log2(n) to the neighbours of its reductions; rank 0,
+first talk, a rank has one that listens, and one to each rank that its reductions and broadcasts go through; rank 0,
 which gathers, has n. NCCL's own connections depend on the network, and files of models and data come on top.
 """
 
