@@ -6,7 +6,7 @@ from typing import Any
 
 FRAMES = [
     {"name": "all_reduce", "filename": "/env/torch/distributed/distributed_c10d.py", "line": 2900},
-    {"name": "train_step", "filename": "/work/train.py", "line": 41},
+    {"name": "train_step", "filename": "/job/train.py", "line": 41},
 ]
 
 

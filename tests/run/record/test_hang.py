@@ -60,7 +60,7 @@ def test_the_rank_that_did_not_enter_is_named_behind_all_that_wait_for_each_othe
     begin = f"rank {rank} did not enter all_reduce 2 of group 1 (TENSOR_MODEL_PARALLEL_GROUP) (Float [8, 4])"
     assert said.startswith(f"rank {rank} did not enter ") and f"{begin}, in which rank {other} waits:" in said
     assert not [line for line in said.splitlines() if line.startswith("rank ") and not line.startswith(f"rank {rank} ")]
-    assert "/work/train.py:41 in train_step" in said
+    assert "/job/train.py:41 in train_step" in said
     assert f"rank {rank} was last in _reduce_scatter_base 1 of group 2 (DATA_PARALLEL_GROUP)" in said
 
 
@@ -178,7 +178,7 @@ def test_many_ranks_are_named_shortly(tmp_path: Path) -> None:
 def state(rank: int) -> bytes:
     return json.dumps({
         "world_size": 4, "step": 7, "phase": "reading data", "seconds": 540.0, "host": "node-3", "time": 0.0,
-        "stack": ["/work/feed.py:12 in train_batches"], "groups": {},
+        "stack": ["/job/feed.py:12 in train_batches"], "groups": {},
     }).encode()  # fmt: skip
 
 
@@ -186,7 +186,7 @@ def test_what_a_rank_was_doing_is_said(tmp_path: Path) -> None:
     folder = nccl_dumps.write(tmp_path, missing_from_dp(1))
     (folder / "state_rank_1").write_bytes(state(1))
     said = said_of(folder)
-    assert "step 7, reading data, for 540 s on node-3, in\n    /work/feed.py:12 in train_batches" in said
+    assert "step 7, reading data, for 540 s on node-3, in\n    /job/feed.py:12 in train_batches" in said
 
 
 class Evil:
