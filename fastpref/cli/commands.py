@@ -234,6 +234,19 @@ def plot(run_dir: Path, output: Path | None) -> None:
     show(f"Wrote {path}")
 
 
+@cli.command()
+@click.argument("run_dir", metavar="RUN_DIR", type=click.Path(path_type=Path))
+def diagnose(run_dir: Path) -> None:
+    """Say which rank of a run hung, where, and in what the others waited.
+
+    Reads what the ranks left in RUN_DIR/hang when a collective was not answered; RUN_DIR may be that folder itself, or
+    one that a later start has set aside. Needs no GPU and no other rank.
+    """
+    from fastpref.run.record.hang import FOLDER, describe_hang, has_traces, read_hang
+
+    show(describe_hang(read_hang(run_dir if has_traces(run_dir) else run_dir / FOLDER)).rstrip())
+
+
 def _load(config_path: Path, overrides: tuple[str, ...]) -> RunConfig:
     from fastpref.run.config.run_file import load_run_config
 

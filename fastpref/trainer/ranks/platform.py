@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 
@@ -30,6 +31,9 @@ with warnings.catch_warnings():
 from fastpref.errors import ConfigError, raise_if_any
 from fastpref.run.config.arguments import TrainingArguments
 from fastpref.run.config.layout import ARGUMENT_NAMES, ParallelLayout, size_problems, world_problems
+from fastpref.run.record.hang import REPORT
+from fastpref.trainer.ranks import heartbeat, meeting, traces
+from fastpref.trainer.ranks.descriptors import allow_connections, connect_lazily
 
 __all__ = [
     "background_group",
@@ -48,6 +52,7 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 _owns_process_group = False
 # The default group, and the group made beside it for a background thread.
 _background: tuple[torch.distributed.ProcessGroup | None, torch.distributed.ProcessGroup] | None = None
+_report_dir: Path | None = None
 _farewells: list[Callable[[], None]] = []
 
 
@@ -56,7 +61,7 @@ def current_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def initialize_distributed(timeout_s: float = 600.0) -> None:
+def initialize_distributed(timeout_s: float = 600.0, report_dir: Path | None = None) -> None:
     """Join the process group: NCCL with one GPU per rank, gloo on a CPU.
 
     Under `torchrun` (or any launcher that sets `RANK` and `WORLD_SIZE`) the ranks meet at `MASTER_ADDR`;
@@ -66,16 +71,44 @@ def initialize_distributed(timeout_s: float = 600.0) -> None:
 
     Args:
         timeout_s: seconds after which a collective that a peer does not join fails.
+        report_dir: where the ranks leave what `fastpref diagnose` reads when they hang; None for PyTorch's own place.
 
     Raises:
-        ConfigError: `timeout_s` <= 0, or the launcher's variables are incomplete.
+        ConfigError: `timeout_s` <= 0, the launcher's variables are incomplete, or a process may not open as many files
+            as the ranks need connections.
     """
     global _owns_process_group
     if timeout_s <= 0:
         raise ConfigError(f"timeout_s must be > 0 seconds, got {timeout_s}")
     install_cpu_platform()
-    if torch.distributed.is_initialized():
-        return
+    connect_lazily()
+    if not torch.distributed.is_initialized():
+        if report_dir is not None and _launched_ranks() > 1:
+            _prepare_reports(report_dir)
+        _join(timeout_s)
+        _owns_process_group = True
+    heartbeat.begin(timeout_s)
+
+
+def _launched_ranks() -> int:
+    text = os.environ.get("WORLD_SIZE", "1")
+    return int(text) if text.isdecimal() else 1
+
+
+def _prepare_reports(report_dir: Path) -> None:
+    global _report_dir
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        aside = traces.set_aside_earlier(report_dir)
+        if aside is not None:
+            report = aside / REPORT
+            warnings.warn(f"the ranks of an earlier start of this run hung; see {report}", stacklevel=2)
+    traces.record_collectives(report_dir)
+    if torch.cuda.is_available():
+        traces.make_folder(report_dir)
+        _report_dir = report_dir
+
+
+def _join(timeout_s: float) -> None:
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -84,6 +117,7 @@ def initialize_distributed(timeout_s: float = 600.0) -> None:
         missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
         if missing:
             raise ConfigError(f"WORLD_SIZE is set but {', '.join(missing)} is not; start the ranks with torchrun")
+        allow_connections(int(os.environ["WORLD_SIZE"]))
         torch.distributed.init_process_group(backend, timeout=timeout)
     else:
         # One rank talks to nobody; without this gloo looks the host name up.
@@ -91,7 +125,6 @@ def initialize_distributed(timeout_s: float = 600.0) -> None:
         torch.distributed.init_process_group(
             backend, store=torch.distributed.HashStore(), rank=0, world_size=1, timeout=timeout
         )
-    _owns_process_group = True
 
 
 def initialize_model_parallel(
@@ -147,7 +180,7 @@ def initialize_megatron(args: TrainingArguments) -> None:
     Raises:
         ConfigError: the sizes do not fit the number of ranks, or Megatron is initialised with another layout already.
     """
-    initialize_distributed(args.distributed_timeout_seconds)
+    initialize_distributed(args.distributed_timeout_seconds, Path(args.output_dir))
     wanted = args.layout
     if not parallel_state.model_parallel_is_initialized():
         timeout_s = args.distributed_timeout_seconds
@@ -194,7 +227,7 @@ def before_destroy(action: Callable[[], None]) -> None:
 
 def destroy() -> None:
     """Undo `initialize_model_parallel`, and `initialize_distributed` where it created the process group."""
-    global _owns_process_group, _background
+    global _owns_process_group, _background, _report_dir
     while _farewells:
         _farewells.pop()()
     if _background is not None and _background[0] is torch.distributed.group.WORLD:
@@ -210,6 +243,11 @@ def destroy() -> None:
         RotaryEmbedding.forward.cache_clear()
         # A group's threads end with its last reference, and models that hold one are full of cycles.
         gc.collect()
+    heartbeat.end()
+    if _report_dir is not None:
+        traces.remove_empty_folder(_report_dir)
+    _report_dir = None
     if _owns_process_group and torch.distributed.is_initialized():
+        meeting.forget()
         torch.distributed.destroy_process_group()
     _owns_process_group = False
