@@ -17,8 +17,13 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, merge, nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import (
+    LocalNonpersistentObject,
+    ShardedObject,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner, mcore_to_pyt_state_dict
 from megatron.core.dist_checkpointing.utils import extract_nonpersistent, extract_sharded_base
@@ -90,7 +95,7 @@ def load_all(path: Path, models: Sequence[DistributedDataParallel], optimizer: M
     else:
         tree = optimizer.sharded_state_dict(weights, is_loading=True, metadata=_metadata())
         _fill(path, [*_replicas(_tensors(weights)), *_replicas(_tensors(tree))])
-        optimizer.load_state_dict(_completed(small["optimizer"], tree))
+        optimizer.load_state_dict(_completed(tree, small["optimizer"]))
     return small
 
 
@@ -193,13 +198,18 @@ def _settings(saved: Mapping[Any, Any]) -> dict[str, Any]:
     return {**first, "optimizer": {"param_groups": groups}}
 
 
-def _completed(saved: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
-    """The optimizer's state as it loads it: what a file says, and the tensors that were filled."""
-    own, rest = extract_nonpersistent(tree)
-    tensors, _ = extract_sharded_base(rest)
-    dict_list_map_inplace(lambda value: value.unwrap(), own)
-    dict_list_map_inplace(lambda value: value.data, tensors)
-    return dict(merge(merge(saved, own), tensors))
+def _completed(tree: Any, saved: Any) -> Any:
+    """The optimizer's state as it loads it: this rank's tensors, which were filled, and else what a file says."""
+    if isinstance(tree, LocalNonpersistentObject):
+        return tree.unwrap()
+    if isinstance(tree, ShardedTensor | ShardedTensorFactory):
+        return tree.data
+    if isinstance(tree, dict):
+        saved = saved or {}
+        return {**saved, **{key: _completed(value, saved.get(key)) for key, value in tree.items()}}
+    if isinstance(tree, list):
+        return [_completed(*pair) for pair in zip(tree, saved or [None] * len(tree), strict=True)]
+    return tree if saved is None else saved
 
 
 def _fill(path: Path, replicas: Sequence[Replicas], owned: Sequence[ShardedTensor] = ()) -> None:
