@@ -21,6 +21,8 @@ SHARDED = {"use_distributed_optimizer": True}
 BF16 = {"bf16": True}
 EP2 = {"expert_model_parallel_size": 2}
 TP2, VPP2 = LAYOUTS["TP2"][1], LAYOUTS["PP2-VPP2"][1]
+# the last of two stages has no layer, and with adapters nothing to train
+HEAD_ALONE = {**LAYOUTS["PP2"][1], "head_layers": 50.0}
 LORA = LoraConfig(r=4, target_modules=["q_proj", "o_proj", "gate_proj", "up_proj"])
 
 
@@ -35,7 +37,8 @@ CASES = {
     "experts to one rank": (EXPERTS, None, (4, {**EP2, **TP2, "sequence_parallel": True, **SHARDED}), (1, SHARDED)),
     "plain experts": (EXPERTS, None, (2, {**EP2, **BF16}), (2, BF16)),
     "adapters": (MODEL, LORA, (4, {**SHARDED, **BF16}), (2, {**TP2, **SHARDED, **BF16})),
-    "plain adapters": (MODEL, LORA, (2, {}), (2, TP2)),
+    "adapters to a head alone": (MODEL, LORA, (2, {**TP2, **BF16}), (4, {**HEAD_ALONE, **BF16})),
+    "adapters from a head alone": (MODEL, LORA, (4, {**HEAD_ALONE, **SHARDED}), (1, SHARDED)),
 }
 
 
