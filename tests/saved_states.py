@@ -13,6 +13,7 @@ import torch.distributed.checkpoint as dcp
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.utils import extract_nonpersistent, extract_sharded_base
 
+from fastpref.run.plan.pipeline import plan_pipeline
 from fastpref.trainer import LoraConfig, ModelOptions, TrainingArguments, add_lora, build_models, initialize_megatron
 from fastpref.trainer.model.chunks import unwrap
 from fastpref.trainer.model.lora import sharded_weights
@@ -30,14 +31,17 @@ class Built(NamedTuple):
 
 @contextmanager
 def built(config: dict, settings: Mapping[str, Any], lora: LoraConfig | None = None, seed: int = 0) -> Iterator[Built]:
-    """`settings` are fields of `TrainingArguments`."""
-    args = TrainingArguments(learning_rate=1e-2, max_steps=4, gradient_accumulation_steps=2, **settings)
+    """`settings` are fields of `TrainingArguments`, and `head_layers`, the cost of the head in a pipeline."""
+    fields = {"learning_rate": 1e-2, "max_steps": 4, "gradient_accumulation_steps": 2, **settings}
+    head_layers = fields.pop("head_layers", 0.0)
+    args = TrainingArguments(**fields)
     initialize_megatron(args)
     try:
         options = ModelOptions(
             params_dtype=args.params_dtype,
             sequence_parallel=args.sequence_parallel,
             transformer_impl=args.transformer_impl,
+            pipeline_plan=plan_pipeline(config["num_hidden_layers"], args.layout, head_layers),
         )
         chunks = build_models(config, options, seed=seed)
         if lora is not None:

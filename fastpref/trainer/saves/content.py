@@ -17,8 +17,13 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, merge, nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import (
+    LocalNonpersistentObject,
+    ShardedObject,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner, mcore_to_pyt_state_dict
 from megatron.core.dist_checkpointing.utils import extract_nonpersistent, extract_sharded_base
@@ -87,10 +92,12 @@ def load_all(path: Path, models: Sequence[DistributedDataParallel], optimizer: M
         for sub in _subs(optimizer):
             sub.load_state_dict(settings)  # which makes room for the state
         _fill(path, _replicas(_tensors(weights)), _owned(optimizer, weights))
+        if "param_state_sharding_type" in settings:
+            together(lambda: _require_master_copies(path, optimizer, weights), f"reading {path}")
     else:
         tree = optimizer.sharded_state_dict(weights, is_loading=True, metadata=_metadata())
         _fill(path, [*_replicas(_tensors(weights)), *_replicas(_tensors(tree))])
-        optimizer.load_state_dict(_completed(small["optimizer"], tree))
+        optimizer.load_state_dict(_completed(tree, small["optimizer"]))
     return small
 
 
@@ -161,20 +168,51 @@ def _owned(optimizer: MegatronOptimizer, weights: Mapping[str, Any]) -> list[Sha
     return [
         part
         for sub in _subs(optimizer)
-        for parameter, start, state in _owned_state(sub)
-        for name, flat in state.items()
+        for parameter, start, _ in _owned_stretches(sub)
+        for name, flat in _state_of(sub, parameter).items()
         for part in parts_of(by_parameter[parameter], flat, start, f"{_STATE}.{name}.")
     ]
 
 
-def _owned_state(sub: DistributedOptimizer) -> Iterator[tuple[Tensor, int, dict[str, Tensor]]]:
-    """Parameters of which this rank owns a stretch, where in them it begins, and its state by name."""
+def _owned_stretches(sub: DistributedOptimizer) -> Iterator[tuple[Tensor, int, int]]:
+    """Parameters of which this rank owns a stretch, where in them it begins, and its length."""
     buckets = (bucket for by_dtype in sub.gbuf_ranges for buckets in by_dtype.values() for bucket in buckets)
     for parameter, ranges in (item for bucket in buckets for item in bucket["param_map"].items()):
-        state = sub._get_main_param_and_optimizer_states(parameter)
-        if state["param"].untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr():
-            del state["param"]  # it is the weight itself
-        yield parameter, ranges["param"].start, {name: state[name].detach() for name in state if name != "step"}
+        yield parameter, ranges["param"].start, ranges["param"].size
+
+
+def _state_of(sub: DistributedOptimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """What an optimizer keeps of the stretch of a parameter that this rank owns, [n] each, by name."""
+    state = sub._get_main_param_and_optimizer_states(parameter)
+    if state["param"].untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr():
+        del state["param"]  # it is the weight itself
+    return {name: tensor.detach() for name, tensor in state.items() if name != "step"}
+
+
+def _require_master_copies(path: Path, optimizer: MegatronOptimizer, weights: Mapping[str, Any]) -> None:
+    """Refuses optimizer state that is not in its place, as Megatron's gathering leaves it where it pads buckets.
+
+    It cuts parameters out of the gathered numbers as if the padding between gradient buckets were among them. Moments
+    cannot be told from others, but the fp32 copies beside them can: rounded they are the weights.
+
+    Raises:
+        CheckpointError: some fp32 copy is not that of its weight.
+    """
+    by_parameter = {whole.data: whole for whole in _tensors(weights)}
+    found = []
+    for sub in _subs(optimizer):
+        for parameter, start, length in _owned_stretches(sub):
+            weight = parameter.detach().view(-1)[start : start + length]
+            found.append((by_parameter[parameter], start, weight, torch.empty_like(weight, dtype=torch.float32)))
+    parts = [part for whole, start, _, copy in found for part in parts_of(whole, copy, start, f"{_STATE}.param.")]
+    _read(path, parts, parts)
+    wrong = [whole.key for whole, _, weight, copy in found if not torch.equal(copy.to(weight.dtype), weight)]
+    if wrong:
+        raise CheckpointError(
+            f"its optimizer state is not in its place (first in {wrong[0]}): an earlier version saved it wrongly, as "
+            "it did where padding lies between gradient buckets. Its weights are right: write them with fastpref "
+            "export, and start a new run from them"
+        )
 
 
 def _small_state(path: Path) -> dict[str, Any]:
@@ -189,17 +227,22 @@ def _settings(saved: Mapping[Any, Any]) -> dict[str, Any]:
     """What any of this rank's distributed optimizers takes its settings from, which it finds by what they are for."""
     subs = [saved] if "optimizer" in saved else list(saved.values())
     groups = [group for sub in subs for group in sub["optimizer"]["param_groups"]]
-    first = {name: value for name, value in subs[0].items() if not name.startswith("param_state")}
+    first = {name: value for name, value in subs[0].items() if name != "param_state"}
     return {**first, "optimizer": {"param_groups": groups}}
 
 
-def _completed(saved: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
-    """The optimizer's state as it loads it: what a file says, and the tensors that were filled."""
-    own, rest = extract_nonpersistent(tree)
-    tensors, _ = extract_sharded_base(rest)
-    dict_list_map_inplace(lambda value: value.unwrap(), own)
-    dict_list_map_inplace(lambda value: value.data, tensors)
-    return dict(merge(merge(saved, own), tensors))
+def _completed(tree: Any, saved: Any) -> Any:
+    """The optimizer's state as it loads it: this rank's tensors, which were filled, and else what a file says."""
+    if isinstance(tree, LocalNonpersistentObject):
+        return tree.unwrap()
+    if isinstance(tree, ShardedTensor | ShardedTensorFactory):
+        return tree.data
+    if isinstance(tree, dict):
+        saved = saved or {}
+        return {**saved, **{key: _completed(value, saved.get(key)) for key, value in tree.items()}}
+    if isinstance(tree, list):
+        return [_completed(*pair) for pair in zip(tree, saved or [None] * len(tree), strict=True)]
+    return tree if saved is None else saved
 
 
 def _fill(path: Path, replicas: Sequence[Replicas], owned: Sequence[ShardedTensor] = ()) -> None:

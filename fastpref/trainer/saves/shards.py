@@ -148,7 +148,7 @@ class _Planner(MCoreSavePlanner):
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         """Check on rank 0 that no number is missing, and none there twice."""
         try:
-            return super().create_global_plan(all_plans)  # type: ignore[no-any-return]
+            return super().create_global_plan(all_plans)
         except ValueError as error:
             self._problem = error
             return all_plans, Metadata({})
