@@ -5,8 +5,9 @@ looks for shared objects, the checks that CUDA and tensors on it are there, and 
 answers are a Hopper's. What tensors compute is not touched; where they are made is the business of
 `fastpref.trainer.ranks.cpu_platform`.
 
-One answer is not a Hopper's: attention with context parallelism in fp32, which no kernel on a GPU has, is given to the
-one for 16 bits, whose stand-in computes in the dtype that it is handed. So ranks can be compared without rounding.
+One answer is not a Hopper's: attention in fp32 for which Transformer Engine finds nothing, with context parallelism and
+in some releases of packed rows, is given to the kernels for 16 bits, whose stand-in computes in the dtype that it is
+handed. So ranks can be compared without rounding; on a GPU such a run ends with an error.
 """
 
 import ast
@@ -44,8 +45,16 @@ class _OnCuda(ast.NodeTransformer):
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         self.generic_visit(node)
+        if isinstance(node.func, ast.Attribute) and node.func.attr == "to":
+            self._stay(node)
         is_question = ast.unparse(node) == "torch.cuda.is_available()"
         return ast.copy_location(ast.Constant(True), node) if is_question else node
+
+    @staticmethod
+    def _stay(node: ast.Call) -> None:
+        for keyword in node.keywords:
+            if keyword.arg == "device" and ast.unparse(keyword.value) == "'cuda'":
+                keyword.value = ast.copy_location(ast.Constant("cpu"), keyword.value)
 
     def visit_List(self, node: ast.List) -> ast.AST:
         if ast.unparse(node) == "[torch.float16, torch.bfloat16]":
@@ -69,7 +78,7 @@ class _WithoutSharedObjects(importlib.machinery.SourceFileLoader):
         module.load_framework_extension = lambda framework: None  # type: ignore[attr-defined]
 
 
-class _ChoiceInFp32(importlib.machinery.SourceFileLoader):
+class _ChoiceInFp32(_CudaLoader):
     def exec_module(self, module: ModuleType) -> None:
         super().exec_module(module)
         choose = module.get_attention_backend
@@ -78,9 +87,10 @@ class _ChoiceInFp32(importlib.machinery.SourceFileLoader):
         def choose_in_fp32(attention_params: Any) -> Any:
             import torch
 
-            if attention_params.context_parallel and attention_params.qkv_dtype == torch.float32:
-                attention_params = dataclasses.replace(attention_params, qkv_dtype=torch.bfloat16)
-            return choose(attention_params)
+            *choice, available = choose(attention_params)
+            if any(available) or attention_params.qkv_dtype != torch.float32:
+                return *choice, available
+            return choose(dataclasses.replace(attention_params, qkv_dtype=torch.bfloat16))
 
         module.get_attention_backend = choose_in_fp32  # type: ignore[attr-defined]
 
