@@ -25,11 +25,11 @@ from typing import Any
 HOPPER = SimpleNamespace(major=9, minor=0, multi_processor_count=132, name="H100 (stand-in)", total_memory=80 << 30)
 LOADER = "transformer_engine.common"
 CHOICE_OF_ATTENTION = "transformer_engine.pytorch.attention.dot_product_attention.utils"
-# Modules that ask whether CUDA or a tensor on it is there, and refuse where it is not.
+CONTEXT_PARALLEL = "transformer_engine.pytorch.attention.dot_product_attention.context_parallel"
+# More modules that ask whether CUDA or a tensor on it is there, and refuse where it is not.
 WANT_CUDA = (
     "transformer_engine.pytorch.module.base",
     "transformer_engine.pytorch.attention.dot_product_attention.backends",
-    "transformer_engine.pytorch.attention.dot_product_attention.context_parallel",
     "transformer_engine.pytorch.attention.dot_product_attention.dot_product_attention",
     "transformer_engine.pytorch.permutation",
 )
@@ -95,6 +95,30 @@ class _ChoiceInFp32(_CudaLoader):
         module.get_attention_backend = choose_in_fp32  # type: ignore[attr-defined]
 
 
+class _WaitsOnce:
+    """A message that may be waited for again and again, as NCCL's may; gloo's second wait is for another one."""
+
+    def __init__(self, work: Any) -> None:
+        self._work = work
+
+    def wait(self) -> None:
+        work, self._work = self._work, None
+        if work is not None:
+            work.wait()
+
+
+class _MessagesOverGloo(_CudaLoader):
+    def exec_module(self, module: ModuleType) -> None:
+        super().exec_module(module)
+        send_and_receive = module.flash_attn_p2p_communicate
+
+        @functools.wraps(send_and_receive)
+        def waited_for_once(*args: Any, **kwargs: Any) -> list[_WaitsOnce]:
+            return [_WaitsOnce(work) for work in send_and_receive(*args, **kwargs)]
+
+        module.flash_attn_p2p_communicate = waited_for_once  # type: ignore[attr-defined]
+
+
 class _Finder(importlib.abc.MetaPathFinder):
     """Finds what the path finds, and has some modules loaded in another way."""
 
@@ -103,14 +127,19 @@ class _Finder(importlib.abc.MetaPathFinder):
     ) -> importlib.machinery.ModuleSpec | None:
         if name == "transformer_engine":
             _answer_as_hopper()
-        kind = _CudaLoader if name in WANT_CUDA else _LOADERS.get(name)
+        kind = _LOADERS.get(name)
         spec = kind and importlib.machinery.PathFinder.find_spec(name, path, target)
         if kind and spec and spec.origin:
             spec.loader = kind(name, spec.origin)
         return spec
 
 
-_LOADERS = {LOADER: _WithoutSharedObjects, CHOICE_OF_ATTENTION: _ChoiceInFp32}
+_LOADERS: dict[str, type[importlib.machinery.SourceFileLoader]] = {
+    **dict.fromkeys(WANT_CUDA, _CudaLoader),
+    LOADER: _WithoutSharedObjects,
+    CHOICE_OF_ATTENTION: _ChoiceInFp32,
+    CONTEXT_PARALLEL: _MessagesOverGloo,
+}
 
 
 def _answer_as_hopper() -> None:
