@@ -4,9 +4,14 @@ Three things stand in its way and are answered when the modules in question are 
 looks for shared objects, the checks that CUDA and tensors on it are there, and questions about the device, whose
 answers are a Hopper's. What tensors compute is not touched; where they are made is the business of
 `fastpref.trainer.ranks.cpu_platform`.
+
+One answer is not a Hopper's: attention with context parallelism in fp32, which no kernel on a GPU has, is given to the
+one for 16 bits, whose stand-in computes in the dtype that it is handed. So ranks can be compared without rounding.
 """
 
 import ast
+import dataclasses
+import functools
 import importlib.abc
 import importlib.machinery
 import os
@@ -18,6 +23,7 @@ from typing import Any
 
 HOPPER = SimpleNamespace(major=9, minor=0, multi_processor_count=132, name="H100 (stand-in)", total_memory=80 << 30)
 LOADER = "transformer_engine.common"
+CHOICE_OF_ATTENTION = "transformer_engine.pytorch.attention.dot_product_attention.utils"
 # Modules that ask whether CUDA or a tensor on it is there, and refuse where it is not.
 WANT_CUDA = (
     "transformer_engine.pytorch.module.base",
@@ -29,7 +35,7 @@ WANT_CUDA = (
 
 
 class _OnCuda(ast.NodeTransformer):
-    """Code that takes every tensor to be on CUDA, which is there."""
+    """Code that takes every tensor to be on CUDA, which is there, and fp32 where 16 bits are asked for."""
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
         self.generic_visit(node)
@@ -40,6 +46,13 @@ class _OnCuda(ast.NodeTransformer):
         self.generic_visit(node)
         is_question = ast.unparse(node) == "torch.cuda.is_available()"
         return ast.copy_location(ast.Constant(True), node) if is_question else node
+
+    def visit_List(self, node: ast.List) -> ast.AST:
+        if ast.unparse(node) == "[torch.float16, torch.bfloat16]":
+            return ast.copy_location(
+                ast.parse("[torch.float16, torch.bfloat16, torch.float32]", mode="eval").body, node
+            )
+        return self.generic_visit(node)
 
 
 class _CudaLoader(importlib.machinery.SourceFileLoader):
@@ -56,6 +69,22 @@ class _WithoutSharedObjects(importlib.machinery.SourceFileLoader):
         module.load_framework_extension = lambda framework: None  # type: ignore[attr-defined]
 
 
+class _ChoiceInFp32(importlib.machinery.SourceFileLoader):
+    def exec_module(self, module: ModuleType) -> None:
+        super().exec_module(module)
+        choose = module.get_attention_backend
+
+        @functools.wraps(choose)
+        def choose_in_fp32(attention_params: Any) -> Any:
+            import torch
+
+            if attention_params.context_parallel and attention_params.qkv_dtype == torch.float32:
+                attention_params = dataclasses.replace(attention_params, qkv_dtype=torch.bfloat16)
+            return choose(attention_params)
+
+        module.get_attention_backend = choose_in_fp32  # type: ignore[attr-defined]
+
+
 class _Finder(importlib.abc.MetaPathFinder):
     """Finds what the path finds, and has some modules loaded in another way."""
 
@@ -64,11 +93,14 @@ class _Finder(importlib.abc.MetaPathFinder):
     ) -> importlib.machinery.ModuleSpec | None:
         if name == "transformer_engine":
             _answer_as_hopper()
-        kind = _CudaLoader if name in WANT_CUDA else _WithoutSharedObjects if name == LOADER else None
+        kind = _CudaLoader if name in WANT_CUDA else _LOADERS.get(name)
         spec = kind and importlib.machinery.PathFinder.find_spec(name, path, target)
         if kind and spec and spec.origin:
             spec.loader = kind(name, spec.origin)
         return spec
+
+
+_LOADERS = {LOADER: _WithoutSharedObjects, CHOICE_OF_ATTENTION: _ChoiceInFp32}
 
 
 def _answer_as_hopper() -> None:
@@ -99,6 +131,8 @@ def install() -> None:
     """Prepare this interpreter; nothing is imported."""
     # Transformer Engine loads no shared libraries then.
     os.environ["NVTE_PROJECT_BUILDING"] = "1"
+    # Its small functions are compiled, for seconds each, where this does not say otherwise.
+    os.environ.setdefault("NVTE_TORCH_COMPILE", "0")
     if not hasattr(typing, "override"):  # it is of Python 3.12
         typing.override = lambda method: method
     sys.meta_path.insert(0, _Finder())

@@ -313,16 +313,6 @@ def sharded_weights(chunk: GPTModel, metadata: dict[str, Any] | None = None) -> 
     return sharded
 
 
-def fill_weights(chunk: GPTModel, loaded: Mapping[str, Any]) -> None:
-    """Fill a chunk with what `sharded_weights` asked a checkpoint for."""
-    if lora_of([chunk]) is None:
-        chunk.load_state_dict(loaded)
-        return
-    parameters = parameters_of([chunk])
-    for name, value in loaded.items():
-        parameters[name].copy_(value)
-
-
 def _attach(linear: torch.nn.Module, adapter: LoraAdapter, source: TensorSource) -> list[str]:
     """Gives a layer its adapter; returns what is wrong with the adapter's values."""
     problems: list[str] = []

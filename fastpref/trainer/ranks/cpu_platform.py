@@ -66,11 +66,31 @@ def _stay(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     return self
 
 
-class _HostStream:
-    """The one stream of a CPU, and an event on it: whatever was asked for before has happened.
+class _HostEvent:
+    """An event on the one stream of a CPU: whatever was asked for before has happened.
 
-    It takes the place of a class, which other libraries name in their annotations.
+    It takes the place of a class, as the stream does, which other libraries name in their annotations.
     """
+
+    def __init__(self, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False) -> None:
+        """Take what a CUDA event takes; there is nothing to choose."""
+
+    def record(self, stream: _HostStream | None = None) -> None:
+        """Return."""
+
+    def wait(self, stream: _HostStream | None = None) -> None:
+        """Return."""
+
+    def query(self) -> bool:
+        """Say that it has passed."""
+        return True
+
+    def synchronize(self) -> None:
+        """Return."""
+
+
+class _HostStream:
+    """The one stream of a CPU."""
 
     def __init__(self, device: object = None, priority: int = 0) -> None:
         """Take what a CUDA stream takes; there is nothing to choose."""
@@ -78,9 +98,12 @@ class _HostStream:
     def wait_stream(self, stream: _HostStream) -> None:
         """Return."""
 
-    def record_event(self, event: object = None) -> _HostStream:
+    def wait_event(self, event: _HostEvent) -> None:
+        """Return."""
+
+    def record_event(self, event: _HostEvent | None = None) -> _HostEvent:
         """Return an event that has passed."""
-        return self
+        return event or _HostEvent()
 
     def synchronize(self) -> None:
         """Return."""
@@ -89,7 +112,9 @@ class _HostStream:
 def _replace_device_queries() -> None:
     """Megatron's buffers and messages live on `torch.cuda.current_device()`, `"cuda"` or `tensor.cuda()`."""
     torch.cuda.synchronize = lambda device=None: None
-    # Experts copy token counts to the host on a stream of their own; Megatron-Core 0.19 waits for CUDA graphs on one.
+    # Experts copy token counts to the host on a stream of their own; Megatron-Core 0.19 waits for CUDA graphs on one,
+    # and Transformer Engine's attention lets those of context parallelism wait for each other's events.
+    torch.cuda.Event = _HostEvent  # type: ignore[assignment,misc]
     torch.cuda.Stream = _HostStream  # type: ignore[assignment,misc]
     torch.cuda.current_stream = _HostStream  # type: ignore[assignment]
     torch.cuda.stream = contextlib.nullcontext  # type: ignore[assignment]
