@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import torch
@@ -103,7 +104,7 @@ class OneProcess:
     def __call__(self, run: ShortRun) -> tuple[list[dict[str, float]], Path]:
         """Log and directory of `run` in this process."""
         if repr(run) not in self._done:
-            directory = self.root / f"one-{len(self._done)}"
+            directory = Path(mkdtemp(dir=self.root))
             self._done[repr(run)] = train(run, str(directory)), directory
         return self._done[repr(run)]
 
