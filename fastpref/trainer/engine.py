@@ -20,7 +20,7 @@ from fastpref.run.config.arguments import TrainingArguments
 from fastpref.trainer.model.chunks import unwrap, vocab_size_of
 from fastpref.trainer.model.head import HeadOptions, install_heads
 from fastpref.trainer.model.lora import lora_of
-from fastpref.trainer.model.moe import install_routers
+from fastpref.trainer.model.moe import install_routers, provisional_bias
 from fastpref.trainer.model.packing import install_packing
 from fastpref.trainer.reference.first_step import check_first_step
 from fastpref.trainer.reference.reference import build_reference
@@ -84,7 +84,7 @@ class Engine:
         )
         if args.packing:
             install_packing(self.models, prefix_sharing=args.prefix_sharing)
-        self.balance = install_routers(self.models)
+        self.balance = install_routers(self.models, is_reference=lora is not None)
         self.wrapped = wrap_for_training(models, args)
         token_stats = TOKEN_STATS if args.log_token_stats else ()
         self.schedule = PreferenceSchedule(loss, token_stats)
@@ -157,6 +157,19 @@ class Engine:
                 have been skipped just before; nothing was updated.
             FastprefError: policy and reference should be equal before the first update, and are not; likewise.
         """
+        with provisional_bias(self.models) as keep_bias:
+            outcome = self._run_step(models, batches, step, signals)
+            if not outcome.skipped_iter:
+                keep_bias()
+        return outcome
+
+    def _run_step(
+        self,
+        models: Sequence[DistributedDataParallel],
+        batches: Sequence[Microbatch],
+        step: int | None,
+        signals: Signals,
+    ) -> StepResult:
         optimizer = self.optimizer
         batches = self.attach_reference(batches, self.feed.train_dataset)
         for model in models:

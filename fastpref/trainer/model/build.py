@@ -25,10 +25,12 @@ from fastpref.run.architecture.model_files import ModelFiles
 from fastpref.run.config.layout import model_problems, size_problems
 from fastpref.run.plan.pipeline import PipelinePlan, expert_stage_problems, plan_pipeline
 from fastpref.trainer.model.blocks import gelu_tanh, joint_inv_freq, keep_grad_mode, scale_embedding
-from fastpref.trainer.model.layers import block_spec, mark_shards
+from fastpref.trainer.model.layers import block_spec
 from fastpref.trainer.model.lora import MergedParameters
 from fastpref.trainer.model.moe import expert_settings
+from fastpref.trainer.model.overlap import waits_for_sends
 from fastpref.trainer.model.reading import TensorSource
+from fastpref.trainer.model.shards import mark_shards
 from fastpref.trainer.model.weights import RandomTensors, load_parameters, save_parameters
 from fastpref.trainer.ranks.agreement import agree
 from fastpref.trainer.ranks.platform import current_layout
@@ -229,7 +231,7 @@ def transformer_config(arch: Architecture, options: ModelOptions) -> Transformer
         perform_initialization=False,
         use_cpu_initialization=not on_gpu,
         # Freeing a sent tensor is NCCL's business; under gloo the send may still be reading it.
-        deallocate_pipeline_outputs=on_gpu,
+        deallocate_pipeline_outputs=on_gpu and (layout.vpp is None or waits_for_sends()),
         # Batched sends of the interleaved schedule meet the wrong receives where a stage's two neighbours are one rank.
         overlap_p2p_comm=layout.vpp is not None,
         batch_p2p_comm=layout.vpp is None,
@@ -259,5 +261,5 @@ def _build_chunk(arch: Architecture, options: ModelOptions, config: TransformerC
         scale_embedding(model.embedding, arch.embedding_scale)
     if arch.sandwich_norms:
         keep_grad_mode(model)
-    mark_shards(model)
+    mark_shards([model])
     return model

@@ -15,7 +15,7 @@ from megatron.core.transformer.module import Float16Module
 from fastpref.errors import ConfigError, Problem, raise_if_any
 from fastpref.run.config.arguments import TrainingArguments
 from fastpref.trainer.model.chunks import unwrap
-from fastpref.trainer.model.moe import separate_experts
+from fastpref.trainer.model.moe import bias_kept_in_fp32, separate_experts
 from fastpref.trainer.ranks.platform import before_destroy
 
 
@@ -52,7 +52,12 @@ def to_precision(models: Sequence[torch.nn.Module], args: TrainingArguments) -> 
     """Wraps bare `GPTModel` chunks for half precision; leaves fp32 and already wrapped chunks as they are."""
     if args.params_dtype == torch.float32:
         return list(models)
-    return [Float16Module(model.config, model) if isinstance(model, GPTModel) else model for model in models]
+    return [_to_16_bits(model) if isinstance(model, GPTModel) else model for model in models]
+
+
+def _to_16_bits(model: GPTModel) -> Float16Module:
+    with bias_kept_in_fp32(model):
+        return Float16Module(model.config, model)
 
 
 def wrap_for_training(models: Sequence[torch.nn.Module], args: TrainingArguments) -> list[DistributedDataParallel]:
