@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -17,6 +18,32 @@ from fastpref.run.config.arguments import TrainingArguments
 from fastpref.trainer.model.chunks import unwrap
 from fastpref.trainer.model.moe import separate_experts
 from fastpref.trainer.ranks.platform import before_destroy
+
+
+class Update(NamedTuple):
+    """What Megatron's optimizer says of a step, as Python numbers; some of its versions answer with tensors."""
+
+    done: bool
+    """Whether parameters moved; not where a loss scale overflowed."""
+    grad_norm: float | None
+    """L2 norm of the gradient before clipping."""
+    num_zeros: int | None
+    """Zeros in the gradient, where they are counted."""
+
+
+def update(optimizer: MegatronOptimizer) -> Update:
+    """Takes a step of the optimizer; waits for the device where the answer is there."""
+    done, grad_norm, num_zeros = optimizer.step()
+    return Update(
+        done=bool(done),
+        grad_norm=None if grad_norm is None else float(grad_norm),
+        num_zeros=None if num_zeros is None else int(num_zeros),
+    )
+
+
+def learning_rate(optimizer: MegatronOptimizer) -> float:
+    """The largest learning rate of its parameter groups; an optimizer may keep them as tensors."""
+    return max(float(group["lr"]) for group in optimizer.param_groups)
 
 
 def check_model(models: Sequence[GPTModel], args: TrainingArguments) -> None:
