@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("transformer_engine", reason="the Python code of Transformer Engine is not on the path: make test-te")
+pytest.importorskip(
+    "transformer_engine", reason="the Python code of Transformer Engine is not on the path: make test-te"
+)
+
+from tiny_runs import finish
 
 from fastpref.trainer.ranks import transformer_engine
-from tiny_runs import finish
 
 pytestmark = pytest.mark.skipif(
     not transformer_engine.computes_here(), reason="Transformer Engine does not compute on this machine"

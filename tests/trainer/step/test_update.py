@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_runs import PAIRS
 
 from checks.tiny import stock_model
 from fastpref.trainer import DPOConfig, DPOTrainer
 from fastpref.trainer.step.optimizer import Update, learning_rate, update
-from tiny_runs import PAIRS
 
 FORMS = {
     "numbers": (True, 0.5, 3),
