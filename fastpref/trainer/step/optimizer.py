@@ -15,7 +15,7 @@ from megatron.core.transformer.module import Float16Module
 
 from fastpref.errors import ConfigError, Problem, raise_if_any
 from fastpref.run.config.arguments import TrainingArguments
-from fastpref.trainer.model.chunks import unwrap
+from fastpref.trainer.model.chunks import refuse_sharded, unwrap
 from fastpref.trainer.model.moe import separate_experts
 from fastpref.trainer.ranks.platform import before_destroy
 
@@ -50,9 +50,10 @@ def check_model(models: Sequence[GPTModel], args: TrainingArguments) -> None:
     """Requires that chunks were built with the settings that a run can only take from them.
 
     Raises:
-        ConfigError: number of chunks, precision, sequence parallelism, recomputation or the load-balancing loss differ;
-            lists every difference.
+        ConfigError: chunks are sharded by PyTorch; number of chunks, precision, sequence parallelism, recomputation or
+            the load-balancing loss differ; lists every difference.
     """
+    refuse_sharded(models)
     wanted = {
         "params_dtype": args.params_dtype,
         "sequence_parallel": args.sequence_parallel,
