@@ -1,4 +1,4 @@
-"""Chunks in wrappers of other libraries: each would do again, or undo, what the trainer does, and is refused by name."""
+"""Chunks in wrappers of other libraries: each would do again, or undo, what the trainer does, and is refused."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tiny_runs import PAIRS
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -13,7 +14,6 @@ from torch.nn.parallel import DistributedDataParallel
 from checks.tiny import stock_model
 from fastpref.errors import ConfigError
 from fastpref.trainer import DPOConfig, DPOTrainer
-from tiny_runs import PAIRS
 
 
 class MegatronFSDP(torch.nn.Module):
