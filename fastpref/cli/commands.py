@@ -202,9 +202,11 @@ def check(config_path: Path, overrides: tuple[str, ...], world_size: int | None)
     from fastpref.run.plan.identity import describe_reference
     from fastpref.run.plan.prepare import launched_world_size, prepare
     from fastpref.run.plan.row_usage import row_usages
+    from fastpref.run.plan.software import check_software
     from fastpref.run.plan.surroundings import is_installed
 
     config = _load(config_path, overrides)
+    notes = check_software(config.training)
     if world_size is None:
         world_size = max(launched_world_size(), config.training.layout.fewest_ranks)
     run = prepare(config, world_size)
@@ -219,6 +221,7 @@ def check(config_path: Path, overrides: tuple[str, ...], world_size: int | None)
         tables.memory(preview.estimate_memory(run), preview.full_logits_bytes(run)),
         f"{config_path} is valid.",
         None if is_installed("megatron") else 'Training it needs megatron: pip install "fastpref[megatron]"',
+        *notes,
     )
 
 

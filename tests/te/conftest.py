@@ -1,8 +1,11 @@
 """These tests run on the Python code of Transformer Engine over the stand-in for its extension: `make test-te`."""
 
 import pytest
+from tiny_runs import one_rank, quiet_args
 
 from fastpref.trainer.ranks import transformer_engine
+
+__all__ = ["one_rank", "quiet_args"]
 
 
 @pytest.fixture(autouse=True)

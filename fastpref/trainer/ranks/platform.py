@@ -17,23 +17,24 @@ from pathlib import Path
 import torch
 
 import fastpref.trainer.ranks.transformer_engine  # noqa: F401  (before Megatron asks for it)
-
-with warnings.catch_warnings():
-    # Said once per module at import; both packages are optional and the CPU has no use for either.
-    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
-    warnings.filterwarnings("ignore", message="Apex is not installed")
-    import megatron.core.models.gpt.gpt_layer_specs  # noqa: F401  (imported for its remark alone)
-    from megatron.core import parallel_state, tensor_parallel
-    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
-
-    from fastpref.trainer.ranks.cpu_platform import install_cpu_platform
-
 from fastpref.errors import ConfigError, raise_if_any
 from fastpref.run.config.arguments import TrainingArguments
 from fastpref.run.config.layout import ARGUMENT_NAMES, ParallelLayout, size_problems, world_problems
 from fastpref.run.record.hang import REPORT
 from fastpref.trainer.ranks import heartbeat, meeting, traces
 from fastpref.trainer.ranks.descriptors import allow_connections, connect_lazily
+from fastpref.trainer.ranks.optional_packages import broken_is_absent
+
+with warnings.catch_warnings(), broken_is_absent():
+    # Said once per module at import; where a GPU misses them, one warning says it when a model is built.
+    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+    warnings.filterwarnings("ignore", message="Apex is not installed")
+    import megatron.core.models.gpt.gpt_layer_specs  # noqa: F401  (imported for its remark alone)
+    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+    from fastpref.trainer.ranks.adam import install_fused_layout
+    from fastpref.trainer.ranks.cpu_platform import install_cpu_platform
 
 __all__ = [
     "background_group",
@@ -67,7 +68,7 @@ def initialize_distributed(timeout_s: float = 600.0, report_dir: Path | None = N
     Under `torchrun` (or any launcher that sets `RANK` and `WORLD_SIZE`) the ranks meet at `MASTER_ADDR`;
     otherwise this process is the only rank, no port needs to be free, and gloo stays on the loopback
     interface. A process group that exists already is kept as it is. The CPU platform is installed where there
-    is no GPU.
+    is no GPU, and `FusedLayoutAdam` where Megatron has no FusedAdam.
 
     Args:
         timeout_s: seconds after which a collective that a peer does not join fails.
@@ -80,6 +81,7 @@ def initialize_distributed(timeout_s: float = 600.0, report_dir: Path | None = N
     global _owns_process_group
     if timeout_s <= 0:
         raise ConfigError(f"timeout_s must be > 0 seconds, got {timeout_s}")
+    install_fused_layout()
     install_cpu_platform()
     connect_lazily()
     if not torch.distributed.is_initialized():
