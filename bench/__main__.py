@@ -21,6 +21,7 @@ for command in (
     steps.packing,
     steps.scaling,
     save.save,
+    save.save_ranks,
     train.train,
     train.train_table,
     integrations.dropin,

@@ -1,4 +1,4 @@
-"""`save`: what checkpoints, imports and exports cost."""
+"""`save`, `save-ranks`: what checkpoints, imports and exports cost."""
 
 from __future__ import annotations
 
@@ -44,3 +44,18 @@ def save(
     row |= surroundings() | {"command": command_line()}
     store(out / f"save-{name}.json", row)
     click.echo(saves.table(row))
+
+
+@click.command()
+@out_option
+@click.option("--dry", is_flag=True, help="A tiny model on one and two ranks.")
+def save_ranks(out: Path, dry: bool) -> None:
+    """Host memory of a save on 1, 2 and 4 ranks of data parallelism, beside one that gathers the optimizer."""
+    from bench import save_ranks as saves
+    from checks.tiny import TINY_LLAMA
+
+    os.environ["OMP_NUM_THREADS"] = "1"
+    config, sizes = (TINY_LLAMA, saves.SIZES[:2]) if dry else (saves.MODEL, saves.SIZES)
+    rows = [{"way": way, "ranks": saves.measure_save_memory(size, way, config)} for way in saves.WAYS for size in sizes]
+    store(out / "save-ranks.json", {"rows": rows, **surroundings(), "command": command_line()})
+    click.echo(saves.table(rows))

@@ -26,6 +26,7 @@ from fastpref.trainer.model.chunks import unwrap
 from fastpref.trainer.model.modes import evaluating
 from fastpref.trainer.model.overlap import settle_overlap
 from fastpref.trainer.model.shards import mark_shards
+from fastpref.trainer.ranks.meeting import meet
 from fastpref.trainer.ranks.platform import initialize_megatron
 from fastpref.trainer.saves import state
 from fastpref.trainer.session import Session
@@ -122,6 +123,7 @@ class DPOTrainer:
             path = state.choose(config.training.checkpoint_root, wanted)
             announce(config.training, f"Reading the weights of {path}")
             saved = state.load_weights(path, trainer.model)
+            meet(what=f"reading the weights of {path}")
             trainer.engine.schedule.restore(saved)
             trainer.evaluated_checkpoint = EvaluatedCheckpoint(path, saved["step"])
         return trainer

@@ -28,7 +28,14 @@ from fastpref.trainer.step import guard
 from fastpref.trainer.step.batch import Microbatch
 from fastpref.trainer.step.feed import PairFeed
 from fastpref.trainer.step.metrics import metric_names
-from fastpref.trainer.step.optimizer import build_optimizer, build_scheduler, checked_warmup, wrap_for_training
+from fastpref.trainer.step.optimizer import (
+    build_optimizer,
+    build_scheduler,
+    checked_warmup,
+    learning_rate,
+    update,
+    wrap_for_training,
+)
 from fastpref.trainer.step.schedule import NO_SIGNALS, TOKEN_STATS, PreferenceSchedule, Signals, StepResult
 
 
@@ -181,7 +188,7 @@ class Engine:
         outcome = StepResult(
             batches=batches,
             loss=verdict.loss,
-            learning_rate=max(group["lr"] for group in optimizer.param_groups),
+            learning_rate=learning_rate(optimizer),
             signals=verdict.signals,
         )
         if verdict.findings:
@@ -191,17 +198,17 @@ class Engine:
         if step == 1 and self.starts_at_reference and self.args.check_initial_loss:
             assert self.reference is not None
             check_first_step(verdict.loss, results, self.reference, self.loss, self.models[0].config)
-        updated, grad_norm, num_zeros = optimizer.step()
-        if updated:
+        answer = update(optimizer)
+        if answer.done:
             self.starts_at_reference = False
             self.lr_scheduler.step(1)
             self.schedule.update_running_mean(results)
         return replace(
             outcome,
             results=results,
-            skipped_iter=int(not updated),
-            grad_norm=grad_norm,
-            num_zeros_in_grad=num_zeros,
+            skipped_iter=int(not answer.done),
+            grad_norm=answer.grad_norm,
+            num_zeros_in_grad=answer.num_zeros,
         )
 
     def _refuse_or_skip(self, verdict: guard.Verdict, step: int | None) -> None:

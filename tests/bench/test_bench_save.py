@@ -39,3 +39,19 @@ def test_save_bench(tmp_path: Path) -> None:
     assert len(export["shards_mib"]) >= 2 and export["largest_parameter_mib"] == 16.0
     assert export["peak_mib"] < 1.2 * max(export["shards_mib"])
     assert "| beside training |" in result.output
+
+
+def test_save_ranks_bench(tmp_path: Path) -> None:
+    result = CliRunner().invoke(cli.main, ["save-ranks", "--dry", "--out", str(tmp_path)], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    rows = json.loads((tmp_path / "save-ranks.json").read_text())["rows"]
+    assert [(row["way"], len(row["ranks"])) for row in rows] == [
+        ("gathered", 1),
+        ("gathered", 2),
+        ("owned", 1),
+        ("owned", 2),
+    ]
+    written = [[rank["writes_mib"] for rank in row["ranks"]] for row in rows]
+    assert written[1][1] == 0.0 and sum(written[3]) == pytest.approx(written[2][0], rel=0.01)
+    assert max(written[3]) < 0.6 * written[2][0]
+    assert "| owned | 2 |" in result.output

@@ -19,7 +19,7 @@ from fastpref.errors import CheckpointError
 from fastpref.testing.workers import RankPool
 from fastpref.trainer import DPOConfig, DPOTrainer, TrainingArguments, build_models, initialize_megatron
 from fastpref.trainer.ranks.platform import destroy
-from fastpref.trainer.saves import save
+from fastpref.trainer.saves import content
 from fastpref.trainer.saves.shards import Shards
 from fastpref.trainer.step.feed import PairFeed
 
@@ -140,22 +140,22 @@ def test_async_save_that_fails_on_one_rank(
 
 def train_without_a_shard(output_dir: str) -> tuple[str, int]:
     """Rank 1 has lost a weight when the state is listed; the message, and steps done."""
-    listed = save.sharded_state
+    listed = content.parts_to_save
 
-    def without_a_shard(*arguments: Any, **options: Any) -> dict[str, Any]:
-        payload = listed(*arguments, **options)
+    def without_a_shard(*arguments: Any) -> tuple[list[Any], dict[str, Any]]:
+        parts, small = listed(*arguments)
         if torch.distributed.get_rank() == 1:
-            del payload["model0"]["embedding.word_embeddings.weight"]
-        return payload
+            parts = [part for part in parts if part.key != "embedding.word_embeddings.weight"]
+        return parts, small
 
-    save.sharded_state = without_a_shard
+    content.parts_to_save = without_a_shard
     trainer = trainer_of(output_dir, "tp2", save_steps=2, async_save=True)
     try:
         trainer.train()
     except CheckpointError as error:
         return str(error), len(trainer.log_history)
     finally:
-        save.sharded_state = listed
+        content.parts_to_save = listed
         destroy()
     return "", STEPS
 

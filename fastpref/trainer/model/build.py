@@ -29,8 +29,9 @@ from fastpref.trainer.model.layers import block_spec
 from fastpref.trainer.model.lora import MergedParameters
 from fastpref.trainer.model.moe import expert_settings
 from fastpref.trainer.model.overlap import waits_for_sends
+from fastpref.trainer.model.reading import TensorSource
 from fastpref.trainer.model.shards import mark_shards
-from fastpref.trainer.model.weights import RandomTensors, TensorSource, load_parameters, save_parameters
+from fastpref.trainer.model.weights import RandomTensors, load_parameters, save_parameters
 from fastpref.trainer.ranks.agreement import agree
 from fastpref.trainer.ranks.platform import current_layout
 from fastpref.trainer.ranks.transformer_engine import LayerImplementation, layer_implementation
@@ -86,7 +87,7 @@ def build_models(
 def load_models(
     path: str | Path, options: ModelOptions | None = None, *, architecture: Architecture | None = None
 ) -> list[GPTModel]:
-    """Build a model with the weights of a model directory; each rank reads only its own slices.
+    """Build a model with the weights of a model directory; each shard is read by one rank of those that hold it.
 
     Args:
         path: a directory with `config.json` and safetensors files.
@@ -142,7 +143,7 @@ def save_hf(
         max_shard_bytes: size at which the next file begins.
         replaced: contents of files by name, in place of copies out of `tokenizer_dir`; None leaves a file out.
 
-    Memory: one parameter, gathered, on rank 0.
+    Memory: on rank 0, one parameter gathered on the device, and 256 MiB of them (or one that is larger) on the host.
 
     Raises:
         CheckpointError: `out_dir` is not empty, or rank 0 could not write it.

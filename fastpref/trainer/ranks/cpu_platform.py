@@ -13,12 +13,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from megatron.core import optimizer
-from megatron.core.optimizer import distrib_optimizer
 from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer.moe import token_dispatcher
-
-from fastpref.trainer.ranks.cpu_adam import FusedLayoutAdam
 
 CPU = torch.device("cpu")
 # Factories that Megatron calls with `device="cuda"`.
@@ -51,7 +47,6 @@ def install_cpu_platform() -> bool:
         return True
     _replace_device_queries()
     _replace_random_state()
-    _replace_adam()
     token_dispatcher.maybe_move_tensor_to_cpu = _on_host
     # Last, because it says that all of them are in place.
     torch.cuda.current_device = _current_device  # type: ignore[assignment]
@@ -66,11 +61,31 @@ def _stay(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     return self
 
 
-class _HostStream:
-    """The one stream of a CPU, and an event on it: whatever was asked for before has happened.
+class _HostEvent:
+    """An event on the one stream of a CPU: whatever was asked for before has happened.
 
-    It takes the place of a class, which other libraries name in their annotations.
+    It takes the place of a class, as the stream does, which other libraries name in their annotations.
     """
+
+    def __init__(self, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False) -> None:
+        """Take what a CUDA event takes; there is nothing to choose."""
+
+    def record(self, stream: _HostStream | None = None) -> None:
+        """Return."""
+
+    def wait(self, stream: _HostStream | None = None) -> None:
+        """Return."""
+
+    def query(self) -> bool:
+        """Say that it has passed."""
+        return True
+
+    def synchronize(self) -> None:
+        """Return."""
+
+
+class _HostStream:
+    """The one stream of a CPU."""
 
     def __init__(self, device: object = None, priority: int = 0) -> None:
         """Take what a CUDA stream takes; there is nothing to choose."""
@@ -78,9 +93,12 @@ class _HostStream:
     def wait_stream(self, stream: _HostStream) -> None:
         """Return."""
 
-    def record_event(self, event: object = None) -> _HostStream:
+    def wait_event(self, event: _HostEvent) -> None:
+        """Return."""
+
+    def record_event(self, event: _HostEvent | None = None) -> _HostEvent:
         """Return an event that has passed."""
-        return self
+        return event or _HostEvent()
 
     def synchronize(self) -> None:
         """Return."""
@@ -89,7 +107,9 @@ class _HostStream:
 def _replace_device_queries() -> None:
     """Megatron's buffers and messages live on `torch.cuda.current_device()`, `"cuda"` or `tensor.cuda()`."""
     torch.cuda.synchronize = lambda device=None: None
-    # Experts copy token counts to the host on a stream of their own; Megatron-Core 0.19 waits for CUDA graphs on one.
+    # Experts copy token counts to the host on a stream of their own; Megatron-Core 0.19 waits for CUDA graphs on one,
+    # and Transformer Engine's attention lets those of context parallelism wait for each other's events.
+    torch.cuda.Event = _HostEvent  # type: ignore[assignment,misc]
     torch.cuda.Stream = _HostStream  # type: ignore[assignment,misc]
     torch.cuda.current_stream = _HostStream  # type: ignore[assignment]
     torch.cuda.stream = contextlib.nullcontext  # type: ignore[assignment]
@@ -138,12 +158,3 @@ def _replace_random_state() -> None:
     torch.cuda.get_rng_state = lambda device="cuda": torch.get_rng_state()
     megatron_random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
-
-
-def _replace_adam() -> None:
-    """Checkpoints of the distributed optimizer have FusedAdam's layout; torch's AdamW cannot be loaded into it."""
-    if not optimizer.USING_PYTORCH_OPTIMIZER:
-        return
-    optimizer.Adam = distrib_optimizer.Adam = FusedLayoutAdam
-    optimizer.USING_PYTORCH_OPTIMIZER = False
-    distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_TE_OPTIMIZER = True

@@ -28,8 +28,8 @@ from fastpref.errors import CheckpointError
 from fastpref.files import sync
 from fastpref.trainer.ranks.agreement import together
 from fastpref.trainer.ranks.platform import background_group
+from fastpref.trainer.saves import content
 from fastpref.trainer.saves.shards import AbandonedError, Shards
-from fastpref.trainer.saves.state import sharded_state
 
 # While ranks wait for writers their threads talk to each other this often, so that none sits in one long collective.
 _POLL_S = 1.0
@@ -78,8 +78,8 @@ class Save:
         self._abandoned, self._has_given_up = threading.Event(), False
         self._error: Exception | None = None
         self._group = background_group(timeout_s)
-        payload = sharded_state(models, optimizer, is_loading=False)
-        self._shards = Shards({**payload, "scheduler": scheduler.state_dict()})
+        parts, small = content.parts_to_save(models, optimizer)
+        self._shards = Shards(parts, {**small, "scheduler": scheduler.state_dict()})
         self._shards.to_host(copies=copies)
         # A thread that a dead disk holds must not hold the process.
         self._thread = threading.Thread(target=self._run, name="fastpref-save", daemon=True)
@@ -177,8 +177,8 @@ class Save:
 
     def _write_small(self, temporary: Path) -> Written:
         directory.write_state(temporary, self._state)
-        for name, content in self._shards.small_files.items():
-            (temporary / name).write_bytes(content)
+        for name, data in self._shards.small_files.items():
+            (temporary / name).write_bytes(data)
         return [directory.STATE_FILE, *self._shards.small_files], []
 
     def _publish(self, temporary: Path, parts: Sequence[tuple[Records, list[Any]]]) -> Written:

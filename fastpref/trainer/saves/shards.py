@@ -8,28 +8,23 @@ none of this, and training goes on beside it: neither writing nor hashing holds 
 
 from __future__ import annotations
 
-import copy
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.core import CONFIG_FNAME, CheckpointingConfig, CheckpointingException
-from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.core import CONFIG_FNAME, CheckpointingConfig
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
-from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.state_dict_saver import save_state_dict_async_plan
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
-    _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
-from megatron.core.dist_checkpointing.validation import validate_sharding_integrity
 from torch.distributed.checkpoint import SavePlan, SavePlanner
 from torch.distributed.checkpoint.filesystem import (
     DEFAULT_SUFFIX,
@@ -37,10 +32,12 @@ from torch.distributed.checkpoint.filesystem import (
     _split_by_size_and_type,
     _write_item,
 )
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 
 from fastpref.errors import CheckpointError
 from fastpref.trainer.ranks.agreement import together
+from fastpref.trainer.saves.parts import grouped
 
 # Files of a rank, each written and hashed by a thread of its own.
 _FILES = 2
@@ -54,20 +51,24 @@ class Shards:
     """What this rank writes of one checkpoint: first `to_host`, then `plan`, then `write` for each of its files.
 
     Args:
-        payload: sharded state; it is used up.
+        parts: from all ranks they make up whole tensors; the list is used up.
+        small: state that is no tensor of the model, the same on every rank.
 
     Attributes:
         small_files: files that one rank writes for all, by name.
         num_files: this rank's files of shards; known after `plan`.
+        num_bytes: size of what this rank writes.
     """
 
-    def __init__(self, payload: dict[str, Any]) -> None:
-        self._sharded, common = save_preprocess(payload, validate_access_integrity=False)
-        small = io.BytesIO()
-        torch.save(common, small)
+    def __init__(self, parts: Iterable[ShardedTensor], small: dict[str, Any]) -> None:
+        # another rank writes the rest
+        self._parts = [part for part in parts if is_main_replica(part.replica_id)]
+        stream = io.BytesIO()
+        torch.save(small, stream)
         config = json.dumps(asdict(CheckpointingConfig("torch_dist", 1)))
-        self.small_files = {COMMON_STATE_FNAME: small.getvalue(), CONFIG_FNAME: config.encode()}
+        self.small_files = {COMMON_STATE_FNAME: stream.getvalue(), CONFIG_FNAME: config.encode()}
         self.num_files = 0
+        self.num_bytes = sum(part.data.nbytes for part in self._parts)
 
     def to_host(self, *, copies: bool) -> None:
         """Brings to host memory what this rank writes; what is on a GPU is copied in any case.
@@ -75,15 +76,11 @@ class Shards:
         Args:
             copies: also copy what is in host memory already, so that training may change its own.
         """
-        for shard in nested_values(self._sharded):
-            if not is_main_replica(shard.replica_id):
-                continue  # another rank writes it
-            if not isinstance(shard, ShardedTensor):
-                shard.data = copy.deepcopy(shard.data) if copies else shard.data
-            elif shard.data.is_cuda:
-                shard.data = shard.data.detach().contiguous().to("cpu", non_blocking=True)
+        for part in self._parts:
+            if part.data.is_cuda:
+                part.data = part.data.to("cpu", non_blocking=True)
             elif copies:
-                shard.data = shard.data.detach().clone(memory_format=torch.contiguous_format)
+                part.data = part.data.clone()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
 
@@ -97,31 +94,14 @@ class Shards:
         Raises:
             CheckpointError: the ranks' shards do not make up whole tensors.
         """
-        self._validate(group)
-        by_key, *_ = _replace_state_dict_keys_with_sharded_keys(self._sharded, True)
-        self._sharded = None  # so that the plan alone holds what is to be written
-        planner = MCoreSavePlanner(
-            dedup_replicated_tensors=False, flatten_state_dict=False, flatten_sharded_tensors=False
-        )
+        by_key, self._parts = grouped(self._parts), []  # so that the plan alone holds what is to be written
+        planner = _Planner(dedup_replicated_tensors=False, flatten_state_dict=False, flatten_sharded_tensors=False)
         self._writer = _Files(directory, thread_count=_FILES)
         (_, self._index, _), *_ = save_state_dict_async_plan(
             mcore_to_pyt_state_dict(by_key), self._writer, group, planner=planner
         )
+        together(planner.raise_problem, "planning a checkpoint", group)
         self.num_files = len(self._writer.files)
-
-    def _validate(self, group: torch.distributed.ProcessGroup) -> None:
-        is_first = torch.distributed.get_rank() == 0
-        parts: list[Any] | None = [None] * torch.distributed.get_world_size() if is_first else None
-        mine = [shard.without_data() for shard in nested_values(self._sharded)]
-        torch.distributed.gather_object(mine, parts, group=group)
-
-        def validate() -> None:
-            try:
-                validate_sharding_integrity(parts or [])
-            except CheckpointingException as error:
-                raise CheckpointError(f"the shards of all ranks do not make up whole tensors: {error}") from error
-
-        together(validate, "planning a checkpoint", group)
 
     def write(self, number: int, is_abandoned: Callable[[], bool]) -> tuple[str, Any]:
         """Writes a file of shards and frees their memory on the way; any thread may call it.
@@ -158,6 +138,25 @@ class Shards:
             places: by rank, what its `write` calls returned beside the names, in one list.
         """
         self._writer.finish(self._index, places)
+
+
+class _Planner(MCoreSavePlanner):
+    """Megatron's planner, whose rank 0 keeps to itself what it finds wrong until every rank can hear of it."""
+
+    _problem: Exception | None = None
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        """Check on rank 0 that no number is missing, and none there twice."""
+        try:
+            return super().create_global_plan(all_plans)
+        except ValueError as error:
+            self._problem = error
+            return all_plans, Metadata({})
+
+    def raise_problem(self) -> None:
+        """Raise what `create_global_plan` found."""
+        if self._problem is not None:
+            raise CheckpointError(f"the shards of all ranks do not make up whole tensors: {self._problem}")
 
 
 @dataclass

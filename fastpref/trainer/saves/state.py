@@ -1,4 +1,4 @@
-"""What a checkpoint holds, and resuming from one: Megatron's distributed checkpoint inside a directory with a manifest.
+"""Choosing, verifying and resuming from a checkpoint: Megatron's distributed checkpoint in a directory with a manifest.
 
 A run that trains adapters saves them and not the weights that it never changes, which resuming reads from where the run
 did and compares by checksum.
@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -26,13 +24,9 @@ from fastpref.checkpoint.manifest import content_problems, listing_problems, rea
 from fastpref.errors import CheckpointError
 from fastpref.run.plan.fingerprint import differences, is_of_weights, require_same
 from fastpref.trainer.model.chunks import unwrap
-from fastpref.trainer.model.lora import fill_weights, sharded_weights
 from fastpref.trainer.ranks.agreement import together
+from fastpref.trainer.saves import content
 from fastpref.trainer.saves.fingerprint import absent_values, weights_fingerprint
-
-# The optimizer's shards are stored by parameter, so that any layout can read them; experts have an optimizer of their
-# own, whose shards then need no name of their own.
-_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
 def choose(root: Path, wanted: str) -> Path:
@@ -100,13 +94,7 @@ def load(
     state = directory.read_state(path)
     saved = state.get("fingerprint", {})
     _require_same(path, saved, fingerprint, may_differ)
-    payload = {**sharded_state(models, optimizer, is_loading=True), "scheduler": scheduler.state_dict()}
-    loaded = _read(payload, path)
-    with torch.no_grad():
-        for index, model in enumerate(models):
-            fill_weights(unwrap(model), loaded[f"model{index}"])
-        optimizer.load_state_dict(loaded["optimizer"])
-    scheduler.load_state_dict(loaded["scheduler"])
+    scheduler.load_state_dict(content.load_all(path, models, optimizer)["scheduler"])
     return state
 
 
@@ -158,10 +146,7 @@ def load_weights(path: Path, models: Sequence[torch.nn.Module]) -> dict[str, Any
     saved = whole.get("fingerprint", {})
     of_weights = {key: value for key, value in saved.items() if is_of_weights(key)}
     _require_same(path, of_weights, weights_fingerprint(chunks))
-    loaded = _read({f"model{index}": sharded_weights(chunk) for index, chunk in enumerate(chunks)}, path)
-    with torch.no_grad():
-        for index, chunk in enumerate(chunks):
-            fill_weights(chunk, loaded[f"model{index}"])
+    content.load_chunks(path, chunks)
     return whole
 
 
@@ -169,20 +154,3 @@ def _require_same(
     path: Path, saved: Mapping[str, Any], now: Mapping[str, Any], may_differ: Collection[str] = ()
 ) -> None:
     require_same(path, saved, now, may_differ, absent_values())
-
-
-def _read(payload: dict[str, Any], path: Path) -> dict[str, Any]:
-    try:
-        with torch.no_grad():
-            return dist_checkpointing.load(payload, str(path))
-    except CheckpointingException as error:
-        raise CheckpointError(f"{path} does not hold this model: {error}") from error
-
-
-def sharded_state(
-    models: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer, *, is_loading: bool
-) -> dict[str, Any]:
-    """Weights and optimizer state as Megatron's sharded tensors, which refer to the live ones; every rank calls it."""
-    metadata = {**_METADATA, "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-    chunks = {f"model{i}": sharded_weights(unwrap(model), metadata) for i, model in enumerate(models)}
-    return {**chunks, "optimizer": optimizer.sharded_state_dict(chunks, is_loading=is_loading, metadata=metadata)}

@@ -1,17 +1,20 @@
 """A stand-in for the compiled extension of Transformer Engine: the functions of the fp32 and 16-bit paths in torch.
 
-Written from the calls that the Python code of releases 2.9 to 2.20 makes. Sums are taken in fp32 and rounded once, as
+Written from the calls that the Python code of releases 2.8 to 2.20 makes. Sums are taken in fp32 and rounded once, as
 the kernels do. Every other name that this Python code asks for exists and raises by name when it is used.
 """
 
 from typing import Any, NoReturn
 
+from transformer_engine_torch.attention import *  # noqa: F403
 from transformer_engine_torch.enums import *  # noqa: F403
 from transformer_engine_torch.enums import named_values
 from transformer_engine_torch.gemm import *  # noqa: F403
 from transformer_engine_torch.multi_tensor import *  # noqa: F403
 from transformer_engine_torch.norms import *  # noqa: F403
+from transformer_engine_torch.packed_rows import *  # noqa: F403
 from transformer_engine_torch.python_code import names_asked_for
+from transformer_engine_torch.softmax import *  # noqa: F403
 
 device_types = ("cpu",)
 """Where it computes."""

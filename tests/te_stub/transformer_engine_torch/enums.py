@@ -62,7 +62,11 @@ class _Named(type):
         cls.__members__[name] = getattr(cls, name)
         return getattr(cls, name)
 
+    def name_of(cls, number: int) -> str:
+        """The name that was asked for when this number was given out."""
+        return list(cls.__members__)[int(number)]
 
-def named_values(name: str) -> type:
+
+def named_values(name: str) -> Any:
     """An enumeration whose members need only differ."""
     return _Named(name, (), {"__members__": {}})
