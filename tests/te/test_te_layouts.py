@@ -13,11 +13,6 @@ from fastpref.errors import ConfigError
 from fastpref.testing.workers import RankPool
 from fastpref.trainer import LoraConfig, ModelOptions, add_lora, load_models
 from fastpref.trainer.model.mixers import unknown_mixers
-from fastpref.trainer.ranks import transformer_engine
-
-pytestmark = pytest.mark.skipif(
-    not transformer_engine.computes_here(), reason="Transformer Engine's Python code is not on the path: make test-te"
-)
 
 
 @pytest.mark.parametrize(

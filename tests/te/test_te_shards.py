@@ -22,12 +22,7 @@ from fastpref.trainer import (
     save_hf,
 )
 from fastpref.trainer.model.shards import mark_shards
-from fastpref.trainer.ranks import transformer_engine
 from fastpref.trainer.ranks.platform import destroy
-
-pytestmark = pytest.mark.skipif(
-    not transformer_engine.computes_here(), reason="Transformer Engine's Python code is not on the path: make test-te"
-)
 
 MODELS = {
     "experts": Qwen3MoeConfig(
