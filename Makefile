@@ -22,15 +22,33 @@ NEXT_TESTS := test_conftest.py trainer/ranks/test_platform.py trainer/model/test
   trainer/saves/test_resume.py parallel/test_resume_layouts.py trainer/saves/test_async_save.py parallel/test_async_save_ranks.py \
   $(addprefix parallel/test_layouts.py::, test_layout_trains_like_one_process test_expert_layout_trains_like_one_process) \
   parallel/test_experts.py::test_two_ranks_train_experts_like_one
-# The Python code of Transformer Engine without its compiled extension, for which tests/te_stub stands in.
-TE_VERSION ?= 2.20.2
-TE = $(abspath $(VENV))/transformer-engine-$(TE_VERSION)
+# Transformer Engine's Python code, for whose compiled extension tests/te_stub stands in; docs/parallelism.md has the reasons
+# for these versions.
+MEGATRON_VERSION := 0.16.1
+TE_OLDEST := 2.9.0
+TE_NEWEST := 2.20.2
+TE := $(abspath $(VENV))/transformer-engine-
+TE_NEEDS := $(TE)needs
+# (version of Transformer Engine, folder of another Megatron-Core)
+te_path = $(CURDIR)/tests/te_stub:$(TE)$(1):$(TE_NEEDS)$(addprefix :,$(2))
+# What is compared with other libraries, and the parts of the layout matrix, on one pair of versions ...
+TE_TESTS := te $(addprefix trainer/, test_golden.py test_precision.py) \
+  $(addprefix trainer/model/test_model.py::, test_model_equals_transformers test_model_on_two_ranks_equals_transformers \
+    test_model_on_four_ranks_equals_transformers test_model_in_bfloat16_is_as_accurate_as_transformers \
+    test_every_parameter_counts_once_in_the_gradient_norm) \
+  $(addprefix trainer/model/test_lora.py::, test_lora_equals_peft test_lora_in_bfloat16_is_as_accurate_as_peft \
+    test_lora_on_two_ranks_equals_peft test_export_gives_peft_back_what_it_wrote) \
+  $(addprefix trainer/model/test_weights.py::, test_export_of_import_is_identical test_export_on_two_ranks_is_identical \
+    test_export_of_experts_on_four_ranks_is_identical) \
+  parallel/test_experts.py::test_two_ranks_train_experts_like_one
+# ... and on the others.
+TE_SHORT_TESTS := te/test_te_parity.py trainer/test_golden.py
 PYTEST := $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 # With an NVIDIA driver pip takes the CUDA build of torch that fits it; otherwise the pinned CPU set-up.
 CONSTRAINTS := $(if $(shell command -v nvidia-smi),requirements/gpu-constraints.txt,requirements/cpu-constraints.txt)
 
-.PHONY: demo test faults fuzz kill-matrix soak test-megatron-next lint types env clean parity parity-trl parity-zero3 \
-  test-zero3 deepspeed
+.PHONY: demo test faults fuzz kill-matrix soak test-megatron-next test-te lint types env clean parity parity-te parity-trl \
+  parity-zero3 test-zero3 deepspeed
 
 env: $(READY)
 
@@ -82,8 +100,31 @@ test-megatron-next: $(READY) $(NEXT)
 $(NEXT): | $(READY)
 	$(BIN)/pip install --quiet --no-deps --ignore-requires-python --target $@ megatron-core==$(NEXT_VERSION)
 
-$(TE): | $(READY)
-	$(BIN)/pip install --quiet --no-deps --target $@ transformer-engine==$(TE_VERSION) onnx onnxscript onnx-ir ml-dtypes
+# Models of Transformer Engine's layers: old with old and new with new, then a part on old with new.
+test-te: $(READY) $(NEXT) $(TE)$(TE_OLDEST) $(TE)$(TE_NEWEST) $(TE_NEEDS)
+	PYTHONPATH=$(call te_path,$(TE_OLDEST)) $(PYTEST) --te-version $(TE_OLDEST) --megatron-version $(MEGATRON_VERSION) \
+	  $(addprefix tests/, $(TE_TESTS))
+	PYTHONPATH=$(call te_path,$(TE_NEWEST),$(NEXT)) $(PYTEST) --te-version $(TE_NEWEST) --megatron-version $(NEXT_VERSION) \
+	  $(addprefix tests/, $(TE_TESTS))
+	PYTHONPATH=$(call te_path,$(TE_NEWEST)) $(PYTEST) --te-version $(TE_NEWEST) --megatron-version $(MEGATRON_VERSION) \
+	  $(addprefix tests/, $(TE_SHORT_TESTS))
+
+# Every layout on Transformer Engine's layers against one process on Megatron's own; a quarter of an hour for each file.
+PARITY_TE := $(foreach te,$(TE_OLDEST) $(TE_NEWEST),$(foreach megatron,$(MEGATRON_VERSION) $(NEXT_VERSION),\
+  bench/results/parity_te-$(te)-megatron-$(megatron).json))
+
+parity-te: $(PARITY_TE)
+
+.PHONY: $(PARITY_TE)
+$(PARITY_TE): $(READY) $(NEXT) $(TE)$(TE_OLDEST) $(TE)$(TE_NEWEST) $(TE_NEEDS)
+	PYTHONPATH=$(call te_path,$(word 2,$(subst -, ,$@)),$(if $(findstring megatron-$(NEXT_VERSION),$@),$(NEXT))) \
+	  $(BIN)/python -m checks.te_parity --output $@
+
+$(TE_NEEDS): | $(READY)
+	$(BIN)/pip install --quiet --no-deps --target $@ onnx==1.23.2 onnx-ir==1.1.0 onnxscript==0.7.2 ml-dtypes==0.6.0
+
+$(TE)%: | $(READY)
+	$(BIN)/pip install --quiet --no-deps --target $@ transformer-engine==$*
 
 parity-trl: $(READY)
 	$(BIN)/python -m checks.trl_parity

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 # Before torch and the Hugging Face libraries are imported anywhere: they read these once.
@@ -16,6 +17,7 @@ import pytest
 
 from fastpref.testing.workers import RankPool
 
+STAND_IN = Path(__file__).resolve().parent / "te_stub" / "transformer_engine_torch"
 LOOPBACK = ("127.", "::1", "localhost", "0.0.0.0")
 
 
@@ -49,6 +51,9 @@ def pytest_unconfigure() -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--megatron-version", help="run nothing unless this version of Megatron-Core is the one imported")
+    parser.addoption(
+        "--te-version", help="run nothing unless this version of Transformer Engine runs, over tests/te_stub"
+    )
 
 
 def hear_signals() -> None:
@@ -60,15 +65,38 @@ def hear_signals() -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     hear_signals()
-    wanted = config.getoption("megatron_version")
-    if wanted is None:
-        return
+    engine, megatron = config.getoption("te_version"), config.getoption("megatron_version")
+    if engine is not None:
+        require_transformer_engine(engine)
+    if megatron is not None:
+        require_megatron(megatron)
+
+
+def require_megatron(wanted: str) -> None:
     import megatron.core
 
     # inside a git repository, as an environment in a checkout is, it adds "+" and that repository's commit
     if megatron.core.__version__.partition("+")[0] != wanted:
         found = f"{megatron.core.__version__} in {megatron.core.__path__[0]}"
         raise pytest.UsageError(f"--megatron-version: the tests must run on {wanted}, got {found}; set PYTHONPATH")
+
+
+def require_transformer_engine(wanted: str) -> None:
+    """Its Python code of this version over the stand-in, and models made of its layers where nothing else is said."""
+    from fastpref.trainer.ranks import transformer_engine as engine
+
+    found, stand_in = sys.modules.get("transformer_engine"), sys.modules.get("transformer_engine_torch")
+    problem = None
+    if found is None:
+        problem = f"none ({engine.import_failure or 'not installed'})"
+    elif found.__version__ != wanted:
+        problem = f"{found.__version__} in {found.__path__[0]}"
+    elif stand_in is None or Path(str(stand_in.__file__)).parent != STAND_IN:
+        problem = f"the extension {getattr(stand_in, '__file__', None)}, not the stand-in of {STAND_IN}"
+    elif engine.layer_implementation(None) != "transformer_engine":
+        problem = "models made of other layers"
+    if problem is not None:
+        raise pytest.UsageError(f"--te-version: the tests must run on {wanted}, got {problem}; set PYTHONPATH")
 
 
 @pytest.fixture(scope="session")

@@ -3,13 +3,18 @@
 import os
 import re
 import socket
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import megatron.core
 import pytest
+import torch
+
+from fastpref.trainer.ranks import transformer_engine
 
 FOUND = megatron.core.__version__
+CONFTEST = str(Path(__file__).with_name("conftest.py"))
 
 
 @pytest.mark.parametrize("host", ["192.0.2.1", "2001:db8::1", "example.org", b"example.org"])
@@ -34,10 +39,43 @@ def test_hub_is_offline() -> None:
 
 @pytest.mark.parametrize("wanted", [None, FOUND.partition("+")[0], "0.0.1"])
 def test_megatron_version_is_required(pytestconfig: pytest.Config, wanted: str | None) -> None:
-    plugin = pytestconfig.pluginmanager.get_plugin(str(Path(__file__).with_name("conftest.py")))
-    config = SimpleNamespace(getoption={"megatron_version": wanted}.__getitem__)
+    plugin = pytestconfig.pluginmanager.get_plugin(CONFTEST)
+    config = SimpleNamespace(getoption={"megatron_version": wanted, "te_version": None}.__getitem__)
     if wanted != "0.0.1":
         plugin.pytest_configure(config)
         return
     with pytest.raises(pytest.UsageError, match=rf"must run on 0\.0\.1, got {re.escape(FOUND)} in .*core"):
+        plugin.pytest_configure(config)
+
+
+ENGINE, STAND_IN = "transformer_engine", "transformer_engine_torch"
+HERE = str(Path(__file__).parent / "te_stub" / STAND_IN / "__init__.py")
+
+
+@pytest.mark.parametrize(
+    ("version", "extension", "on_cpu", "message"),
+    [
+        ("2.9.0", HERE, True, None),
+        (None, None, True, r"must run on 2\.9\.0, got none \(a reason\)"),
+        ("2.8.0", HERE, True, r"got 2\.8\.0 in somewhere"),
+        ("2.9.0", "/elsewhere/transformer_engine_torch.so", True, "the extension /elsewhere.*, not the stand-in of"),
+        ("2.9.0", HERE, False, "got models made of other layers"),
+    ],
+    ids=["right", "absent", "another", "real-extension", "unused"],
+)
+def test_transformer_engine_is_required(
+    pytestconfig: pytest.Config, monkeypatch, version: str, extension: str, on_cpu: bool, message: str | None
+) -> None:
+    engine = SimpleNamespace(__version__=version, __path__=["somewhere"])
+    stand_in = SimpleNamespace(__file__=extension, device_types=("cpu",) if on_cpu else ("cuda",))
+    monkeypatch.setitem(sys.modules, ENGINE, engine if version else None)
+    monkeypatch.setitem(sys.modules, STAND_IN, stand_in)
+    monkeypatch.setattr(transformer_engine, "import_failure", "a reason")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    plugin = pytestconfig.pluginmanager.get_plugin(CONFTEST)
+    config = SimpleNamespace(getoption={"megatron_version": None, "te_version": "2.9.0"}.__getitem__)
+    if message is None:
+        plugin.pytest_configure(config)
+        return
+    with pytest.raises(pytest.UsageError, match=message):
         plugin.pytest_configure(config)

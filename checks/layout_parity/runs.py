@@ -23,11 +23,14 @@ from fastpref.losses import DPOConfig
 from fastpref.run.plan.pipeline import plan_pipeline
 from fastpref.trainer import (
     DPOTrainer,
+    LoraConfig,
     ModelOptions,
     TrainingArguments,
+    add_lora,
     build_models,
     initialize_megatron,
     load_models,
+    save_adapter,
     save_hf,
 )
 from fastpref.trainer.ranks.platform import destroy
@@ -94,11 +97,13 @@ class ShortRun:
     policy: Mapping[str, Any] | str = field(default_factory=lambda: MODEL)
     """Config of a model with random weights, or a model directory."""
     reference: str | None = None
-    """Model directory; None takes random weights for a random policy, else the policy's own."""
+    """Model directory; None takes random weights for a random policy without adapters, else the policy's own."""
     pairs_per_microbatch: int = 2
     """Pairs in a microbatch."""
     head_layers: float = 0.0
     """Cost of the head that the pipeline plan is made for."""
+    lora: LoraConfig | None = None
+    """Adapters to train in the place of the model's weights; those alone are exported then."""
 
 
 def _case(ranks: int, **changes: Any) -> tuple[int, dict[str, Any]]:
@@ -187,13 +192,22 @@ def train(run: ShortRun, output_dir: str, pairs: Sequence[TokenizedPair] | None 
     initialize_megatron(args)
     try:
         policy, reference = _models(run, args)
+        if run.lora is not None:
+            add_lora(policy, run.policy, run.lora, seed=7)
         trainer = DPOTrainer(policy, run.loss, reference, args, train_dataset=pairs, eval_dataset=pairs[:7])
-        save_hf(trainer.model, f"{output_dir}/start", run.policy)
+        _export(trainer.model, run, f"{output_dir}/start")
         trainer.train()
-        save_hf(trainer.model, f"{output_dir}/hf", run.policy)
+        _export(trainer.model, run, f"{output_dir}/hf")
         return trainer.log_history
     finally:
         destroy()
+
+
+def _export(models: list, run: ShortRun, directory: str) -> None:
+    if run.lora is None:
+        save_hf(models, directory, run.policy)
+    else:
+        save_adapter(models, directory)
 
 
 def _models(run: ShortRun, args: TrainingArguments) -> tuple[list, list | None]:
@@ -208,7 +222,8 @@ def _models(run: ShortRun, args: TrainingArguments) -> tuple[list, list | None]:
     if isinstance(run.policy, str):
         path = run.reference if run.loss.use_ref_model else None
         return load_models(run.policy, options), None if path is None else load_models(path, options)
-    reference = build_models(run.policy, options, seed=6) if run.loss.use_ref_model else None
+    has_reference = run.loss.use_ref_model and run.lora is None
+    reference = build_models(run.policy, options, seed=6) if has_reference else None
     return build_models(run.policy, options, seed=5), reference
 
 

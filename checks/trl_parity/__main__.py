@@ -14,7 +14,6 @@ import argparse
 import hashlib
 import json
 import os
-import platform
 import resource
 import sys
 from dataclasses import asdict
@@ -31,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from checks import real_models
+from checks.machine import machine
 from checks.trl_parity.runs import (
     LIMIT,
     Comparison,
@@ -114,7 +114,7 @@ def main() -> None:
         reports.append(report)
     document = {
         "command": "python -m checks.trl_parity",
-        "machine": machine(),
+        "machine": machine(threads=torch.get_num_threads()),
         "versions": {package: version(package) for package in PACKAGES},
         "model": {"name": MODEL, "packages": real_models.SOURCES[MODEL].packages},
         "data": {"file": str(PAIRS.relative_to(ROOT)), "sha256": hashlib.sha256(PAIRS.read_bytes()).hexdigest()},
@@ -239,19 +239,6 @@ def shown(row: dict[str, Any]) -> str:
     """A relative difference, with a star where only the resolution of fp32 makes it agree."""
     difference = row["relative_difference"]
     return f"{difference:.1e}" + ("*" if row["agrees"] and difference > LIMIT else "")
-
-
-def machine() -> dict[str, Any]:
-    """What the run ran on."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    names = [line for line in lines if line.startswith("model name")]
-    return {
-        "cpu": names[0].split(":", 1)[1].strip() if names else platform.processor(),
-        "threads": torch.get_num_threads(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-    }
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import signal
 import sys
 import tempfile
@@ -29,6 +28,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from checks.machine import machine
 from checks.zero3_parity.runs import (
     RANKS,
     STRICT,
@@ -144,26 +144,12 @@ def report(records: list[dict[str, Any]], output: Path | None) -> None:
     if output is not None:
         document = {
             "command": "python -m checks.zero3_parity",
-            "machine": machine(),
+            "machine": machine(ranks=RANKS, threads=1),
             "versions": {package: version(package) for package in PACKAGES},
             "passed": agreeing == len(records),
             "cases": records,
         }
         output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-
-
-def machine() -> dict[str, Any]:
-    """What the runs ran on."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "ranks": RANKS,
-        "threads": 1,
-        "system": platform.platform(),
-        "python": platform.python_version(),
-    }
 
 
 if __name__ == "__main__":

@@ -202,9 +202,11 @@ def check(config_path: Path, overrides: tuple[str, ...], world_size: int | None)
     from fastpref.run.plan.identity import describe_reference
     from fastpref.run.plan.prepare import launched_world_size, prepare
     from fastpref.run.plan.row_usage import row_usages
+    from fastpref.run.plan.software import check_software
     from fastpref.run.plan.surroundings import is_installed
 
     config = _load(config_path, overrides)
+    notes = check_software(config.training)
     if world_size is None:
         world_size = max(launched_world_size(), config.training.layout.fewest_ranks)
     run = prepare(config, world_size)
@@ -219,6 +221,7 @@ def check(config_path: Path, overrides: tuple[str, ...], world_size: int | None)
         tables.memory(preview.estimate_memory(run), preview.full_logits_bytes(run)),
         f"{config_path} is valid.",
         None if is_installed("megatron") else 'Training it needs megatron: pip install "fastpref[megatron]"',
+        *notes,
     )
 
 
@@ -232,6 +235,19 @@ def plot(run_dir: Path, output: Path | None) -> None:
     path = output or run_dir / "curves.png"
     draw_curves(read_metrics(run_dir), path)
     show(f"Wrote {path}")
+
+
+@cli.command()
+@click.argument("run_dir", metavar="RUN_DIR", type=click.Path(path_type=Path))
+def diagnose(run_dir: Path) -> None:
+    """Say which rank of a run hung, where, and in what the others waited.
+
+    Reads what the ranks left in RUN_DIR/hang when a collective was not answered; RUN_DIR may be that folder itself, or
+    one that a later start has set aside. Needs no GPU and no other rank.
+    """
+    from fastpref.run.record.hang import FOLDER, describe_hang, has_traces, read_hang
+
+    show(describe_hang(read_hang(run_dir if has_traces(run_dir) else run_dir / FOLDER)).rstrip())
 
 
 def _load(config_path: Path, overrides: tuple[str, ...]) -> RunConfig:

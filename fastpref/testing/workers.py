@@ -83,6 +83,7 @@ class RankPool:
         self._preload = list(preload)
         self._ranks: list[_Rank] = []
         self._directory: Path | None = None
+        self._store: torch.distributed.Store | None = None
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         """Call `function(*args)` on every rank at once.
@@ -119,7 +120,7 @@ class RankPool:
         atexit.unregister(self.close)
         if self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)
-            self._directory = None
+            self._directory = self._store = None
 
     def __enter__(self) -> RankPool:
         """Return the pool itself."""
@@ -135,12 +136,14 @@ class RankPool:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(self._preload)
         self._directory = Path(tempfile.mkdtemp(prefix="fastpref-ranks-"))
+        # As a launcher does: the store is there before the ranks, and outlives them.
+        self._store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         for number in range(self.world_size):
             ours, theirs = context.Pipe()
             stack_path = self._directory / f"stack-{number}"
             process = context.Process(
                 target=_serve,
-                args=(number, self.world_size, str(self._directory / "store"), str(stack_path), self.timeout_s, theirs),
+                args=(number, self.world_size, self._store.port, str(stack_path), self.timeout_s, theirs),
                 name=f"rank-{number}",
                 daemon=False,  # a daemon may not start processes, and a function may want to
             )
@@ -197,7 +200,7 @@ def _kill(process: ForkServerProcess) -> None:
         process.join()
 
 
-def _serve(rank: int, world_size: int, store_path: str, stack_path: str, timeout_s: float, pipe: Connection) -> None:
+def _serve(rank: int, world_size: int, port: int, stack_path: str, timeout_s: float, pipe: Connection) -> None:
     """Join the group, then run functions until the parent closes the pipe."""
     os.setsid()
     # Tearing Megatron down collects garbage, which need not be looked for in all that the server imported.
@@ -207,7 +210,7 @@ def _serve(rank: int, world_size: int, store_path: str, stack_path: str, timeout
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     with open(stack_path, "w", encoding="utf-8") as stack_file:
         faulthandler.register(signal.SIGUSR2, file=stack_file)
-        answer = _attempt(_join_group, (rank, world_size, store_path, timeout_s))
+        answer = _attempt(_join_group, (rank, world_size, port, timeout_s))
         while True:
             pipe.send_bytes(answer)
             try:
@@ -218,10 +221,10 @@ def _serve(rank: int, world_size: int, store_path: str, stack_path: str, timeout
             answer = _attempt(_run_task, (task,))
 
 
-def _join_group(rank: int, world_size: int, store_path: str, timeout_s: float) -> None:
+def _join_group(rank: int, world_size: int, port: int, timeout_s: float) -> None:
     torch.distributed.init_process_group(
         "gloo",
-        store=torch.distributed.FileStore(store_path, world_size),
+        store=torch.distributed.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False),
         rank=rank,
         world_size=world_size,
         timeout=timedelta(seconds=timeout_s),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ from fastpref.errors import ConfigError, DataError
 from fastpref.run.architecture.architecture import Architecture
 from fastpref.run.config.run_config import RunConfig
 from fastpref.run.plan.announce import announce
-from fastpref.run.plan.identity import ABSENT, reference_identity
+from fastpref.run.plan.identity import ABSENT, files_sha256, reference_identity
 from fastpref.run.plan.pipeline import PipelinePlan
 from fastpref.run.plan.prepare import PreparedRun, hf_config_of, prepare, reference_is_policy
 from fastpref.trainer.model.build import ModelOptions, build_models, load_models
 from fastpref.trainer.model.lora import add_lora
 from fastpref.trainer.ranks.agreement import DISK_FULL, from_rank_0, together
+from fastpref.trainer.ranks.meeting import meet
 from fastpref.trainer.ranks.platform import initialize_megatron
 from fastpref.trainer.reference.scoring import score_reference
 
@@ -84,14 +86,14 @@ def precompute_reference(config: RunConfig, output: str | Path | None = None) ->
     initialize_megatron(config.training)
     _require_equal_data(run)
     path = Path(output or config.reference_cache)
-    identity = reference_identity(run)
+    identity = reference_identity(run, _hash_together)
     if from_rank_0(path.exists, "looking for the reference cache"):
         return _open_cache(path, run, identity), False
     return _score(path, run, identity), True
 
 
 def _cached_reference(run: PreparedRun, *, may_score: bool) -> ReferenceCache:
-    path, identity = run.config.reference_cache, reference_identity(run)
+    path, identity = run.config.reference_cache, reference_identity(run, _hash_together)
     if not may_score or from_rank_0(path.exists, "looking for the reference cache"):
         return _open_cache(path, run, identity)
     return _score(path, run, identity)
@@ -164,15 +166,22 @@ def _reference(run: PreparedRun) -> list[GPTModel] | None:
 
 def _require_equal_data(run: PreparedRun) -> None:
     """Compare what the ranks read: a node with another copy of a file would train on other pairs."""
-    found: list[tuple[str | None, ...]] = [()] * torch.distributed.get_world_size()
-    mine = tuple(None if dataset is None else dataset.sha256 for dataset in (run.train, run.eval))
-    torch.distributed.all_gather_object(found, mine)
-    differing = [str(rank) for rank, hashes in enumerate(found) if hashes != found[0]]
+    mine = [None if dataset is None else dataset.sha256 for dataset in (run.train, run.eval)]
+    found = meet(json.dumps(mine), what="reading the data")
+    differing = [str(rank) for rank, hashes in found.items() if hashes != found[0]]
     if differing:
         raise DataError(
             f"ranks {', '.join(differing)} read other training or evaluation pairs than rank 0; "
             "put the same files on every node"
         )
+
+
+def _hash_together(files: Sequence[Path]) -> dict[str, str]:
+    """SHA-256 of each file by its name; the ranks share the files."""
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    mine = together(lambda: files_sha256(files[rank::world_size]), "hashing the reference's weights")
+    told = meet(json.dumps(mine), what="hashing the reference's weights")
+    return {name: digest for part in told.values() for name, digest in json.loads(part).items()}
 
 
 def _make_output(config: RunConfig) -> None:

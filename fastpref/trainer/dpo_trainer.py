@@ -24,6 +24,9 @@ from fastpref.trainer import build, loop
 from fastpref.trainer.engine import Engine
 from fastpref.trainer.model.chunks import unwrap
 from fastpref.trainer.model.modes import evaluating
+from fastpref.trainer.model.overlap import settle_overlap
+from fastpref.trainer.model.shards import mark_shards
+from fastpref.trainer.ranks.meeting import meet
 from fastpref.trainer.ranks.platform import initialize_megatron
 from fastpref.trainer.saves import state
 from fastpref.trainer.session import Session
@@ -80,7 +83,10 @@ class DPOTrainer:
         self.processing_class = processing_class
         initialize_megatron(args)
         raise_if_any(batch_problems(args, train_config))
-        check_model([unwrap(chunk) for chunk in model], args)
+        chunks = [unwrap(chunk) for chunk in model]
+        check_model(chunks, args)
+        settle_overlap(chunks)
+        mark_shards(chunks)
         # What may refuse the settings comes before what changes the models.
         self.feed = PairFeed(args, train_config, train_dataset, eval_dataset, data_collator, processing_class)
         self.engine = Engine(model, ref_model, train_config, args, self.feed)
@@ -117,6 +123,7 @@ class DPOTrainer:
             path = state.choose(config.training.checkpoint_root, wanted)
             announce(config.training, f"Reading the weights of {path}")
             saved = state.load_weights(path, trainer.model)
+            meet(what=f"reading the weights of {path}")
             trainer.engine.schedule.restore(saved)
             trainer.evaluated_checkpoint = EvaluatedCheckpoint(path, saved["step"])
         return trainer

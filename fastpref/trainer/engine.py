@@ -20,7 +20,7 @@ from fastpref.run.config.arguments import TrainingArguments
 from fastpref.trainer.model.chunks import unwrap, vocab_size_of
 from fastpref.trainer.model.head import HeadOptions, install_heads
 from fastpref.trainer.model.lora import lora_of
-from fastpref.trainer.model.moe import install_routers
+from fastpref.trainer.model.moe import install_routers, provisional_bias
 from fastpref.trainer.model.packing import install_packing
 from fastpref.trainer.reference.first_step import check_first_step
 from fastpref.trainer.reference.reference import build_reference
@@ -28,7 +28,14 @@ from fastpref.trainer.step import guard
 from fastpref.trainer.step.batch import Microbatch
 from fastpref.trainer.step.feed import PairFeed
 from fastpref.trainer.step.metrics import metric_names
-from fastpref.trainer.step.optimizer import build_optimizer, build_scheduler, checked_warmup, wrap_for_training
+from fastpref.trainer.step.optimizer import (
+    build_optimizer,
+    build_scheduler,
+    checked_warmup,
+    learning_rate,
+    update,
+    wrap_for_training,
+)
 from fastpref.trainer.step.schedule import NO_SIGNALS, TOKEN_STATS, PreferenceSchedule, Signals, StepResult
 
 
@@ -84,7 +91,7 @@ class Engine:
         )
         if args.packing:
             install_packing(self.models, prefix_sharing=args.prefix_sharing)
-        self.balance = install_routers(self.models)
+        self.balance = install_routers(self.models, is_reference=lora is not None)
         self.wrapped = wrap_for_training(models, args)
         token_stats = TOKEN_STATS if args.log_token_stats else ()
         self.schedule = PreferenceSchedule(loss, token_stats)
@@ -157,6 +164,19 @@ class Engine:
                 have been skipped just before; nothing was updated.
             FastprefError: policy and reference should be equal before the first update, and are not; likewise.
         """
+        with provisional_bias(self.models) as keep_bias:
+            outcome = self._run_step(models, batches, step, signals)
+            if not outcome.skipped_iter:
+                keep_bias()
+        return outcome
+
+    def _run_step(
+        self,
+        models: Sequence[DistributedDataParallel],
+        batches: Sequence[Microbatch],
+        step: int | None,
+        signals: Signals,
+    ) -> StepResult:
         optimizer = self.optimizer
         batches = self.attach_reference(batches, self.feed.train_dataset)
         for model in models:
@@ -168,7 +188,7 @@ class Engine:
         outcome = StepResult(
             batches=batches,
             loss=verdict.loss,
-            learning_rate=max(group["lr"] for group in optimizer.param_groups),
+            learning_rate=learning_rate(optimizer),
             signals=verdict.signals,
         )
         if verdict.findings:
@@ -178,17 +198,17 @@ class Engine:
         if step == 1 and self.starts_at_reference and self.args.check_initial_loss:
             assert self.reference is not None
             check_first_step(verdict.loss, results, self.reference, self.loss, self.models[0].config)
-        updated, grad_norm, num_zeros = optimizer.step()
-        if updated:
+        answer = update(optimizer)
+        if answer.done:
             self.starts_at_reference = False
             self.lr_scheduler.step(1)
             self.schedule.update_running_mean(results)
         return replace(
             outcome,
             results=results,
-            skipped_iter=int(not updated),
-            grad_norm=grad_norm,
-            num_zeros_in_grad=num_zeros,
+            skipped_iter=int(not answer.done),
+            grad_norm=answer.grad_norm,
+            num_zeros_in_grad=answer.num_zeros,
         )
 
     def _refuse_or_skip(self, verdict: guard.Verdict, step: int | None) -> None:

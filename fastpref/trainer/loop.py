@@ -74,7 +74,8 @@ def train(
             end, or another process runs in the output directory.
         KeyboardInterrupt: see above; a note says what is lost.
     """
-    session, watch = Session(engine), PeerWatch(Path(engine.args.output_dir))
+    session = Session(engine)
+    watch = PeerWatch(Path(engine.args.output_dir), engine.args.distributed_timeout_seconds)
     with _telling_losses(watch, engine.args), watch, session.held_directory(), StopRequest() as stop:
         total_steps = engine.feed.schedule.total_steps
         create_optimizer(total_steps)

@@ -186,3 +186,26 @@ def test_check_says_how_to_fetch_a_data_set(project: Path, run_cli) -> None:
     assert "data.train: 'trl-lib/some_set' does not exist" in message
     assert "datasets.load_dataset('trl-lib/some_set', split='train')" in message
     assert "datasets" not in squeezed(run_cli("check", "run.yaml", "data.train=no/pairs.jsonl").stderr)
+
+
+def test_check_refuses_versions_that_do_not_fit(project, run_cli, tmp_path_factory, monkeypatch) -> None:
+    """Before anything is read, and with a way to go on; nothing of them is imported."""
+    site = tmp_path_factory.mktemp("site")
+    for name, version in (("transformer_engine", "2.11.0"), ("transformer_engine_torch", "2.18.0")):
+        folder = site / f"{name}-{version}.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    monkeypatch.syspath_prepend(site)
+    result = run_cli("check", "run.yaml")
+    assert result.exit_code == 2 and "its distributions must be of one version" in result.output
+    result = run_cli("check", "run.yaml", "training.transformer_impl=local")
+    assert result.exit_code == 0, result.output
+
+
+def test_check_remarks_on_a_megatron_that_nobody_tried(project, run_cli, tmp_path_factory, monkeypatch) -> None:
+    folder = tmp_path_factory.mktemp("site") / "megatron_core-0.99.0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: megatron-core\nVersion: 0.99.0\n")
+    monkeypatch.syspath_prepend(folder.parent)
+    result = run_cli("check", "run.yaml")
+    assert result.exit_code == 0 and "megatron-core 0.99.0 is newer than 0.19.2" in result.output.replace("\n", " ")

@@ -3,7 +3,10 @@
 import re
 from pathlib import Path
 
+from click.testing import CliRunner
 from failing_peer import COLLECTIVE, TIMEOUT_S, run
+
+from fastpref.cli.commands import cli
 
 
 def test_a_rank_that_hangs(project: Path) -> None:
@@ -14,3 +17,10 @@ def test_a_rank_that_hangs(project: Path) -> None:
     assert TIMEOUT_S - 2 <= silent_for <= TIMEOUT_S + 5
     stack = (project / "out" / "peer-failure-rank-0.txt").read_text()
     assert "run_step" in stack
+    # the dumps of PyTorch's recorder say the same without the job's store
+    result = CliRunner().invoke(cli, ["diagnose", str(project / "out")])
+    assert result.exit_code == 0, result.output
+    assert re.match(r"rank 1 left no record of \w+ \d+ of group \d+ .*, in which rank 0 waits:", result.stdout), (
+        result.stdout
+    )
+    assert "it left no dump" in result.stdout and "in run_step" in result.stdout

@@ -5,8 +5,9 @@ looks for shared objects, the checks that CUDA and tensors on it are there, and 
 answers are a Hopper's. What tensors compute is not touched; where they are made is the business of
 `fastpref.trainer.ranks.cpu_platform`.
 
-One answer is not a Hopper's: attention with context parallelism in fp32, which no kernel on a GPU has, is given to the
-one for 16 bits, whose stand-in computes in the dtype that it is handed. So ranks can be compared without rounding.
+One answer is not a Hopper's: attention in fp32 for which Transformer Engine finds nothing, with context parallelism and
+in some releases of packed rows, is given to the kernels for 16 bits, whose stand-in computes in the dtype that it is
+handed. So ranks can be compared without rounding; on a GPU such a run ends with an error.
 """
 
 import ast
@@ -24,11 +25,11 @@ from typing import Any
 HOPPER = SimpleNamespace(major=9, minor=0, multi_processor_count=132, name="H100 (stand-in)", total_memory=80 << 30)
 LOADER = "transformer_engine.common"
 CHOICE_OF_ATTENTION = "transformer_engine.pytorch.attention.dot_product_attention.utils"
-# Modules that ask whether CUDA or a tensor on it is there, and refuse where it is not.
+CONTEXT_PARALLEL = "transformer_engine.pytorch.attention.dot_product_attention.context_parallel"
+# More modules that ask whether CUDA or a tensor on it is there, and refuse where it is not.
 WANT_CUDA = (
     "transformer_engine.pytorch.module.base",
     "transformer_engine.pytorch.attention.dot_product_attention.backends",
-    "transformer_engine.pytorch.attention.dot_product_attention.context_parallel",
     "transformer_engine.pytorch.attention.dot_product_attention.dot_product_attention",
     "transformer_engine.pytorch.permutation",
 )
@@ -44,8 +45,16 @@ class _OnCuda(ast.NodeTransformer):
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         self.generic_visit(node)
+        if isinstance(node.func, ast.Attribute) and node.func.attr == "to":
+            self._stay(node)
         is_question = ast.unparse(node) == "torch.cuda.is_available()"
         return ast.copy_location(ast.Constant(True), node) if is_question else node
+
+    @staticmethod
+    def _stay(node: ast.Call) -> None:
+        for keyword in node.keywords:
+            if keyword.arg == "device" and ast.unparse(keyword.value) == "'cuda'":
+                keyword.value = ast.copy_location(ast.Constant("cpu"), keyword.value)
 
     def visit_List(self, node: ast.List) -> ast.AST:
         if ast.unparse(node) == "[torch.float16, torch.bfloat16]":
@@ -69,7 +78,7 @@ class _WithoutSharedObjects(importlib.machinery.SourceFileLoader):
         module.load_framework_extension = lambda framework: None  # type: ignore[attr-defined]
 
 
-class _ChoiceInFp32(importlib.machinery.SourceFileLoader):
+class _ChoiceInFp32(_CudaLoader):
     def exec_module(self, module: ModuleType) -> None:
         super().exec_module(module)
         choose = module.get_attention_backend
@@ -78,11 +87,36 @@ class _ChoiceInFp32(importlib.machinery.SourceFileLoader):
         def choose_in_fp32(attention_params: Any) -> Any:
             import torch
 
-            if attention_params.context_parallel and attention_params.qkv_dtype == torch.float32:
-                attention_params = dataclasses.replace(attention_params, qkv_dtype=torch.bfloat16)
-            return choose(attention_params)
+            *choice, available = choose(attention_params)
+            if any(available) or attention_params.qkv_dtype != torch.float32:
+                return *choice, available
+            return choose(dataclasses.replace(attention_params, qkv_dtype=torch.bfloat16))
 
         module.get_attention_backend = choose_in_fp32  # type: ignore[attr-defined]
+
+
+class _WaitsOnce:
+    """A message that may be waited for again and again, as NCCL's may; gloo's second wait is for another one."""
+
+    def __init__(self, work: Any) -> None:
+        self._work = work
+
+    def wait(self) -> None:
+        work, self._work = self._work, None
+        if work is not None:
+            work.wait()
+
+
+class _MessagesOverGloo(_CudaLoader):
+    def exec_module(self, module: ModuleType) -> None:
+        super().exec_module(module)
+        send_and_receive = module.flash_attn_p2p_communicate
+
+        @functools.wraps(send_and_receive)
+        def waited_for_once(*args: Any, **kwargs: Any) -> list[_WaitsOnce]:
+            return [_WaitsOnce(work) for work in send_and_receive(*args, **kwargs)]
+
+        module.flash_attn_p2p_communicate = waited_for_once  # type: ignore[attr-defined]
 
 
 class _Finder(importlib.abc.MetaPathFinder):
@@ -93,14 +127,19 @@ class _Finder(importlib.abc.MetaPathFinder):
     ) -> importlib.machinery.ModuleSpec | None:
         if name == "transformer_engine":
             _answer_as_hopper()
-        kind = _CudaLoader if name in WANT_CUDA else _LOADERS.get(name)
+        kind = _LOADERS.get(name)
         spec = kind and importlib.machinery.PathFinder.find_spec(name, path, target)
         if kind and spec and spec.origin:
             spec.loader = kind(name, spec.origin)
         return spec
 
 
-_LOADERS = {LOADER: _WithoutSharedObjects, CHOICE_OF_ATTENTION: _ChoiceInFp32}
+_LOADERS: dict[str, type[importlib.machinery.SourceFileLoader]] = {
+    **dict.fromkeys(WANT_CUDA, _CudaLoader),
+    LOADER: _WithoutSharedObjects,
+    CHOICE_OF_ATTENTION: _ChoiceInFp32,
+    CONTEXT_PARALLEL: _MessagesOverGloo,
+}
 
 
 def _answer_as_hopper() -> None:

@@ -134,7 +134,7 @@ def test_cpu_platform_is_in_place_only_when_all_of_it_is(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(cpu_platform, "_replace_device_queries", lambda: None)
     with monkeypatch.context() as patch:
-        patch.setattr(cpu_platform, "_replace_adam", broken)
+        patch.setattr(cpu_platform, "_replace_random_state", broken)
         for _ in range(2):
             with pytest.raises(AttributeError):
                 cpu_platform.install_cpu_platform()

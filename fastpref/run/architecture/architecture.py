@@ -17,6 +17,7 @@ from fastpref.run.architecture.config_reader import ConfigReader
 from fastpref.run.architecture.experts import Experts, read_experts
 from fastpref.run.architecture.families import FAMILIES, Activation, Family
 from fastpref.run.architecture.known_keys import ACTIVATION_NAMES, DROPOUT_KEYS, neutral_values, without_inert
+from fastpref.run.architecture.multimodal import multimodal_problem, text_model_inside
 from fastpref.run.architecture.rope import Rope, read_ropes
 from fastpref.run.architecture.windows import read_window
 
@@ -113,30 +114,24 @@ class Architecture:
             ConfigError: the family or a setting is not supported, or a key is missing or of the wrong type;
                 the message lists everything at once.
         """
+        if (text := multimodal_problem(config)) is not None:
+            raise ConfigError([Problem("model_type", text)], "config.json")
         if config.get("auto_map"):
             text = "asks for Python code of the model's own, which never runs here; use a plain model"
             raise ConfigError([Problem("auto_map", text)], "config.json")
         model_type = config.get("model_type")
         family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
         if family is None:
-            raise ConfigError([Problem("model_type", _other_family(config))], "config.json")
+            text = f"must be one of {', '.join(FAMILIES)}, got {model_type!r}"
+            inside = text_model_inside(config)
+            text += f"; {inside}" if inside else ""
+            raise ConfigError([Problem("model_type", text)], "config.json")
         reader = ConfigReader(without_inert(config, family))
         reader.take("model_type", str)
         architecture = _read(cls, reader, config["model_type"], family)
         if architecture is None:
             raise ConfigError(reader.problems, "config.json")
         return architecture
-
-
-def _other_family(config: Mapping[str, Any]) -> str:
-    text = f"must be one of {', '.join(FAMILIES)}, got {config.get('model_type')!r}"
-    inner = config.get("text_config")
-    if isinstance(inner, Mapping) and inner.get("model_type") in tuple(FAMILIES):
-        text += (
-            f"; its text_config is of type {inner['model_type']}: load the whole model with transformers, put its "
-            "language_model and lm_head into a text model that was made from text_config, and save that one"
-        )
-    return text
 
 
 def _read(cls: type[Architecture], reader: ConfigReader, model_type: str, family: Family) -> Architecture | None:

@@ -89,6 +89,11 @@ _STEPS = "set training.{0} to a number of steps; without it the run does so at i
 _HUB = "nothing is uploaded; write the model with `fastpref train --export DIR` and upload that directory"
 _RECOMPUTE = "this is training.recompute_granularity here: full for whole layers, selective for the attention alone"
 _SHARDED = "training.use_distributed_optimizer: true shards the optimizer; parallel sizes are keys of training"
+_NO_FSDP = (
+    "Megatron-FSDP and PyTorch's FSDP are not supported; training.use_distributed_optimizer: true shards the "
+    "optimizer, and training.tensor_model_parallel_size and the other parallel sizes shard the weights"
+)
+_TEXT_ONLY = "vision-language models are not supported; leave it out, and train a text model on text"
 _ALWAYS_FUSED = "the fused head is always in use; leave it out"
 _ATTENTION = "attention is that of Transformer Engine where it is installed; leave it out"
 _NO_CODE = "code of a model never runs here; leave it out"
@@ -157,7 +162,21 @@ _INSTEAD: Mapping[str, str] = {
     **dict.fromkeys(("logging_strategy", "logging_first_step"), "set training.logging_steps to a number of steps"),
     "do_train": "`fastpref train` trains, `fastpref eval` evaluates; leave it out",
     **dict.fromkeys(("push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo"), _HUB),
-    **dict.fromkeys(("deepspeed", "fsdp", "fsdp_config", "zero_stage", "ds_config", "adam_offload"), _SHARDED),
+    **dict.fromkeys(("deepspeed", "zero_stage", "ds_config", "adam_offload"), _SHARDED),
+    **dict.fromkeys(("use_megatron_fsdp", "use_custom_fsdp", "use_torch_fsdp2", "megatron_fsdp"), _NO_FSDP),
+    **dict.fromkeys(("fsdp", "fsdp2", "fsdp_config", "fsdp_version", "fsdp_plugin", "fsdp_strategy"), _NO_FSDP),
+    **dict.fromkeys(("data_parallel_sharding_strategy", "outer_dp_sharding_strategy", "sharding_strategy"), _NO_FSDP),
+    **dict.fromkeys(("fsdp_double_buffer", "init_model_with_meta_device", "fsdp_transformer_layer_cls"), _NO_FSDP),
+    **dict.fromkeys(("fsdp_size", "fsdp_final_state_dict_type", "data_parallel_shard_degree", "dp_shard"), _NO_FSDP),
+    **dict.fromkeys(
+        ("fsdp_offload_params", "fsdp_cpu_offload", "use_fsdp", "nccl_ub", "fsdp_manual_registration"), _NO_FSDP
+    ),
+    **dict.fromkeys(
+        ("freeze_vit", "freeze_aligner", "freeze_vision_tower", "freeze_multi_modal_projector"), _TEXT_ONLY
+    ),
+    **dict.fromkeys(("vit_lr", "aligner_lr", "vit_gradient_checkpointing", "max_pixels", "min_pixels"), _TEXT_ONLY),
+    **dict.fromkeys(("image_max_pixels", "image_min_pixels", "video_max_pixels", "video_fps", "media_dir"), _TEXT_ONLY),
+    **dict.fromkeys(("image_folder", "images_key", "image_key", "is_multimodal", "processor_type"), _TEXT_ONLY),
     **dict.fromkeys(
         ("use_liger_kernel", "enable_liger_kernel", "liger_kernel_config", "use_liger_loss"), _ALWAYS_FUSED
     ),

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from fastpref.checkpoint.hf import COMPANION_FILES, ModelDirectory, read_config
 from fastpref.checkpoint.reference_cache import ReferenceCache, json_sha256
@@ -22,14 +20,27 @@ _DATA_SETTINGS = (
 )
 
 
+HashFiles = Callable[[Sequence[Path]], dict[str, str]]
 ABSENT = {f"data.{name}": getattr(DataConfig(), name) for name in _DATA_SETTINGS}
 """What it means that a cache lacks a setting of the data: it is older than the setting."""
 
 
-def reference_identity(run: PreparedRun) -> dict[str, Any]:
+def files_sha256(files: Sequence[Path]) -> dict[str, str]:
+    """SHA-256 of each file by its name."""
+    hashes = {}
+    for path in files:
+        # Links are followed: a model directory may be made of links into a store.
+        with open(path, "rb") as file:
+            hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
+
+
+def reference_identity(run: PreparedRun, hash_weights: HashFiles = files_sha256) -> dict[str, Any]:
     """Hash the reference's weights, the tokenizer and the template of a run; list the settings that decide tokens.
 
-    Every byte of the weights is read: by all ranks together where there is a process group, each some of the files.
+    Args:
+        run: the run.
+        hash_weights: reads every byte of the weights' files; ranks can share the work.
 
     Raises:
         CheckpointError: the model directory is unusable.
@@ -39,8 +50,8 @@ def reference_identity(run: PreparedRun) -> dict[str, Any]:
     names = sorted({*COMPANION_FILES, *TOKENIZER_FILES} - {"generation_config.json"})
     tokenizer_files = [directory / name for name in names if (directory / name).is_file()]
     return {
-        **_weights_identity(config),
-        "tokenizer_sha256": json_sha256(_files_sha256(tokenizer_files)),
+        **_weights_identity(config, hash_weights),
+        "tokenizer_sha256": json_sha256(files_sha256(tokenizer_files)),
         "chat_template_sha256": json_sha256(run.tokenizer.chat_template),
         "params_dtype": str(config.training.params_dtype).removeprefix("torch."),
         **{f"data.{name}": getattr(config.data, name) for name in _DATA_SETTINGS},
@@ -68,28 +79,9 @@ def describe_reference(run: PreparedRun) -> str:
     return f"precomputed in {path}, which fits"
 
 
-def _weights_identity(config: RunConfig) -> dict[str, Any]:
+def _weights_identity(config: RunConfig, hash_weights: HashFiles) -> dict[str, Any]:
     path = config.reference_path
     if path is None:  # random weights are a function of the architecture and the seed
         return {"model_config_sha256": json_sha256(hf_config_of(config)), "training.seed": config.training.seed}
     files = sorted({info.path for info in ModelDirectory(path).tensors.values()})
-    return {"model_config_sha256": json_sha256(read_config(path)), "weights_sha256": json_sha256(_hash_together(files))}
-
-
-def _hash_together(files: Sequence[Path]) -> dict[str, str]:
-    """SHA-256 of each file by name; ranks that are there share the work."""
-    if not torch.distributed.is_initialized():
-        return _files_sha256(files)
-    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    parts: list[dict[str, str]] = [{}] * world_size
-    torch.distributed.all_gather_object(parts, _files_sha256(files[rank::world_size]))
-    return {name: digest for part in parts for name, digest in part.items()}
-
-
-def _files_sha256(files: Sequence[Path]) -> dict[str, str]:
-    hashes = {}
-    for path in files:
-        # Links are followed: a model directory may be made of links into a store.
-        with open(path, "rb") as file:
-            hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return hashes
+    return {"model_config_sha256": json_sha256(read_config(path)), "weights_sha256": json_sha256(hash_weights(files))}

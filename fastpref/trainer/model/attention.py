@@ -70,7 +70,7 @@ class SDPACoreAttention(MegatronModule):
             if got != supported:
                 raise NotImplementedError(
                     f"{name} must be {supported!r} without Transformer Engine, got {got!r}; "
-                    "install the `te` extra on a GPU or change the setting"
+                    "install Transformer Engine on a GPU (docs/cluster.md) or change the setting"
                 )
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
         self.window: int | None = None

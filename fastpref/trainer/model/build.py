@@ -25,10 +25,13 @@ from fastpref.run.architecture.model_files import ModelFiles
 from fastpref.run.config.layout import model_problems, size_problems
 from fastpref.run.plan.pipeline import PipelinePlan, expert_stage_problems, plan_pipeline
 from fastpref.trainer.model.blocks import gelu_tanh, joint_inv_freq, keep_grad_mode, scale_embedding
-from fastpref.trainer.model.layers import block_spec, mark_shards
+from fastpref.trainer.model.layers import block_spec
 from fastpref.trainer.model.lora import MergedParameters
 from fastpref.trainer.model.moe import expert_settings
-from fastpref.trainer.model.weights import RandomTensors, TensorSource, load_parameters, save_parameters
+from fastpref.trainer.model.overlap import waits_for_sends
+from fastpref.trainer.model.reading import TensorSource
+from fastpref.trainer.model.shards import mark_shards
+from fastpref.trainer.model.weights import RandomTensors, load_parameters, save_parameters
 from fastpref.trainer.ranks.agreement import agree
 from fastpref.trainer.ranks.platform import current_layout
 from fastpref.trainer.ranks.transformer_engine import LayerImplementation, layer_implementation
@@ -84,7 +87,7 @@ def build_models(
 def load_models(
     path: str | Path, options: ModelOptions | None = None, *, architecture: Architecture | None = None
 ) -> list[GPTModel]:
-    """Build a model with the weights of a model directory; each rank reads only its own slices.
+    """Build a model with the weights of a model directory; each shard is read by one rank of those that hold it.
 
     Args:
         path: a directory with `config.json` and safetensors files.
@@ -140,7 +143,7 @@ def save_hf(
         max_shard_bytes: size at which the next file begins.
         replaced: contents of files by name, in place of copies out of `tokenizer_dir`; None leaves a file out.
 
-    Memory: one parameter, gathered, on rank 0.
+    Memory: on rank 0, one parameter gathered on the device, and 256 MiB of them (or one that is larger) on the host.
 
     Raises:
         CheckpointError: `out_dir` is not empty, or rank 0 could not write it.
@@ -228,7 +231,7 @@ def transformer_config(arch: Architecture, options: ModelOptions) -> Transformer
         perform_initialization=False,
         use_cpu_initialization=not on_gpu,
         # Freeing a sent tensor is NCCL's business; under gloo the send may still be reading it.
-        deallocate_pipeline_outputs=on_gpu,
+        deallocate_pipeline_outputs=on_gpu and (layout.vpp is None or waits_for_sends()),
         # Batched sends of the interleaved schedule meet the wrong receives where a stage's two neighbours are one rank.
         overlap_p2p_comm=layout.vpp is not None,
         batch_p2p_comm=layout.vpp is None,
@@ -258,5 +261,5 @@ def _build_chunk(arch: Architecture, options: ModelOptions, config: TransformerC
         scale_embedding(model.embedding, arch.embedding_scale)
     if arch.sandwich_norms:
         keep_grad_mode(model)
-    mark_shards(model)
+    mark_shards([model])
     return model

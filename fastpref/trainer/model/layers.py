@@ -1,20 +1,13 @@
-"""What layers are built of: Transformer Engine's modules or Megatron's own, and which of their weights are shards."""
+"""What layers are built of: Transformer Engine's modules or Megatron's own."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from megatron.core.extensions.transformer_engine import TENorm
-from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
-)
-from megatron.core.tensor_parallel.layers import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    VocabParallelEmbedding,
-    set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -24,19 +17,6 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, get_tr
 from fastpref.run.architecture.architecture import Architecture
 from fastpref.trainer.model.attention import RMSNorm, SDPACoreAttention
 from fastpref.trainer.model.blocks import NormedResidualAdd, TwoRopeSelfAttention
-
-
-def mark_shards(model: GPTModel) -> None:
-    """Tells Megatron which weights are split over tensor-parallel ranks, as its own initialisation would have.
-
-    Without the mark it takes a weight for a copy, and the gradient norm counts the shard of one rank only.
-    """
-    split_dims = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
-    for module in model.modules():
-        dim = split_dims.get(type(module))
-        # Megatron-Core 0.19 marks a weight that it does not initialise, too.
-        if dim is not None and module.weight is not None and not hasattr(module.weight, "tensor_model_parallel"):
-            set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dim, stride=1)
 
 
 def block_spec(arch: Architecture, config: TransformerConfig, stage: int | None) -> TransformerBlockSubmodules:

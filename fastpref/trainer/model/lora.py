@@ -35,18 +35,20 @@ from torch import Tensor
 
 from fastpref.checkpoint.headers import TensorSpec
 from fastpref.checkpoint.hf import AdapterWriter
-from fastpref.errors import ConfigError
+from fastpref.errors import CheckpointError, ConfigError
 from fastpref.run.architecture import adapters as files
 from fastpref.run.architecture.adapter_files import AdapterFiles
 from fastpref.run.architecture.adapters import ADAPTER, AdaptedLinear
 from fastpref.run.architecture.architecture import Architecture
-from fastpref.run.architecture.layouts import GateUp
+from fastpref.run.architecture.layouts import GateUp, Layout
 from fastpref.run.architecture.lora_config import LoraConfig
 from fastpref.run.architecture.names import is_expert
 from fastpref.run.plan.fingerprint import LORA_BASE, lora_fingerprint
 from fastpref.trainer.model.chunks import unwrap
-from fastpref.trainer.model.weights import TensorSource, fill, merged_tensors, parameters_of, write_tensors
-from fastpref.trainer.ranks.agreement import agree
+from fastpref.trainer.model.reading import TensorSource, fill
+from fastpref.trainer.model.weights import parameters_of
+from fastpref.trainer.model.writing import write_tensors
+from fastpref.trainer.ranks.agreement import agree, together
 
 
 class AdapterSwitch:
@@ -193,24 +195,25 @@ def add_lora(
         raise ConfigError("the model has adapters already; build a new one")
     arch = Architecture.of(hf_config)
     adapted = files.adapted_linears(arch, lora)
-    source: TensorSource = (
-        files.InitialAdapters(files.adapter_shapes(arch, lora), seed)
-        if lora.path is None
-        else AdapterFiles(lora.path, arch, lora)
-    )
+    source = _source(arch, lora, seed)
     checksum = _checksum(chunks)
-    problems: list[str] = []
+    parameters: dict[str, Tensor] = {}
+    layouts: dict[str, Layout] = {}
     for chunk in chunks:
         chunk.lora = AppliedLora(lora, arch, checksum, AdapterSwitch())
         chunk.requires_grad_(False)
         for name, linear in _linears(chunk).items():
             if name in adapted:
                 adapter = LoraAdapter(linear, adapted[name], lora, chunk.lora.switch, chunk.config.sequence_parallel)
-                problems += _attach(linear, adapter, source)
+                linear.add_module(ADAPTER, adapter)
+                linear.register_forward_hook(adapter.add_to)
+                mine = {f"{name}.{ADAPTER}.{key}": key for key, _ in adapter.named_parameters()}
+                parameters |= {full: adapter.get_parameter(key) for full, key in mine.items()}
+                layouts |= {full: adapter.adapted.layouts[key] for full, key in mine.items()}
         if chunk.pre_process and chunk.config.recompute_granularity == "full":
             # Recomputed layers have gradients only if their input has one, and frozen embeddings give none.
             chunk.embedding.register_forward_hook(_require_grad)
-    agree(problems)
+    agree(together(lambda: fill(parameters, layouts, source), "reading adapters"))
 
 
 def lora_of(models: Sequence[torch.nn.Module]) -> AppliedLora | None:
@@ -258,10 +261,7 @@ def save_adapter(
         TensorSpec(name, dtype, shape) for name, shape in files.adapter_shapes(applied.arch, applied.config).items()
     ]
     config, size = files.peft_config(applied.config, base), sum(spec.num_bytes for spec in specs)
-    write_tensors(
-        merged_tensors(mine, table, dtype),
-        lambda: AdapterWriter(out_dir, specs, config, tokenizer_dir, size, replaced),
-    )
+    write_tensors(mine, table, dtype, lambda: AdapterWriter(out_dir, specs, config, tokenizer_dir, size, replaced))
 
 
 class MergedParameters(Mapping[str, Tensor]):
@@ -313,15 +313,18 @@ def sharded_weights(chunk: GPTModel, metadata: dict[str, Any] | None = None) -> 
     return sharded
 
 
-def _attach(linear: torch.nn.Module, adapter: LoraAdapter, source: TensorSource) -> list[str]:
-    """Gives a layer its adapter; returns what is wrong with the adapter's values."""
-    problems: list[str] = []
-    with torch.no_grad():
-        for name, parameter in adapter.named_parameters():
-            problems += fill(parameter, adapter.adapted.layouts[name], source)
-    linear.add_module(ADAPTER, adapter)
-    linear.register_forward_hook(adapter.add_to)
-    return problems
+def _source(arch: Architecture, lora: LoraConfig, seed: int) -> TensorSource:
+    """Where the adapters begin; refused on every rank together."""
+    if lora.path is None:
+        return files.InitialAdapters(files.adapter_shapes(arch, lora), seed)
+    source, problems = None, []
+    try:
+        source = AdapterFiles(lora.path, arch, lora)
+    except (OSError, CheckpointError) as error:
+        problems.append(str(error))
+    agree(problems)
+    assert source is not None
+    return source
 
 
 def _linears(chunk: GPTModel) -> dict[str, torch.nn.Module]:

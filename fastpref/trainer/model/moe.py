@@ -8,6 +8,7 @@ Design decisions:
   padding nor of filler pairs; f_e is the share of choices that fell on expert e, P_e the mean router probability.
   Coefficient times its sum over layers, averaged over microbatches and data-parallel ranks, is added to the gradients,
   never to the reported preference loss. A microbatch of fillers alone has the loss 0.
+- The update of an expert bias counts the same tokens; it is undone where the step is not taken.
 - Routers stay the modules that Megatron built, only their class changes: models that a caller built are metered too.
 
 Dims: N tokens of this rank, E experts.
@@ -15,7 +16,8 @@ Dims: N tokens of this rank, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -23,7 +25,8 @@ from megatron.core import parallel_state
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.router import Router, TopKRouter
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from fastpref.errors import ConfigError
@@ -109,7 +112,10 @@ class BalanceMeter:
 
 
 class BalancedRouter(TopKRouter):
-    """Megatron's router, whose load-balancing loss is metered and stands microbatches without a token that counts."""
+    """Megatron's router, which meters its load-balancing loss and leaves tokens that do not count out of its bias.
+
+    It stands microbatches without a token that counts.
+    """
 
     meter: BalanceMeter
 
@@ -127,25 +133,95 @@ class BalancedRouter(TopKRouter):
         self.meter.add(loss, share_E.max() * self.num_experts, counts)
         return cast(Tensor, MoEAuxLossAutoScaler.apply(probs, loss * self.config.moe_aux_loss_coeff))
 
+    def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
+        """Count the choices [N, E] of tokens that `padding_mask` [N] does not leave out, for the update of the bias.
 
-def install_routers(models: Sequence[torch.nn.Module]) -> BalanceMeter | None:
-    """Turn the routers of `models` into metered ones, in place; None where no load-balancing loss is asked for.
+        Megatron's own count takes the mask for one of experts.
+        """
+        if self.enable_expert_bias and self.training and torch.is_grad_enabled():
+            counted_NE = routing_map if padding_mask is None else routing_map & ~padding_mask[:, None]
+            self.local_tokens_per_expert += counted_NE.sum(dim=0)
+
+
+def install_routers(models: Sequence[torch.nn.Module], *, is_reference: bool = False) -> BalanceMeter | None:
+    """Make the routers of `models` leave out tokens that do not count, in place.
+
+    Args:
+        models: chunks that will be trained, and maybe answer as the reference, too.
+        is_reference: they do.
+
+    Returns:
+        What meters the load-balancing loss; None where none is asked for.
 
     Raises:
-        ConfigError: experts are balanced by another loss, whose tokens would not be counted.
+        ConfigError: experts are balanced in a way that counts every token, or that would move the reference.
     """
     config = unwrap(models[0]).config
     complete_router()
-    if config.num_moe_experts is None or not config.moe_aux_loss_coeff:
+    if config.num_moe_experts is None:
         return None
-    if config.moe_router_load_balancing_type != "aux_loss":
+    _check_balancing(config, is_reference)
+    routers = [module for model in models for module in model.modules() if isinstance(module, Router)]
+    has_aux_loss, has_bias = bool(config.moe_aux_loss_coeff), bool(config.moe_router_enable_expert_bias)
+    meter = BalanceMeter() if has_aux_loss else None
+    for router in routers if has_aux_loss or has_bias else []:
+        if type(router) not in (TopKRouter, BalancedRouter):
+            raise ConfigError(
+                f"the router {type(router).__name__} is not known, so that it cannot be said which tokens its "
+                "balancing counts; build the model with Megatron's TopKRouter, or with moe_aux_loss_coeff 0 and "
+                "moe_router_enable_expert_bias False"
+            )
+        router.__class__ = BalancedRouter
+        if meter is not None:
+            cast(BalancedRouter, router).meter = meter
+    return meter
+
+
+def _check_balancing(config: TransformerConfig, is_reference: bool) -> None:
+    kinds = config.moe_router_load_balancing_type
+    kinds = [kinds] if isinstance(kinds, str) else list(kinds)
+    for kind in ("sinkhorn", "quantile_balancing"):
+        if kind in kinds:
+            raise ConfigError(
+                f"moe_router_load_balancing_type {kind!r} routes by all tokens of a batch, padding included, and is "
+                "not implemented; build the model with 'aux_loss' or 'none'"
+            )
+    if config.moe_aux_loss_coeff and kinds != ["aux_loss"]:
         raise ConfigError(
             "moe_router_load_balancing_type must be 'aux_loss' where moe_aux_loss_coeff is not 0, got "
             f"{config.moe_router_load_balancing_type!r}; other losses are not implemented"
         )
-    meter = BalanceMeter()
-    for module in (module for model in models for module in model.modules()):
-        if type(module) in (TopKRouter, BalancedRouter):
-            module.__class__ = BalancedRouter
-            cast(BalancedRouter, module).meter = meter
-    return meter
+    if is_reference and config.moe_router_enable_expert_bias and config.moe_router_bias_update_rate:
+        raise ConfigError(
+            "with adapters the policy is its own reference, which an update of moe_router_enable_expert_bias would "
+            "move; build the model with moe_router_bias_update_rate 0"
+        )
+
+
+def _biased(models: Sequence[torch.nn.Module]) -> list[TopKRouter]:
+    modules = (module for model in models for module in model.modules())
+    return [module for module in modules if isinstance(module, TopKRouter) and module.expert_bias is not None]
+
+
+@contextmanager
+def provisional_bias(models: Sequence[torch.nn.Module]) -> Iterator[Callable[[], None]]:
+    """Inside, updates of expert biases are provisional: undone at the end, unless the function that it gives is called.
+
+    Megatron updates them with the gradients, before anybody knows whether the step will be taken.
+    """
+    before = [(router, router.expert_bias.clone()) for router in _biased(models)]
+    try:
+        yield before.clear
+    finally:
+        for router, bias_E in before:
+            router.expert_bias.copy_(bias_E)
+            router.local_tokens_per_expert.zero_()
+
+
+@contextmanager
+def bias_kept_in_fp32(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, a model may be rounded to 16 bits: its routers leave with the biases and counts that they came with."""
+    kept = [(router, router.expert_bias, router.local_tokens_per_expert) for router in _biased([model])]
+    yield
+    for router, bias_E, counts_E in kept:
+        router.expert_bias, router.local_tokens_per_expert = bias_E, counts_E

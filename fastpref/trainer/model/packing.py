@@ -28,6 +28,7 @@ from fastpref.errors import ConfigError
 from fastpref.trainer.model.attention import SDPACoreAttention
 from fastpref.trainer.model.chunks import unwrap
 from fastpref.trainer.model.context_parallel import local_chunks, local_positions
+from fastpref.trainer.model.mixers import unknown_mixers
 from fastpref.trainer.model.segment_attention import SegmentParams
 from fastpref.trainer.ranks import transformer_engine
 
@@ -78,7 +79,8 @@ def install_packing(models: Sequence[torch.nn.Module], *, prefix_sharing: bool) 
     parallelism, under which Transformer Engine would have every sequence cut evenly, and not the row.
 
     Raises:
-        ConfigError: a chunk has other position embeddings than rotary ones, or an attention that cannot be packed.
+        ConfigError: a chunk has other position embeddings than rotary ones, an attention that cannot be packed, or
+            layers that may mix positions in another way.
     """
     # All are looked at before one is changed.
     chunks = [unwrap(model) for model in models]
@@ -90,6 +92,15 @@ def install_packing(models: Sequence[torch.nn.Module], *, prefix_sharing: bool) 
                 f"{chunk.position_embedding_type!r}, multi_latent_attention {chunk.config.multi_latent_attention}; "
                 "set packing: false"
             )
+        if unknown := list(unknown_mixers(chunk)):
+            first_of = {kind: path for path, kind in reversed(unknown)}
+            kinds = ", ".join(f"{kind} ({path})" for kind, path in first_of.items())
+            raise ConfigError(
+                f"packing needs layers that mix positions in self-attention alone; it is not known of {kinds}, which "
+                "may carry one sequence of a row into the next; set packing: false"
+            )
+        if getattr(chunk, "mtp_process", False):
+            raise ConfigError("packing needs a model without multi-token prediction heads; set packing: false")
         attentions = [module for module in chunk.modules() if isinstance(module, SelfAttention)]
         changes += [change for module in attentions if (change := _attention_change(module, prefix_sharing))]
     for change in changes:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
 
-from fastpref.errors import CheckpointError
+from fastpref.errors import CheckpointError, PeerError
+from fastpref.trainer.ranks.meeting import meet
 from fastpref.trainer.ranks.watch import is_peer_failure
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -18,11 +20,12 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _ERRNO = re.compile(r"\[Errno (\d+)\]")
 
 Answer = TypeVar("Answer")
-Told = TypeVar("Told")
 
 
 def together(action: Callable[[], Answer], what: str, group: torch.distributed.ProcessGroup | None = None) -> Answer:
     """Run `action` on every rank and return its answer, if it worked on all of them.
+
+    It may take any time on any rank: no collective waits for it, and only a rank that shows no life is given up.
 
     Args:
         action: waits for other ranks only where all of them fail together.
@@ -32,6 +35,7 @@ def together(action: Callable[[], Answer], what: str, group: torch.distributed.P
     Raises:
         OSError: a disk is full, on any rank; ENOSPC on all of them.
         CheckpointError: the action failed on some rank in another way; names the ranks.
+        PeerError: a rank shows no life any more.
         Exception: what else this rank's action raised; the other ranks raise a CheckpointError.
     """
     answer, failure, unexpected = None, "", None
@@ -40,13 +44,13 @@ def together(action: Callable[[], Answer], what: str, group: torch.distributed.P
     except (OSError, CheckpointError) as error:
         failure = str(error)
     except Exception as error:
-        if isinstance(error, RuntimeError) and is_peer_failure(error):
+        if isinstance(error, PeerError) or (isinstance(error, RuntimeError) and is_peer_failure(error)):
             raise  # there is nobody to tell
         failure, unexpected = f"{type(error).__name__}: {error}", error
-    failures = _told_to_all(failure, group)
+    failures = meet(failure, group, what)
     if unexpected is not None:
         raise unexpected
-    if any(failures):
+    if failures:
         _raise(failures, what)
     return answer  # type: ignore[return-value]
 
@@ -65,25 +69,18 @@ def agree(problems: Sequence[str]) -> None:
     Raises:
         CheckpointError: some rank has problems; each is named once.
     """
-    found = dict.fromkeys(problem for rank in _told_to_all(list(problems)) for problem in rank)
+    told = meet(json.dumps(list(problems)) if problems else "", what="reading the same files")
+    found = dict.fromkeys(problem for text in told.values() for problem in json.loads(text))
     if found:
         raise CheckpointError("; ".join(found))
 
 
-def _told_to_all(mine: Told, group: torch.distributed.ProcessGroup | None = None) -> list[Told]:
-    """What every rank has to say, by rank."""
-    told: list[Told] = [mine] * torch.distributed.get_world_size(group)
-    torch.distributed.all_gather_object(told, mine, group=group)
-    return told
-
-
-def _raise(failures: list[str], what: str) -> None:
+def _raise(failures: Mapping[int, str], what: str) -> None:
     by_text: dict[str, list[str]] = {}
-    for rank, failure in enumerate(failures):
-        if failure:
-            by_text.setdefault(failure, []).append(str(rank))
+    for rank, failure in failures.items():
+        by_text.setdefault(failure, []).append(str(rank))
     told = "; ".join(f"rank {', '.join(ranks)}: {text}" for text, ranks in by_text.items())
-    numbers = {int(number) for failure in failures for number in _ERRNO.findall(failure)}
+    numbers = {int(number) for failure in failures.values() for number in _ERRNO.findall(failure)}
     if numbers & set(DISK_FULL):
         raise OSError(errno.ENOSPC, f"{what} failed ({told}): {os.strerror(errno.ENOSPC)}")
     raise CheckpointError(f"{what} failed: {told}")

@@ -13,12 +13,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from megatron.core import optimizer
-from megatron.core.optimizer import distrib_optimizer
 from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer.moe import token_dispatcher
-
-from fastpref.trainer.ranks.cpu_adam import FusedLayoutAdam
 
 CPU = torch.device("cpu")
 # Factories that Megatron calls with `device="cuda"`.
@@ -51,7 +47,6 @@ def install_cpu_platform() -> bool:
         return True
     _replace_device_queries()
     _replace_random_state()
-    _replace_adam()
     token_dispatcher.maybe_move_tensor_to_cpu = _on_host
     # Last, because it says that all of them are in place.
     torch.cuda.current_device = _current_device  # type: ignore[assignment]
@@ -163,12 +158,3 @@ def _replace_random_state() -> None:
     torch.cuda.get_rng_state = lambda device="cuda": torch.get_rng_state()
     megatron_random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
-
-
-def _replace_adam() -> None:
-    """Checkpoints of the distributed optimizer have FusedAdam's layout; torch's AdamW cannot be loaded into it."""
-    if not optimizer.USING_PYTORCH_OPTIMIZER:
-        return
-    optimizer.Adam = distrib_optimizer.Adam = FusedLayoutAdam
-    optimizer.USING_PYTORCH_OPTIMIZER = False
-    distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_TE_OPTIMIZER = True

@@ -12,24 +12,29 @@ import sys
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 
 import fastpref.trainer.ranks.transformer_engine  # noqa: F401  (before Megatron asks for it)
+from fastpref.errors import ConfigError, raise_if_any
+from fastpref.run.config.arguments import TrainingArguments
+from fastpref.run.config.layout import ARGUMENT_NAMES, ParallelLayout, size_problems, world_problems
+from fastpref.run.record.hang import REPORT
+from fastpref.trainer.ranks import heartbeat, meeting, traces
+from fastpref.trainer.ranks.descriptors import allow_connections, connect_lazily
+from fastpref.trainer.ranks.optional_packages import broken_is_absent
 
-with warnings.catch_warnings():
-    # Said once per module at import; both packages are optional and the CPU has no use for either.
+with warnings.catch_warnings(), broken_is_absent():
+    # Said once per module at import; where a GPU misses them, one warning says it when a model is built.
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
     warnings.filterwarnings("ignore", message="Apex is not installed")
     import megatron.core.models.gpt.gpt_layer_specs  # noqa: F401  (imported for its remark alone)
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
+    from fastpref.trainer.ranks.adam import install_fused_layout
     from fastpref.trainer.ranks.cpu_platform import install_cpu_platform
-
-from fastpref.errors import ConfigError, raise_if_any
-from fastpref.run.config.arguments import TrainingArguments
-from fastpref.run.config.layout import ARGUMENT_NAMES, ParallelLayout, size_problems, world_problems
 
 __all__ = [
     "background_group",
@@ -48,6 +53,7 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 _owns_process_group = False
 # The default group, and the group made beside it for a background thread.
 _background: tuple[torch.distributed.ProcessGroup | None, torch.distributed.ProcessGroup] | None = None
+_report_dir: Path | None = None
 _farewells: list[Callable[[], None]] = []
 
 
@@ -56,26 +62,55 @@ def current_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def initialize_distributed(timeout_s: float = 600.0) -> None:
+def initialize_distributed(timeout_s: float = 600.0, report_dir: Path | None = None) -> None:
     """Join the process group: NCCL with one GPU per rank, gloo on a CPU.
 
     Under `torchrun` (or any launcher that sets `RANK` and `WORLD_SIZE`) the ranks meet at `MASTER_ADDR`;
     otherwise this process is the only rank, no port needs to be free, and gloo stays on the loopback
     interface. A process group that exists already is kept as it is. The CPU platform is installed where there
-    is no GPU.
+    is no GPU, and `FusedLayoutAdam` where Megatron has no FusedAdam.
 
     Args:
         timeout_s: seconds after which a collective that a peer does not join fails.
+        report_dir: where the ranks leave what `fastpref diagnose` reads when they hang; None for PyTorch's own place.
 
     Raises:
-        ConfigError: `timeout_s` <= 0, or the launcher's variables are incomplete.
+        ConfigError: `timeout_s` <= 0, the launcher's variables are incomplete, or a process may not open as many files
+            as the ranks need connections.
     """
     global _owns_process_group
     if timeout_s <= 0:
         raise ConfigError(f"timeout_s must be > 0 seconds, got {timeout_s}")
+    install_fused_layout()
     install_cpu_platform()
-    if torch.distributed.is_initialized():
-        return
+    connect_lazily()
+    if not torch.distributed.is_initialized():
+        if report_dir is not None and _launched_ranks() > 1:
+            _prepare_reports(report_dir)
+        _join(timeout_s)
+        _owns_process_group = True
+    heartbeat.begin(timeout_s)
+
+
+def _launched_ranks() -> int:
+    text = os.environ.get("WORLD_SIZE", "1")
+    return int(text) if text.isdecimal() else 1
+
+
+def _prepare_reports(report_dir: Path) -> None:
+    global _report_dir
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        aside = traces.set_aside_earlier(report_dir)
+        if aside is not None:
+            report = aside / REPORT
+            warnings.warn(f"the ranks of an earlier start of this run hung; see {report}", stacklevel=2)
+    traces.record_collectives(report_dir)
+    if torch.cuda.is_available():
+        traces.make_folder(report_dir)
+        _report_dir = report_dir
+
+
+def _join(timeout_s: float) -> None:
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -84,6 +119,7 @@ def initialize_distributed(timeout_s: float = 600.0) -> None:
         missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
         if missing:
             raise ConfigError(f"WORLD_SIZE is set but {', '.join(missing)} is not; start the ranks with torchrun")
+        allow_connections(int(os.environ["WORLD_SIZE"]))
         torch.distributed.init_process_group(backend, timeout=timeout)
     else:
         # One rank talks to nobody; without this gloo looks the host name up.
@@ -91,7 +127,6 @@ def initialize_distributed(timeout_s: float = 600.0) -> None:
         torch.distributed.init_process_group(
             backend, store=torch.distributed.HashStore(), rank=0, world_size=1, timeout=timeout
         )
-    _owns_process_group = True
 
 
 def initialize_model_parallel(
@@ -147,7 +182,7 @@ def initialize_megatron(args: TrainingArguments) -> None:
     Raises:
         ConfigError: the sizes do not fit the number of ranks, or Megatron is initialised with another layout already.
     """
-    initialize_distributed(args.distributed_timeout_seconds)
+    initialize_distributed(args.distributed_timeout_seconds, Path(args.output_dir))
     wanted = args.layout
     if not parallel_state.model_parallel_is_initialized():
         timeout_s = args.distributed_timeout_seconds
@@ -194,7 +229,7 @@ def before_destroy(action: Callable[[], None]) -> None:
 
 def destroy() -> None:
     """Undo `initialize_model_parallel`, and `initialize_distributed` where it created the process group."""
-    global _owns_process_group, _background
+    global _owns_process_group, _background, _report_dir
     while _farewells:
         _farewells.pop()()
     if _background is not None and _background[0] is torch.distributed.group.WORLD:
@@ -210,6 +245,11 @@ def destroy() -> None:
         RotaryEmbedding.forward.cache_clear()
         # A group's threads end with its last reference, and models that hold one are full of cycles.
         gc.collect()
+    heartbeat.end()
+    if _report_dir is not None:
+        traces.remove_empty_folder(_report_dir)
+    _report_dir = None
     if _owns_process_group and torch.distributed.is_initialized():
+        meeting.forget()
         torch.distributed.destroy_process_group()
     _owns_process_group = False

@@ -1,76 +1,93 @@
 """Transformer Engine, NVIDIA's fused layers: whether this process can use them.
 
-Import this module before anything of Megatron, which takes a Transformer Engine that cannot be loaded for an error of
-its own: its Python code alone, without the compiled extension, ends the import of Megatron.
+Import this module before anything of Megatron, which is not to use a Transformer Engine that is broken, nor, without a
+GPU, one that computes on GPUs.
 """
 
 from __future__ import annotations
 
-import importlib
+import os
 import sys
+import warnings
+from functools import cache
 from typing import Literal
 
 import torch
 
-from fastpref.errors import ConfigError, Problem
+from fastpref.errors import ConfigError, Problem, raise_if_any
+from fastpref.run.plan import software
+from fastpref.trainer.ranks.optional_packages import apex_failure, failure_of, hide
 
 LayerImplementation = Literal["transformer_engine", "local"]
 
 
-def _load() -> str | None:
-    """Import it; what kept it from being imported, None where nothing did or it is not installed."""
-    try:
-        importlib.import_module("transformer_engine.pytorch")
-    except ModuleNotFoundError as error:
-        if error.name == "transformer_engine":
-            return None
-        reason = str(error)
-    except Exception as error:  # missing libraries, versions that differ, an empty package: each has its own class
-        reason = f"{type(error).__name__}: {error}"
-    else:
-        return None
-    for name in [name for name in sys.modules if name.split(".")[0] == "transformer_engine"]:
-        del sys.modules[name]
-    # Megatron asks once more, and is told what it expects of a package that is not there.
-    sys.modules["transformer_engine"] = None  # type: ignore[assignment]
-    return reason
+def _load() -> tuple[bool, str | None]:
+    """Import it; hide it from Megatron where it cannot compute here.
+
+    Returns:
+        Whether it could be imported, and if not, why, where it is installed.
+    """
+    with warnings.catch_warnings():
+        # What is missing is told below, with what to do.
+        warnings.filterwarnings("ignore", message="Detected a PyTorch installation but could not find")
+        failure = failure_of("transformer_engine", ("transformer_engine.pytorch",))
+    is_imported = failure is None and sys.modules.get("transformer_engine") is not None
+    # The extension of a Transformer Engine for other kinds of devices names them.
+    kinds = getattr(sys.modules.get("transformer_engine_torch"), "device_types", ("cuda",))
+    if not is_imported or ("cuda" if torch.cuda.is_available() else "cpu") not in kinds:
+        hide("transformer_engine", "transformer_engine_torch")
+    return is_imported, failure
 
 
-import_failure = _load()
-"""Why an installed Transformer Engine could not be imported; None where it could, or is not installed."""
+_is_imported, import_failure = _load()
+"""`import_failure`: why an installed Transformer Engine could not be imported; None where it could, or is not there."""
 
 
 def is_installed() -> bool:
-    """Whether Transformer Engine could be imported, extension and all."""
+    """Whether Transformer Engine could be imported, extension and all, and computes on this rank's kind of device."""
     return sys.modules.get("transformer_engine") is not None
 
 
 def computes_here() -> bool:
-    """Whether it is installed and computes on this rank's kind of device; an extension may name other kinds."""
-    if not is_installed():
-        return False
-    kinds = getattr(sys.modules["transformer_engine_torch"], "device_types", ("cuda",))
-    return ("cuda" if torch.cuda.is_available() else "cpu") in kinds
+    """The same, for whoever asks about computing."""
+    return is_installed()
 
 
 def layer_implementation(wanted: LayerImplementation | None) -> LayerImplementation:
-    """Whose layers a model is built of.
+    """Whose layers a model is built of; warns once where a GPU has to do without Transformer Engine.
 
     Args:
         wanted: a choice, or None for Transformer Engine's wherever they run.
 
     Raises:
-        ConfigError: Transformer Engine is asked for and cannot be used.
+        ConfigError: Transformer Engine is asked for and cannot be used; or it is installed on a machine with a GPU and
+            is broken, or does not fit Megatron-Core.
     """
-    if wanted is None:
-        return "transformer_engine" if computes_here() else "local"
-    if wanted == "transformer_engine" and not computes_here():
-        if import_failure is not None:
-            reason = f"it is installed but cannot be imported ({import_failure}); install it again"
-        elif is_installed():
-            reason = "it computes on GPUs and there is none"
-        else:
-            reason = "it is not installed; install it"
-        text = f"is transformer_engine, but {reason}, or leave the setting out"
+    on_gpu = torch.cuda.is_available()
+    if wanted == "local" or (wanted is None and not on_gpu and not computes_here()):
+        return "local"
+    if on_gpu:
+        raise_if_any(software.engine_problems())
+    if computes_here():
+        return "transformer_engine"
+    if import_failure is not None:
+        text = f"cannot be used: Transformer Engine is installed, but {software.broken_engine(import_failure)}"
         raise ConfigError([Problem("transformer_impl", text)])
-    return wanted
+    if wanted is None:
+        _warn_of_slow_layers()
+        return "local"
+    reason = (
+        "it computes on GPUs and there is none" if _is_imported else f"it is not installed; {software.to_install()}"
+    )
+    text = f"is transformer_engine, but {reason}, or leave the setting out"
+    raise ConfigError([Problem("transformer_impl", text)])
+
+
+@cache
+def _warn_of_slow_layers() -> None:
+    """Say on rank 0 what a GPU does without Transformer Engine."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    apex = "" if apex_failure is None else f" (nor can Apex be used: {apex_failure})"
+    remedy = f"{software.to_install()}, or set transformer_impl: local, if this is meant"
+    warnings.warn(f"{software.SLOW_WITHOUT_ENGINE}{apex}; {remedy}", stacklevel=3)

@@ -5,13 +5,11 @@ Dims: B pairs, S = 2B sequences, N pairs of a data set, 6 columns of a cache.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from fastpref.checkpoint.reference_cache import ReferenceCache
@@ -22,11 +20,13 @@ from fastpref.trainer.model.chunks import unwrap
 from fastpref.trainer.model.head import HeadOptions, install_heads
 from fastpref.trainer.model.lora import lora_of
 from fastpref.trainer.model.modes import evaluating
+from fastpref.trainer.model.overlap import settle_overlap
 from fastpref.trainer.model.packing import install_packing
 from fastpref.trainer.model.request import ReferenceView
 from fastpref.trainer.ranks.agreement import together
 from fastpref.trainer.ranks.platform import current_device
 from fastpref.trainer.ranks.timing import DeviceTimer
+from fastpref.trainer.reference.frozen_copy import frozen_copy
 from fastpref.trainer.step.batch import Microbatch
 from fastpref.trainer.step.metrics import owns_results
 from fastpref.trainer.step.noise import token_noise
@@ -216,12 +216,14 @@ def build_reference(
     if ref_model is None and lora_of(policy) is not None:
         return ReferenceModel([ReferenceView(model) for model in to_precision(policy, args)], config, args)
     if ref_model is None:
-        return ReferenceModel([_frozen_copy(unwrap(model)) for model in policy], config, args)
+        return ReferenceModel([frozen_copy(unwrap(model)) for model in policy], config, args)
     if len(ref_model) != len(policy):
         raise ConfigError(
             f"ref_model has {len(ref_model)} chunks on this rank and the policy has {len(policy)}; build both alike"
         )
-    check_model([unwrap(model) for model in ref_model], args)
+    chunks = [unwrap(model) for model in ref_model]
+    check_model(chunks, args)
+    settle_overlap(chunks)
     trained = {id(parameter) for model in policy for parameter in model.parameters()}
     if any(id(parameter) in trained for model in ref_model for parameter in model.parameters()):
         raise ConfigError(
@@ -229,22 +231,3 @@ def build_reference(
             "with a copy of the policy as it is now, or load the reference once more"
         )
     return ReferenceModel(ref_model, config, args)
-
-
-def _frozen_copy(model: GPTModel) -> GPTModel:
-    """A copy of a model chunk that shares what cannot be copied: its configuration and process groups."""
-    # Modules hold process groups, and so do objects of theirs that are no modules (token dispatchers).
-    shared = [model.config, *(parallel_state._global_process_group_list or [])]
-    memo: dict[int, object] = {id(value): value for value in shared if value is not None}
-    for module in model.modules():
-        for value in vars(module).values():
-            if isinstance(value, torch.distributed.ProcessGroup):
-                memo[id(value)] = value
-            if type(value).__name__ == "ProcessGroupCollection":
-                memo[id(value)] = value
-    duplicate = copy.deepcopy(model, memo)
-    # A schedule reads hooks of gradient reduction from the configuration; the reference must not run the policy's.
-    config = copy.copy(model.config)
-    config.no_sync_func = config.grad_sync_func = config.grad_scale_func = config.finalize_model_grads_func = None
-    duplicate.config = config
-    return duplicate

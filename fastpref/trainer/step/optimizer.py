@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -14,18 +15,45 @@ from megatron.core.transformer.module import Float16Module
 
 from fastpref.errors import ConfigError, Problem, raise_if_any
 from fastpref.run.config.arguments import TrainingArguments
-from fastpref.trainer.model.chunks import unwrap
-from fastpref.trainer.model.moe import separate_experts
+from fastpref.trainer.model.chunks import refuse_sharded, unwrap
+from fastpref.trainer.model.moe import bias_kept_in_fp32, separate_experts
 from fastpref.trainer.ranks.platform import before_destroy
+
+
+class Update(NamedTuple):
+    """What Megatron's optimizer says of a step, as Python numbers; some of its versions answer with tensors."""
+
+    done: bool
+    """Whether parameters moved; not where a loss scale overflowed."""
+    grad_norm: float | None
+    """L2 norm of the gradient before clipping."""
+    num_zeros: int | None
+    """Zeros in the gradient, where they are counted."""
+
+
+def update(optimizer: MegatronOptimizer) -> Update:
+    """Takes a step of the optimizer; waits for the device where the answer is there."""
+    done, grad_norm, num_zeros = optimizer.step()
+    return Update(
+        done=bool(done),
+        grad_norm=None if grad_norm is None else float(grad_norm),
+        num_zeros=None if num_zeros is None else int(num_zeros),
+    )
+
+
+def learning_rate(optimizer: MegatronOptimizer) -> float:
+    """The largest learning rate of its parameter groups; an optimizer may keep them as tensors."""
+    return max(float(group["lr"]) for group in optimizer.param_groups)
 
 
 def check_model(models: Sequence[GPTModel], args: TrainingArguments) -> None:
     """Requires that chunks were built with the settings that a run can only take from them.
 
     Raises:
-        ConfigError: number of chunks, precision, sequence parallelism, recomputation or the load-balancing loss differ;
-            lists every difference.
+        ConfigError: chunks are sharded by PyTorch; number of chunks, precision, sequence parallelism, recomputation or
+            the load-balancing loss differ; lists every difference.
     """
+    refuse_sharded(models)
     wanted = {
         "params_dtype": args.params_dtype,
         "sequence_parallel": args.sequence_parallel,
@@ -52,7 +80,12 @@ def to_precision(models: Sequence[torch.nn.Module], args: TrainingArguments) -> 
     """Wraps bare `GPTModel` chunks for half precision; leaves fp32 and already wrapped chunks as they are."""
     if args.params_dtype == torch.float32:
         return list(models)
-    return [Float16Module(model.config, model) if isinstance(model, GPTModel) else model for model in models]
+    return [_to_16_bits(model) if isinstance(model, GPTModel) else model for model in models]
+
+
+def _to_16_bits(model: GPTModel) -> Float16Module:
+    with bias_kept_in_fp32(model):
+        return Float16Module(model.config, model)
 
 
 def wrap_for_training(models: Sequence[torch.nn.Module], args: TrainingArguments) -> list[DistributedDataParallel]:

@@ -184,7 +184,10 @@ def test_remedy_for_a_model_inside_another_one_works(tmp_path: Path) -> None:
     vision |= {"image_size": 28, "patch_size": 14}
     config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
     Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path / "whole")
-    with pytest.raises(ConfigError, match=r"got 'gemma3'; its text_config is of type gemma3_text: .* language_model"):
+    with pytest.raises(
+        ConfigError,
+        match=r"is 'gemma3': vision-language models are not supported; its text_config is of type gemma3_text: .* lang",
+    ):
         Architecture.of(tmp_path / "whole")
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
     alone = Gemma3ForCausalLM(whole.config.text_config)
@@ -194,6 +197,64 @@ def test_remedy_for_a_model_inside_another_one_works(tmp_path: Path) -> None:
     ids = torch.arange(12)[None]
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "text")
     assert torch.equal(again(ids).logits, whole(ids).logits)
+
+
+SEEING = {"vision_config": {"hidden_size": 16}}
+MULTIMODAL = {
+    "qwen2.5-vl": ({"model_type": "qwen2_5_vl", "hidden_size": 64} | SEEING, "vision", None),
+    "qwen2-vl of later files": (
+        {"model_type": "qwen2_vl", "text_config": {"model_type": "qwen2_vl_text"}},
+        "vision",
+        None,
+    ),
+    "qwen3-vl": ({"model_type": "qwen3_vl", "text_config": {"model_type": "qwen3_vl_text"}} | SEEING, "vision", None),
+    "llama-4": ({"model_type": "llama4", "text_config": {"model_type": "llama4_text"}} | SEEING, "vision", None),
+    "llama-3.2 vision": ({"model_type": "mllama", "text_config": {"model_type": "mllama_text_model"}}, "vision", None),
+    "gemma-3 4b": (
+        {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3"}
+        | {"text_config": {"model_type": "gemma3_text"}}
+        | SEEING,
+        "vision",
+        "gemma3_text",
+    ),
+    "llava": ({"model_type": "llava", "text_config": {"model_type": "llama"}} | SEEING, "vision", "llama"),
+    "llava of its own code": ({"model_type": "llava_llama", "mm_vision_tower": "openai/clip"}, "vision", None),
+    "internvl": ({"model_type": "internvl", "text_config": {"model_type": "qwen3"}} | SEEING, "vision", "qwen3"),
+    "internvl of its own code": (
+        {"model_type": "internvl_chat", "auto_map": {"AutoModel": "m.M"}, "llm_config": {"model_type": "qwen2"}}
+        | SEEING,
+        "vision",
+        None,
+    ),
+    "phi-3.5 vision": ({"model_type": "phi3_v", "img_processor": {"name": "clip"}}, "vision", None),
+    "qwen-vl": ({"model_type": "qwen", "visual": {"heads": 16}}, "vision", None),
+    "a text model with eyes": (BY_FAMILY["mistral"] | SEEING, "vision", None),
+    "qwen2-audio": ({"model_type": "qwen2_audio", "audio_config": {"d_model": 8}}, "audio", None),
+    "voxtral": ({"model_type": "voxtral", "text_config": {"model_type": "llama"}}, "audio", "llama"),
+}
+
+
+@pytest.mark.parametrize("name", MULTIMODAL)
+def test_models_of_pictures_or_sound_are_refused_as_such(name: str) -> None:
+    config, kind, inside = MULTIMODAL[name]
+    with pytest.raises(
+        ConfigError, match=f"^config.json: model_type is .*: {kind}-language models are not supported; "
+    ) as caught:
+        Architecture.from_hf(config)
+    remedy = (
+        f"its text_config is of type {inside}: load" if inside else "train a text model, of one of the types llama, "
+    )
+    assert remedy in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [None, {}, False])
+def test_text_models_without_encoders_stay_text_models(value: Any) -> None:
+    config = BY_FAMILY["llama"]
+    if value is None:
+        assert Architecture.from_hf({**config, "vision_config": value}) == Architecture.from_hf(config)
+    else:
+        with pytest.raises(ConfigError, match=r"^config\.json: vision_config = "):
+            Architecture.from_hf({**config, "vision_config": value})
 
 
 # --- wrong types

@@ -132,7 +132,7 @@ def test_lora_on_four_ranks_equals_peft(rank_pool_4: RankPool, layout: Layout, t
 def test_lora_with_fused_norm_reads_normed_input(tmp_path: Path, one_rank) -> None:
     """Transformer Engine's layers hold the norm before them; the adapter must see what the weight sees."""
     config = hf_oracle.VARIANTS["llama"].to_dict()
-    (model,) = build_models(config, seed=0)
+    (model,) = build_models(config, ModelOptions(transformer_impl="local"), seed=0)
     add_lora([model], config, LoraConfig(r=2), seed=0)
     linear = model.decoder.layers[0].self_attention.linear_qkv
     torch.nn.init.normal_(linear.adapter.lora_B)

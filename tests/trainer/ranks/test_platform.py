@@ -19,7 +19,7 @@ from fastpref.testing.workers import RankPool
 from fastpref.trainer import TrainingArguments
 from fastpref.trainer.model.build import build_models
 from fastpref.trainer.ranks import platform
-from fastpref.trainer.ranks.cpu_adam import FusedLayoutAdam
+from fastpref.trainer.ranks.adam import FusedLayoutAdam
 from fastpref.trainer.step.optimizer import wrap_for_training
 
 needs_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU shims are not installed beside a GPU")

@@ -1,8 +1,9 @@
-"""AdamW for processors without a GPU, with the state layout of FusedAdam.
+"""AdamW with the state layout of FusedAdam, for machines where Megatron has none of its own.
 
-Megatron's distributed optimizer reads and writes checkpoints in that layout (the step count in the parameter
-group, `exp_avg` and `exp_avg_sq` per parameter), so a checkpoint written here can be read on a GPU and the
-other way round. The arithmetic is torch's own fused kernel: one pass over the memory instead of ten.
+Megatron takes Transformer Engine's FusedAdam, else Apex's, else PyTorch's AdamW, whose checkpoints its distributed
+optimizer cannot read back. That optimizer keeps state in FusedAdam's layout (the step count in the parameter group,
+`exp_avg` and `exp_avg_sq` per parameter), so a checkpoint written here can be read beside FusedAdam and the other way
+round. The arithmetic is torch's own fused kernel, on a CPU or a GPU: one pass over the memory instead of ten.
 """
 
 from __future__ import annotations
@@ -11,11 +12,15 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from megatron.core import optimizer
+from megatron.core.optimizer import distrib_optimizer
 from torch.optim.adam import adam
 
 
 class FusedLayoutAdam(torch.optim.Optimizer):
     """Adam or AdamW that counts steps per parameter group.
+
+    It runs wherever `torch.optim.AdamW(fused=True)` does, on parameters of one device in each group.
 
     Equals: `torch.optim.AdamW(fused=True)` (`torch.optim.Adam` with L2 decay for `adam_w_mode=False`), bit for bit. The
     last bit of an element may depend on its place in its tensor, so also on how the optimizer is sharded.
@@ -44,7 +49,7 @@ class FusedLayoutAdam(torch.optim.Optimizer):
         capturable: bool = False,
     ) -> None:
         if capturable:
-            raise ValueError("capturable must be False on a CPU, got True; set optimizer_cuda_graph=False")
+            raise ValueError("capturable must be False without FusedAdam, got True; set optimizer_cuda_graph=False")
         for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
             if not value >= 0.0:
                 raise ValueError(f"{name} must be >= 0, got {value}")
@@ -78,14 +83,17 @@ class FusedLayoutAdam(torch.optim.Optimizer):
                 self.state[p]["exp_avg"] = torch.zeros_like(p)
                 self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
         beta1, beta2 = group["betas"]
+        # torch counts the step it is about to take itself, in each of these; its kernel reads them on the device.
+        steps = torch.full(
+            (len(params),), group["step"] - 1.0, dtype=torch.float32, device=params[0].device if params else "cpu"
+        )
         adam(
             params,
             [p.grad for p in params],
             [self.state[p]["exp_avg"] for p in params],
             [self.state[p]["exp_avg_sq"] for p in params],
             [],
-            # torch counts the step it is about to take itself
-            [torch.tensor(group["step"] - 1.0, dtype=torch.float32, device="cpu") for _ in params],
+            list(steps.unbind()),
             foreach=False,
             fused=True,
             decoupled_weight_decay=self.adam_w_mode,
@@ -97,3 +105,12 @@ class FusedLayoutAdam(torch.optim.Optimizer):
             eps=group["eps"],
             maximize=False,
         )
+
+
+def install_fused_layout() -> None:
+    """Give Megatron `FusedLayoutAdam` where it would take PyTorch's AdamW; a second call changes nothing."""
+    if not optimizer.USING_PYTORCH_OPTIMIZER:
+        return
+    optimizer.Adam = distrib_optimizer.Adam = FusedLayoutAdam
+    optimizer.USING_PYTORCH_OPTIMIZER = False
+    distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_TE_OPTIMIZER = True

@@ -1,0 +1,59 @@
+"""Models of pictures or sound: known by their `config.json`, and refused with the way to the text model inside."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastpref.run.architecture.families import FAMILIES
+
+# Settings of encoders, by the names that transformers and models with code of their own give them.
+_VISION_KEYS = (
+    *("vision_config", "vision_cfg", "vision_tower_config", "vit_config", "visual", "visual_tokenizer_config"),
+    *("vision_tower", "mm_vision_tower", "vq_config", "img_processor", "embd_layer"),
+)
+_SOUND_KEYS = ("audio_config", "audio_processor", "audio_encoder_config", "speech_config", "mm_audio_tower")
+
+
+def multimodal_problem(config: Mapping[str, Any]) -> str | None:
+    """Say why a model that reads more than text cannot be trained, and which one can; None for a text model.
+
+    Args:
+        config: the contents of a `config.json`.
+    """
+    model_type = config.get("model_type")
+    sees, hears = (any(_is_encoder(config.get(key)) for key in keys) for keys in (_VISION_KEYS, _SOUND_KEYS))
+    if not (sees or hears):
+        if not isinstance(model_type, str) or model_type in FAMILIES:
+            return None
+        sees, hears = (model_type in types for types in _known_types())
+        if not (sees or hears):
+            return None
+    kind = "vision-language" if sees else "audio-language"
+    way_out = text_model_inside(config) or f"train a text model, of one of the types {', '.join(FAMILIES)}"
+    return f"is {model_type!r}: {kind} models are not supported; {way_out}"
+
+
+def text_model_inside(config: Mapping[str, Any]) -> str | None:
+    """Say how to get the text model that a larger one holds; None where it holds none of a supported family."""
+    inner = config.get("text_config")
+    inner_type = inner.get("model_type") if isinstance(inner, Mapping) else None
+    if inner_type not in tuple(FAMILIES):
+        return None
+    return (
+        f"its text_config is of type {inner_type}: load the whole model with transformers, put its language_model and "
+        "lm_head into a text model that was made from text_config, and save that one"
+    )
+
+
+def _is_encoder(value: Any) -> bool:
+    return isinstance(value, Mapping | str) and bool(value)
+
+
+def _known_types() -> tuple[set[Any], set[Any]]:
+    """The types of models that transformers shows pictures, and those that it lets hear, whatever their files say."""
+    from transformers.models.auto import modeling_auto
+
+    names = ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES")
+    sees, either = (set(getattr(modeling_auto, name, {})) for name in names)
+    return sees, either - sees

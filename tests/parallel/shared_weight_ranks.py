@@ -1,0 +1,155 @@
+"""What the worker ranks of `test_shared_weights.py` do, apart from it: a worker need not import transformers."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import megatron_runs
+import torch
+from megatron_runs import Layout
+from torch.distributed import distributed_c10d
+
+from fastpref.checkpoint.hf import ModelDirectory, ModelWriter
+from fastpref.trainer import LoraConfig, add_lora, save_adapter
+from fastpref.trainer.model import copies
+from fastpref.trainer.model.build import ModelOptions, load_models, save_hf
+from fastpref.trainer.ranks import platform
+
+TIMEOUT_S, SLOW_S = 0.8, 1.6
+
+
+@contextmanager
+def replaced(owner: type, name: str, make: Callable[[Callable], Callable]) -> Iterator[None]:
+    original = getattr(owner, name)
+    setattr(owner, name, make(original))
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+@contextmanager
+def small_buckets(num_bytes: int) -> Iterator[None]:
+    before, copies.BUCKET_BYTES = copies.BUCKET_BYTES, num_bytes
+    try:
+        yield
+    finally:
+        copies.BUCKET_BYTES = before
+
+
+@contextmanager
+def short_timeout(layout: Layout) -> Iterator[None]:
+    """Every collective fails after `TIMEOUT_S`."""
+    platform.initialize_distributed(TIMEOUT_S)
+    platform.initialize_model_parallel(layout.tp, layout.pp, layout.vpp, ep=layout.ep, timeout_s=TIMEOUT_S)
+    distributed_c10d._set_pg_timeout(timedelta(seconds=TIMEOUT_S), None)
+    try:
+        yield
+    finally:
+        distributed_c10d._set_pg_timeout(timedelta(seconds=120), None)
+        platform.destroy()
+
+
+def count_reads(path: str, out: str, layout: Layout, lora: LoraConfig | None) -> int:
+    """Numbers that this rank read from the files of the model (and adapters), which it then exports."""
+    read = 0
+
+    def counting(original: Callable) -> Callable:
+        def count(*args: object) -> torch.Tensor:
+            nonlocal read
+            value = original(*args)
+            read += value.numel()
+            return value
+
+        return count
+
+    with megatron_runs.parallel(layout), small_buckets(4096), replaced(ModelDirectory, "read", counting):
+        models = load_models(path, ModelOptions(sequence_parallel=layout.sp))
+        if lora is None:
+            save_hf(models, out, path)
+        else:
+            read = 0
+            add_lora(models, path, lora, seed=0)
+            save_adapter(models, out)
+    return read
+
+
+def load_slowly(path: str, out: str, layout: Layout) -> None:
+    """Rank 0 reads one tensor for longer than a collective may take."""
+
+    def slow(original: Callable) -> Callable:
+        def read(self: ModelDirectory, name: str, *args: int) -> torch.Tensor:
+            if name.endswith("layers.1.mlp.down_proj.weight") and torch.distributed.get_rank() == 0:
+                time.sleep(SLOW_S)
+            return original(self, name, *args)
+
+        return read
+
+    with short_timeout(layout), small_buckets(4096):
+        with replaced(ModelDirectory, "read", slow):
+            models = load_models(path)
+        save_hf(models, out, path)
+
+
+def write_slowly(path: str, out: str, layout: Layout) -> None:
+    """Rank 0 writes one tensor, and publishes the directory, for longer than a collective may take."""
+
+    def slow(original: Callable) -> Callable:
+        def write(self: ModelWriter, name: str, tensor: torch.Tensor) -> None:
+            if name.endswith("layers.0.mlp.up_proj.weight"):
+                time.sleep(SLOW_S)
+            original(self, name, tensor)
+
+        return write
+
+    def slow_end(original: Callable) -> Callable:
+        def publish(self: ModelWriter) -> None:
+            time.sleep(SLOW_S)
+            original(self)
+
+        return publish
+
+    with short_timeout(layout), small_buckets(4096):
+        models = load_models(path)
+        with replaced(ModelWriter, "write", slow), replaced(ModelWriter, "_publish", slow_end):
+            save_hf(models, out, path)
+
+
+def fail_to_read(path: str, layout: Layout, error: Exception, only_rank: int) -> str:
+    """The error of this rank where one rank cannot read a tensor in the middle of the model."""
+
+    def broken(original: Callable) -> Callable:
+        def read(self: ModelDirectory, name: str, *args: int) -> torch.Tensor:
+            if name.endswith("layers.1.mlp.down_proj.weight") and torch.distributed.get_rank() == only_rank:
+                raise error
+            return original(self, name, *args)
+
+        return read
+
+    with megatron_runs.parallel(layout), small_buckets(4096), replaced(ModelDirectory, "read", broken):
+        try:
+            load_models(path)
+        except Exception as found:
+            return f"{type(found).__name__}: {found}"
+    return "no error"
+
+
+def fail_to_write(path: str, out: str, layout: Layout) -> str:
+    def broken(original: Callable) -> Callable:
+        def write(self: ModelWriter, name: str, tensor: torch.Tensor) -> None:
+            if name.endswith("layers.1.mlp.down_proj.weight"):
+                raise OSError(28, "No space left on device")
+            original(self, name, tensor)
+
+        return write
+
+    with megatron_runs.parallel(layout), small_buckets(4096):
+        models = load_models(path)
+        try:
+            with replaced(ModelWriter, "write", broken):
+                save_hf(models, out, path)
+        except OSError as error:
+            save_hf(models, out, path)  # the ranks are still in step
+            return str(error)
+    return "no error"

@@ -1,0 +1,280 @@
+"""Who hung and where, from dumps in NCCL's format: against PyTorch's own analysis, and with what dumps may be."""
+
+import argparse
+import json
+import logging
+import os
+import pickle
+import time
+from pathlib import Path
+from typing import Any
+
+import nccl_dumps
+import pytest
+from click.testing import CliRunner
+from nccl_dumps import dump, entry
+
+from fastpref.cli.commands import cli
+from fastpref.errors import CheckpointError
+from fastpref.run.record.flight_recorder import read_dump
+from fastpref.run.record.hang import describe_hang, read_hang
+
+TP, DP = "1", "2"
+WORLD = {"0": [0, 1, 2, 3]}
+GROUPS = {
+    0: {TP: [0, 1], DP: [0, 2]},
+    1: {TP: [0, 1], DP: [1, 3]},
+    2: {TP: [2, 3], DP: [0, 2]},
+    3: {TP: [2, 3], DP: [1, 3]},
+}
+
+
+def said_of(folder: Path) -> str:
+    return describe_hang(read_hang(folder))
+
+
+def done(count: int, group: str = TP) -> list[dict]:
+    return [entry(number, group, "all_reduce", number + 1) for number in range(count)]
+
+
+def missing_from_dp(rank_without: int) -> dict[int, dict]:
+    """Two data-parallel pairs of tensor-parallel pairs; one rank never makes its second tensor-parallel call."""
+    dumps = {}
+    for rank, groups in GROUPS.items():
+        name = "DATA_PARALLEL_GROUP"
+        calls = [*done(1), entry(1, DP, "_reduce_scatter_base", 1, description=name, out=(4, 4))]
+        if rank != rank_without:
+            calls.append(entry(2, TP, "all_reduce", 2, "started" if rank // 2 == rank_without // 2 else "completed"))
+        if rank // 2 != rank_without // 2:  # the other pair goes on to its data-parallel call, and waits there
+            calls.append(entry(3, DP, "_reduce_scatter_base", 2, "started", description=name, out=(4, 4)))
+        elif rank != rank_without:  # asked for ahead of time, behind the one that hangs
+            calls.append(entry(3, DP, "_reduce_scatter_base", 2, "scheduled", description=name, out=(4, 4)))
+        dumps[rank] = dump(calls, groups)
+    return dumps
+
+
+@pytest.mark.parametrize("rank", range(4))
+def test_the_rank_that_did_not_enter_is_named_behind_all_that_wait_for_each_other(tmp_path: Path, rank: int) -> None:
+    said = said_of(nccl_dumps.write(tmp_path, missing_from_dp(rank)))
+    other = rank ^ 1
+    begin = f"rank {rank} did not enter all_reduce 2 of group 1 (TENSOR_MODEL_PARALLEL_GROUP) (Float [8, 4])"
+    assert said.startswith(f"rank {rank} did not enter ") and f"{begin}, in which rank {other} waits:" in said
+    assert not [line for line in said.splitlines() if line.startswith("rank ") and not line.startswith(f"rank {rank} ")]
+    assert "/job/train.py:41 in train_step" in said
+    assert f"rank {rank} was last in _reduce_scatter_base 1 of group 2 (DATA_PARALLEL_GROUP)" in said
+
+
+def pytorchs_analysis(folder: Path, caplog: pytest.LogCaptureFixture) -> Any:
+    from torch.distributed.flight_recorder.components.builder import build_db
+    from torch.distributed.flight_recorder.components.loader import read_dir
+
+    args = argparse.Namespace(
+        trace_dir=str(folder), prefix="trace_rank_", selected_ranks=None, pg_filters=None, just_print_entries=False,
+        allow_incomplete_ranks=False, mismatch_cap=10, print_stack_trace=False, verbose=False, mast_job_id=None,
+    )  # fmt: skip
+    details, version = read_dir(args)
+    with caplog.at_level(logging.INFO):
+        return build_db(details, args, version)
+
+
+def test_pytorchs_own_analysis_finds_the_same_rank(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    builder = pytest.importorskip("torch.distributed.flight_recorder.components.builder")
+    assert builder
+    calls = [[*done(3), entry(3, TP, "all_reduce", 4, "started")] if rank != 2 else done(3) for rank in range(4)]
+    folder = nccl_dumps.write(tmp_path, {rank: dump(calls[rank], {TP: [0, 1, 2, 3]}) for rank in range(4)})
+    missing = {
+        rank for collective in pytorchs_analysis(folder, caplog).collectives for rank in collective.missing_ranks or ()
+    }
+    assert missing == {2}
+    said = said_of(folder)
+    assert said.startswith("rank 2 did not enter all_reduce 4 of group 1") and "ranks 0, 1, 3 wait:" in said
+
+
+@pytest.mark.parametrize(
+    ("odd", "told"),
+    [
+        (entry(1, TP, "_allgather_base", 2, "started"), "_allgather_base 2"),
+        (entry(1, TP, "all_reduce", 2, "started", shape=(9, 4)), "Float [9, 4]"),
+        (entry(1, TP, "all_reduce", 2, "started", dtype="BFloat16"), "BFloat16 [8, 4]"),
+    ],
+    ids=["operation", "shape", "dtype"],
+)
+def test_a_call_that_differs(tmp_path: Path, odd: dict, told: str) -> None:
+    calls = {rank: [*done(1), odd if rank == 1 else entry(1, TP, "all_reduce", 2, "started")] for rank in range(4)}
+    said = said_of(nccl_dumps.write(tmp_path, {rank: dump(calls[rank], {TP: [0, 1, 2, 3]}) for rank in range(4)}))
+    assert "Call 2 of group 1 (TENSOR_MODEL_PARALLEL_GROUP) is not the same on all ranks" in said
+    first, second = [line for line in said.splitlines() if " on rank" in line]
+    assert told in first and first.endswith("on rank 1:") and second.endswith("on ranks 0, 2, 3:")
+
+
+def test_shapes_that_may_differ_are_no_fault(tmp_path: Path) -> None:
+    calls = {
+        rank: [*done(1), entry(1, TP, "all_to_allv", 2, "started", shape=(rank, 4))] if rank else done(1)
+        for rank in range(3)
+    }
+    said = said_of(nccl_dumps.write(tmp_path, {rank: dump(calls[rank], {TP: [0, 1, 2]}) for rank in range(3)}))
+    assert "not the same" not in said and said.startswith("rank 0 did not enter all_to_allv 2")
+
+
+def test_a_rank_without_a_dump(tmp_path: Path) -> None:
+    calls = [*done(3), entry(3, TP, "all_reduce", 4, "started")]
+    folder = nccl_dumps.write(tmp_path, {rank: dump(calls, {TP: [0, 1, 2, 3]}) for rank in (0, 1, 3)})
+    said = said_of(folder)
+    assert said.startswith("rank 2 left no record of all_reduce 4") and "it left no dump" in said
+    assert "No dump: rank 2." in said
+
+
+def test_two_ranks_in_each_others_groups(tmp_path: Path) -> None:
+    """Ranks 0 and 1 make the same two calls in another order."""
+    both = {TP: [0, 1], DP: [0, 1]}
+    calls = [entry(1, TP, "all_reduce", 2, "started"), entry(2, DP, "all_reduce", 1, "scheduled", description="DP")]
+    turned = [entry(1, DP, "all_reduce", 1, "started", description="DP"), entry(2, TP, "all_reduce", 2, "scheduled")]
+    dumps = {0: dump([*done(1), *calls], both), 1: dump([*done(1), *turned], both)}
+    said = said_of(nccl_dumps.write(tmp_path, dumps))
+    assert "rank 0 itself waits in all_reduce 2 of group 1" in said
+    assert "rank 1 itself waits in all_reduce 1 of group 2" in said
+
+
+def test_all_are_there_and_nothing_moves(tmp_path: Path) -> None:
+    calls = [*done(1), entry(1, TP, "all_reduce", 2, "started")]
+    said = said_of(nccl_dumps.write(tmp_path, {rank: dump(calls, {TP: [0, 1]}) for rank in range(2)}))
+    assert said.startswith("Every rank entered all_reduce 2") and "network" in said
+
+
+def test_no_hang_is_none(tmp_path: Path) -> None:
+    said = said_of(nccl_dumps.write(tmp_path, {rank: dump(done(3), {TP: [0, 1]}) for rank in range(2)}))
+    assert "show no hang" in said
+
+
+def test_a_receive_that_nobody_sends_for(tmp_path: Path) -> None:
+    groups = {"5": [4, 6]}
+    received = entry(1, "5", "recv 1<-0", 1, "started", p2p=True, description="PIPELINE")
+    dumps = {6: dump([*done(1), received], {**groups, TP: [6]}), 4: dump(done(1), {**groups, TP: [4]})}
+    said = said_of(nccl_dumps.write(tmp_path, dumps))
+    assert said.startswith("rank 4 did not enter recv 1 of group 5 (PIPELINE)") and "rank 6 waits" in said
+
+
+def test_what_a_full_recorder_forgot_was_done(tmp_path: Path) -> None:
+    """Rank 0's record begins after the call in which rank 1 seems alone: it is rank 2 that is missing."""
+    late = [entry(5000 + number, DP, "all_reduce", number + 1, description="DP") for number in range(2)]
+    waiting = [*done(1), entry(1, TP, "all_reduce", 2, "started")]
+    groups = {TP: [0, 1, 2], DP: [0, 3]}
+    dumps = {0: dump(late, groups), 1: dump(waiting, {TP: [0, 1, 2]}), 2: dump(done(1), {TP: [0, 1, 2]})}
+    assert said_of(nccl_dumps.write(tmp_path, dumps)).startswith("rank 2 did not enter all_reduce 2")
+
+
+def test_many_ranks_are_named_shortly(tmp_path: Path) -> None:
+    members = list(range(64))
+    calls = [*done(1), entry(1, TP, "all_reduce", 2, "started")]
+    dumps = {rank: dump(done(1) if rank == 17 else calls, {TP: members}) for rank in members}
+    said = said_of(nccl_dumps.write(tmp_path, dumps))
+    assert "rank 17 did not enter all_reduce 2" in said and "ranks 0 to 16, 18 to 63 wait" in said
+    assert len(said) < 2000
+
+
+# --- files
+
+
+def state(rank: int) -> bytes:
+    return json.dumps({
+        "world_size": 4, "step": 7, "phase": "reading data", "seconds": 540.0, "host": "node-3", "time": 0.0,
+        "stack": ["/job/feed.py:12 in train_batches"], "groups": {},
+    }).encode()  # fmt: skip
+
+
+def test_what_a_rank_was_doing_is_said(tmp_path: Path) -> None:
+    folder = nccl_dumps.write(tmp_path, missing_from_dp(1))
+    (folder / "state_rank_1").write_bytes(state(1))
+    said = said_of(folder)
+    assert "step 7, reading data, for 540 s on node-3, in\n    /job/feed.py:12 in train_batches" in said
+
+
+class Evil:
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_pickle_that_would_run_something_is_refused(tmp_path: Path, inside: bool) -> None:
+    folder = nccl_dumps.write(tmp_path / "hang", missing_from_dp(1))
+    evil = Evil(str(tmp_path / "ran"))
+    content = {**dump([], {}), "entries": [evil]} if inside else evil
+    (folder / "trace_rank_0").write_bytes(pickle.dumps(content))
+    said = said_of(folder)
+    assert not (tmp_path / "ran").exists()
+    assert "trace_rank_0 asks for posix.system" in said and "was not run" in said
+    with pytest.raises(CheckpointError, match=r"asks for posix\.system"):
+        read_dump(folder / "trace_rank_0")
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"", "cut off or damaged"),
+        (b"\x80\x02}q\x00", "cut off or damaged"),
+        (b"\x80\x04Nr\xff\xff\xff\x7f.", "holds no dict"),  # an index that a faster reader makes room for
+        (b"\x80\x02]" + b"(" * 100_000, "cut off or damaged"),
+        (b"\x80\x02\x8b\x04\x00\x00\x00", "cut off or damaged"),
+        (b"{" * 100_000, "cut off or damaged"),
+        (pickle.dumps([1]), "holds no dict"),
+        (pickle.dumps(dump(done(1), {TP: [0]}, version="3.0")), "version 3.0"),
+        (pickle.dumps(dump(done(1), {TP: [0]}, version="1.5")), "version 1.5"),
+        (pickle.dumps({**dump(done(1), {}), "entries": [{}]}), "cut off or damaged"),
+        (pickle.dumps(dump([{**done(1)[0], "collective_seq_id": 10**5000}], {})), "cut off or damaged"),
+        (pickle.dumps({**dump(done(1), {}), "pg_config": {"1": {"ranks": "__import__('os')"}}}), "cut off or damaged"),
+    ],
+)
+def test_a_dump_that_is_none_leaves_the_others_readable(tmp_path: Path, content: bytes, told: str) -> None:
+    folder = nccl_dumps.write(tmp_path, missing_from_dp(1))
+    (folder / "trace_rank_3").write_bytes(content)
+    said = said_of(folder)
+    assert "trace_rank_3" in said and told in said
+    assert "rank 1 did not enter all_reduce 2" in said
+
+
+def test_a_dump_that_was_cut_anywhere(tmp_path: Path) -> None:
+    content = pickle.dumps(missing_from_dp(1)[0], protocol=2)
+    for length in range(0, len(content) - 1, 37):
+        (tmp_path / "trace_rank_0").write_bytes(content[:length])
+        with pytest.raises(CheckpointError, match=r"cut off or damaged|holds no dict"):
+            read_dump(tmp_path / "trace_rank_0")
+
+
+def test_json_and_older_versions_say_the_same(tmp_path: Path) -> None:
+    dumps = missing_from_dp(1)
+    expected = said_of(nccl_dumps.write(tmp_path / "pickle", dumps))
+    old = {rank: {**content, "version": "2.3"} for rank, content in dumps.items()}
+    for content in old.values():
+        content["entries"] = [{k: v for k, v in call.items() if k != "is_p2p"} for call in content["entries"]]
+    assert said_of(nccl_dumps.write(tmp_path / "old", old)) == expected
+    (tmp_path / "json").mkdir()
+    for rank, content in dumps.items():
+        (tmp_path / "json" / f"trace_rank_{rank}").write_text(json.dumps(content))
+    assert said_of(tmp_path / "json") == expected
+
+
+def test_dumps_of_an_earlier_day_are_not_of_this_hang(tmp_path: Path) -> None:
+    folder = nccl_dumps.write(tmp_path, missing_from_dp(1))
+    old = time.time() - 86400
+    os.utime(folder / "trace_rank_1", (old, old))
+    said = said_of(folder)
+    assert "trace_rank_1 is more than an hour older" in said and "its dump says nothing" in said
+
+
+def test_the_command(tmp_path: Path) -> None:
+    nccl_dumps.write(tmp_path / "out" / "hang", missing_from_dp(1))
+    for folder in (tmp_path / "out", tmp_path / "out" / "hang"):
+        result = CliRunner().invoke(cli, ["diagnose", str(folder)])
+        assert result.exit_code == 0 and result.stdout.startswith("rank 1 did not enter all_reduce 2"), result.output
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        result = CliRunner().invoke(cli, ["diagnose", str(folder)])
+        assert result.exit_code == 4 and "no rank of the last start left a dump" in result.stderr
+
+
+def test_what_a_terminal_would_obey_is_not_shown(tmp_path: Path) -> None:
+    calls = [*done(1), entry(1, TP, "all_reduce\x1b[2J", 2, "started")]
+    dumps = {0: dump(calls, {TP: [0, 1]}), 1: dump(done(1), {TP: [0, 1]})}
+    assert "\x1b" not in said_of(nccl_dumps.write(tmp_path, dumps))

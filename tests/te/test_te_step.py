@@ -1,0 +1,28 @@
+"""Steps over Transformer Engine's kernels: their gradient norm is a tensor under Megatron-Core 0.17 and newer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip(
+    "transformer_engine", reason="the Python code of Transformer Engine is not on the path: make test-te"
+)
+
+from tiny_runs import finish
+
+from fastpref.trainer.ranks import transformer_engine
+
+pytestmark = pytest.mark.skipif(
+    not transformer_engine.computes_here(), reason="Transformer Engine does not compute on this machine"
+)
+
+
+def test_first_log_is_written(quiet_args, tmp_path: Path) -> None:
+    trainer = finish(quiet_args(max_steps=2, log_num_zeros_in_grad=True))
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    norms = [record["grad_norm"] for record in records if "grad_norm" in record]
+    assert len(norms) == 2 and all(norm > 0 for norm in norms)
+    assert all(isinstance(value, int | float) for record in trainer.log_history for value in record.values())

@@ -1,0 +1,114 @@
+"""Ranks that work long are waited for, whatever the timeout of collectives; ranks that show no life are not."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import pytest
+import torch
+from torch.distributed import distributed_c10d
+
+from fastpref.errors import CheckpointError, PeerError
+from fastpref.testing.workers import RankPool
+from fastpref.trainer.ranks import heartbeat, meeting, platform
+from fastpref.trainer.ranks.agreement import agree, from_rank_0, together
+
+TIMEOUT_S, WORK_S = 0.8, 1.6
+
+
+@contextmanager
+def short_timeout() -> Iterator[None]:
+    """Collectives of all ranks fail after `TIMEOUT_S`."""
+    platform.initialize_distributed(TIMEOUT_S)
+    distributed_c10d._set_pg_timeout(timedelta(seconds=TIMEOUT_S), None)
+    try:
+        yield
+    finally:
+        distributed_c10d._set_pg_timeout(timedelta(seconds=120), None)
+        platform.destroy()
+
+
+def slowly(rank: int) -> int:
+    if torch.distributed.get_rank() == rank:
+        time.sleep(WORK_S)
+    return torch.distributed.get_rank()
+
+
+def agree_slowly() -> None:
+    slowly(1)
+    agree([])
+
+
+WAITS: dict[str, tuple[Callable[[], object], list[object]]] = {
+    "together": (lambda: together(lambda: slowly(1), "working"), [0, 1]),
+    "from_rank_0": (lambda: from_rank_0(lambda: slowly(0), "working"), [0, 0]),
+    "agree": (agree_slowly, [None, None]),
+}
+
+
+def wait(name: str) -> object:
+    with short_timeout():
+        return WAITS[name][0]()
+
+
+@pytest.mark.parametrize("name", WAITS)
+def test_a_rank_that_works_longer_than_a_collective_may_is_waited_for(rank_pool_2: RankPool, name: str) -> None:
+    assert rank_pool_2.run(wait, name) == WAITS[name][1]
+
+
+def fail_slowly() -> str:
+    def work() -> None:
+        if slowly(0) == 0:
+            raise OSError(5, "the disk is slow and broken")
+
+    with short_timeout():
+        with pytest.raises(CheckpointError) as caught:
+            together(work, "working")
+        # the next time they meet is another
+        assert together(torch.distributed.get_rank, "working") == torch.distributed.get_rank()
+    return str(caught.value)
+
+
+def test_what_fails_late_is_heard_by_all(rank_pool_2: RankPool) -> None:
+    first, second = rank_pool_2.run(fail_slowly)
+    assert first == second == "working failed: rank 0: [Errno 5] the disk is slow and broken"
+
+
+def many_words() -> list[dict[int, str]]:
+    rank = torch.distributed.get_rank()
+    heard = [meeting.meet(words="" if rank in quiet else f"said by {rank}") for quiet in ((), (0, 2), (0, 1, 2, 3))]
+    store = distributed_c10d._get_default_store()
+    return [*heard, {0: str(store.num_keys())}]
+
+
+def test_words_reach_every_rank_and_leave_nothing_in_the_store(rank_pool_4: RankPool) -> None:
+    before = [answer[-1] for answer in rank_pool_4.run(many_words)]
+    for answer, count in zip(rank_pool_4.run(many_words), before, strict=True):
+        assert answer[0] == {rank: f"said by {rank}" for rank in range(4)}
+        assert answer[1] == {1: "said by 1", 3: "said by 3"}
+        assert answer[2] == {}
+        assert int(answer[-1][0]) <= int(count[0]) + 4
+
+
+def stop_while_another_waits(silence_s: float) -> str:
+    """Rank 1 stands still as a process that is suspended or whose machine hangs; rank 0 waits for it."""
+    platform.initialize_distributed(silence_s)
+    if torch.distributed.get_rank() == 1:
+        # as if the whole process stood still: the thread that shows life does, too
+        heartbeat.end()
+        time.sleep(silence_s + 4)
+        return ""
+    try:
+        together(lambda: None, "working")
+    except PeerError as error:
+        return str(error)
+    finally:
+        platform.destroy()
+    return "nothing was noticed"
+
+
+def test_a_rank_that_shows_no_life_is_not_waited_for() -> None:
+    with RankPool(2, timeout_s=60.0) as pool:
+        said, _ = pool.run(stop_while_another_waits, heartbeat.LEAST_SILENCE_S)
+    assert "rank 1 has shown no life for" in said and "working" in said
