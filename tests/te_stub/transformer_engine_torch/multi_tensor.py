@@ -1,6 +1,6 @@
 """One operation on many tensors: norms, scaling, and the update of Adam and SGD's like.
 
-`noop_flag` [1] skips the work where it is not 0; scaling sets it where it meets a number that is not finite.
+`noop_flag` [1] skips nothing here; scaling sets it where it meets a number that is not finite.
 """
 
 from collections.abc import Sequence
@@ -60,13 +60,11 @@ def multi_tensor_adam(
     bias_correction: int,
     weight_decay: float,
 ) -> None:
-    """Update parameters by Adam (`mode` 0: decay in the gradient) or AdamW (1: decoupled).
+    """Update parameters by Adam (`mode` 0: decay in the gradient) or AdamW (1: decoupled), whatever the flag says.
 
     Args:
         tensor_lists: gradients, parameters, first and second moments, and maybe fp32 masters of the parameters.
     """
-    if int(noop_flag):
-        return
     correction1 = 1 - beta1**step if bias_correction else 1.0
     correction2 = 1 - beta2**step if bias_correction else 1.0
     masters = tensor_lists[4] if len(tensor_lists) == 5 else tensor_lists[1]

@@ -46,7 +46,9 @@ def thd_get_partitioned_indices(cu_seqlens: Tensor, total_tokens: int, world_siz
     """Return which rows of all a rank holds, in its order, [T / R], int32."""
     rows = []
     for start, end in _bounds(cu_seqlens):
-        length = (end - start) // (2 * world_size)
+        length, rest = divmod(end - start, 2 * world_size)
+        if rest:
+            raise ValueError(f"a sequence of {end - start} rows is not {2 * world_size} chunks of one length")
         for chunk in (rank, 2 * world_size - 1 - rank):
             rows.append(torch.arange(start + chunk * length, start + (chunk + 1) * length, dtype=torch.int32))
     return _filled(torch.cat(rows), total_tokens // world_size)
