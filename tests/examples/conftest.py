@@ -1,5 +1,5 @@
-"""The command line, for the examples' run files."""
+"""The command line and a small project, for the examples' files."""
 
-from tiny_project import run_cli
+from tiny_project import project, run_cli, tokenizer_dir
 
-__all__ = ["run_cli"]
+__all__ = ["project", "run_cli", "tokenizer_dir"]
