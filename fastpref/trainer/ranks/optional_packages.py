@@ -66,7 +66,7 @@ class _BrokenIsAbsent(MetaPathFinder):
         spec = next((spec for spec in others if spec is not None), None)
         # These are made for one module each; others may be shared, or the finder itself.
         if spec is not None and isinstance(spec.loader, SourceFileLoader | SourcelessFileLoader | ExtensionFileLoader):
-            spec.loader.exec_module = _or_be_absent(spec.loader.exec_module)  # type: ignore[method-assign]
+            spec.loader.exec_module = _or_be_absent(spec.loader.exec_module)  # type: ignore[method-assign,assignment]
         return spec
 
 
