@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import megatron.core
 import pytest
-import torch
 
 from fastpref.trainer.ranks import transformer_engine
 
@@ -53,25 +52,24 @@ HERE = str(Path(__file__).parent / "te_stub" / STAND_IN / "__init__.py")
 
 
 @pytest.mark.parametrize(
-    ("version", "extension", "on_cpu", "message"),
+    ("version", "extension", "layers", "message"),
     [
-        ("2.9.0", HERE, True, None),
-        (None, None, True, r"must run on 2\.9\.0, got none \(a reason\)"),
-        ("2.8.0", HERE, True, r"got 2\.8\.0 in somewhere"),
-        ("2.9.0", "/elsewhere/transformer_engine_torch.so", True, "the extension /elsewhere.*, not the stand-in of"),
-        ("2.9.0", HERE, False, "got models made of other layers"),
+        ("2.9.0", HERE, ENGINE, None),
+        (None, None, "local", r"must run on 2\.9\.0, got none \(a reason\)"),
+        ("2.8.0", HERE, ENGINE, r"got 2\.8\.0 in somewhere"),
+        ("2.9.0", "/elsewhere/transformer_engine_torch.so", ENGINE, "the extension /elsewhere.*, not the stand-in of"),
+        ("2.9.0", HERE, "local", "got models made of other layers"),
     ],
     ids=["right", "absent", "another", "real-extension", "unused"],
 )
 def test_transformer_engine_is_required(
-    pytestconfig: pytest.Config, monkeypatch, version: str, extension: str, on_cpu: bool, message: str | None
+    pytestconfig: pytest.Config, monkeypatch, version: str, extension: str, layers: str, message: str | None
 ) -> None:
     engine = SimpleNamespace(__version__=version, __path__=["somewhere"])
-    stand_in = SimpleNamespace(__file__=extension, device_types=("cpu",) if on_cpu else ("cuda",))
     monkeypatch.setitem(sys.modules, ENGINE, engine if version else None)
-    monkeypatch.setitem(sys.modules, STAND_IN, stand_in)
+    monkeypatch.setitem(sys.modules, STAND_IN, SimpleNamespace(__file__=extension))
     monkeypatch.setattr(transformer_engine, "import_failure", "a reason")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(transformer_engine, "layer_implementation", lambda wanted: layers)
     plugin = pytestconfig.pluginmanager.get_plugin(CONFTEST)
     config = SimpleNamespace(getoption={"megatron_version": None, "te_version": "2.9.0"}.__getitem__)
     if message is None:

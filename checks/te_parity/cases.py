@@ -28,12 +28,13 @@ from fastpref.trainer import LoraConfig
 
 ENGINE: dict[str, Any] = {"transformer_impl": "transformer_engine"}
 LOCAL: dict[str, Any] = {"transformer_impl": "local"}
+HALF: dict[str, Any] = {"bf16": True}
 LAYERS = {"TE": ENGINE, "local": LOCAL}
 ONE_RANK: dict[str, tuple[int, dict[str, Any]]] = {"one rank": (1, {})}
 ALL_LAYOUTS = {**ONE_RANK, **LAYOUTS, **EXPERT_LAYOUTS}
 LORA = LoraConfig(r=4, lora_alpha=16.0)
 LORA_LAYOUTS = ("one rank", "TP2", "TP2-SP", "PP2", "CP2", "DP2 overlapped reduce and gather", "TP2-SP x PP2-VPP2")
-HALF_EXPERT_LAYOUTS = ("one rank", "EP2", "EP2 x TP2-SP")
+HALF_EXPERT_LAYOUTS = ("EP2", "EP2 x TP2-SP")
 SAVED_STEP = STEPS - 1
 
 
@@ -86,26 +87,22 @@ def te_cases(lora: LoraConfig) -> Iterator[Case]:
     Args:
         lora: `perturbed_adapter`.
     """
-    one = {"layout": "one rank", "ranks": 1}
     for model in MODELS:
         for form in FORMS:
             for loss in LOSSES if model == "dense" else ("DPO",):
-                yield Case(**one, model=model, loss=loss, form=form)
+                yield Case(layout="one rank", ranks=1, model=model, loss=loss, form=form)
     for model in ("dense", "experts"):
         for form in FORMS:
-            yield Case(**{**one, "layout": "one rank, bf16"}, model=model, loss="DPO", form=form, settings=HALF)
+            yield Case(layout="one rank, bf16", ranks=1, model=model, loss="DPO", form=form, settings=HALF)
     yield from cases()
     for name in LORA_LAYOUTS:
         ranks, settings = ALL_LAYOUTS[name]
         for form in FORMS if ranks == 1 or "context_parallel_size" in settings else ("padded",):
             yield Case(layout=name, ranks=ranks, model="dense", loss="DPO", form=form, settings=settings, lora=lora)
-    for name in ("EP2", "EP2 x TP2-SP"):
+    for name in HALF_EXPERT_LAYOUTS:
         ranks, settings = EXPERT_LAYOUTS[name]
         half = {**settings, **HALF}
         yield Case(layout=f"{name}, bf16", ranks=ranks, model="experts", loss="DPO", form="padded", settings=half)
-
-
-HALF: dict[str, Any] = {"bf16": True}
 
 
 def resumed_cases() -> Iterator[Resumed]:
