@@ -6,7 +6,7 @@
 - The matrix of `checks.layout_parity` and its rules, on the real Python code of Transformer Engine over the stand-in
   for its extension (`tests/te_stub`): every layout against one process on Megatron's own layers. The models exported
   before training must be equal bit for bit.
-- 16 bits: from fp32 at most twice as far as Megatron's own layers in 16 bits.
+- 16 bits: from fp32 at most twice as far as Megatron's own layers, in one process or in the same layout.
 - Adapters, and runs that are cut and continued: bit for bit where nothing changes, else as the layouts.
 - Exits with 1 if any comparison breaks its rule.
 """
