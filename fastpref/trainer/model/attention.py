@@ -1,4 +1,4 @@
-"""Attention and norm modules for Megatron's local layer spec, where Transformer Engine is not installed.
+"""Attention and norm modules for Megatron's local layer spec, and attention where Transformer Engine's has no kernel.
 
 Megatron's own local attention builds the score matrix and its own local norm refuses sequence parallelism.
 
@@ -26,6 +26,14 @@ from fastpref.trainer.model.segment_attention import (
     segment_attention,
 )
 from fastpref.trainer.ranks.platform import current_device
+
+
+def has_engine_kernels(config: TransformerConfig) -> bool:
+    """Whether Transformer Engine's attention has kernels for a model's number format; else it has plain products.
+
+    Those know neither packed rows (before release 2.11) nor context parallelism.
+    """
+    return config.params_dtype in (torch.bfloat16, torch.float16)
 
 
 class SDPACoreAttention(MegatronModule):

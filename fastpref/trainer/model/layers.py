@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
 
 from fastpref.run.architecture.architecture import Architecture
-from fastpref.trainer.model.attention import RMSNorm, SDPACoreAttention
+from fastpref.trainer.model.attention import RMSNorm, SDPACoreAttention, has_engine_kernels
 from fastpref.trainer.model.blocks import NormedResidualAdd, TwoRopeSelfAttention
 
 
@@ -43,11 +43,14 @@ def _norm(config: TransformerConfig) -> Any:
 
 
 def _transformer_engine_layer_spec(config: TransformerConfig, has_experts: bool) -> ModuleSpec:
-    return get_gpt_layer_with_transformer_engine_spec(
+    layer = get_gpt_layer_with_transformer_engine_spec(
         num_experts=config.num_moe_experts if has_experts else None,
         moe_grouped_gemm=config.moe_grouped_gemm,
         qk_layernorm=config.qk_layernorm,
     )
+    if config.context_parallel_size > 1 and not has_engine_kernels(config):
+        layer.submodules.self_attention.submodules.core_attention = SDPACoreAttention
+    return layer
 
 
 def _local_layer_spec(config: TransformerConfig, has_experts: bool) -> ModuleSpec:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fastpref.data import Segments
 from fastpref.errors import ConfigError
-from fastpref.trainer.model.attention import SDPACoreAttention
+from fastpref.trainer.model.attention import SDPACoreAttention, has_engine_kernels
 from fastpref.trainer.model.chunks import unwrap
 from fastpref.trainer.model.context_parallel import local_chunks, local_positions
 from fastpref.trainer.model.mixers import unknown_mixers
@@ -75,8 +75,9 @@ class VarlenRows:
 def install_packing(models: Sequence[torch.nn.Module], *, prefix_sharing: bool) -> None:
     """Makes `models` take packed rows, in place; padded rows are answered as before.
 
-    Transformer Engine keeps its attention where nothing is shared; prefix sharing takes this library's. So does context
-    parallelism, under which Transformer Engine would have every sequence cut evenly, and not the row.
+    Transformer Engine keeps its attention where nothing is shared; prefix sharing takes this library's. So do fp32, for
+    which it has no kernels, and context parallelism, under which it would have every sequence cut evenly, and not the
+    row.
 
     Raises:
         ConfigError: a chunk has other position embeddings than rotary ones, an attention that cannot be packed, or
@@ -118,7 +119,8 @@ def install_packing(models: Sequence[torch.nn.Module], *, prefix_sharing: bool) 
 def _attention_change(attention: SelfAttention, prefix_sharing: bool) -> Callable[[], None] | None:
     """What makes an attention layer take packed rows; None where it does already."""
     core = attention.core_attention
-    keeps_engine = not prefix_sharing and attention.config.context_parallel_size == 1
+    config = attention.config
+    keeps_engine = not prefix_sharing and config.context_parallel_size == 1 and has_engine_kernels(config)
     if isinstance(core, SDPACoreAttention) or (isinstance(core, VarlenRows) and keeps_engine):
         return None
     if isinstance(core, TE_ATTENTION) and keeps_engine:

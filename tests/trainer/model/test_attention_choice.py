@@ -32,7 +32,9 @@ def engine_spec(**settings):
     return spec
 
 
-def core_and_norm(monkeypatch, *, engine: bool, gpu: bool, cp: int = 1) -> tuple[type, type]:
+def core_and_norm(
+    monkeypatch, *, engine: bool, gpu: bool, cp: int = 1, dtype: torch.dtype = torch.bfloat16
+) -> tuple[type, type]:
     """The classes in the spec of a model for padded rows."""
     monkeypatch.setattr(transformer_engine, "computes_here", lambda: engine and gpu)
     monkeypatch.setattr(layers, "TENorm", EngineNorm)
@@ -40,7 +42,7 @@ def core_and_norm(monkeypatch, *, engine: bool, gpu: bool, cp: int = 1) -> tuple
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(model, "current_layout", lambda: ParallelLayout(cp=cp))
     arch = Architecture.from_hf(TINY_LLAMA)
-    block = layers.block_spec(arch, model.transformer_config(arch, ModelOptions()), None)
+    block = layers.block_spec(arch, model.transformer_config(arch, ModelOptions(params_dtype=dtype)), None)
     (core,) = {layer.submodules.self_attention.submodules.core_attention for layer in block.layer_specs}
     return core, block.layer_norm
 
@@ -53,6 +55,12 @@ def test_padded_rows_take_the_engine_on_a_gpu_alone(monkeypatch, one_rank, cp: i
         assert found == (SDPACoreAttention, RMSNorm)
 
 
+@pytest.mark.parametrize(("cp", "core"), [(1, EngineAttention), (2, SDPACoreAttention)])
+def test_the_engine_divides_16_bit_rows_alone(monkeypatch, one_rank, cp: int, core: type) -> None:
+    """In fp32 it has plain products only, which know nothing of other ranks: it would find no attention at all."""
+    assert core_and_norm(monkeypatch, engine=True, gpu=True, cp=cp, dtype=torch.float32) == (core, EngineNorm)
+
+
 def test_context_parallel_windows_are_not_sent_around_a_ring(monkeypatch, one_rank) -> None:
     """Transformer Engine refuses sliding windows at the first forward pass otherwise."""
     monkeypatch.setattr(model, "current_layout", lambda: ParallelLayout(cp=2))
@@ -63,14 +71,20 @@ def test_context_parallel_windows_are_not_sent_around_a_ring(monkeypatch, one_ra
 
 
 @pytest.mark.parametrize(
-    ("prefix_sharing", "cp", "expected"),
-    [(False, 1, VarlenRows), (True, 1, SDPACoreAttention), (False, 2, SDPACoreAttention), (True, 2, SDPACoreAttention)],
+    ("prefix_sharing", "cp", "dtype", "expected"),
+    [
+        (False, 1, torch.bfloat16, VarlenRows),
+        (False, 1, torch.float32, SDPACoreAttention),
+        (True, 1, torch.bfloat16, SDPACoreAttention),
+        (False, 2, torch.bfloat16, SDPACoreAttention),
+        (True, 2, torch.bfloat16, SDPACoreAttention),
+    ],
 )
 def test_packed_rows_take_the_engine_where_it_knows_their_rule(
-    monkeypatch, one_rank, prefix_sharing: bool, cp: int, expected: type
+    monkeypatch, one_rank, prefix_sharing: bool, cp: int, dtype: torch.dtype, expected: type
 ) -> None:
     monkeypatch.setattr(packing, "TE_ATTENTION", (EngineAttention,))
-    (chunk,) = build_models(TINY_LLAMA, seed=0)
+    (chunk,) = build_models(TINY_LLAMA, ModelOptions(params_dtype=dtype), seed=0)
     chunk.config.context_parallel_size = cp
     for layer in chunk.decoder.layers:
         layer.self_attention.core_attention = EngineAttention()
