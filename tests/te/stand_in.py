@@ -1,6 +1,8 @@
 """What the tests of the stand-in for Transformer Engine's extension share: where it is, and what they compare with."""
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -26,6 +28,16 @@ def transformer_engine() -> ModuleType:
     import transformer_engine.pytorch
 
     return transformer_engine.pytorch
+
+
+@contextmanager
+def attention_in_fp32() -> Iterator[None]:
+    """Within it, attention in fp32 takes the path of 16 bits where Transformer Engine has no other for it."""
+    os.environ["TE_STUB_FP32_ATTENTION"] = "1"
+    try:
+        yield
+    finally:
+        del os.environ["TE_STUB_FP32_ATTENTION"]
 
 
 def numbers(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:

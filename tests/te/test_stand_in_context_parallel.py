@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from stand_in import DTYPES, Tensors, assert_same, attend, numbers, transformer_engine, visible_keys
+from stand_in import DTYPES, Tensors, assert_same, attend, attention_in_fp32, numbers, transformer_engine, visible_keys
 from torch import Tensor
 
 from fastpref.testing.workers import RankPool
@@ -50,7 +50,8 @@ def attend_on_ranks(
         **layer,
     )
     leaves = {name: x.index_select(dim, rows).requires_grad_() for name, x in inputs.items()}
-    output = attention(*leaves.values(), **call)
+    with attention_in_fp32():
+        output = attention(*leaves.values(), **call)
     output.backward(grad.index_select(dim, rows))
     return [("output", output.detach()), *((name, leaf.grad) for name, leaf in leaves.items())]
 

@@ -5,9 +5,8 @@ looks for shared objects, the checks that CUDA and tensors on it are there, and 
 answers are a Hopper's. What tensors compute is not touched; where they are made is the business of
 `fastpref.trainer.ranks.cpu_platform`.
 
-One answer is not a Hopper's: attention in fp32 for which Transformer Engine finds nothing, with context parallelism and
-in some releases of packed rows, is given to the kernels for 16 bits, whose stand-in computes in the dtype that it is
-handed. So ranks can be compared without rounding; on a GPU such a run ends with an error.
+Where a process asks for it (`FP32_ATTENTION` in its environment), attention in fp32 for which Transformer Engine finds
+nothing, as with context parallelism, takes the path of 16 bits: its arithmetic shows what 16 bits round away.
 """
 
 import ast
@@ -24,6 +23,7 @@ from typing import Any
 
 HOPPER = SimpleNamespace(major=9, minor=0, multi_processor_count=132, name="H100 (stand-in)", total_memory=80 << 30)
 LOADER = "transformer_engine.common"
+FP32_ATTENTION = "TE_STUB_FP32_ATTENTION"
 CHOICE_OF_ATTENTION = "transformer_engine.pytorch.attention.dot_product_attention.utils"
 CONTEXT_PARALLEL = "transformer_engine.pytorch.attention.dot_product_attention.context_parallel"
 # More modules that ask whether CUDA or a tensor on it is there, and refuse where it is not.
@@ -88,7 +88,8 @@ class _ChoiceInFp32(_CudaLoader):
             import torch
 
             *choice, available = choose(attention_params)
-            if any(available) or attention_params.qkv_dtype != torch.float32:
+            is_asked_for = attention_params.qkv_dtype == torch.float32 and FP32_ATTENTION in os.environ
+            if any(available) or not is_asked_for:
                 return *choice, available
             return choose(dataclasses.replace(attention_params, qkv_dtype=torch.bfloat16))
 
