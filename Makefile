@@ -35,6 +35,7 @@ te_path = $(CURDIR)/tests/te_stub:$(TE)$(1):$(TE_NEEDS)$(addprefix :,$(2))
 TE_TESTS := te $(addprefix trainer/, test_golden.py test_precision.py) \
   $(addprefix trainer/model/test_model.py::, test_model_equals_transformers test_model_on_two_ranks_equals_transformers \
     test_model_on_four_ranks_equals_transformers test_model_in_bfloat16_is_as_accurate_as_transformers \
+    test_experts_on_two_ranks_equal_transformers test_experts_on_four_ranks_equal_transformers \
     test_every_parameter_counts_once_in_the_gradient_norm) \
   $(addprefix trainer/model/test_lora.py::, test_lora_equals_peft test_lora_in_bfloat16_is_as_accurate_as_peft \
     test_lora_on_two_ranks_equals_peft test_export_gives_peft_back_what_it_wrote) \

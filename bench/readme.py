@@ -48,8 +48,8 @@ def table(results: Path) -> str:
     Args:
         results: directory of the stored results; what has no file there has no line.
     """
-    timed = (_heads, _trains, _packings, _references, _dropins, _saves, _demos)
-    checked = (_parity_trl, _parity_layouts, _kill_matrix, _soak)
+    timed = (_heads, _trains, _packings, _references, _dropins, _saves, _save_memory, _demos)
+    checked = (_parity_trl, _parity_layouts, _parity_te, _kill_matrix, _soak)
     return f"{_table(timed, results)}\n\nChecked, not timed:\n\n{_table(checked, results)}"
 
 
@@ -210,6 +210,24 @@ def _saves(results: Path) -> Iterator[Line]:
         )
 
 
+def _save_memory(results: Path) -> Iterator[Line]:
+    """Host memory of a save by data-parallel ranks."""
+    if (file := results / "memory-of-saves.json").exists():
+        content = json.loads(file.read_text(encoding="utf-8"))
+        most: dict[str, list[str]] = {}
+        for row in content["rows"]:
+            peak = max(rank["peak_mib"] * 2**20 / rank["parameters"] for rank in row["ranks"])
+            most.setdefault(row["way"], []).append(f"{peak:.1f}")
+        ranks = ", ".join(str(len(row["ranks"])) for row in content["rows"] if row["way"] == "owned")
+        yield (
+            f"host memory of a save, bytes a parameter of the fullest of {ranks} data-parallel ranks (bf16, sharded "
+            "optimizer)",
+            f"{', '.join(most['owned'])}; where the optimizer is gathered, as in earlier versions: "
+            f"{', '.join(most['gathered'])}",
+            content["command"],
+        )
+
+
 def _demos(results: Path) -> Iterator[Line]:
     """The demo with each of its losses."""
     for loss, title in TITLES.items():
@@ -253,6 +271,27 @@ def _parity_layouts(results: Path) -> Iterator[Line]:
             f"loss within {most['loss']:.1e}, `grad_norm` {most['grad_norm']:.1e}, any metric {most['metrics']:.1e}, "
             f"any weight's update {most['updates']:.1e} ([parallelism.md](parallelism.md))",
             "make parity",
+        )
+
+
+def _parity_te(results: Path) -> Iterator[Line]:
+    """Models of Transformer Engine's layers against Megatron's own; a file for each pair of versions."""
+    contents = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(results.glob("parity_te-*.json"))]
+    if contents:
+        cases = [case for content in contents for case in content["cases"]]
+        exact = [case for case in cases if case.get("precision") == "fp32" and "loss" in case]
+        most = {name: max(case[name] for case in exact) for name in ("loss", "grad_norm", "metrics", "updates")}
+        versions = {
+            f"{name} {', '.join(sorted({content['versions'][package] for content in contents}))}"
+            for name, package in (("Transformer Engine", "transformer-engine"), ("Megatron-Core", "megatron-core"))
+        }
+        yield (
+            "layers of Transformer Engine over a stand-in for its extension against Megatron's own: every layout, "
+            f"adapters, resuming, resharding ({'; '.join(sorted(versions))})",
+            f"{sum(case['agrees'] for case in cases)} of {len(cases)} train alike; the {len(exact)} in fp32: loss "
+            f"within {most['loss']:.1e}, `grad_norm` {most['grad_norm']:.1e}, any metric {most['metrics']:.1e}, "
+            f"any weight's update {most['updates']:.1e} ([parallelism.md](parallelism.md))",
+            "make parity-te",
         )
 
 

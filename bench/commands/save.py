@@ -57,5 +57,5 @@ def save_ranks(out: Path, dry: bool) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     config, sizes = (TINY_LLAMA, saves.SIZES[:2]) if dry else (saves.MODEL, saves.SIZES)
     rows = [{"way": way, "ranks": saves.measure_save_memory(size, way, config)} for way in saves.WAYS for size in sizes]
-    store(out / "save-ranks.json", {"rows": rows, **surroundings(), "command": command_line()})
+    store(out / "memory-of-saves.json", {"rows": rows, **surroundings(), "command": command_line()})
     click.echo(saves.table(rows))

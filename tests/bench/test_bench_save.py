@@ -44,7 +44,7 @@ def test_save_bench(tmp_path: Path) -> None:
 def test_save_ranks_bench(tmp_path: Path) -> None:
     result = CliRunner().invoke(cli.main, ["save-ranks", "--dry", "--out", str(tmp_path)], catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    rows = json.loads((tmp_path / "save-ranks.json").read_text())["rows"]
+    rows = json.loads((tmp_path / "memory-of-saves.json").read_text())["rows"]
     assert [(row["way"], len(row["ranks"])) for row in rows] == [
         ("gathered", 1),
         ("gathered", 2),

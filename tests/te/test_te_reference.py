@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
 from checks.tiny import TINY_LLAMA, tiny_pairs
 from fastpref.testing.workers import RankPool
@@ -23,6 +24,7 @@ def first_step() -> tuple[bool, float, float]:
             raise TypeError("cannot pickle 'Stream' object")
 
     torch.cuda.Stream, before = Stream, torch.cuda.Stream
+    TEDotProductAttention.cp_stream = None  # Megatron makes one for the whole process
     try:
         models = build_models(TINY_LLAMA, ModelOptions(params_dtype=torch.bfloat16), seed=1)
         trainer = DPOTrainer(models, DPOConfig(), None, args, train_dataset=tiny_pairs(8, seed=4))
@@ -35,6 +37,7 @@ def first_step() -> tuple[bool, float, float]:
         return cores[0].cp_stream is cores[1].cp_stream, result.loss, float(result.grad_norm)
     finally:
         torch.cuda.Stream = before
+        TEDotProductAttention.cp_stream = None
         destroy()
 
 

@@ -1,7 +1,8 @@
 """A stand-in for the compiled extension of Transformer Engine: the functions of the fp32 and 16-bit paths in torch.
 
-Written from the calls that the Python code of releases 2.8 to 2.20 makes. Sums are taken in fp32 and rounded once, as
-the kernels do. Every other name that this Python code asks for exists and raises by name when it is used.
+Written from the calls that the Python code of releases 2.8 to 2.20 makes. Sums are taken in fp32, those of matrix
+products in fp64, and rounded once, as the kernels do. Every other name that this Python code asks for exists and raises
+by name when it is used.
 """
 
 from typing import Any, NoReturn

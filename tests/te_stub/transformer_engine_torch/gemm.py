@@ -99,9 +99,9 @@ def te_general_grouped_gemm(
 
 
 def _product(A: Tensor, transa: bool, B: Tensor, transb: bool) -> Tensor:
-    """[rows, columns] in fp32."""
-    left, right = B.flatten(0, -2).float(), A.flatten(0, -2).float()
-    return (left.t() if transb else left) @ (right.t() if transa else right)
+    """[rows, columns] in fp32, summed in fp64: what differs from another order of sums is then not the stand-in's."""
+    left, right = B.flatten(0, -2).double(), A.flatten(0, -2).double()
+    return ((left.t() if transb else left) @ (right.t() if transa else right)).float()
 
 
 def _store(output: Tensor, product: Tensor, accumulate: bool, beta: float | None = None) -> None:
