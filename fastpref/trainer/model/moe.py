@@ -131,7 +131,7 @@ class BalancedRouter(TopKRouter):
         loss = self.num_experts * (scores_for_aux_loss.sum(0) / num_tokens * share_E).sum()
         counts = (num_choices > 0).float() / self.tp_cp_group.size()
         self.meter.add(loss, share_E.max() * self.num_experts, counts)
-        return cast(Tensor, MoEAuxLossAutoScaler.apply(probs, loss * self.config.moe_aux_loss_coeff))
+        return cast(Tensor, MoEAuxLossAutoScaler.apply(probs, loss * self.get_aux_loss_coeff("aux_loss")))
 
     def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
         """Count the choices [N, E] of tokens that `padding_mask` [N] does not leave out, for the update of the bias.
