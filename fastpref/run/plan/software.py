@@ -33,8 +33,8 @@ _ENGINE_OF_OLD_MEGATRON = Version("2.11.0")
 _MEGATRON, _ENGINE, _EXTENSION = "megatron-core", "transformer-engine", "transformer-engine-torch"
 _KERNELS = {12: "transformer-engine-cu12", 13: "transformer-engine-cu13"}
 SLOW_WITHOUT_ENGINE = (
-    "Transformer Engine is not installed: the experts of a layer run one after the other, attention is PyTorch's, "
-    "norms are not fused with what follows them, and the optimizer is PyTorch's"
+    "Transformer Engine is not installed: attention and the optimizer are PyTorch's, norms are not fused with what "
+    "follows them, and the experts of a mixture run one after the other"
 )
 """What a GPU does without it."""
 _LOCAL = "or set training.transformer_impl: local, for Megatron's own layers"
