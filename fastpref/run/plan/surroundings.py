@@ -127,8 +127,8 @@ def _model_hint(path: str) -> str:
         return ""
     name = Path(path).name
     return (
-        f"; a name on the Hugging Face Hub is not downloaded here: run `hf download {path} --local-dir {name}` and "
-        f"give {name}"
+        f"; if this is a name on the Hugging Face Hub, which is not asked here, run `hf download {path} --local-dir "
+        f"{name}` and give {name}"
     )
 
 
