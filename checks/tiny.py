@@ -75,9 +75,12 @@ def stock_model(seed: int = 0, **overrides: object) -> list[GPTModel]:
         "use_cpu_initialization": True,
     }
     torch.manual_seed(seed)
+    config = TransformerConfig(**(settings | overrides))
     model = GPTModel(
-        config=TransformerConfig(**(settings | overrides)),
-        transformer_layer_spec=get_gpt_layer_local_spec(normalization="RMSNorm"),
+        config=config,
+        transformer_layer_spec=get_gpt_layer_local_spec(
+            num_experts=config.num_moe_experts, moe_grouped_gemm=False, normalization="RMSNorm"
+        ),
         vocab_size=VOCAB_SIZE,
         max_sequence_length=64,
         position_embedding_type="rope",

@@ -223,8 +223,8 @@ CASES: dict[str, tuple[Break, tuple[str, ...], int, str]] = {
         lambda r: None,
         ("model.path=Qwen/Qwen2.5-0.5B",),
         2,
-        "a name on the Hugging Face Hub is not downloaded here: run `hf download Qwen/Qwen2.5-0.5B --local-dir "
-        "Qwen2.5-0.5B` and give Qwen2.5-0.5B",
+        "if this is a name on the Hugging Face Hub, which is not asked here, run `hf download Qwen/Qwen2.5-0.5B "
+        "--local-dir Qwen2.5-0.5B` and give Qwen2.5-0.5B",
     ),
     "hub name of data": (
         lambda r: None,

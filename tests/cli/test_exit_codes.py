@@ -28,7 +28,7 @@ from fastpref.trainer.ranks import platform
         (
             ["train", "run.yaml", "model.path=org/model", "model.config=null"],
             2,
-            "is not downloaded here: run `hf download org/model --local-dir model` and give model",
+            "which is not asked here, run `hf download org/model --local-dir model` and give model",
         ),
         (["check", "run.yaml", "data.train=a.jsonl,b.jsonl"], 2, "several files are a list, [a.jsonl,b.jsonl]"),
         (["check", "run.yaml", "data.train=hf://datasets/a/b.parquet"], 2, "only local files are read"),

@@ -87,7 +87,7 @@ def test_restarted_job_resumes_where_there_is_a_checkpoint(
 
 
 @pytest.mark.parametrize(
-    ("code", "requeues"), [(75, True), (138, True), (0, False), (2, False), (5, False), (6, False)]
+    ("code", "requeues"), [(75, True), (138, True), (143, True), (0, False), (2, False), (5, False), (6, False)]
 )
 def test_only_a_job_that_was_asked_to_stop_queues_itself_again(tmp_path: Path, code: int, requeues: bool) -> None:
     assert submit(tmp_path, FAKE_PYTHON, "run.yaml", LAST_CODE=str(code), FIRST_CODE=str(code)) == code

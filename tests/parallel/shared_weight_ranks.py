@@ -3,12 +3,11 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 
 import megatron_runs
 import torch
 from megatron_runs import Layout
-from torch.distributed import distributed_c10d
+from short_timeouts import short_timeout
 
 from fastpref.checkpoint.hf import ModelDirectory, ModelWriter
 from fastpref.trainer import LoraConfig, add_lora, save_adapter
@@ -39,16 +38,11 @@ def small_buckets(num_bytes: int) -> Iterator[None]:
 
 
 @contextmanager
-def short_timeout(layout: Layout) -> Iterator[None]:
+def slow_ranks(layout: Layout) -> Iterator[None]:
     """Every collective fails after `TIMEOUT_S`."""
-    platform.initialize_distributed(TIMEOUT_S)
-    platform.initialize_model_parallel(layout.tp, layout.pp, layout.vpp, ep=layout.ep, timeout_s=TIMEOUT_S)
-    distributed_c10d._set_pg_timeout(timedelta(seconds=TIMEOUT_S), None)
-    try:
+    with short_timeout(TIMEOUT_S):
+        platform.initialize_model_parallel(layout.tp, layout.pp, layout.vpp, ep=layout.ep, timeout_s=TIMEOUT_S)
         yield
-    finally:
-        distributed_c10d._set_pg_timeout(timedelta(seconds=120), None)
-        platform.destroy()
 
 
 def count_reads(path: str, out: str, layout: Layout, lora: LoraConfig | None) -> int:
@@ -86,7 +80,7 @@ def load_slowly(path: str, out: str, layout: Layout) -> None:
 
         return read
 
-    with short_timeout(layout), small_buckets(4096):
+    with slow_ranks(layout), small_buckets(4096):
         with replaced(ModelDirectory, "read", slow):
             models = load_models(path)
         save_hf(models, out, path)
@@ -110,7 +104,7 @@ def write_slowly(path: str, out: str, layout: Layout) -> None:
 
         return publish
 
-    with short_timeout(layout), small_buckets(4096):
+    with slow_ranks(layout), small_buckets(4096):
         models = load_models(path)
         with replaced(ModelWriter, "write", slow), replaced(ModelWriter, "_publish", slow_end):
             save_hf(models, out, path)

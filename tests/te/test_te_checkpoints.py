@@ -9,12 +9,8 @@ from saved_states import built, load_and_save, same, save, save_in_both_ways, st
 from checks.layout_parity.runs import EXPERTS, GEMMA, MODEL
 from fastpref.testing.workers import RankPool
 from fastpref.trainer import LoraConfig
-from fastpref.trainer.ranks import transformer_engine
 from fastpref.trainer.saves import content
 
-pytestmark = pytest.mark.skipif(
-    not transformer_engine.computes_here(), reason="needs Transformer Engine's Python code over tests/te_stub"
-)
 TIED = {**MODEL, "num_hidden_layers": 2, "tie_word_embeddings": True}
 MIXED = {**EXPERTS, "num_hidden_layers": 3, "mlp_only_layers": [1]}
 BIASED = {**MODEL, "model_type": "qwen2", "num_hidden_layers": 2}

@@ -5,19 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
-
-pytest.importorskip(
-    "transformer_engine", reason="the Python code of Transformer Engine is not on the path: make test-te"
-)
-
 from tiny_runs import finish
-
-from fastpref.trainer.ranks import transformer_engine
-
-pytestmark = pytest.mark.skipif(
-    not transformer_engine.computes_here(), reason="Transformer Engine does not compute on this machine"
-)
 
 
 def test_first_log_is_written(quiet_args, tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ from fastpref.run.plan.pipeline import (
 )
 from fastpref.run.plan.resumption import check_position
 from fastpref.run.plan.rows import default_collator, row_capacity
-from fastpref.run.plan.surroundings import check_output, path_problems, require_packages
+from fastpref.run.plan.surroundings import check_output, path_problems, require_packages, variable_problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +148,8 @@ def prepare(
         saves: whether training saves checkpoints; if not, those of an earlier run may be in the output directory.
 
     Raises:
-        ConfigError: paths, layout, batches, token ids or settings do not fit each other.
+        ConfigError: paths, layout, batches, token ids or settings do not fit each other, or environment variables
+            do not fit Megatron.
         DataError: a data file is at fault.
         CheckpointError: the files of a model or an adapter do not fit it, another run holds the output directory, or
             the checkpoint to continue from is missing, incomplete or of other settings, or the reference cache is none.
@@ -156,7 +157,13 @@ def prepare(
     """
     world_size = launched_world_size() if world_size is None else world_size
     train_paths = config.data.train_paths if for_training else ()
-    raise_if_any([*path_problems(config, for_training=for_training), *_evaluation_problems(config, for_training)])
+    raise_if_any(
+        [
+            *variable_problems(),
+            *path_problems(config, for_training=for_training),
+            *_evaluation_problems(config, for_training),
+        ]
+    )
     if for_training and saves:
         check_output(config)
         require_packages(config.training)

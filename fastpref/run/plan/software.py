@@ -33,8 +33,8 @@ _ENGINE_OF_OLD_MEGATRON = Version("2.11.0")
 _MEGATRON, _ENGINE, _EXTENSION = "megatron-core", "transformer-engine", "transformer-engine-torch"
 _KERNELS = {12: "transformer-engine-cu12", 13: "transformer-engine-cu13"}
 SLOW_WITHOUT_ENGINE = (
-    "Transformer Engine is not installed: the experts of a layer run one after the other, attention is PyTorch's, "
-    "norms are not fused with what follows them, and the optimizer is PyTorch's"
+    "Transformer Engine is not installed: attention and the optimizer are PyTorch's, norms are not fused with what "
+    "follows them, and the experts of a mixture run one after the other"
 )
 """What a GPU does without it."""
 _LOCAL = "or set training.transformer_impl: local, for Megatron's own layers"
@@ -79,7 +79,7 @@ def engine_problems() -> Iterator[Problem]:
         reason = f"its kernels are for CUDA {min(kernels)} and PyTorch is for CUDA {cuda} ({listed})"
     elif engine < ENGINE_FLOOR:
         reason = f"{engine} is installed, and at least {ENGINE_FLOOR} is needed"
-    elif engine > ENGINE_TRIED and engine not in _declared():
+    elif _is_newer(engine, ENGINE_TRIED) and engine not in _declared():
         reason = f"{engine} is installed, but {_MEGATRON} {installed(_MEGATRON)} declares {_declared()}"
     else:
         return
@@ -113,11 +113,11 @@ def check_software(args: PrecisionArguments) -> list[str]:
 def remarks() -> Iterator[str]:
     """Yield what nobody has tried, of what is installed."""
     megatron, engine = installed(_MEGATRON), installed(_ENGINE)
-    if megatron is not None and megatron > MEGATRON_TRIED:
+    if megatron is not None and _is_newer(megatron, MEGATRON_TRIED):
         yield f"{_MEGATRON} {megatron} is newer than {MEGATRON_TRIED}, the newest that was tried with this version."
     if engine is None:
         return
-    if engine > ENGINE_TRIED:
+    if _is_newer(engine, ENGINE_TRIED):
         yield f"{_ENGINE} {engine} is newer than {ENGINE_TRIED}, the newest that was tried with this version."
     elif engine not in _declared():
         yield (
@@ -150,6 +150,11 @@ def broken_engine(reason: str) -> str:
 def fitting_engine() -> Version:
     """Return the release of Transformer Engine to install beside the installed Megatron-Core."""
     return ENGINE_TRIED if ENGINE_TRIED in _declared() else _ENGINE_OF_OLD_MEGATRON
+
+
+def _is_newer(found: Version, tried: Version) -> bool:
+    """Whether a release is newer than one that was tried; builds of one release, as containers have them, are not."""
+    return Version(found.public) > tried
 
 
 def _declared() -> SpecifierSet:

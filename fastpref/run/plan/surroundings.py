@@ -1,4 +1,4 @@
-"""What a run needs of the machine before it begins: directories that are there, free and writable, and packages.
+"""What a run needs of the machine: directories that are there, free and writable, packages, and variables left alone.
 
 Only what rank 0 does is asked of rank 0: it alone writes logs and makes directories.
 """
@@ -22,6 +22,8 @@ from fastpref.errors import MissingDependencyError, Problem, raise_if_any
 from fastpref.run.config.arguments import MISSING_WRITERS, TrainingArguments
 from fastpref.run.config.run_config import RunConfig
 
+# Transformer Engine's switches of its kinds of attention.
+_ATTENTION_SWITCHES = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -51,6 +53,15 @@ def path_problems(config: RunConfig, *, for_training: bool) -> Iterator[Problem]
         if not parent.is_dir():
             where = "" if parent == Path(path).absolute() else f"lies in {str(parent)!r}, which "
             yield Problem(key, f": {path!r} {where}exists and is not a directory; choose another")
+
+
+def variable_problems() -> Iterator[Problem]:
+    """Yield which environment variables Megatron would stumble over while it builds a model, of whichever layers."""
+    for name in _ATTENTION_SWITCHES:
+        value = os.environ.get(name, "1")
+        if value != "1":
+            text = f"is {value!r} in the environment, and Megatron builds no model where it is not 1; unset {name}"
+            yield Problem(name, text)
 
 
 def check_output(config: RunConfig) -> None:
@@ -116,8 +127,8 @@ def _model_hint(path: str) -> str:
         return ""
     name = Path(path).name
     return (
-        f"; a name on the Hugging Face Hub is not downloaded here: run `hf download {path} --local-dir {name}` and "
-        f"give {name}"
+        f"; if this is a name on the Hugging Face Hub, which is not asked here, run `hf download {path} --local-dir "
+        f"{name}` and give {name}"
     )
 
 

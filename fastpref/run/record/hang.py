@@ -60,6 +60,18 @@ def has_traces(folder: Path) -> bool:
     return any(path.name.startswith((TRACE, STATE)) for path in folder.iterdir()) if folder.is_dir() else False
 
 
+def _nothing_left(folder: Path) -> str:
+    """Say that there are no dumps, and where there are."""
+    if not folder.parent.is_dir():
+        return f"{folder.parent} is not a directory; give the output_dir of a run, or a folder of dumps"
+    text = (
+        f"{folder} holds no {TRACE}N and no {STATE}N: no rank of the last start left a dump. Ranks leave them where a "
+        "collective was not answered within distributed_timeout_seconds; one that ended otherwise says why in its log"
+    )
+    earlier = [path for path in sorted(folder.parent.glob(f"{FOLDER}-*")) if has_traces(path)]
+    return f"{text}; an earlier start left {earlier[-1]}; diagnose that" if earlier else text
+
+
 def read_hang(folder: Path) -> Hang:
     """Read what the ranks left in `folder`.
 
@@ -69,11 +81,7 @@ def read_hang(folder: Path) -> Hang:
     hang = Hang()
     files = [*_by_rank(folder, TRACE).items(), *_by_rank(folder, STATE).items()]
     if not files:
-        raise CheckpointError(
-            f"{folder} holds no {TRACE}N and no {STATE}N: no rank of the last start left a dump. Ranks leave them "
-            "where a collective was not answered within distributed_timeout_seconds; one that ended otherwise says "
-            "why in its log"
-        )
+        raise CheckpointError(_nothing_left(folder))
     newest = max(path.stat().st_mtime for _, path in files)
     for rank, path in files:
         if newest - path.stat().st_mtime > _SAME_HANG_S:

@@ -24,6 +24,7 @@ from fastpref.run.architecture.architecture import Architecture
 from fastpref.run.architecture.model_files import ModelFiles
 from fastpref.run.config.layout import model_problems, size_problems
 from fastpref.run.plan.pipeline import PipelinePlan, expert_stage_problems, plan_pipeline
+from fastpref.run.plan.surroundings import variable_problems
 from fastpref.trainer.model.blocks import gelu_tanh, joint_inv_freq, keep_grad_mode, scale_embedding
 from fastpref.trainer.model.layers import block_spec
 from fastpref.trainer.model.lora import MergedParameters
@@ -172,7 +173,7 @@ def _filled(arch: Architecture, options: ModelOptions, source: TensorSource) -> 
 
 def _check_layout(arch: Architecture, options: ModelOptions) -> None:
     layout = replace(current_layout(), sequence_parallel=options.sequence_parallel)
-    problems = [*size_problems(layout), *model_problems(layout, arch)]
+    problems = [*variable_problems(), *size_problems(layout), *model_problems(layout, arch)]
     longest = options.max_sequence_length
     if longest is not None and longest > arch.max_positions:
         text = f"{longest} is more than the model's max_position_embeddings {arch.max_positions}"

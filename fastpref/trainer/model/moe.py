@@ -81,6 +81,12 @@ def separate_experts(model: torch.nn.Module) -> None:
                 parameter.allreduce = False
 
 
+def balance_coefficient(config: TransformerConfig) -> float:
+    """Return the weight of the load-balancing loss; that of the only one implemented where Megatron has a list."""
+    given = config.moe_aux_loss_coeff
+    return next(filter(None, given), 0.0) if isinstance(given, list) else given
+
+
 class BalanceMeter:
     """Adds up what routers measure in training, on the device, until somebody reads it."""
 
@@ -131,7 +137,7 @@ class BalancedRouter(TopKRouter):
         loss = self.num_experts * (scores_for_aux_loss.sum(0) / num_tokens * share_E).sum()
         counts = (num_choices > 0).float() / self.tp_cp_group.size()
         self.meter.add(loss, share_E.max() * self.num_experts, counts)
-        return cast(Tensor, MoEAuxLossAutoScaler.apply(probs, loss * self.config.moe_aux_loss_coeff))
+        return cast(Tensor, MoEAuxLossAutoScaler.apply(probs, loss * self.get_aux_loss_coeff("aux_loss")))
 
     def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
         """Count the choices [N, E] of tokens that `padding_mask` [N] does not leave out, for the update of the bias.
@@ -162,7 +168,7 @@ def install_routers(models: Sequence[torch.nn.Module], *, is_reference: bool = F
         return None
     _check_balancing(config, is_reference)
     routers = [module for model in models for module in model.modules() if isinstance(module, Router)]
-    has_aux_loss, has_bias = bool(config.moe_aux_loss_coeff), bool(config.moe_router_enable_expert_bias)
+    has_aux_loss, has_bias = bool(balance_coefficient(config)), bool(config.moe_router_enable_expert_bias)
     meter = BalanceMeter() if has_aux_loss else None
     for router in routers if has_aux_loss or has_bias else []:
         if type(router) not in (TopKRouter, BalancedRouter):
@@ -186,7 +192,7 @@ def _check_balancing(config: TransformerConfig, is_reference: bool) -> None:
                 f"moe_router_load_balancing_type {kind!r} routes by all tokens of a batch, padding included, and is "
                 "not implemented; build the model with 'aux_loss' or 'none'"
             )
-    if config.moe_aux_loss_coeff and kinds != ["aux_loss"]:
+    if balance_coefficient(config) and kinds != ["aux_loss"]:
         raise ConfigError(
             "moe_router_load_balancing_type must be 'aux_loss' where moe_aux_loss_coeff is not 0, got "
             f"{config.moe_router_load_balancing_type!r}; other losses are not implemented"

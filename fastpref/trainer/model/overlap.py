@@ -1,4 +1,4 @@
-"""Switches of Megatron that overlap or save work at a risk: which are safe here, in the version that runs."""
+"""Switches of Megatron that overlap, save or fake work at a risk: which are safe here, in the version that runs."""
 
 from __future__ import annotations
 
@@ -20,6 +20,16 @@ NOT_IMPLEMENTED = {
     "defer_embedding_wgrad_compute": "defers a gradient of the output layer that the scoring head computes at once",
 }
 """Fields of a configuration that must be off, and what they would do."""
+_DROPS = "leaves out tokens by what else is in a microbatch, padding included"
+_RANDOM = "routes tokens at random, which benchmarks want"
+NOT_OF_THE_SEQUENCE = {
+    "moe_expert_capacity_factor": (None, _DROPS),
+    "moe_expert_rank_capacity_factor": (None, _DROPS),
+    "moe_input_jitter_eps": (None, "draws noise in every pass, those of evaluations and of the reference, too"),
+    "moe_router_force_load_balancing": (False, _RANDOM),
+    "moe_router_force_biased": (None, _RANDOM),
+}
+"""Fields with which experts make of a sequence what does not follow from it: what they must be, and what they do."""
 
 
 def waits_for_sends() -> bool:
@@ -40,6 +50,12 @@ def settle_overlap(models: Sequence[GPTModel]) -> None:
         for name, effect in NOT_IMPLEMENTED.items()
         if getattr(config, name, 0)
     ]
+    if config.num_moe_experts is not None:
+        problems += [
+            Problem(name, f"must be {off}: it {effect}")
+            for name, (off, effect) in NOT_OF_THE_SEQUENCE.items()
+            if getattr(config, name, off) != off
+        ]
     stages = parallel_state.get_pipeline_model_parallel_world_size()
     if len(models) > 1 and stages == 2 and not config.overlap_p2p_comm:
         text = (

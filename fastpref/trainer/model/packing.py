@@ -33,7 +33,7 @@ from fastpref.trainer.model.segment_attention import SegmentParams
 from fastpref.trainer.ranks import transformer_engine
 
 # Megatron defines its class without Transformer Engine, too, but then it is none.
-TE_ATTENTION: tuple[type, ...] = (TEDotProductAttention,) if transformer_engine.is_installed() else ()
+TE_ATTENTION: tuple[type, ...] = (TEDotProductAttention,) if transformer_engine.computes_here() else ()
 _VARLEN_CLASSES: dict[type, type] = {}
 
 

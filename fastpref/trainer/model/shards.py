@@ -44,14 +44,14 @@ NUMBERED = re.compile(r"(weight|bias)\d*")
 
 def _te_classes(*names: str) -> tuple[type, ...]:
     """Megatron's classes over Transformer Engine's; without it they are there in part, and none of them is used."""
-    if not transformer_engine.is_installed():
+    if not transformer_engine.computes_here():
         return ()
     found = (getattr(te_layers, name, None) for name in names)
     return tuple(each for each in found if isinstance(each, type))
 
 
 def _te_norms() -> tuple[type, ...]:
-    if not transformer_engine.is_installed():
+    if not transformer_engine.computes_here():
         return ()
     import transformer_engine.pytorch as te
 

@@ -43,14 +43,9 @@ _is_imported, import_failure = _load()
 """`import_failure`: why an installed Transformer Engine could not be imported; None where it could, or is not there."""
 
 
-def is_installed() -> bool:
+def computes_here() -> bool:
     """Whether Transformer Engine could be imported, extension and all, and computes on this rank's kind of device."""
     return sys.modules.get("transformer_engine") is not None
-
-
-def computes_here() -> bool:
-    """The same, for whoever asks about computing."""
-    return is_installed()
 
 
 def layer_implementation(wanted: LayerImplementation | None) -> LayerImplementation:

@@ -13,6 +13,7 @@ from fastpref.losses import DPOConfig
 from fastpref.run.config.arguments import TrainingArguments
 from fastpref.run.plan.fingerprint import architecture_fingerprint, defaults, plain, settings_fingerprint
 from fastpref.trainer.model.lora import lora_of
+from fastpref.trainer.model.moe import balance_coefficient
 from fastpref.trainer.step.feed import PairFeed
 
 # What a model that was not built from a `config.json` says about itself: fields of its config, and of the model.
@@ -32,7 +33,7 @@ def run_fingerprint(
     args: TrainingArguments, loss: DPOConfig, models: Sequence[GPTModel], feed: PairFeed
 ) -> dict[str, Any]:
     """Return the settings of a run by name, as values that JSON gives back equal; `models` are bare chunks."""
-    coefficient = models[0].config.moe_aux_loss_coeff
+    coefficient = balance_coefficient(models[0].config)
     settings = settings_fingerprint(args, loss, feed.schedule, feed.train_dataset, coefficient)
     return {**settings, **weights_fingerprint(models)}
 

@@ -16,7 +16,7 @@ from megatron.core.transformer.module import Float16Module
 from fastpref.errors import ConfigError, Problem, raise_if_any
 from fastpref.run.config.arguments import TrainingArguments
 from fastpref.trainer.model.chunks import refuse_sharded, unwrap
-from fastpref.trainer.model.moe import bias_kept_in_fp32, separate_experts
+from fastpref.trainer.model.moe import balance_coefficient, bias_kept_in_fp32, separate_experts
 from fastpref.trainer.ranks.platform import before_destroy
 
 
@@ -61,11 +61,12 @@ def check_model(models: Sequence[GPTModel], args: TrainingArguments) -> None:
     }
     if args.moe_aux_loss_coeff is not None:
         wanted["moe_aux_loss_coeff"] = args.moe_aux_loss_coeff
+    config = models[0].config
+    built = {name: getattr(config, name) for name in wanted} | {"moe_aux_loss_coeff": balance_coefficient(config)}
     problems = [
-        Problem(name, f": the model was built with {getattr(model.config, name)}, TrainingArguments ask for {value}")
-        for model in models[:1]
+        Problem(name, f": the model was built with {built[name]}, TrainingArguments ask for {value}")
         for name, value in wanted.items()
-        if getattr(model.config, name) != value
+        if built[name] != value
     ]
     if args.pipeline_balance == "head_cost" and getattr(models[0], "pipeline_plan", None) is None:
         text = "is head_cost, but the model was built without a ModelOptions.pipeline_plan"

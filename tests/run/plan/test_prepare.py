@@ -55,6 +55,23 @@ def test_prepare_refuses_paths_that_only_a_shell_knows(project: Path) -> None:
     assert "data.eval: 'a\\x00b'" in message
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("NVTE_FLASH_ATTN", "0"), ("NVTE_FUSED_ATTN", ""), ("NVTE_UNFUSED_ATTN", "true")]
+)
+def test_switches_of_attention_that_megatron_refuses_are_named(
+    project: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    """Megatron asserts that they are 1 while it builds a model, of its own layers, too."""
+    for switch in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
+        monkeypatch.setenv(switch, "1")
+    prepared()
+    monkeypatch.setenv(name, value)
+    message = f"{name} is {value!r} in the environment, and Megatron builds no model where it is not 1; unset {name}"
+    assert refusal("training.transformer_impl=local") == message
+    monkeypatch.delenv(name)  # the remedy
+    prepared()
+
+
 def test_prepare_refuses_an_output_that_is_a_file(project: Path) -> None:
     (project / "out").write_text("x")
     assert "training.output_dir: 'out' exists and is not a directory" in refusal()

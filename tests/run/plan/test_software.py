@@ -45,7 +45,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
 
 
 def megatron(install: Install, version: str) -> None:
-    install({"megatron-core": version}, {"megatron-core": DECLARED.get(version, DECLARED["0.19.2"])})
+    install({"megatron-core": version}, {"megatron-core": DECLARED.get(version.split("+")[0], DECLARED["0.19.2"])})
 
 
 def refusal(**settings: object) -> str:
@@ -143,6 +143,14 @@ def test_what_is_newer_than_anything_tried_is_remarked_on(install: Install) -> N
     install(dict.fromkeys(ENGINE, "2.30"))
     first, second = software.check_software(TrainingArguments())
     assert "megatron-core 0.21.0 is newer than 0.19.2" in first and "transformer-engine 2.30 is newer than" in second
+
+
+@pytest.mark.parametrize("megatron_core", ["0.16.1", "0.19.2"])
+def test_build_from_a_commit_is_no_newer_than_its_release(install: Install, megatron_core: str) -> None:
+    """As containers and checkouts have them: the release's number, then the commit."""
+    megatron(install, f"{megatron_core}+7f1e2d3")
+    install(dict.fromkeys(ENGINE, "2.20.2+0c1b2d3"))
+    assert not [note for note in software.check_software(TrainingArguments()) if "newer" in note]
 
 
 def test_engine_outside_of_what_megatron_declares_but_tried_is_remarked_on(install: Install) -> None:

@@ -269,9 +269,21 @@ def test_the_command(tmp_path: Path) -> None:
     for folder in (tmp_path / "out", tmp_path / "out" / "hang"):
         result = CliRunner().invoke(cli, ["diagnose", str(folder)])
         assert result.exit_code == 0 and result.stdout.startswith("rank 1 did not enter all_reduce 2"), result.output
-    for folder in (tmp_path, tmp_path / "nowhere"):
-        result = CliRunner().invoke(cli, ["diagnose", str(folder)])
-        assert result.exit_code == 4 and "no rank of the last start left a dump" in result.stderr
+    result = CliRunner().invoke(cli, ["diagnose", str(tmp_path)])
+    assert result.exit_code == 4 and "no rank of the last start left a dump" in result.stderr
+
+
+def test_the_command_says_where_else_to_look(tmp_path: Path) -> None:
+    """A job that queued itself again has set aside what its earlier starts left."""
+    result = CliRunner().invoke(cli, ["diagnose", str(tmp_path / "nowhere")])
+    assert result.exit_code == 4 and f"{tmp_path / 'nowhere'} is not a directory" in result.stderr
+    for day in ("20260102", "20260103"):
+        nccl_dumps.write(tmp_path / f"hang-{day}-040506", missing_from_dp(1))
+    (tmp_path / "hang-20260104-040506").mkdir()
+    result = CliRunner().invoke(cli, ["diagnose", str(tmp_path)])
+    newest = tmp_path / "hang-20260103-040506"
+    assert result.exit_code == 4 and f"an earlier start left {newest}; diagnose that" in result.stderr
+    assert CliRunner().invoke(cli, ["diagnose", str(newest)]).stdout.startswith("rank 1 did not enter all_reduce 2")
 
 
 def test_what_a_terminal_would_obey_is_not_shown(tmp_path: Path) -> None:

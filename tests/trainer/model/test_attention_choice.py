@@ -100,3 +100,11 @@ def test_packed_rows_refuse_an_unknown_attention(one_rank) -> None:
     chunk.decoder.layers[0].self_attention.core_attention = EngineAttention()
     with pytest.raises(ConfigError, match="packing needs Megatron's own core attention or this library's, got EngineA"):
         install_packing([chunk], prefix_sharing=False)
+
+
+def test_switches_that_megatron_refuses_are_named_before_it_asserts(monkeypatch, one_rank) -> None:
+    monkeypatch.setenv("NVTE_FUSED_ATTN", "0")
+    with pytest.raises(ConfigError, match=r"^NVTE_FUSED_ATTN is '0' in the environment, .* unset NVTE_FUSED_ATTN$"):
+        build_models(TINY_LLAMA, seed=0)
+    monkeypatch.delenv("NVTE_FUSED_ATTN")
+    build_models(TINY_LLAMA, seed=0)

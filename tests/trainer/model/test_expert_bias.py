@@ -5,11 +5,9 @@ import math
 import pytest
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe.router import TopKRouter
 
-from checks.tiny import VOCAB_SIZE, tiny_pairs
+from checks.tiny import stock_model, tiny_pairs
 from fastpref.errors import ConfigError, NonFiniteError
 from fastpref.trainer import DPOConfig, DPOTrainer
 from fastpref.trainer.model.moe import complete_router, install_routers
@@ -22,10 +20,7 @@ def biased_model(num_experts: int = 8, **overrides: object) -> list[GPTModel]:
     """A tiny mixture with sigmoid scores and an expert bias, as DeepSeek-V3 has, of Megatron's own layers."""
     complete_router()
     settings = {
-        "num_layers": 2,
-        "hidden_size": 32,
-        "num_attention_heads": 4,
-        "ffn_hidden_size": 64,
+        "num_query_groups": None,
         "num_moe_experts": num_experts,
         "moe_ffn_hidden_size": 16,
         "moe_router_topk": 2,
@@ -35,32 +30,11 @@ def biased_model(num_experts: int = 8, **overrides: object) -> list[GPTModel]:
         "moe_router_load_balancing_type": "none",
         "moe_token_dispatcher_type": "alltoall",
         "moe_router_dtype": "fp32",
-        "normalization": "RMSNorm",
-        "add_bias_linear": False,
-        "gated_linear_unit": True,
-        "activation_func": torch.nn.functional.silu,
-        "hidden_dropout": 0.0,
-        "attention_dropout": 0.0,
-        "bias_dropout_fusion": False,
-        "bias_activation_fusion": False,
-        "gradient_accumulation_fusion": False,
-        "masked_softmax_fusion": False,
-        "use_cpu_initialization": True,
     }
-    torch.manual_seed(0)
-    model = GPTModel(
-        config=TransformerConfig(**(settings | overrides)),
-        transformer_layer_spec=get_gpt_layer_local_spec(
-            num_experts=num_experts, moe_grouped_gemm=False, normalization="RMSNorm"
-        ),
-        vocab_size=VOCAB_SIZE,
-        max_sequence_length=64,
-        position_embedding_type="rope",
-        share_embeddings_and_output_weights=False,
-    )
-    for router in routers_of([model]):
+    models = stock_model(**(settings | overrides))
+    for router in routers_of(models):
         router.expert_bias.copy_(torch.linspace(-0.1001, 0.1001, num_experts))
-    return [model]
+    return models
 
 
 def routers_of(models: list[GPTModel]) -> list[TopKRouter]:

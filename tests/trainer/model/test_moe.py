@@ -10,12 +10,12 @@ import torch
 from hf_oracle import Answer
 from torch import Tensor
 
-from checks.tiny import tiny_pairs
+from checks.tiny import stock_model, tiny_pairs
 from fastpref.data import PackedCollator, PreferenceCollator
 from fastpref.errors import ConfigError
 from fastpref.testing.numerics import assert_within_rule
 from fastpref.trainer import DPOConfig, DPOTrainer, ModelOptions, load_models, save_hf
-from fastpref.trainer.model.moe import BalanceMeter, install_routers
+from fastpref.trainer.model.moe import BalanceMeter, complete_router, install_routers
 from fastpref.trainer.step.batch import Microbatch
 
 COEFFICIENT, BETA = 0.3, 0.5
@@ -230,3 +230,26 @@ def test_balance_meter_weighs_microbatches_alike(one_rank) -> None:
     for loss, imbalance in ((1.0, 2.0), (2.0, 4.0)):
         meter.add(torch.tensor(loss), torch.tensor(imbalance), torch.tensor(1.0))
     assert meter.read() == {"moe/load_balancing_loss": 1.5, "moe/expert_imbalance": 3.0}
+
+
+@pytest.mark.parametrize("coefficient", [0.5, 0.0])
+def test_coefficient_in_megatrons_list_is_the_coefficient(quiet_args, tmp_path: Path, coefficient: float) -> None:
+    """Megatron takes several balancing losses as lists; one in a list is that one."""
+    complete_router()
+    trained = []
+    for kinds, given in (("aux_loss", coefficient), (["aux_loss"], [coefficient])):
+        models = stock_model(
+            num_moe_experts=4,
+            moe_ffn_hidden_size=16,
+            moe_router_topk=2,
+            moe_token_dispatcher_type="alltoall",
+            moe_router_load_balancing_type=kinds,
+            moe_aux_loss_coeff=given,
+        )
+        args = quiet_args(max_steps=2, moe_aux_loss_coeff=coefficient, output_dir=str(tmp_path / str(len(trained))))
+        trainer = DPOTrainer(models, DPOConfig(), None, args, train_dataset=tiny_pairs(6, seed=4))
+        trainer.train()
+        logged = [record.get("moe/load_balancing_loss") for record in trainer.log_history]
+        trained.append((logged, [parameter.detach().clone() for parameter in models[0].parameters()]))
+    assert trained[0][0] == trained[1][0]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(trained[0][1], trained[1][1], strict=True))

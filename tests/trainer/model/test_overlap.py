@@ -13,7 +13,8 @@ from fastpref.run.architecture.architecture import Architecture
 from fastpref.run.config.layout import ParallelLayout
 from fastpref.trainer import DPOConfig, DPOTrainer, ModelOptions
 from fastpref.trainer.model import build
-from fastpref.trainer.model.overlap import NOT_IMPLEMENTED, settle_overlap
+from fastpref.trainer.model.moe import complete_router
+from fastpref.trainer.model.overlap import NOT_IMPLEMENTED, NOT_OF_THE_SEQUENCE, settle_overlap
 
 FREES_TOO_EARLY = ["0.16.1", "0.17.0", "0.17.1+abc"]
 WAITS = ["0.18.0", "0.18.2", "0.19.2", "0.20.0rc1", "1.0.0"]
@@ -75,3 +76,19 @@ def test_schedules_that_do_not_run_are_refused(quiet_args, name: str) -> None:
         DPOTrainer(models, DPOConfig(), None, quiet_args(), train_dataset=pairs)
     with pytest.raises(ConfigError, match=f"{name} must be False"):
         DPOTrainer(stock_model(0), DPOConfig(), models, quiet_args(), train_dataset=pairs)
+
+
+@pytest.mark.parametrize("name", NOT_OF_THE_SEQUENCE)
+def test_experts_that_depend_on_more_than_the_sequence_are_refused(quiet_args, name: str) -> None:
+    complete_router()
+    off, _ = NOT_OF_THE_SEQUENCE[name]
+    models = stock_model(0, num_moe_experts=4, moe_ffn_hidden_size=16, moe_token_dispatcher_type="alltoall")
+    for value in (True,) if off is False else (0.0, 1.5):
+        setattr(models[0].config, name, value)
+        with pytest.raises(ConfigError, match=f"{name} must be {off}: it"):
+            DPOTrainer(models, DPOConfig(), None, quiet_args(), train_dataset=tiny_pairs(4))
+    dense = stock_model(0)
+    with pytest.raises(ConfigError, match=f"{name} must be {off}: it"):
+        DPOTrainer(dense, DPOConfig(), models, quiet_args(), train_dataset=tiny_pairs(4))
+    setattr(dense[0].config, name, 1.5)  # it has no experts
+    settle_overlap(dense)

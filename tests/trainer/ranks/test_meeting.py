@@ -1,12 +1,11 @@
 """Ranks that work long are waited for, whatever the timeout of collectives; ranks that show no life are not."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from datetime import timedelta
+from collections.abc import Callable
 
 import pytest
 import torch
+from short_timeouts import short_timeout
 from torch.distributed import distributed_c10d
 
 from fastpref.errors import CheckpointError, PeerError
@@ -15,18 +14,6 @@ from fastpref.trainer.ranks import heartbeat, meeting, platform
 from fastpref.trainer.ranks.agreement import agree, from_rank_0, together
 
 TIMEOUT_S, WORK_S = 0.8, 1.6
-
-
-@contextmanager
-def short_timeout() -> Iterator[None]:
-    """Collectives of all ranks fail after `TIMEOUT_S`."""
-    platform.initialize_distributed(TIMEOUT_S)
-    distributed_c10d._set_pg_timeout(timedelta(seconds=TIMEOUT_S), None)
-    try:
-        yield
-    finally:
-        distributed_c10d._set_pg_timeout(timedelta(seconds=120), None)
-        platform.destroy()
 
 
 def slowly(rank: int) -> int:
@@ -48,7 +35,7 @@ WAITS: dict[str, tuple[Callable[[], object], list[object]]] = {
 
 
 def wait(name: str) -> object:
-    with short_timeout():
+    with short_timeout(TIMEOUT_S):
         return WAITS[name][0]()
 
 
@@ -62,7 +49,7 @@ def fail_slowly() -> str:
         if slowly(0) == 0:
             raise OSError(5, "the disk is slow and broken")
 
-    with short_timeout():
+    with short_timeout(TIMEOUT_S):
         with pytest.raises(CheckpointError) as caught:
             together(work, "working")
         # the next time they meet is another
