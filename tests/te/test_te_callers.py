@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from callers_models import EP2, SP2, TP2, assert_as_one_process, build
 
+from checks.tiny import tiny_pairs
 from fastpref.errors import ConfigError
 from fastpref.testing.workers import RankPool
 from fastpref.trainer import DPOConfig, DPOTrainer
@@ -36,3 +37,11 @@ def test_layers_that_the_settings_do_not_ask_for_are_refused(quiet_args) -> None
     args = quiet_args(transformer_impl="local")
     with pytest.raises(ConfigError, match="built with transformer_engine layers, TrainingArguments ask for local"):
         DPOTrainer([build("GPT-2", {}, uses_engine=True)], DPOConfig(), None, args)
+
+
+def test_remedy_for_an_attention_that_cannot_share_prefixes_is_accepted(quiet_args) -> None:
+    model = build("one group", {}, uses_engine=True)
+    settings = {"train_dataset": tiny_pairs(4, seed=4)}
+    with pytest.raises(ConfigError, match=r"softmax_type must be 'vanilla' .*; set prefix_sharing: false, or packing"):
+        DPOTrainer([model], DPOConfig(), None, quiet_args(packing=True, prefix_sharing=True), **settings)
+    DPOTrainer([model], DPOConfig(), None, quiet_args(packing=True), **settings)
