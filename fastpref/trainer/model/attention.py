@@ -76,10 +76,7 @@ class SDPACoreAttention(MegatronModule):
         }
         for name, (got, supported) in refused.items():
             if got != supported:
-                raise NotImplementedError(
-                    f"{name} must be {supported!r} without Transformer Engine, got {got!r}; "
-                    "install Transformer Engine on a GPU (docs/cluster.md) or change the setting"
-                )
+                raise NotImplementedError(f"{name} must be {supported!r} in this library's attention, got {got!r}")
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
         self.window: int | None = None
         if is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number):

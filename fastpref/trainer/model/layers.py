@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from megatron.core.extensions.transformer_engine import TENorm
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
@@ -17,6 +19,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, get_tr
 from fastpref.run.architecture.architecture import Architecture
 from fastpref.trainer.model.attention import RMSNorm, SDPACoreAttention, has_engine_kernels
 from fastpref.trainer.model.blocks import NormedResidualAdd, TwoRopeSelfAttention
+from fastpref.trainer.ranks.transformer_engine import LayerImplementation
 
 
 def block_spec(arch: Architecture, config: TransformerConfig, stage: int | None) -> TransformerBlockSubmodules:
@@ -25,6 +28,13 @@ def block_spec(arch: Architecture, config: TransformerConfig, stage: int | None)
     numbers = range(first, first + get_num_layers_to_build(config, vp_stage=stage))
     layer_specs = [_layer_spec(arch, config, arch.has_experts(number)) for number in numbers]
     return TransformerBlockSubmodules(layer_specs=layer_specs, layer_norm=_norm(config))
+
+
+def layers_of(models: Iterable[torch.nn.Module]) -> LayerImplementation:
+    """Whose layers a model has, whatever its configuration says: Transformer Engine's where any module is."""
+    kinds = {type(module) for model in models for module in model.modules()}
+    is_engine = any(base.__module__.startswith("transformer_engine.") for kind in kinds for base in kind.__mro__)
+    return "transformer_engine" if is_engine else "local"
 
 
 def _layer_spec(arch: Architecture, config: TransformerConfig, has_experts: bool) -> ModuleSpec:

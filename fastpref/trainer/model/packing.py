@@ -139,7 +139,9 @@ def _attention_change(attention: SelfAttention, prefix_sharing: bool) -> Callabl
             softmax_scale=attention.config.softmax_scale,
         )
     except NotImplementedError as error:
-        raise ConfigError(f"packing needs attention that the model's settings exclude: {error}") from error
+        alone = isinstance(core, TE_ATTENTION) and attention.config.context_parallel_size == 1
+        remedy = "set prefix_sharing: false, or packing: false" if alone else "set packing: false"
+        raise ConfigError(f"packing needs attention that the model's settings exclude: {error}; {remedy}") from error
     return partial(setattr, attention, "core_attention", own)
 
 

@@ -114,10 +114,13 @@ def mark_shards(models: Sequence[GPTModel]) -> None:
 
     Raises:
         ConfigError: a trained parameter belongs to a module that is not known and carries no mark; lists all of them.
+            Or a layer trains under tensor parallelism with sequence parallelism alone.
     """
     config = models[0].config
     if config.tensor_model_parallel_size == 1 and config.expert_tensor_parallel_size in (None, 1):
         return
+    if config.tensor_model_parallel_size > 1 and not config.sequence_parallel:
+        _refuse_without_sequence_parallelism(models)
     unknown: dict[tuple[str, str], str] = {}
     for chunk in models:
         places = _Places.of(chunk)
@@ -136,6 +139,22 @@ def mark_shards(models: Sequence[GPTModel]) -> None:
             "tensor_model_parallel_size: 1. Gradients of norms of single heads are added up with sequence_parallel "
             "alone, those of q_layernorm and k_layernorm with qk_layernorm, too: build the model so"
         )
+
+
+def _refuse_without_sequence_parallelism(models: Sequence[GPTModel]) -> None:
+    reasons = {
+        MultiLatentAttention: "each rank computes the gradient of linear_kv_down_proj from its own heads, which "
+        "Megatron-Core adds up in that setting alone",
+        MoELayer: "Megatron-Core trains experts in that setting alone",
+    }
+    modules = [module for model in models for module in model.modules()]
+    for kind, reason in reasons.items():
+        if found := next((module for module in modules if isinstance(module, kind)), None):
+            raise ConfigError(
+                f"{type(found).__name__} under tensor parallelism needs sequence parallelism: {reason}. Build the "
+                "model with sequence_parallel=True and set sequence_parallel: true, or set "
+                "tensor_model_parallel_size: 1 for both"
+            )
 
 
 def _mark(module: torch.nn.Module, name: str, parameter: Any, places: _Places, *, sequence_parallel: bool) -> bool:

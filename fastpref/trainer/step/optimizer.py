@@ -16,8 +16,12 @@ from megatron.core.transformer.module import Float16Module
 from fastpref.errors import ConfigError, Problem, raise_if_any
 from fastpref.run.config.arguments import TrainingArguments
 from fastpref.trainer.model.chunks import refuse_sharded, unwrap
+from fastpref.trainer.model.layers import layers_of
 from fastpref.trainer.model.moe import balance_coefficient, bias_kept_in_fp32, separate_experts
 from fastpref.trainer.ranks.platform import before_destroy
+
+SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+"""Parallel sizes that a model's configuration repeats, and its layers act on."""
 
 
 class Update(NamedTuple):
@@ -50,15 +54,18 @@ def check_model(models: Sequence[GPTModel], args: TrainingArguments) -> None:
     """Requires that chunks were built with the settings that a run can only take from them.
 
     Raises:
-        ConfigError: chunks are sharded by PyTorch; number of chunks, precision, sequence parallelism, recomputation or
-            the load-balancing loss differ; lists every difference.
+        ConfigError: chunks are sharded by PyTorch; number of chunks, parallel sizes, precision, sequence parallelism,
+            recomputation, the kind of layers or the load-balancing loss differ; lists every difference.
     """
     refuse_sharded(models)
     wanted = {
+        **{name: getattr(args, name) for name in SIZES},
         "params_dtype": args.params_dtype,
         "sequence_parallel": args.sequence_parallel,
         "recompute_granularity": args.recompute_granularity,
     }
+    if models[0].config.num_moe_experts is not None:
+        wanted["expert_model_parallel_size"] = args.expert_model_parallel_size
     if args.moe_aux_loss_coeff is not None:
         wanted["moe_aux_loss_coeff"] = args.moe_aux_loss_coeff
     config = models[0].config
@@ -68,6 +75,10 @@ def check_model(models: Sequence[GPTModel], args: TrainingArguments) -> None:
         for name, value in wanted.items()
         if built[name] != value
     ]
+    layers = layers_of(models)
+    if args.transformer_impl not in (None, layers):
+        text = f": the model was built with {layers} layers, TrainingArguments ask for {args.transformer_impl}"
+        problems.append(Problem("transformer_impl", text))
     if args.pipeline_balance == "head_cost" and getattr(models[0], "pipeline_plan", None) is None:
         text = "is head_cost, but the model was built without a ModelOptions.pipeline_plan"
         problems.append(Problem("pipeline_balance", text))

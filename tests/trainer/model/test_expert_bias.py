@@ -97,6 +97,22 @@ def test_refused_step_leaves_the_bias(quiet_args) -> None:
         assert not router.local_tokens_per_expert.any()
 
 
+def test_step_that_ends_in_an_error_leaves_no_counts(quiet_args) -> None:
+    """The next step would count its tokens, too."""
+    trainer = DPOTrainer(biased_model(), DPOConfig(), None, quiet_args(), train_dataset=PAIRS)
+    trainer.create_optimizer_and_scheduler(2)
+
+    def fail(*args: object) -> None:
+        if trainer.model[0].training and torch.is_grad_enabled():
+            raise OSError("the node goes down")
+
+    hook = trainer.model[0].output_layer.register_forward_pre_hook(fail)
+    with pytest.raises(OSError, match="the node goes down"):
+        trainer.engine.run_step(trainer.models_wrapped, trainer.feed.train_batches(0), 1)
+    hook.remove()
+    assert all(not router.local_tokens_per_expert.any() for router in routers_of(trainer.model))
+
+
 def test_bias_stays_in_fp32_where_the_model_is_in_bf16(quiet_args) -> None:
     """Rounded to bfloat16 it would choose other experts, and never move by a small update."""
     models = biased_model(params_dtype=torch.bfloat16, bf16=True)

@@ -6,6 +6,8 @@ import pytest
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 
 from checks.tiny import stock_model, tiny_pairs
 from fastpref.errors import ConfigError
@@ -87,14 +89,14 @@ UNKNOWN: dict[str, tuple[Callable[[], torch.nn.Module], str]] = {
 
 
 @pytest.mark.parametrize("kind", UNKNOWN)
-def test_parameters_that_nobody_knows_are_refused_by_name(quiet_args, kind: str) -> None:
+def test_parameters_that_nobody_knows_are_refused_by_name(one_rank, kind: str) -> None:
     make, name = UNKNOWN[kind]
     models = stock_model(0)
     models[0].decoder.layers[1].extra = module = make()
     mark_shards(models)  # nothing is split
     as_if_split(models)
     with pytest.raises(ConfigError, match=rf"not for {kind}\.{name} \(first at decoder\.layers\.1\.extra\.{name}\)"):
-        DPOTrainer(models, DPOConfig(), None, quiet_args(), train_dataset=PAIRS)
+        mark_shards(models)
     parameter = getattr(module, name)
     for is_shard in (True, False):
         parameter.tensor_model_parallel = is_shard
@@ -153,3 +155,30 @@ def test_norms_of_heads_without_a_sum_over_ranks_are_refused(one_rank) -> None:
     models[0].config.qk_layernorm = False
     mark_shards(as_if_split(models, sequence_parallel=True))
     assert attention.q_layernorm.weight.sequence_parallel
+
+
+@pytest.mark.parametrize(
+    ("kind", "place", "name"),
+    [(MLASelfAttention, "self_attention", "linear_kv_down_proj"), (MoELayer, "mlp", "trains experts")],
+)
+def test_layers_that_need_sequence_parallelism_are_refused_without(one_rank, kind: type, place: str, name: str) -> None:
+    models = as_if_split(stock_model(0))
+    getattr(models[0].decoder.layers[1], place).__class__ = kind
+    with pytest.raises(ConfigError, match=rf"{kind.__name__} under tensor parallelism needs sequence .*{name}"):
+        mark_shards(models)
+
+
+@pytest.mark.parametrize("name", ["tensor_model_parallel_size", "context_parallel_size", "expert_model_parallel_size"])
+def test_sizes_that_the_model_was_not_built_with_are_refused(quiet_args, name: str) -> None:
+    """Its layers act on their configuration, and so do marks and packing here."""
+    models = stock_model(0)
+    models[0].config.num_moe_experts = 4
+    setattr(models[0].config, name, 2)
+    with pytest.raises(ConfigError, match=f"{name}: the model was built with 2, TrainingArguments ask for 1"):
+        DPOTrainer(models, DPOConfig(), None, quiet_args(), train_dataset=PAIRS)
+
+
+def test_layers_that_the_settings_do_not_ask_for_are_refused(quiet_args) -> None:
+    args = quiet_args(transformer_impl="transformer_engine")
+    with pytest.raises(ConfigError, match="built with local layers, TrainingArguments ask for transformer_engine"):
+        DPOTrainer(stock_model(0), DPOConfig(), None, args, train_dataset=PAIRS)

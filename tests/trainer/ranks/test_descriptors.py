@@ -81,3 +81,12 @@ def test_a_limit_that_is_too_low_is_refused() -> None:
     with RankPool(1, timeout_s=60.0) as pool:
         (said,) = pool.run(limits_for, 512, 256, 1024)
     assert "1024" in said and "512 ranks" in said and "1280" in said and "ulimit -Hn" in said
+
+
+def test_ranks_look_at_the_limit_before_they_connect(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"WORLD_SIZE": "512", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 1024))
+    with pytest.raises(ConfigError, match=r"may open 1024 files here \(ulimit -Hn\), and a rank of 512 ranks"):
+        platform.initialize_distributed(timeout_s=1.0)
+    assert not torch.distributed.is_initialized()

@@ -53,6 +53,22 @@ def test_what_the_user_has_set_stays(environment: pytest.MonkeyPatch, tmp_path: 
     assert [other for other in names if other in os.environ] == [name]
 
 
+@pytest.mark.parametrize(("world_size", "is_told"), [("2", True), ("1", False)])
+def test_pytorch_is_told_before_the_group_is_made(
+    environment: pytest.MonkeyPatch, tmp_path: Path, world_size: str, is_told: bool
+) -> None:
+    """Its watchdog and its recorder read the variables when they begin."""
+
+    def join(timeout_s: float) -> None:
+        assert ("TORCH_FR_DUMP_TEMP_FILE" in os.environ) == is_told
+        raise OSError("no network")
+
+    environment.setenv("WORLD_SIZE", world_size)
+    environment.setattr(platform, "_join", join)
+    with pytest.raises(OSError, match="no network"):
+        platform.initialize_distributed(report_dir=tmp_path)
+
+
 def hung(folder: Path, group: str) -> None:
     calls = [entry(0, group, "all_reduce", 1), entry(1, group, "all_reduce", 2, "started")]
     nccl_dumps.write(folder, {0: dump(calls, {group: [0, 1]}), 1: dump(calls[:1], {group: [0, 1]})})

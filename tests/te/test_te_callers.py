@@ -1,0 +1,47 @@
+"""Models that a caller built of Transformer Engine's layers update on two ranks as in one process, or are refused."""
+
+from pathlib import Path
+
+import pytest
+from callers_models import EP2, SP2, TP2, assert_as_one_process, build
+
+from checks.tiny import tiny_pairs
+from fastpref.errors import ConfigError
+from fastpref.testing.workers import RankPool
+from fastpref.trainer import DPOConfig, DPOTrainer
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("GPT-2", SP2),
+        ("one group", TP2),
+        ("latent attention", SP2),
+        ("latent experts", SP2),
+        ("biases of experts", EP2),
+        ("DeepSeek-V3", EP2),
+    ],
+    ids=str,
+)
+def test_two_ranks_update_as_one_process(rank_pool_2: RankPool, tmp_path: Path, name: str, layout: dict) -> None:
+    assert_as_one_process(rank_pool_2, tmp_path, name, layout, uses_engine=True)
+
+
+def test_latent_attention_without_a_sum_over_ranks_is_refused(rank_pool_2: RankPool, tmp_path: Path) -> None:
+    """Its gradients were wrong, and other ones on every rank."""
+    with pytest.raises(Exception, match="MLASelfAttention under tensor parallelism needs sequence parallelism"):
+        assert_as_one_process(rank_pool_2, tmp_path, "latent attention", TP2, uses_engine=True)
+
+
+def test_layers_that_the_settings_do_not_ask_for_are_refused(quiet_args) -> None:
+    args = quiet_args(transformer_impl="local")
+    with pytest.raises(ConfigError, match="built with transformer_engine layers, TrainingArguments ask for local"):
+        DPOTrainer([build("GPT-2", {}, uses_engine=True)], DPOConfig(), None, args)
+
+
+def test_remedy_for_an_attention_that_cannot_share_prefixes_is_accepted(quiet_args) -> None:
+    model = build("one group", {}, uses_engine=True)
+    settings = {"train_dataset": tiny_pairs(4, seed=4)}
+    with pytest.raises(ConfigError, match=r"softmax_type must be 'vanilla' .*; set prefix_sharing: false, or packing"):
+        DPOTrainer([model], DPOConfig(), None, quiet_args(packing=True, prefix_sharing=True), **settings)
+    DPOTrainer([model], DPOConfig(), None, quiet_args(packing=True), **settings)
