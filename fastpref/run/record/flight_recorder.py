@@ -17,6 +17,8 @@ from typing import Any, NoReturn
 from fastpref.errors import CheckpointError
 
 MAJOR_VERSION = 2
+MAX_RANKS = 2**20
+"""A larger job is none."""
 _MAX_BYTES = 2**28
 _MAX_TEXT = 300
 _RANKS = re.compile(r"\[[\d, ]*\]")
@@ -138,7 +140,19 @@ def _ranks(group: Mapping[str, Any]) -> tuple[int, ...]:
     text = str(group["ranks"])
     if not _RANKS.fullmatch(text):
         raise ValueError(f"ranks {text[:40]}")
-    return tuple(map(int, re.findall(r"\d+", text)))
+    return tuple(rank_number(number, MAX_RANKS - 1) for number in re.findall(r"\d+", text))
+
+
+def rank_number(value: object, largest: int = MAX_RANKS) -> int:
+    """Take a rank's number, or a number of ranks, that a job may have.
+
+    Raises:
+        ValueError: it is negative, or larger.
+    """
+    number = int(str(value)[:_MAX_TEXT])
+    if not 0 <= number <= largest:
+        raise ValueError(f"rank {number}")
+    return number
 
 
 def shown(value: object) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fastpref.errors import CheckpointError
-from fastpref.run.record.flight_recorder import Call, Dump, GroupKey, read_dump, shown
+from fastpref.run.record.flight_recorder import MAX_RANKS, Call, Dump, GroupKey, rank_number, read_dump, shown
 
 FOLDER = "hang"
 """Below the output directory of a run: what its ranks leave when it hangs."""
@@ -323,20 +323,20 @@ def _by_rank(folder: Path, prefix: str) -> dict[int, Path]:
     if not folder.is_dir():
         return {}
     names = {path.name.removeprefix(prefix): path for path in sorted(folder.iterdir()) if path.name.startswith(prefix)}
-    return {int(rank): path for rank, path in names.items() if _RANK.fullmatch(rank)}
+    return {int(rank): path for rank, path in names.items() if _RANK.fullmatch(rank) and int(rank) < MAX_RANKS}
 
 
 def _read_state(path: Path) -> dict[str, Any]:
     try:
         state = json.loads(path.read_bytes())
         return {
-            "world_size": int(state["world_size"]),
+            "world_size": rank_number(state["world_size"]),
             "step": int(state["step"]),
             "phase": shown(state["phase"]),
             "seconds": float(state["seconds"]),
             "host": shown(state["host"]),
             "stack": [shown(line) for line in state["stack"]],
-            "groups": {shown(name): [int(rank) for rank in ranks] for name, ranks in state["groups"].items()},
+            "groups": {shown(name): [*map(rank_number, ranks)] for name, ranks in state["groups"].items()},
         }
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError, OSError) as error:
         raise CheckpointError(f"{path} is cut off or damaged ({type(error).__name__})") from error

@@ -2,7 +2,8 @@
 
 A collective fails when a rank joins it later than its timeout; under NCCL it then ends the process. Work of one rank
 that others wait for (files, hashes, a slow disk) may take any time. So the ranks meet in the job's store first, looking
-only whether those that are missing are alive, and begin a collective when nobody will be late.
+only whether those that are missing are alive and at work, and begin a collective when nobody will be late. One of those
+that wait says now and then for whom.
 
 Traffic: a meeting is one write of each rank and a few small reads; between two looks a rank sleeps up to `_LONGEST_S`.
 """
@@ -11,16 +12,19 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from fastpref.errors import PeerError
-from fastpref.trainer.ranks.heartbeat import Vigil
+from fastpref.run.record.hang import named
+from fastpref.trainer.ranks.heartbeat import LEAST_SILENCE_S, Beat, Vigil, waiting
 
 _KEY = "fastpref/meeting"
 _SHORTEST_S, _LONGEST_S = 0.001, 0.25
+_MAX_PLACES = 8
 
 
 class _Numbers:
@@ -55,7 +59,7 @@ def forget() -> None:
 def meet(
     words: str = "", group: torch.distributed.ProcessGroup | None = None, what: str = "starting"
 ) -> dict[int, str]:
-    """Wait, however long, until every rank of a group has come here, and tell each what the others had to say.
+    """Wait, however long they work, for all ranks of a group to come here, and tell each what the others had to say.
 
     Args:
         words: for the others; empty for nothing.
@@ -66,7 +70,7 @@ def meet(
         What was said, by number in the job; the same on every rank.
 
     Raises:
-        PeerError: a rank shows no life any more.
+        PeerError: a rank shows no life any more, or stands still.
     """
     ranks = torch.distributed.get_process_group_ranks(group)
     if len(ranks) == 1:
@@ -83,7 +87,7 @@ def meet(
         # Who is here has read what was said the last time.
         _clear(store, f"{prefix}/{number - 1}", ranks)
     else:
-        _wait(f"{key}/all", ranks, what)
+        _wait(lambda: store.check([f"{key}/all"]), ranks, what)
     # Ranks that say the same are told apart by their numbers alone: a message of all of them travels once.
     said: list[tuple[str, list[int]]] = json.loads(store.get(f"{key}/all"))
     return dict(sorted((rank, text) for text, speakers in said for rank in speakers))
@@ -118,42 +122,68 @@ class Turns:
         self._turn += 1
 
     def wait(self) -> bool:
-        """Wait, however long, for the next turn; False where the leader has ended all turns instead.
+        """Wait, however long the leader works, for the next turn; False where the leader has ended all turns instead.
 
         Raises:
-            PeerError: the leader shows no life any more.
+            PeerError: the leader shows no life any more, or stands still.
         """
         self._turn += 1
-        is_called = False
-        pause, vigil = _SHORTEST_S, Vigil([self._leader])
-        while not is_called:
+        called, is_stopped = 0, False
+
+        def is_called() -> bool:
+            nonlocal called, is_stopped
             if _store().check([self._key]):
                 turn, word = _store().get(self._key).decode().split(" ")
-                if word == self.STOP:
-                    return int(turn) > self._turn
-                is_called = int(turn) >= self._turn
-            if not is_called:
-                pause = _sleep(pause, vigil, self._what)
-        return True
+                called, is_stopped = int(turn), word == self.STOP
+            return is_stopped or called >= self._turn
+
+        _wait(is_called, [self._leader], self._what)
+        return not is_stopped or called > self._turn
 
 
-def _wait(key: str, ranks: Sequence[int], what: str) -> None:
+def _wait(is_over: Callable[[], bool], ranks: Sequence[int], what: str) -> None:
+    own, pause = torch.distributed.get_rank(), _SHORTEST_S
+    vigil = Vigil([rank for rank in ranks if rank != own])
+    with waiting(what):
+        while not is_over():
+            if vigil.look():
+                _check(vigil, what)
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_S)
+
+
+def _check(vigil: Vigil, what: str) -> None:
+    """Give up ranks that will not come, and say which ones take long."""
     own = torch.distributed.get_rank()
-    pause, vigil = _SHORTEST_S, Vigil([rank for rank in ranks if rank != own])
-    while not _store().check([key]):
-        pause = _sleep(pause, vigil, what)
-
-
-def _sleep(pause: float, vigil: Vigil, what: str) -> float:
     silent = vigil.silent()
     if silent:
-        names = ", ".join(map(str, sorted(silent)))
+        names, has = named([*silent]), "has" if len(silent) == 1 else "have"
         raise PeerError(
-            f"rank {names} has shown no life for {min(silent.values()):.0f} s, while rank "
-            f"{torch.distributed.get_rank()} waited for it in {what}; look at its log and its machine"
+            f"{names} {has} shown no life for {min(silent.values()):.0f} s, while rank {own} waited in {what}; look at "
+            "its log and its machine"
         )
-    time.sleep(pause)
-    return min(2 * pause, _LONGEST_S)
+    idle = vigil.idle()
+    if idle:
+        raise PeerError(
+            f"rank {own} waited in {what} for what stands still: {_doings(idle)}. Look at the files and machines that "
+            "are waited for there; where they only answer late, raise distributed_timeout_seconds"
+        )
+    late = vigil.due()
+    if late:
+        warnings.warn(f"rank {own} waits in {what} since {vigil.waited_s:.0f} s for {_doings(late)}", stacklevel=2)
+
+
+def _doings(beats: Mapping[int, Beat]) -> str:
+    """Where ranks are; those at the same place are named together."""
+    by_place: dict[str, list[int]] = defaultdict(list)
+    for rank, beat in beats.items():
+        by_place[beat.where].append(rank)
+    told = []
+    for where, ranks in [*by_place.items()][:_MAX_PLACES]:
+        idle_s = min(beats[rank].idle_s for rank in ranks)
+        doing = "at work" if idle_s < LEAST_SILENCE_S else f"doing nothing for {idle_s:.0f} s"
+        told.append(f"{named(ranks)}, {doing} in {where}")
+    return "; ".join(told)
 
 
 def _collected(store: torch.distributed.Store, key: str, ranks: Sequence[int]) -> list[tuple[str, list[int]]]:

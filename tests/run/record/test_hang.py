@@ -225,6 +225,8 @@ def test_a_pickle_that_would_run_something_is_refused(tmp_path: Path, inside: bo
         (pickle.dumps({**dump(done(1), {}), "entries": [{}]}), "cut off or damaged"),
         (pickle.dumps(dump([{**done(1)[0], "collective_seq_id": 10**5000}], {})), "cut off or damaged"),
         (pickle.dumps({**dump(done(1), {}), "pg_config": {"1": {"ranks": "__import__('os')"}}}), "cut off or damaged"),
+        (pickle.dumps(dump(done(1), {TP: [0, 999_999_999]})), "cut off or damaged"),
+        (pickle.dumps(dump(done(1), {TP: [0, 10**20]})), "cut off or damaged"),
     ],
 )
 def test_a_dump_that_is_none_leaves_the_others_readable(tmp_path: Path, content: bytes, told: str) -> None:
@@ -233,6 +235,16 @@ def test_a_dump_that_is_none_leaves_the_others_readable(tmp_path: Path, content:
     said = said_of(folder)
     assert "trace_rank_3" in said and told in said
     assert "rank 1 did not enter all_reduce 2" in said
+
+
+@pytest.mark.parametrize("change", [{"world_size": 10**12}, {"groups": {"1": [10**12]}}, {"world_size": -1}], ids=str)
+def test_a_state_of_more_ranks_than_there_are(tmp_path: Path, change: dict) -> None:
+    folder = nccl_dumps.write(tmp_path, missing_from_dp(1))
+    (folder / "state_rank_1").write_bytes(json.dumps({**json.loads(state(1)), **change}).encode())
+    (folder / "trace_rank_999999999").write_bytes(state(1))
+    said = said_of(folder)
+    assert "state_rank_1 is cut off or damaged" in said and said.startswith("rank 1 did not enter all_reduce 2")
+    assert "999999999" not in said
 
 
 def test_a_dump_that_was_cut_anywhere(tmp_path: Path) -> None:

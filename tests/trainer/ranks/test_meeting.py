@@ -1,7 +1,12 @@
 """Ranks that work long are waited for, whatever the timeout of collectives; ranks that show no life are not."""
 
+import re
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -99,3 +104,86 @@ def test_a_rank_that_shows_no_life_is_not_waited_for() -> None:
     with RankPool(2, timeout_s=60.0) as pool:
         said, _ = pool.run(stop_while_another_waits, heartbeat.LEAST_SILENCE_S)
     assert "rank 1 has shown no life for" in said and "working" in said
+
+
+# --- ranks that live and stand still
+
+PATIENCE_S = heartbeat.LEAST_SILENCE_S
+
+
+def stand_still() -> None:
+    """As on a file that never comes or a lock that nobody lets go: no processor time at all."""
+    time.sleep(PATIENCE_S + 3)
+
+
+def work_long() -> None:
+    """As on a slow disk: little at a time."""
+    end = time.monotonic() + PATIENCE_S + 3
+    while time.monotonic() < end:
+        Path("/proc/self/stat").read_bytes()
+        time.sleep(0.4)
+
+
+def wait_together(do: Callable[[], None]) -> None:
+    together(lambda: do() if torch.distributed.get_rank() == 1 else None, "reading a disk")
+
+
+def wait_for_a_turn(do: Callable[[], None]) -> None:
+    turns = meeting.Turns("test", 1, "reading a disk")
+    if torch.distributed.get_rank() == 1:
+        do()
+        turns.call()
+    else:
+        turns.wait()
+
+
+def wait_in_a_chain(do: Callable[[], None]) -> None:
+    """Rank 1 has to do, rank 2 waits for its turn, and rank 0 for both of them."""
+
+    def act() -> None:
+        turns = meeting.Turns("test", 1, "reading a part")
+        if torch.distributed.get_rank() == 1:
+            do()
+            turns.call()
+        elif torch.distributed.get_rank() == 2:
+            turns.wait()
+
+    together(act, "reading a disk")
+
+
+def hear(wait: Callable[[Callable[[], None]], None], do: Callable[[], None]) -> tuple[str, list[str]]:
+    """The error and the warnings of this rank."""
+    platform.initialize_distributed(PATIENCE_S)
+    said = ""
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                wait(do)
+            except PeerError as error:
+                said = str(error)
+        time.sleep(1.5)  # the others look at this rank until they, too, have ended
+        return said, [str(warning.message) for warning in caught]
+    finally:
+        platform.destroy()
+
+
+@pytest.mark.skipif(not hasattr(time, "pthread_getcpuclockid"), reason="needs Linux's clocks of threads")
+@pytest.mark.parametrize("wait", [wait_together, wait_for_a_turn])
+def test_a_rank_that_lives_and_stands_still_is_named(wait: Callable[[Callable[[], None]], None]) -> None:
+    with RankPool(2, timeout_s=60.0) as pool:
+        (said, _), _ = pool.run(hear, wait, stand_still)
+    assert "rank 0 waited in reading a disk for what stands still: rank 1, doing nothing for" in said
+    assert re.search(r"in test_meeting\.py:\d+ in stand_still, from test_meeting\.py:\d+ in ", said), said
+    assert "distributed_timeout_seconds" in said
+
+
+def test_work_of_any_length_is_waited_for_and_said_once_by_one_rank() -> None:
+    with RankPool(3, timeout_s=60.0) as pool:
+        heard = pool.run(hear, wait_in_a_chain, work_long)
+    assert [said for said, _ in heard] == [""] * 3
+    ((told,), first, second) = [warned for _, warned in heard]
+    assert first == second == []
+    assert re.match(r"rank 0 waits in reading a disk since \d+ s for rank 1, at work in .*in work_long, from", told), (
+        told
+    )
