@@ -7,6 +7,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 
 from checks.tiny import VOCAB_SIZE, tiny_pairs
@@ -169,6 +170,10 @@ def test_balancing_that_is_not_implemented_is_refused(one_rank) -> None:
     with pytest.raises(ConfigError, match="moe_router_load_balancing_type 'sinkhorn' routes by all tokens"):
         install_routers(models)
     models[0].config.moe_router_load_balancing_type = "none"
+    models[0].config.moe_expert_capacity_factor = 1.0
+    with pytest.raises(ConfigError, match=r"moe_expert_capacity_factor drops tokens .* build the model with None"):
+        install_routers(models)
+    models[0].config.moe_expert_capacity_factor = None
     with pytest.raises(ConfigError, match="build the model with moe_router_bias_update_rate 0"):
         install_routers(models, is_reference=True)
     routers_of(models)[1].__class__ = OwnRouter
@@ -176,3 +181,17 @@ def test_balancing_that_is_not_implemented_is_refused(one_rank) -> None:
         install_routers(models)
     models[0].config.moe_router_enable_expert_bias = False
     assert install_routers(models, is_reference=True) is None
+
+
+def test_z_loss_is_the_mean_of_the_tokens_that_count(one_rank) -> None:
+    models = biased_model(moe_z_loss_coeff=0.25)
+    install_routers(models)
+    router = routers_of(models)[0].train()
+    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))
+    logits_NE = torch.randn(6, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    mask_N = torch.tensor([False, True, False, False, True, False])
+    (found_NE,) = torch.autograd.grad(router.apply_z_loss(logits_NE, mask_N).sum(), logits_NE)
+    (expected_NE,) = torch.autograd.grad(0.25 * logits_NE[~mask_N].logsumexp(1).square().mean(), logits_NE)
+    torch.testing.assert_close(found_NE, expected_NE + 1.0)
+    with torch.no_grad():
+        assert router.apply_z_loss(logits_NE, mask_N) is logits_NE
