@@ -135,7 +135,7 @@ class BalancedRouter(TopKRouter):
         return cast(Tensor, MoEAuxLossAutoScaler.apply(probs, loss * self.config.moe_aux_loss_coeff))
 
     def apply_z_loss(self, logits: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        """Hang the weighted mean of `logsumexp^2` on `logits` [N, E], over tokens that `padding_mask` [N] does not hide.
+        """Hang the weighted mean of `logsumexp^2` on `logits` [N, E], over tokens that `padding_mask` [N] leaves.
 
         Megatron averages means of ranks, which have unlike numbers of such tokens.
         """
