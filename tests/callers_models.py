@@ -77,7 +77,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "qk_layernorm": True,
         "softmax_type": "learnable",
     },
-    "shared experts": {**EXPERTS, **SHARED},
+    "shared experts": {**EXPERTS, **SHARED, "moe_z_loss_coeff": 0.1},
     "biases of experts": {**EXPERTS, "add_bias_linear": True},
     "latent experts": {**EXPERTS, "moe_latent_size": 8},
     "latent attention": {**LATENT, "qk_layernorm": True},

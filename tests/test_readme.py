@@ -20,6 +20,13 @@ LINKS = sorted(
 NAMED_TESTS = sorted(
     {(file.name, name) for file in DOCUMENTS for name in re.findall(r"`(tests/[\w/.]+)`", file.read_text())}
 )
+NAMED_FUNCTIONS = sorted(
+    {
+        found
+        for file in DOCUMENTS
+        for found in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", file.read_text(encoding="utf-8"))
+    }
+)
 MAP_PATHS = sorted(set(re.findall(r"`((?:fastpref|csrc|checks|bench|tests|examples|docs)/[\w/.-]*)`", CODE_MAP)))
 
 
@@ -96,3 +103,8 @@ def test_map_names_every_room() -> None:
     packages = {f"{file.parent.relative_to(ROOT)}/" for file in (ROOT / "fastpref").rglob("__init__.py")}
     folders = {f"{name}/" for name in ("checks", "tests", "bench", "csrc/cpu", "examples", "docs")}
     assert packages | folders <= set(map_tree())
+
+
+@pytest.mark.parametrize(("file", "name"), NAMED_FUNCTIONS)
+def test_named_test_exists(file: str, name: str) -> None:
+    assert re.search(rf"^def {name}\(", (ROOT / file).read_text(encoding="utf-8"), flags=re.MULTILINE)

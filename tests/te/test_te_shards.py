@@ -102,7 +102,8 @@ def test_copies_and_experts_of_linears_are_told_apart(has_biases: bool) -> None:
     initialize_megatron(TrainingArguments())
     try:
         model = callers_model(has_biases)
-        model.config.tensor_model_parallel_size = 2  # one rank looks at it as one of two would
+        # One rank looks at it as one of two would.
+        model.config.tensor_model_parallel_size, model.config.sequence_parallel = 2, True
         mark_shards([model])
         marks = {name: parameter.tensor_model_parallel for name, parameter in model.named_parameters()}
         attention, mlp = "decoder.layers.0.self_attention.", "decoder.layers.0.mlp."

@@ -8,6 +8,7 @@ Design decisions:
   padding nor of filler pairs; f_e is the share of choices that fell on expert e, P_e the mean router probability.
   Coefficient times its sum over layers, averaged over microbatches and data-parallel ranks, is added to the gradients,
   never to the reported preference loss. A microbatch of fillers alone has the loss 0.
+- The z-loss is a mean over the same tokens of all ranks that share a microbatch.
 - The update of an expert bias counts the same tokens; it is undone where the step is not taken.
 - Routers stay the modules that Megatron built, only their class changes: models that a caller built are metered too.
 
@@ -139,6 +140,21 @@ class BalancedRouter(TopKRouter):
         self.meter.add(loss, share_E.max() * self.num_experts, counts)
         return cast(Tensor, MoEAuxLossAutoScaler.apply(probs, loss * self.get_aux_loss_coeff("aux_loss")))
 
+    def apply_z_loss(self, logits: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """Hang the weighted mean of `logsumexp^2` on `logits` [N, E], over tokens that `padding_mask` [N] leaves.
+
+        Megatron averages means of ranks, which have unlike numbers of such tokens.
+        """
+        coefficient = self.config.moe_z_loss_coeff
+        if coefficient is None or not (self.training and torch.is_grad_enabled()):
+            return logits
+        squares_N = torch.logsumexp(logits, dim=-1).square()
+        counts_N = torch.ones_like(squares_N) if padding_mask is None else (~padding_mask).to(squares_N.dtype)
+        num_tokens = counts_N.sum()
+        torch.distributed.all_reduce(num_tokens, group=self.tp_cp_group)
+        loss = (squares_N * counts_N).sum() / num_tokens.clamp(min=1.0)
+        return cast(Tensor, MoEAuxLossAutoScaler.apply(logits, loss * coefficient))
+
     def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
         """Count the choices [N, E] of tokens that `padding_mask` [N] does not leave out, for the update of the bias.
 
@@ -170,12 +186,12 @@ def install_routers(models: Sequence[torch.nn.Module], *, is_reference: bool = F
     routers = [module for model in models for module in model.modules() if isinstance(module, Router)]
     has_aux_loss, has_bias = bool(balance_coefficient(config)), bool(config.moe_router_enable_expert_bias)
     meter = BalanceMeter() if has_aux_loss else None
-    for router in routers if has_aux_loss or has_bias else []:
+    for router in routers if has_aux_loss or has_bias or config.moe_z_loss_coeff else []:
         if type(router) not in (TopKRouter, BalancedRouter):
             raise ConfigError(
                 f"the router {type(router).__name__} is not known, so that it cannot be said which tokens its "
-                "balancing counts; build the model with Megatron's TopKRouter, or with moe_aux_loss_coeff 0 and "
-                "moe_router_enable_expert_bias False"
+                "balancing counts; build the model with Megatron's TopKRouter, or with moe_aux_loss_coeff 0, "
+                "moe_z_loss_coeff None and moe_router_enable_expert_bias False"
             )
         router.__class__ = BalancedRouter
         if meter is not None:

@@ -71,9 +71,8 @@ def layer_implementation(wanted: LayerImplementation | None) -> LayerImplementat
     if wanted is None:
         _warn_of_slow_layers()
         return "local"
-    reason = (
-        "it computes on GPUs and there is none" if _is_imported else f"it is not installed; {software.to_install()}"
-    )
+    missing = f"it is not installed; {software.to_install()}"
+    reason = "it computes on GPUs and there is none; train where there is one" if _is_imported else missing
     text = f"is transformer_engine, but {reason}, or leave the setting out"
     raise ConfigError([Problem("transformer_impl", text)])
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 
 from checks.tiny import stock_model, tiny_pairs
@@ -150,3 +151,17 @@ def test_balancing_that_is_not_implemented_is_refused(one_rank) -> None:
         install_routers(models)
     models[0].config.moe_router_enable_expert_bias = False
     assert install_routers(models, is_reference=True) is None
+
+
+def test_z_loss_is_the_mean_of_the_tokens_that_count(one_rank) -> None:
+    models = biased_model(moe_z_loss_coeff=0.25)
+    install_routers(models)
+    router = routers_of(models)[0].train()
+    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))
+    logits_NE = torch.randn(6, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    mask_N = torch.tensor([False, True, False, False, True, False])
+    (found_NE,) = torch.autograd.grad(router.apply_z_loss(logits_NE, mask_N).sum(), logits_NE)
+    (expected_NE,) = torch.autograd.grad(0.25 * logits_NE[~mask_N].logsumexp(1).square().mean(), logits_NE)
+    torch.testing.assert_close(found_NE, expected_NE + 1.0)
+    with torch.no_grad():
+        assert router.apply_z_loss(logits_NE, mask_N) is logits_NE
