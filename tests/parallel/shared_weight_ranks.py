@@ -3,9 +3,13 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
 
 import megatron_runs
+import saved_states
 import torch
+import torch.distributed.checkpoint
 from megatron_runs import Layout
 from short_timeouts import short_timeout
 
@@ -14,8 +18,11 @@ from fastpref.trainer import LoraConfig, add_lora, save_adapter
 from fastpref.trainer.model import copies
 from fastpref.trainer.model.build import ModelOptions, load_models, save_hf
 from fastpref.trainer.ranks import platform
+from fastpref.trainer.saves import content
 
 TIMEOUT_S, SLOW_S = 0.8, 1.6
+# The threads of a save talk to each other once a second.
+SAVE_TIMEOUT_S = 2.0
 
 
 @contextmanager
@@ -147,3 +154,38 @@ def fail_to_write(path: str, out: str, layout: Layout) -> str:
             save_hf(models, out, path)  # the ranks are still in step
             return str(error)
     return "no error"
+
+
+def resume_slowly(config: dict, settings: dict, root: str) -> None:
+    """Rank 0 looks for the checkpoint to write, and rank 1 reads it, for longer than a collective may take."""
+
+    looked: list[Path] = []
+
+    def slow_look(original: Callable) -> Callable:
+        def exists(self: Path) -> bool:
+            if self.name == "step-1" and torch.distributed.get_rank() == 0 and not looked:
+                looked.append(self)
+                time.sleep(2 * SAVE_TIMEOUT_S)
+            return original(self)
+
+        return exists
+
+    def slow_read(original: Callable) -> Callable:
+        def read_data(*args: object) -> object:
+            if torch.distributed.get_rank() == 1:
+                time.sleep(SLOW_S)
+            return original(*args)
+
+        return read_data
+
+    with saved_states.built(config, {**settings, "distributed_timeout_seconds": 1}) as run:
+        saved_states.take_steps(run, 1)
+        torch.distributed.barrier(platform.background_group(SAVE_TIMEOUT_S))  # connected, a rank waits no longer
+        distributed_c10d._set_pg_timeout(timedelta(seconds=TIMEOUT_S), None)
+        try:
+            with replaced(Path, "exists", slow_look):
+                saved_states.save(run, root)
+            with replaced(torch.distributed.checkpoint.FileSystemReader, "read_data", slow_read):
+                content.load_all(Path(root, "step-1"), run.models, run.optimizer)
+        finally:
+            distributed_c10d._set_pg_timeout(timedelta(seconds=120), None)

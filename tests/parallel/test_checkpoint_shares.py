@@ -1,5 +1,7 @@
 """Every rank holds, writes and reads its share of a checkpoint; all shares are what Megatron would have saved whole."""
 
+import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -169,3 +171,29 @@ def test_another_model_is_refused_by_name(rank_pool_2: RankPool, tmp_path: Path)
         assert "mlp.linear_fc1.weight is [4, 128, 32] in it, not [4, 96, 32]" in found
     for found in rank_pool_2.run(refused, path, deep, {}):
         assert "rank 0, 1: it does not hold this model; missing: decoder.layers" in found, found
+
+
+DAMAGE: dict[str, tuple[str, Any, str]] = {
+    "a file that is gone": ("__0_0.distcp", None, "its files cannot be read: FileNotFoundError: "),
+    "a file of zeros": ("__1_0.distcp", bytes(9999), "its files cannot be read: "),
+    "an empty index": (".metadata", b"", "its index cannot be read: Ran out of input"),
+    "another index": (".metadata", pickle.dumps({"a": 1}), "its index cannot be read: "),
+    "an empty state": ("common.pt", b"", "common.pt cannot be read"),
+    "another state": ("common.pt", [1], "common.pt does not hold the state of an optimizer and its schedule"),
+    "half a state": ("common.pt", {"optimizer": None, "scheduler": {}}, "common.pt does not hold the state"),
+}
+
+
+def test_files_that_are_none_are_refused_by_name(rank_pool_2: RankPool, tmp_path: Path) -> None:
+    """Whatever the manifest says of them."""
+    rank_pool_2.run(save_in_both_ways, MODEL, SHARDED, None, str(tmp_path))
+    for name, (file, content_of, told) in DAMAGE.items():
+        path = tmp_path / name
+        shutil.copytree(tmp_path / "step-1", path)
+        (path / file).unlink()
+        if isinstance(content_of, bytes):
+            (path / file).write_bytes(content_of)
+        elif content_of is not None:
+            torch.save(content_of, path / file)
+        for found in rank_pool_2.run(refused, str(path), MODEL, SHARDED):
+            assert told in found and "\n" not in found, (name, found)

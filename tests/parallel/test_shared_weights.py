@@ -7,8 +7,9 @@ import hf_oracle
 import pytest
 from megatron_runs import Layout
 from safetensors.torch import load_file
-from shared_weight_ranks import count_reads, fail_to_read, fail_to_write, load_slowly, write_slowly
+from shared_weight_ranks import count_reads, fail_to_read, fail_to_write, load_slowly, resume_slowly, write_slowly
 
+from checks.layout_parity.runs import EXPERTS, MODEL
 from fastpref.testing.workers import RankPool
 from fastpref.trainer import LoraConfig
 
@@ -61,13 +62,27 @@ def test_one_replica_reads_the_adapters(rank_pool_4: RankPool, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("layout", [Layout(tp=2), Layout(pp=2), Layout()], ids=str)
-@pytest.mark.parametrize("task", [load_slowly, write_slowly])
+@pytest.mark.parametrize("task", [load_slowly, resume_slowly, write_slowly])
 def test_a_disk_slower_than_the_timeout(
     rank_pool_2: RankPool, tmp_path: Path, task: Callable[[str, str, Layout], None], layout: Layout
 ) -> None:
     path = hf_oracle.save(hf_oracle.make_model("llama"), tmp_path / "model")
     rank_pool_2.run(task, str(path), str(tmp_path / "out"), layout)
     hf_oracle.assert_same_bits(hf_oracle.read_tensors(tmp_path / "out"), hf_oracle.read_tensors(path))
+
+
+@pytest.mark.parametrize(
+    ("config", "settings"),
+    [
+        (EXPERTS, {"expert_model_parallel_size": 2, "use_distributed_optimizer": True}),
+        (MODEL, {"tensor_model_parallel_size": 2, "bf16": True}),
+    ],
+    ids=["sharded experts", "plain TP2"],
+)
+def test_a_disk_slower_than_the_timeout_under_a_checkpoint(
+    rank_pool_2: RankPool, tmp_path: Path, config: dict, settings: dict
+) -> None:
+    rank_pool_2.run(resume_slowly, config, settings, str(tmp_path))
 
 
 # --- what goes wrong

@@ -25,7 +25,8 @@ Answer = TypeVar("Answer")
 def together(action: Callable[[], Answer], what: str, group: torch.distributed.ProcessGroup | None = None) -> Answer:
     """Run `action` on every rank and return its answer, if it worked on all of them.
 
-    It may take any time on any rank: no collective waits for it, and only a rank that shows no life is given up.
+    It may take any time on any rank: no collective waits for it, and a rank is given up only where it shows no life or
+    stands still.
 
     Args:
         action: waits for other ranks only where all of them fail together.
@@ -35,7 +36,7 @@ def together(action: Callable[[], Answer], what: str, group: torch.distributed.P
     Raises:
         OSError: a disk is full, on any rank; ENOSPC on all of them.
         CheckpointError: the action failed on some rank in another way; names the ranks.
-        PeerError: a rank shows no life any more.
+        PeerError: a rank shows no life any more, or stands still.
         Exception: what else this rank's action raised; the other ranks raise a CheckpointError.
     """
     answer, failure, unexpected = None, "", None
@@ -55,11 +56,11 @@ def together(action: Callable[[], Answer], what: str, group: torch.distributed.P
     return answer  # type: ignore[return-value]
 
 
-def from_rank_0(action: Callable[[], Answer], what: str) -> Answer:
-    """Return on every rank what `action` returns on rank 0; see `together` for what it raises."""
+def from_rank_0(action: Callable[[], Answer], what: str, group: torch.distributed.ProcessGroup | None = None) -> Answer:
+    """Return on every rank what `action` returns on rank 0; see `together` for the arguments and what it raises."""
     is_first = torch.distributed.get_rank() == 0
-    answer = [together(lambda: action() if is_first else None, what)]
-    torch.distributed.broadcast_object_list(answer, src=0)
+    answer = [together(lambda: action() if is_first else None, what, group)]
+    torch.distributed.broadcast_object_list(answer, src=0, group=group)
     return answer[0]  # type: ignore[return-value]
 
 

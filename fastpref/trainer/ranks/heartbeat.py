@@ -33,6 +33,8 @@ _silence_s = DEFAULT_SILENCE_S
 _beating: tuple[torch.distributed.ProcessGroup, threading.Event, threading.Thread] | None = None
 # Threads of this rank that wait for others, and in what.
 _waiting: dict[int, str] = {}
+# Threads beside the main one that work for it, and their clocks.
+_helping: dict[int, int | None] = {}
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,9 @@ class Beat:
 
     Attributes:
         count: of its beats, this one among them.
-        idle_s: seconds for which its main thread has done nothing; 0 where that cannot be told.
-        where: lines in which that thread is, innermost first.
-        main_waits: in what that thread waits for other ranks; empty where it does not.
+        idle_s: seconds for which its threads have done nothing; 0 where that cannot be told.
+        where: lines in which they are, innermost first.
+        main_waits: in what its main thread waits for other ranks; empty where it does not.
         waits: whether any of its threads does.
     """
 
@@ -106,6 +108,22 @@ def waiting(what: str) -> Iterator[None]:
         del _waiting[thread]
 
 
+@contextmanager
+def helping() -> Iterator[None]:
+    """Inside, what this thread does counts as work of the rank, whose main thread may wait for it."""
+    thread = threading.get_ident()
+    _helping[thread] = _clock_of(thread)
+    try:
+        yield
+    finally:
+        del _helping[thread]
+
+
+def _clock_of(thread: int) -> int | None:
+    """A clock of the processor time of a thread that runs; only Linux tells it to other threads."""
+    return time.pthread_getcpuclockid(thread) if hasattr(time, "pthread_getcpuclockid") else None
+
+
 def _beat(pulse: _Pulse, stop: threading.Event) -> None:
     while not stop.wait(BEAT_S):
         try:
@@ -125,26 +143,27 @@ class _Pulse:
 
     def __init__(self, store: torch.distributed.Store, rank: int, main: int) -> None:
         self._store, self._key, self._main = store, f"{_KEY}{rank}", main
-        # Only Linux tells the time that another thread has taken.
-        self._clock = time.pthread_getcpuclockid(main) if hasattr(time, "pthread_getcpuclockid") else None
-        self._count, self._worked, self._since = 0, -1.0, time.monotonic()
+        self._clock = _clock_of(main)
+        self._count, self._since = 0, time.monotonic()
+        self._worked: list[float] = []
 
     def beat(self) -> None:
-        now, main_waits = time.monotonic(), _waiting.get(self._main, "")
-        worked = self._worked_s(now)
+        now, main_waits, helping = time.monotonic(), _waiting.get(self._main, ""), dict(_helping)
+        worked = [_worked_s(clock, now) for clock in (self._clock, *helping.values())]
         if main_waits or worked != self._worked:
             self._worked, self._since = worked, now
         self._count += 1
-        where = _where(self._main)
+        where = "; beside it ".join(map(_where, (self._main, *helping)))
         beat = Beat(self._count, now - self._since, where, main_waits, bool(_waiting))
         self._store.set(self._key, json.dumps(asdict(beat)))
 
-    def _worked_s(self, now: float) -> float:
-        """Processor time of the main thread; `now` where it cannot be told."""
-        if self._clock is not None:
-            with suppress(OSError):  # the thread has ended
-                return time.clock_gettime(self._clock)
-        return now
+
+def _worked_s(clock: int | None, now: float) -> float:
+    """Processor time of a thread; `now` where it cannot be told."""
+    if clock is not None:
+        with suppress(OSError):  # the thread has ended
+            return time.clock_gettime(clock)
+    return now
 
 
 def _where(thread: int) -> str:

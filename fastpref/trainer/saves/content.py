@@ -218,9 +218,11 @@ def _require_master_copies(path: Path, optimizer: MegatronOptimizer, weights: Ma
 def _small_state(path: Path) -> dict[str, Any]:
     try:
         small = torch.load(path / COMMON_STATE_FNAME, map_location="cpu", weights_only=True)
-    except (OSError, ValueError, RuntimeError, UnpicklingError) as error:
+    except (OSError, EOFError, ValueError, RuntimeError, UnpicklingError) as error:
         raise CheckpointError(f"{path / COMMON_STATE_FNAME} cannot be read: {error}") from error
-    return dict(small)
+    if not isinstance(small, dict) or not isinstance(small.get("optimizer"), dict) or "scheduler" not in small:
+        raise CheckpointError(f"{path / COMMON_STATE_FNAME} does not hold the state of an optimizer and its schedule")
+    return small
 
 
 def _settings(saved: Mapping[Any, Any]) -> dict[str, Any]:
@@ -275,8 +277,11 @@ def _read(path: Path, wanted: Sequence[ShardedTensor], parts: Sequence[ShardedTe
         with torch.no_grad(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # each rank reads for itself
             read_files(mcore_to_pyt_state_dict(by_key, True), storage_reader=reader, planner=planner, no_dist=True)
-    except (CheckpointException, UnpicklingError) as error:
-        raise CheckpointError(f"its files cannot be read: {error}") from error
+    except CheckpointException as error:
+        causes = {f"{type(cause).__name__}: {str(cause).partition(chr(10))[0]}" for cause, _ in error.failures.values()}
+        raise CheckpointError(f"its files cannot be read: {'; '.join(sorted(causes))}") from error
+    except (UnpicklingError, EOFError, AttributeError) as error:
+        raise CheckpointError(f"its index cannot be read: {error}") from error
 
 
 def _stored_key(key: str, stored: Collection[str]) -> str:

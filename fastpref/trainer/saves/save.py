@@ -26,7 +26,8 @@ from fastpref.checkpoint import directory
 from fastpref.checkpoint.manifest import FileRecord, file_names, record_files
 from fastpref.errors import CheckpointError
 from fastpref.files import sync
-from fastpref.trainer.ranks.agreement import together
+from fastpref.trainer.ranks.agreement import from_rank_0, together
+from fastpref.trainer.ranks.heartbeat import helping
 from fastpref.trainer.ranks.platform import background_group
 from fastpref.trainer.saves import content
 from fastpref.trainer.saves.shards import AbandonedError, Shards
@@ -113,16 +114,23 @@ class Save:
 
     def _run(self) -> None:
         try:
-            names = [None if self.path.exists() else f"{self.path.name}.tmp-{uuid.uuid4().hex[:8]}"]
-            torch.distributed.broadcast_object_list(names, src=0, group=self._group)
-            if names[0] is not None:
-                self._save(self.path.parent / names[0])
+            with helping():
+                name = from_rank_0(self._make_temporary, self._what, self._group)
+                if name is not None:
+                    self._save(self.path.parent / name)
         except Exception as error:  # raised again by `finish`
             self._error = error
         del self._shards  # and with it what is left of the copy
 
+    def _make_temporary(self) -> str | None:
+        """Makes the directory that this save is written to, and names it; None where the checkpoint exists."""
+        if self.path.exists():
+            return None
+        temporary = self.path.with_name(f"{self.path.name}.tmp-{uuid.uuid4().hex[:8]}")
+        temporary.mkdir(parents=True)
+        return temporary.name
+
     def _save(self, temporary: Path) -> None:
-        self._together(lambda: temporary.mkdir(parents=True) if self._is_first else None)
         self._shards.plan(temporary, self._group)
         actions = [partial(self._write_shards, number) for number in range(self._shards.num_files)]
         if self._is_first:
@@ -133,16 +141,13 @@ class Save:
         publish = [_Writer(temporary, partial(self._publish, temporary, parts))] if parts is not None else []
         self._wait(publish)
 
-    def _together(self, action: Callable[[], Any]) -> Any:
-        return together(action, self._what, self._group)
-
     def _wait(self, writers: Sequence[_Writer]) -> tuple[Records, list[Any]]:
         """Starts this rank's writers, and returns their files and places when those of no rank write any more."""
         for writer in writers:
             writer.start()
         deadline, is_writing = time.monotonic() + self._timeout_s, True
         while is_writing:
-            look_up = time.monotonic() + _POLL_S
+            look_up = time.monotonic() + min(_POLL_S, self._timeout_s / 4)
             for writer in writers:
                 writer.join(max(0.0, look_up - time.monotonic()))
             is_writing = any(writer.is_alive() for writer in writers)
@@ -154,7 +159,7 @@ class Save:
             if num_failed:
                 self._abandoned.set()  # nobody will read what the others write
             is_writing = num_writing > 0 and num_late == 0
-        return self._together(partial(self._outcome, writers))
+        return together(partial(self._outcome, writers), self._what, self._group)
 
     def _outcome(self, writers: Sequence[_Writer]) -> tuple[Records, list[Any]]:
         if any(writer.is_alive() for writer in writers):
@@ -209,8 +214,9 @@ class _Writer(threading.Thread):
 
     def run(self) -> None:
         try:
-            names, self.places = self._action()
-            self.records = _recorded(self._folder, names)
+            with helping():
+                names, self.places = self._action()
+                self.records = _recorded(self._folder, names)
         except Exception as error:  # raised again where all ranks hear of it
             self.error = error
 
