@@ -12,6 +12,7 @@ import torch
 import torch.distributed.checkpoint
 from megatron_runs import Layout
 from short_timeouts import short_timeout
+from torch.distributed import distributed_c10d
 
 from fastpref.checkpoint.hf import ModelDirectory, ModelWriter
 from fastpref.trainer import LoraConfig, add_lora, save_adapter
