@@ -128,7 +128,11 @@ HOLDERS = {
 
 
 @pytest.mark.parametrize("holder", HOLDERS)
-@pytest.mark.parametrize("make", [RefusesCopies, RefusesDeepCopies, threading.Lock, lambda: (x for x in ())], ids=str)
+@pytest.mark.parametrize(
+    "make",
+    [RefusesCopies, RefusesDeepCopies, threading.Lock, lambda: (x for x in ())],
+    ids=["no pickling", "no copies", "lock", "generator"],
+)
 def test_copy_shares_what_refuses_to_be_copied(one_rank, make, holder: str) -> None:
     (chunk,) = build_models(MODEL, seed=0)
     put, take = HOLDERS[holder]

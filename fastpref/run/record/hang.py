@@ -82,8 +82,12 @@ def read_hang(folder: Path) -> Hang:
     files = [*_by_rank(folder, TRACE).items(), *_by_rank(folder, STATE).items()]
     if not files:
         raise CheckpointError(_nothing_left(folder))
-    newest = max(path.stat().st_mtime for _, path in files)
+    # Nobody opens what may have no end: a pipe, a device, a link to one.
+    newest = max((path.stat().st_mtime for _, path in files if path.is_file()), default=0.0)
     for rank, path in files:
+        if not path.is_file():
+            hang.unreadable[rank] = f"{path} is no file"
+            continue
         if newest - path.stat().st_mtime > _SAME_HANG_S:
             hang.unreadable[rank] = f"{path} is more than an hour older than the newest one, so it is not of this hang"
             continue

@@ -168,7 +168,8 @@ def _worked_s(clock: int | None, now: float) -> float:
 
 def _where(thread: int) -> str:
     """The lines that a thread is in; no source file is opened, which may be what the thread waits for."""
-    frame, lines = sys._current_frames().get(thread), list[str]()
+    frame = sys._current_frames().get(thread)
+    lines: list[str] = []
     while frame is not None and len(lines) < _FRAMES:
         lines.append(f"{PurePath(frame.f_code.co_filename).name}:{frame.f_lineno} in {frame.f_code.co_name}")
         frame = frame.f_back

@@ -247,6 +247,17 @@ def test_a_state_of_more_ranks_than_there_are(tmp_path: Path, change: dict) -> N
     assert "999999999" not in said
 
 
+def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
+    folder = nccl_dumps.write(tmp_path, missing_from_dp(1))
+    os.mkfifo(folder / "state_rank_0")
+    for rank, target in {4: "/dev/zero", 5: "nowhere"}.items():
+        (folder / f"trace_rank_{rank}").symlink_to(target)
+    (folder / "trace_rank_6").mkdir()
+    said = said_of(folder)
+    assert said.startswith("rank 1 did not enter all_reduce 2")
+    assert all(f"{name} is no file" in said for name in ("state_rank_0", *(f"trace_rank_{n}" for n in (4, 5, 6))))
+
+
 def test_a_dump_that_was_cut_anywhere(tmp_path: Path) -> None:
     content = pickle.dumps(missing_from_dp(1)[0], protocol=2)
     for length in range(0, len(content) - 1, 37):
