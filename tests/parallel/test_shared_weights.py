@@ -62,7 +62,7 @@ def test_one_replica_reads_the_adapters(rank_pool_4: RankPool, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("layout", [Layout(tp=2), Layout(pp=2), Layout()], ids=str)
-@pytest.mark.parametrize("task", [load_slowly, resume_slowly, write_slowly])
+@pytest.mark.parametrize("task", [load_slowly, write_slowly])
 def test_a_disk_slower_than_the_timeout(
     rank_pool_2: RankPool, tmp_path: Path, task: Callable[[str, str, Layout], None], layout: Layout
 ) -> None:

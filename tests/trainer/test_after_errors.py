@@ -118,6 +118,7 @@ def test_install_packing_again_with_prefix_sharing_leaves_the_engine(one_rank, m
     """Rows without prefixes may stay with Transformer Engine, here a stand-in; its kernels know no shared ones."""
     monkeypatch.setattr("fastpref.trainer.model.packing.TE_ATTENTION", (DotProductAttention,))
     chunk = stock_model(0)[0]
+    chunk.config.params_dtype = torch.bfloat16  # which they are made for
     for _ in range(2):
         install_packing([chunk], prefix_sharing=False)
         assert all(isinstance(core, VarlenRows) for core in cores(chunk))
