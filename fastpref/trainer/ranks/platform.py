@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-import fastpref.trainer.ranks.transformer_engine  # noqa: F401  (before Megatron asks for it)
+from fastpref.trainer.ranks import transformer_engine  # isort: skip  (before Megatron asks for it)
 from fastpref.errors import ConfigError, raise_if_any
 from fastpref.run.config.arguments import TrainingArguments
 from fastpref.run.config.layout import ARGUMENT_NAMES, ParallelLayout, size_problems, world_problems
@@ -243,6 +243,7 @@ def destroy() -> None:
         parallel_state.destroy_model_parallel()
         # Megatron remembers the tables of the last rotary embeddings together with the embeddings, which hold a group.
         RotaryEmbedding.forward.cache_clear()
+        transformer_engine.forget_groups()
         # A group's threads end with its last reference, and models that hold one are full of cycles.
         gc.collect()
     heartbeat.end()

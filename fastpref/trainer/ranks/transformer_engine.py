@@ -85,3 +85,11 @@ def _warn_of_slow_layers() -> None:
     apex = "" if apex_failure is None else f" (nor can Apex be used: {apex_failure})"
     remedy = f"{software.to_install()}, or set transformer_impl: local, if this is meant"
     warnings.warn(f"{software.SLOW_WITHOUT_ENGINE}{apex}; {remedy}", stacklevel=3)
+
+
+def forget_groups() -> None:
+    """Empty the caches of Transformer Engine's functions of process groups, which keep a group and its threads."""
+    module = sys.modules.get("transformer_engine.pytorch.distributed")
+    for function in vars(module).values() if module is not None else ():
+        if hasattr(function, "cache_clear"):
+            function.cache_clear()
