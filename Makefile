@@ -122,7 +122,7 @@ $(PARITY_TE): $(READY) $(NEXT) $(TE)$(TE_OLDEST) $(TE)$(TE_NEWEST) $(TE_NEEDS)
 	  $(BIN)/python -m checks.te_parity --output $@
 
 $(TE_NEEDS): | $(READY)
-	$(BIN)/pip install --quiet --no-deps --target $@ onnx==1.23.2 onnx-ir==1.1.0 onnxscript==0.7.2 ml-dtypes==0.6.0
+	$(BIN)/pip install --quiet --no-deps --target $@ onnx==1.23.2 onnx-ir==1.1.0 onnxscript==0.7.2 ml-dtypes==0.6.0 einops==0.8.2
 
 $(TE)%: | $(READY)
 	$(BIN)/pip install --quiet --no-deps --target $@ transformer-engine==$*
