@@ -120,7 +120,8 @@ def _attention_change(attention: SelfAttention, prefix_sharing: bool) -> Callabl
     """What makes an attention layer take packed rows; None where it does already."""
     core = attention.core_attention
     config = attention.config
-    keeps_engine = not prefix_sharing and config.context_parallel_size == 1 and has_engine_kernels(config)
+    could_keep_engine = config.context_parallel_size == 1 and has_engine_kernels(config)
+    keeps_engine = could_keep_engine and not prefix_sharing
     if isinstance(core, SDPACoreAttention) or (isinstance(core, VarlenRows) and keeps_engine):
         return None
     if isinstance(core, TE_ATTENTION) and keeps_engine:
@@ -139,8 +140,8 @@ def _attention_change(attention: SelfAttention, prefix_sharing: bool) -> Callabl
             softmax_scale=attention.config.softmax_scale,
         )
     except NotImplementedError as error:
-        alone = isinstance(core, TE_ATTENTION) and attention.config.context_parallel_size == 1
-        remedy = "set prefix_sharing: false, or packing: false" if alone else "set packing: false"
+        is_sharing = could_keep_engine and isinstance(core, TE_ATTENTION)
+        remedy = "set prefix_sharing: false, or packing: false" if is_sharing else "set packing: false"
         raise ConfigError(f"packing needs attention that the model's settings exclude: {error}; {remedy}") from error
     return partial(setattr, attention, "core_attention", own)
 
