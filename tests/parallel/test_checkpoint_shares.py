@@ -1,7 +1,9 @@
 """Every rank holds, writes and reads its share of a checkpoint; all shares are what Megatron would have saved whole."""
 
+import itertools
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from saved_states import built, load_and_save, same, save_in_both_ways, stored, take_steps
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 from checks.layout_parity.runs import EXPERTS, LAYOUTS, MODEL
 from fastpref.errors import CheckpointError
@@ -197,3 +200,32 @@ def test_files_that_are_none_are_refused_by_name(rank_pool_2: RankPool, tmp_path
             torch.save(content_of, path / file)
         for found in rank_pool_2.run(refused, str(path), MODEL, SHARDED):
             assert told in found and "\n" not in found, (name, found)
+
+
+def without(chunk: ChunkStorageMetadata) -> list[ChunkStorageMetadata]:
+    return []
+
+
+def short(chunk: ChunkStorageMetadata) -> list[ChunkStorageMetadata]:
+    return [replace(chunk, sizes=torch.Size([*chunk.sizes[:-1], chunk.sizes[-1] - 1]))]
+
+
+def elsewhere(chunk: ChunkStorageMetadata) -> list[ChunkStorageMetadata]:
+    return [replace(chunk, offsets=torch.Size([*chunk.offsets[:-1], chunk.offsets[-1] + 1]))]
+
+
+def test_an_index_that_lacks_a_piece_is_refused_by_name(rank_pool_2: RankPool, tmp_path: Path) -> None:
+    """Whatever the manifest says of it: what no piece holds would stay the new model's."""
+    rank_pool_2.run(save_in_both_ways, MODEL, SHARDED, None, str(tmp_path))
+    path = tmp_path / "step-1"
+    whole = (path / ".metadata").read_bytes()
+    assert rank_pool_2.run(refused, str(path), MODEL, SHARDED) == ["", ""]
+    for name in ("decoder.final_layernorm.weight", "decoder.layers.mlp.linear_fc2.weight"):
+        for key, forge in itertools.product([name, f"optimizer.state.exp_avg.{name}"], [without, short, elsewhere]):
+            index = dcp.FileSystemReader(path).read_metadata()
+            chunks = index.state_dict_metadata[key].chunks
+            chunks += forge(chunks.pop())
+            (path / ".metadata").write_bytes(pickle.dumps(index))
+            for found in rank_pool_2.run(refused, str(path), MODEL, SHARDED):
+                assert f"its index lists only some pieces of {key}" in found, (found, forge)
+            (path / ".metadata").write_bytes(whole)

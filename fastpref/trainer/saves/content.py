@@ -265,7 +265,7 @@ def _read(path: Path, wanted: Sequence[ShardedTensor], parts: Sequence[ShardedTe
         parts: what this rank reads.
 
     Raises:
-        CheckpointError: the checkpoint lacks a tensor, or has it in another shape.
+        CheckpointError: the checkpoint lacks a tensor or a piece of one, or has it in another shape.
     """
     reader = FileSystemReader(path)
     try:
@@ -300,3 +300,18 @@ def _require(wanted: Sequence[ShardedTensor], stored: Mapping[str, Any]) -> None
         theirs, ours = [*stored[key].size], [*tensor.global_shape]
         if theirs != ours and not tensor.allow_shape_mismatch:
             raise CheckpointError(f"it does not hold this model: {key} is {theirs} in it, not {ours}")
+    torn = sorted(key for key in by_key if not _is_whole(stored[key]))
+    if torn:
+        more = f" and {len(torn) - _SHOWN} more" if len(torn) > _SHOWN else ""
+        raise CheckpointError(f"its index lists only some pieces of {', '.join(torn[:_SHOWN])}{more}")
+
+
+def _is_whole(tensor: TensorStorageMetadata) -> bool:
+    """Whether the pieces in an index make up the tensor; what none of them holds would stay as it was, in silence."""
+    held = sum(chunk.sizes.numel() for chunk in tensor.chunks)
+    inside = all(
+        start >= 0 and start + size <= whole
+        for chunk in tensor.chunks
+        for start, size, whole in zip(chunk.offsets, chunk.sizes, tensor.size, strict=True)
+    )
+    return inside and held == tensor.size.numel()
