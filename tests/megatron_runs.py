@@ -23,6 +23,7 @@ from fastpref.errors import ConfigError
 from fastpref.trainer import LoraConfig, TrainingArguments, add_lora, save_adapter
 from fastpref.trainer.model.build import ModelOptions, build_models, load_models, save_hf
 from fastpref.trainer.model.lora import lora_of
+from fastpref.trainer.model.moe import forget_routing
 from fastpref.trainer.ranks import platform
 from fastpref.trainer.step.optimizer import wrap_for_training
 
@@ -125,6 +126,7 @@ def _forward_backward(models: list, problem: Problem) -> list[torch.Tensor]:
         micro_batch_size=1,
         forward_only=False,
     )
+    forget_routing(models)
     return logits
 
 

@@ -82,6 +82,26 @@ def separate_experts(model: torch.nn.Module) -> None:
                 parameter.allreduce = False
 
 
+def forget_routing(models: Sequence[torch.nn.Module]) -> None:
+    """Let go of what token dispatchers remember of the last microbatch; to be called when its backward pass is over.
+
+    It belongs to a graph, which holds the nodes that add up gradients, whose hooks hold the model: a circle that the
+    garbage collector cannot see, so that neither model nor process groups would ever be gone.
+    """
+    if unwrap(models[0]).config.num_moe_experts is None:
+        return
+    for layer in (module for model in models for module in model.modules() if isinstance(module, MoELayer)):
+        dispatcher = layer.token_dispatcher
+        for owner in filter(None, (dispatcher, getattr(dispatcher, "_comm_manager", None))):
+            remembered = [name for name, value in vars(owner).items() if _is_of_a_graph(value)]
+            for name in remembered:
+                setattr(owner, name, None)
+
+
+def _is_of_a_graph(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.grad_fn is not None
+
+
 def balance_coefficient(config: TransformerConfig) -> float:
     """Return the weight of the load-balancing loss; that of the only one implemented where Megatron has a list."""
     given = config.moe_aux_loss_coeff

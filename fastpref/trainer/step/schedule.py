@@ -37,6 +37,7 @@ from fastpref.losses import (
 )
 from fastpref.trainer.model.chunks import unwrap
 from fastpref.trainer.model.context_parallel import local_positions
+from fastpref.trainer.model.moe import forget_routing
 from fastpref.trainer.model.packing import packed_row
 from fastpref.trainer.model.request import PassRequest, ReferenceView, answering, score_columns
 from fastpref.trainer.ranks.platform import current_device, current_layout
@@ -182,16 +183,19 @@ class PreferenceSchedule:
         collect_non_loss_data: bool = False,
     ) -> list:
         batches = aligned(batches)
-        return get_forward_backward_func()(
-            forward_step_func=partial(_forward_step, loss_func, token_stats),
-            data_iterator=[iter(batches) for _ in models],
-            model=list(models),
-            num_microbatches=len(batches),
-            seq_length=batches[0].seq_length,
-            micro_batch_size=batches[0].input_ids_NL.size(0),
-            forward_only=forward_only,
-            collect_non_loss_data=collect_non_loss_data,
-        )
+        try:
+            return get_forward_backward_func()(
+                forward_step_func=partial(_forward_step, loss_func, token_stats),
+                data_iterator=[iter(batches) for _ in models],
+                model=list(models),
+                num_microbatches=len(batches),
+                seq_length=batches[0].seq_length,
+                micro_batch_size=batches[0].input_ids_NL.size(0),
+                forward_only=forward_only,
+                collect_non_loss_data=collect_non_loss_data,
+            )
+        finally:
+            forget_routing(models)
 
     def response_sums(self, scores_KS: Tensor) -> Tensor:
         """Response log-prob sums [S]; under LD-DPO the second column holds minus the sum over the shared length."""
