@@ -170,7 +170,9 @@ def test_hidden_states_of_one_row_have_the_strides_of_a_matrix(args) -> None:
     seen = []
     for model in (trainer.model[0], trainer.ref_models[0]):
         layer = model.decoder.layers[0]
-        layer.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["hidden_states"].detach()), with_kwargs=True)
+        layer.register_forward_pre_hook(
+            lambda _, args, kwargs: seen.append(kwargs["hidden_states"].detach()), with_kwargs=True
+        )
         trainer.engine.schedule.score([model], trainer.feed.train_batches(0)[:1])
     for hidden in seen:
         assert hidden.size(1) == 1 and hidden.stride(0) == hidden.stride(1) == hidden.size(2)
