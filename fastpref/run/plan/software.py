@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.specifiers import SpecifierSet
-from packaging.version import InvalidVersion, Version
+from packaging.version import Version
 
 from fastpref.errors import Problem, raise_if_any
 from fastpref.run.config.arguments import PrecisionArguments
@@ -44,8 +44,14 @@ def installed(distribution: str) -> Version | None:
     """Return the version of what is installed; None where it is not, or where its record is not readable."""
     try:
         return Version(metadata.version(distribution))
-    except (metadata.PackageNotFoundError, InvalidVersion, TypeError, KeyError):
+    # ValueError: bytes that are no text, or text that is no version
+    except (metadata.PackageNotFoundError, ValueError, TypeError, KeyError):
         return None
+
+
+def is_recorded(distribution: str) -> bool:
+    """Whether there is a record of it, which may be unreadable."""
+    return next(iter(metadata.distributions(name=distribution)), None) is not None
 
 
 def megatron_problems() -> Iterator[Problem]:
@@ -57,7 +63,12 @@ def megatron_problems() -> Iterator[Problem]:
 
 
 def engine_problems() -> Iterator[Problem]:
-    """Yield why the installed Transformer Engine cannot be used; nothing where there is none of it."""
+    """Yield why the installed Transformer Engine cannot be used; nothing where there is none of it.
+
+    Nor where a record of it is unreadable, as an uninstallation that was cut leaves them: its import tells.
+    """
+    if any(is_recorded(name) and installed(name) is None for name in (_ENGINE, _EXTENSION, *_KERNELS.values())):
+        return
     engine, extension = installed(_ENGINE), installed(_EXTENSION)
     kernels = {cuda: version for cuda, name in _KERNELS.items() if (version := installed(name)) is not None}
     found = {_ENGINE: engine, _EXTENSION: extension} | {_KERNELS[cuda]: version for cuda, version in kernels.items()}
@@ -97,7 +108,7 @@ def check_software(args: PrecisionArguments) -> list[str]:
     problems, notes = [*megatron_problems()], [*remarks()]
     if args.transformer_impl != "local":
         problems += engine_problems()
-    if installed(_ENGINE) is None and not problems and installed(_MEGATRON) is not None:
+    if not is_recorded(_ENGINE) and not problems and installed(_MEGATRON) is not None:
         is_wanted = args.transformer_impl == "transformer_engine"
         if is_wanted and torch.cuda.is_available():
             text = f"is transformer_engine, but it is not installed; {to_install()}, or leave the setting out"
@@ -121,8 +132,8 @@ def remarks() -> Iterator[str]:
         yield f"{_ENGINE} {engine} is newer than {ENGINE_TRIED}, the newest that was tried with this version."
     elif engine not in _declared():
         yield (
-            f"{_MEGATRON} {megatron} declares {_ENGINE} {_declared()}, and {engine} is installed; their Python code "
-            "was tried together, without a GPU."
+            f"{_MEGATRON} {megatron} declares {_ENGINE} {_declared()}, and {engine} is installed; Python code of "
+            f"{ENGINE_FLOOR} to {ENGINE_TRIED} was tried with it, without a GPU."
         )
 
 
@@ -130,8 +141,11 @@ def to_install(*options: str) -> str:
     """Say how to install the Transformer Engine that fits; its extension is built where PyTorch is."""
     cuda = _cuda_of_torch()
     with_options = " ".join(("pip install --no-build-isolation", *options))
-    command = f'{with_options} "{_ENGINE}[pytorch,core_cu{cuda or 13}]=={fitting_engine()}"'
-    other = "" if cuda else ", with core_cu12 for a PyTorch of CUDA 12"
+    command = f'{with_options} "{_ENGINE}[pytorch,core_cu{cuda if cuda in _KERNELS else 13}]=={fitting_engine()}"'
+    if cuda is None:
+        other = ", with core_cu12 for a PyTorch of CUDA 12"
+    else:
+        other = "" if cuda in _KERNELS else f" beside a PyTorch of CUDA 13, as it has no kernels for CUDA {cuda}"
     return f"install it with {command}{other} (docs/cluster.md)"
 
 
@@ -162,7 +176,7 @@ def _declared() -> SpecifierSet:
     declared = SpecifierSet(prereleases=True)
     try:
         lines = metadata.requires(_MEGATRON) or []
-    except metadata.PackageNotFoundError:
+    except (metadata.PackageNotFoundError, ValueError):
         return declared
     for line in lines:
         try:

@@ -22,8 +22,11 @@ from fastpref.errors import MissingDependencyError, Problem, raise_if_any
 from fastpref.run.config.arguments import MISSING_WRITERS, TrainingArguments
 from fastpref.run.config.run_config import RunConfig
 
-# Transformer Engine's switches of its kinds of attention.
-_ATTENTION_SWITCHES = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
+# Transformer Engine's switches of its attention, and the one value that Megatron takes with these settings.
+_ATTENTION_SWITCHES = {
+    **dict.fromkeys(("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"), "1"),
+    "NVTE_APPLY_QK_LAYER_SCALING": "0",
+}
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -57,10 +60,11 @@ def path_problems(config: RunConfig, *, for_training: bool) -> Iterator[Problem]
 
 def variable_problems() -> Iterator[Problem]:
     """Yield which environment variables Megatron would stumble over while it builds a model, of whichever layers."""
-    for name in _ATTENTION_SWITCHES:
-        value = os.environ.get(name, "1")
-        if value != "1":
-            text = f"is {value!r} in the environment, and Megatron builds no model where it is not 1; unset {name}"
+    for name, wanted in _ATTENTION_SWITCHES.items():
+        value = os.environ.get(name, wanted)
+        if value != wanted:
+            text = f"is {value!r} in the environment, and Megatron builds no model where it is not {wanted}"
+            text += f"; unset {name}"
             yield Problem(name, text)
 
 

@@ -132,6 +132,12 @@ def test_pytorch_without_cuda_says_nothing_of_its_version(install: Install, monk
     assert 'core_cu13]==2.20.2", with core_cu12 for a PyTorch of CUDA 12' in software.to_install()
 
 
+def test_a_cuda_without_kernels_is_asked_for_no_extra(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformer-engine has the extras core_cu12 and core_cu13 alone."""
+    monkeypatch.setattr(torch.version, "cuda", "14.0")
+    assert "core_cu13]==2.20.2\" beside a PyTorch of CUDA 13, as it has no kernels for CUDA 14" in software.to_install()
+
+
 @pytest.mark.parametrize("version", ["0.16.0", "0.15.3", "0.16.1.dev0"])
 def test_megatron_core_below_the_floor_is_refused(install: Install, version: str) -> None:
     megatron(install, version)
@@ -179,11 +185,20 @@ def test_lack_of_the_engine_beside_a_gpu(install: Install, monkeypatch: pytest.M
     assert software.check_software(TrainingArguments(transformer_impl="local")) == []
 
 
-@pytest.mark.parametrize("text", ["", "Name: transformer-engine\n", "Version: of my own\n"])
-def test_unreadable_records_stop_nothing(install: Install, tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize("text", [None, b"", b"Name: x\n", b"Version: of my own\n", b"Version: 2.11.0\n\xff\xfe\x80"])
+@pytest.mark.parametrize("spoilt", ["transformer-engine", "transformer-engine-torch", "transformer-engine-cu13", "all"])
+def test_unreadable_records_stop_nothing(
+    install: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoilt: str, text: bytes | None
+) -> None:
     """As an uninstallation that was cut leaves them; whether the code works is found out when it is imported."""
+    install(ENGINE)
     megatron(install, "0.19.2")
-    folder = tmp_path / "transformer_engine-2.11.0.dist-info"
-    folder.mkdir()
-    (folder / "METADATA").write_text(text, encoding="utf-8")
-    assert software.check_software(TrainingArguments()) == []
+    for name in [*ENGINE, "megatron-core"] if spoilt == "all" else [spoilt]:
+        (record,) = tmp_path.glob(f"{name.replace('-', '_')}-[0-9]*.dist-info/METADATA")
+        record.unlink()
+        if text is not None:
+            record.write_bytes(text)
+    for on_gpu in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)  # noqa: B023 (called in this turn)
+        for wanted in (None, "transformer_engine"):
+            assert software.check_software(TrainingArguments(transformer_impl=wanted)) == []

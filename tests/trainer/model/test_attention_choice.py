@@ -102,9 +102,13 @@ def test_packed_rows_refuse_an_unknown_attention(one_rank) -> None:
         install_packing([chunk], prefix_sharing=False)
 
 
-def test_switches_that_megatron_refuses_are_named_before_it_asserts(monkeypatch, one_rank) -> None:
-    monkeypatch.setenv("NVTE_FUSED_ATTN", "0")
-    with pytest.raises(ConfigError, match=r"^NVTE_FUSED_ATTN is '0' in the environment, .* unset NVTE_FUSED_ATTN$"):
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("NVTE_FUSED_ATTN", "0"), ("NVTE_FLASH_ATTN", ""), ("NVTE_APPLY_QK_LAYER_SCALING", "1")],
+)
+def test_switches_that_megatron_refuses_are_named_before_it_asserts(monkeypatch, one_rank, name, value) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=rf"^{name} is '{value}' in the environment, .* unset {name}$"):
         build_models(TINY_LLAMA, seed=0)
-    monkeypatch.delenv("NVTE_FUSED_ATTN")
+    monkeypatch.delenv(name)
     build_models(TINY_LLAMA, seed=0)
