@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from fastpref.run.architecture.families import FAMILIES
 
-# Settings of encoders, by the names that transformers and models with code of their own give them.
-_VISION_KEYS = (
-    *("vision_config", "vision_cfg", "vision_tower_config", "vit_config", "visual", "visual_tokenizer_config"),
-    *("vision_tower", "mm_vision_tower", "vq_config", "img_processor", "embd_layer"),
-)
-_SOUND_KEYS = ("audio_config", "audio_processor", "audio_encoder_config", "speech_config", "mm_audio_tower")
+# Settings of encoders, by the words in the names that transformers and models with code of their own give them.
+_VISION = re.compile(r"(?:.*_)?(?:vision|visual|vit|vq|image|img|video)(?:_.*)?|embd_layer")
+_SOUND = re.compile(r"(?:.*_)?(?:audio|speech|sound|whisper)(?:_.*)?")
+# The name of an encoder, where its settings are elsewhere.
+_ENCODER_NAME = re.compile(r".*_(?:tower|encoder|model|model_id|backbone)")
 
 
 def multimodal_problem(config: Mapping[str, Any]) -> str | None:
@@ -22,7 +22,7 @@ def multimodal_problem(config: Mapping[str, Any]) -> str | None:
         config: the contents of a `config.json`.
     """
     model_type = config.get("model_type")
-    sees, hears = (any(_is_encoder(config.get(key)) for key in keys) for keys in (_VISION_KEYS, _SOUND_KEYS))
+    sees, hears = (any(_is_encoder(words, *item) for item in config.items()) for words in (_VISION, _SOUND))
     if not (sees or hears):
         if not isinstance(model_type, str) or model_type in FAMILIES:
             return None
@@ -41,13 +41,16 @@ def text_model_inside(config: Mapping[str, Any]) -> str | None:
     if inner_type not in tuple(FAMILIES):
         return None
     return (
-        f"its text_config is of type {inner_type}: load the whole model with transformers, put its language_model and "
-        "lm_head into a text model that was made from text_config, and save that one"
+        f"its text_config is of type {inner_type}: load the whole model with transformers, make a text model from "
+        "text_config, set its model and lm_head to what get_decoder() and get_output_embeddings() of the whole return, "
+        "and config.tie_word_embeddings to whether lm_head and input embeddings share their weight, and save it"
     )
 
 
-def _is_encoder(value: Any) -> bool:
-    return isinstance(value, Mapping | str) and bool(value)
+def _is_encoder(words: re.Pattern[str], key: object, value: Any) -> bool:
+    if not value or words.fullmatch(str(key)) is None:
+        return False
+    return isinstance(value, Mapping) or (isinstance(value, str) and _ENCODER_NAME.fullmatch(str(key)) is not None)
 
 
 def _known_types() -> tuple[set[Any], set[Any]]:

@@ -15,9 +15,7 @@ from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
-    Gemma3Config,
-    Gemma3ForCausalLM,
-    Gemma3ForConditionalGeneration,
+    AutoModelForMultimodalLM,
     GenerationConfig,
     PreTrainedConfig,
 )
@@ -178,22 +176,40 @@ def test_chunks_of_a_long_context_limit_the_length() -> None:
 # --- models inside others
 
 
-def test_remedy_for_a_model_inside_another_one_works(tmp_path: Path) -> None:
-    text = tiny(CONFIGS["google/gemma-3-1b-it"])
-    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-    vision |= {"image_size": 28, "patch_size": 14}
-    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
-    Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path / "whole")
+EYES = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+EYES |= {"image_size": 28, "patch_size": 14}
+EARS = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "num_mel_bins": 8}
+
+
+@pytest.mark.parametrize(
+    ("outer", "inner", "encoder"),
+    [
+        ("gemma3", "google/gemma-3-1b-it", {"vision_config": EYES, "mm_tokens_per_image": 4}),
+        ("llava", "meta-llama/Llama-3.2-1B", {"vision_config": EYES | {"model_type": "clip_vision_model"}}),
+        ("mistral3", "mistralai/Mistral-7B-v0.1", {"vision_config": EYES | {"model_type": "pixtral"}}),
+        # Here the text model is called text_model, not language_model.
+        ("idefics3", "meta-llama/Llama-3.2-1B", {"vision_config": EYES}),
+        ("voxtral", "meta-llama/Llama-3.2-1B", {"audio_config": EARS}),
+    ],
+)
+def test_remedy_for_a_model_inside_another_one_works(
+    tmp_path: Path, outer: str, inner: str, encoder: dict[str, Any]
+) -> None:
+    text = tiny(CONFIGS[inner])
+    config = AutoConfig.for_model(outer, text_config=text, **encoder)
+    AutoModelForMultimodalLM.from_config(config).save_pretrained(tmp_path / "whole")
     with pytest.raises(
         ConfigError,
-        match=r"is 'gemma3': vision-language models are not supported; its text_config is of type gemma3_text: .* lang",
+        match=rf"is '{outer}': .*-language models are not supported; its text_config is of type .* get_decoder\(\)",
     ):
         Architecture.of(tmp_path / "whole")
-    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
-    alone = Gemma3ForCausalLM(whole.config.text_config)
-    alone.model, alone.lm_head = whole.model.language_model, whole.lm_head
+    whole = AutoModelForMultimodalLM.from_pretrained(tmp_path / "whole")
+    alone = AutoModelForCausalLM.from_config(whole.config.text_config)
+    alone.model, alone.lm_head = whole.get_decoder(), whole.get_output_embeddings()
+    # Some outer configs tie what the inner one does not, some the other way round.
+    alone.config.tie_word_embeddings = alone.lm_head.weight is whole.get_input_embeddings().weight
     alone.save_pretrained(tmp_path / "text")
-    assert Architecture.of(tmp_path / "text").num_layers == 7
+    assert Architecture.of(tmp_path / "text").num_layers == text["num_hidden_layers"]
     ids = torch.arange(12)[None]
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "text")
     assert torch.equal(again(ids).logits, whole(ids).logits)
@@ -227,6 +243,20 @@ MULTIMODAL = {
         None,
     ),
     "phi-3.5 vision": ({"model_type": "phi3_v", "img_processor": {"name": "clip"}}, "vision", None),
+    # Names of encoders and of their settings as code of models' own has them.
+    "minicpm-v 2": ({"model_type": "minicpmv", "vision_encoder": "vit_so400m_patch14", "auto_map": {}}, "vision", None),
+    "mplug-owl 2": ({"model_type": "mplug_owl2", "visual_config": {"visual_model": {}}}, "vision", None),
+    "vila": ({"model_type": "llava_llama", "llm_cfg": {}, "vision_tower_cfg": {"hidden_size": 8}}, "vision", None),
+    "kimi-vl": ({"model_type": "kimi_vl", "text_config": {"model_type": "deepseek_v3"}} | SEEING, "vision", None),
+    "deepseek-vl 2": ({"model_type": "deepseek_vl_v2", "language_config": {}} | SEEING, "vision", None),
+    "a video model": ({"model_type": "qwen2", "video_encoder_config": {"depth": 2}}, "vision", None),
+    "qwen-audio": ({"model_type": "qwen", "audio": {"n_mels": 80}, "auto_map": {"A": "m.M"}}, "audio", None),
+    "ultravox": (
+        {"model_type": "ultravox", "audio_model_id": "openai/whisper-large-v3", "auto_map": {"A": "m.M"}},
+        "audio",
+        None,
+    ),
+    "llama-omni": ({"model_type": "omni_speech_llama", "speech_encoder": "models/large-v3.pt"}, "audio", None),
     "qwen-vl": ({"model_type": "qwen", "visual": {"heads": 16}}, "vision", None),
     "a text model with eyes": (BY_FAMILY["mistral"] | SEEING, "vision", None),
     "qwen2-audio": ({"model_type": "qwen2_audio", "audio_config": {"d_model": 8}}, "audio", None),

@@ -135,7 +135,7 @@ def test_pytorch_without_cuda_says_nothing_of_its_version(install: Install, monk
 def test_a_cuda_without_kernels_is_asked_for_no_extra(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
     """transformer-engine has the extras core_cu12 and core_cu13 alone."""
     monkeypatch.setattr(torch.version, "cuda", "14.0")
-    assert "core_cu13]==2.20.2\" beside a PyTorch of CUDA 13, as it has no kernels for CUDA 14" in software.to_install()
+    assert 'core_cu13]==2.20.2" beside a PyTorch of CUDA 13, as it has no kernels for CUDA 14' in software.to_install()
 
 
 @pytest.mark.parametrize("version", ["0.16.0", "0.15.3", "0.16.1.dev0"])
