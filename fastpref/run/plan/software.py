@@ -149,11 +149,19 @@ def to_install(*options: str) -> str:
     return f"install it with {command}{other} (docs/cluster.md)"
 
 
-def broken_engine(reason: str) -> str:
-    """Say what is wrong with an installed Transformer Engine, and what to do about it."""
-    # It takes up FlashAttention wherever that is installed, and fails with it.
-    if "flash_attn" in reason:
-        return f"{reason}; pip uninstall flash-attn, or build it for this PyTorch, {_LOCAL}"
+def broken_engine(reason: str, at_fault: str = "transformer_engine") -> str:
+    """Say what is wrong with an installed Transformer Engine, and what to do about it.
+
+    Args:
+        reason: what is wrong.
+        at_fault: the package, by the name that it is imported by, whose import fails.
+    """
+    if at_fault != "transformer_engine":
+        names = " ".join(sorted(set(metadata.packages_distributions().get(at_fault, [at_fault]))))
+        # It takes up FlashAttention wherever that is installed, of whichever generation, and fails with it.
+        if at_fault.startswith("flash_attn"):
+            return f"{reason}; pip uninstall {names}, or build it for this PyTorch, {_LOCAL}"
+        return f"{reason}; the fault is in {names}: install a version of it that fits the others (pip check), {_LOCAL}"
     if "cannot open shared object file" in reason or "cuDNN" in reason:
         return f"{reason}; install that library, or put its directory first in LD_LIBRARY_PATH, {_LOCAL}"
     names = " ".join((_ENGINE, _EXTENSION, *_KERNELS.values()))

@@ -10,25 +10,50 @@ from __future__ import annotations
 
 import importlib
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ExtensionFileLoader, ModuleSpec, PathFinder, SourceFileLoader, SourcelessFileLoader
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
 
-def failure_of(package: str, modules: Sequence[str]) -> str | None:
+class Failure(NamedTuple):
+    """What kept a package from being imported."""
+
+    reason: str
+    """The error, in words."""
+    package: str
+    """The package that is at fault: itself, or one that it imports."""
+
+
+def failure_of(package: str, modules: Sequence[str]) -> Failure | None:
     """Import what is used of a package; what kept it from being imported, None where nothing did or it is not there."""
     for name in modules:
         try:
             importlib.import_module(name)
+        except KeyboardInterrupt:
+            raise
         except ModuleNotFoundError as error:
-            return None if error.name == package else str(error)
-        except Exception as error:  # missing libraries, versions that differ, an empty package: each has its own class
-            return f"{type(error).__name__}: {error}"
+            return None if error.name == package else Failure(str(error), _at_fault(error, package))
+        # missing libraries, versions that differ, an empty package, one that exits or panics: each has its own class
+        except BaseException as error:
+            return Failure(f"{type(error).__name__}: {error}", _at_fault(error, package))
     return None
+
+
+def _at_fault(error: BaseException, package: str) -> str:
+    """The package whose code fails, or lacks what is asked of it; `package` where that is only known to be in it."""
+    names = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    # An extension fails without a frame of its own. A package that is not there at all is missed by the last of these.
+    if isinstance(error, ImportError) and (not isinstance(error, ModuleNotFoundError) or "." in (error.name or "")):
+        names.append(error.name or "")
+    others = sys.stdlib_module_names | {"fastpref", "torch", ""}
+    tops = [top for top in (name.split(".")[0] for name in names) if top not in others]
+    return tops[-1] if tops and not tops[-1].startswith(f"{package}_") else package
 
 
 def hide(*packages: str) -> None:
@@ -46,7 +71,7 @@ def _load_apex() -> str | None:
     failure = failure_of("apex", ("apex", "amp_C", "apex.multi_tensor_apply", "apex.optimizers"))
     if failure is not None or not torch.cuda.is_available():
         hide("apex", "amp_C")
-    return failure
+    return None if failure is None else failure.reason
 
 
 apex_failure = _load_apex()
@@ -76,7 +101,9 @@ def _or_be_absent(execute: Callable[[ModuleType], None]) -> Callable[[ModuleType
             execute(module)
         except ImportError:
             raise
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             text = f"{module.__name__} cannot be imported: {type(error).__name__}: {error}"
             raise ImportError(text, name=module.__name__) from error
 

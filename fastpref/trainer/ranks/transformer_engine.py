@@ -16,12 +16,12 @@ import torch
 
 from fastpref.errors import ConfigError, Problem, raise_if_any
 from fastpref.run.plan import software
-from fastpref.trainer.ranks.optional_packages import apex_failure, failure_of, hide
+from fastpref.trainer.ranks.optional_packages import Failure, apex_failure, failure_of, hide
 
 LayerImplementation = Literal["transformer_engine", "local"]
 
 
-def _load() -> tuple[bool, str | None]:
+def _load() -> tuple[bool, Failure | None]:
     """Import it; hide it from Megatron where it cannot compute here.
 
     Returns:
@@ -39,7 +39,8 @@ def _load() -> tuple[bool, str | None]:
     return is_imported, failure
 
 
-_is_imported, import_failure = _load()
+_is_imported, _failure = _load()
+import_failure = None if _failure is None else _failure.reason
 """`import_failure`: why an installed Transformer Engine could not be imported; None where it could, or is not there."""
 
 
@@ -65,8 +66,8 @@ def layer_implementation(wanted: LayerImplementation | None) -> LayerImplementat
         raise_if_any(software.engine_problems())
     if computes_here():
         return "transformer_engine"
-    if import_failure is not None:
-        text = f"cannot be used: Transformer Engine is installed, but {software.broken_engine(import_failure)}"
+    if _failure is not None:
+        text = f"cannot be used: Transformer Engine is installed, but {software.broken_engine(*_failure)}"
         raise ConfigError([Problem("transformer_impl", text)])
     if wanted is None:
         _warn_of_slow_layers()

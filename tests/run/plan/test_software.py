@@ -185,6 +185,21 @@ def test_lack_of_the_engine_beside_a_gpu(install: Install, monkeypatch: pytest.M
     assert software.check_software(TrainingArguments(transformer_impl="local")) == []
 
 
+@pytest.mark.parametrize(
+    ("at_fault", "distribution"),
+    [("flash_attn_2_cuda", "flash-attn"), ("flash_attn_interface", "flash-attn-3"), ("onnx", "onnx")],
+)
+def test_remedy_names_the_distribution_whose_package_is_at_fault(
+    install: Install, at_fault: str, distribution: str
+) -> None:
+    folder = install({distribution: "3.0.0"})
+    (record,) = folder.glob("*.dist-info")
+    (record / "top_level.txt").write_text(f"another_package\n{at_fault}\n", encoding="utf-8")
+    message = software.broken_engine("ImportError: undefined symbol", at_fault)
+    assert f" {distribution}, or build it" in message or f"in {distribution}: install" in message
+    assert "training.transformer_impl: local" in message and "pip uninstall -y transformer-engine" not in message
+
+
 @pytest.mark.parametrize("text", [None, b"", b"Name: x\n", b"Version: of my own\n", b"Version: 2.11.0\n\xff\xfe\x80"])
 @pytest.mark.parametrize("spoilt", ["transformer-engine", "transformer-engine-torch", "transformer-engine-cu13", "all"])
 def test_unreadable_records_stop_nothing(

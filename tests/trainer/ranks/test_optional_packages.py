@@ -33,6 +33,29 @@ BROKEN_ENGINES = {
         "transformer_engine.pytorch": "import flash_attn_2_cuda",
         "flash_attn_2_cuda": "raise ImportError('flash_attn_2_cuda.so: undefined symbol: _ZN3c10')",
     },
+    "FlashAttention without its libraries": {
+        # as the interpreter says it of an extension
+        "transformer_engine.pytorch": "raise ImportError('libcudart.so.12: cannot open shared object file', "
+        "name='flash_attn_2_cuda', path='flash_attn_2_cuda.so')",
+    },
+    "FlashAttention 3 of another PyTorch": {
+        "transformer_engine.pytorch": "import flash_attn_interface",
+        "flash_attn_interface": "raise OSError('_C.abi3.so: undefined symbol: _ZN3c10')",
+    },
+    "onnx beside an old ml_dtypes": {
+        "transformer_engine.pytorch": "import onnx",
+        "onnx": "raise AttributeError('module ml_dtypes has no attribute float4_e2m1fn')",
+    },
+    "a dependency that lacks another": {
+        "transformer_engine.pytorch": "import onnx",
+        "onnx": "import a_module_that_is_not_there",
+    },
+    "a dependency of another version": {
+        "transformer_engine.pytorch": "from onnx import a_name_that_is_not_there",
+        "onnx": "",
+    },
+    "exits": {"transformer_engine": "import sys\nsys.exit('no GPU')"},
+    "panics": {"transformer_engine.pytorch": "class Panic(BaseException): pass\nraise Panic('called unwrap on None')"},
     "kernels without the Python code": {"transformer_engine": None, "transformer_engine.wheel_lib": ""},
     "syntax of another Python": {"transformer_engine": "print 'of Python 2'"},
 }
@@ -46,7 +69,19 @@ BROKEN_OTHERS = {
         "flash_attn.layers": "",
         "flash_attn.layers.rotary": "raise RuntimeError('operator flash_attn::_forward exists already')",
     },
+    "FlashAttention that exits": {"flash_attn": "raise SystemExit(1)"},
     "FlashAttention 3 that raises": {"flash_attn_3": "raise OSError('libcudart.so.13: cannot open')"},
+}
+# What is at fault where that is not Transformer Engine itself, and what to do about it.
+ELSEWHERE = {
+    "no cuDNN": "install that library, or put its directory first in LD_LIBRARY_PATH",
+    "cuDNN too old": "install that library",
+    "FlashAttention of another PyTorch": "pip uninstall flash_attn_2_cuda, or build it for this PyTorch",
+    "FlashAttention without its libraries": "pip uninstall flash_attn_2_cuda, or build it for this PyTorch",
+    "FlashAttention 3 of another PyTorch": "pip uninstall flash_attn_interface, or build it for this PyTorch",
+    "onnx beside an old ml_dtypes": "the fault is in onnx: install a version of it that fits the others (pip check)",
+    "a dependency that lacks another": "the fault is in onnx: install",
+    "a dependency of another version": "the fault is in onnx: install",
 }
 CPU_ONLY = {"transformer_engine": "", "transformer_engine.pytorch": "", "transformer_engine_torch": ""}
 TOGETHER = {
@@ -57,6 +92,7 @@ TOGETHER = {
 ANOTHER = {
     **BROKEN_ENGINES["empty metapackage"],
     **BROKEN_OTHERS["another package named apex"],
+    **BROKEN_OTHERS["FlashAttention that exits"],
     **BROKEN_OTHERS["FlashAttention 3 that raises"],
 }
 # (folder of packages, whether there is a GPU, whether Megatron is imported too) -> what the process says
@@ -153,9 +189,7 @@ def test_broken_engine_is_absent_on_a_cpu(said: dict[str, dict[str, Any]], kind:
     ("kind", "remedy"),
     [
         *((kind, "pip uninstall -y transformer-engine transformer-engine-torch") for kind in BROKEN_ENGINES),
-        ("no cuDNN", "install that library, or put its directory first in LD_LIBRARY_PATH"),
-        ("cuDNN too old", "install that library"),
-        ("FlashAttention of another PyTorch", "pip uninstall flash-attn, or build it for this PyTorch"),
+        *ELSEWHERE.items(),
     ],
 )
 def test_broken_engine_is_refused_on_a_gpu(said: dict[str, dict[str, Any]], kind: str, remedy: str) -> None:
@@ -164,11 +198,7 @@ def test_broken_engine_is_refused_on_a_gpu(said: dict[str, dict[str, Any]], kind
     assert found["None"].startswith(
         f"transformer_impl cannot be used: Transformer Engine is installed, but {found['reason']};"
     )
-    if remedy.startswith("pip uninstall -y") and kind in (
-        "no cuDNN",
-        "cuDNN too old",
-        "FlashAttention of another PyTorch",
-    ):
+    if remedy.startswith("pip uninstall -y") and kind in ELSEWHERE:
         assert remedy not in found["None"]
     else:
         assert remedy in found["None"]
