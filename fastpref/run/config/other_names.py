@@ -6,6 +6,7 @@ LLaMA-Factory, axolotl, OpenRLHF, verl and Megatron-LM. A name that is a key of 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 # Our key, then what other trainers call it.
@@ -93,7 +94,10 @@ _NO_FSDP = (
     "Megatron-FSDP and PyTorch's FSDP are not supported; training.use_distributed_optimizer: true shards the "
     "optimizer, and training.tensor_model_parallel_size and the other parallel sizes shard the weights"
 )
-_TEXT_ONLY = "vision-language models are not supported; leave it out, and train a text model on text"
+_TEXT_ONLY = "vision-language and audio models are not supported; leave it out, and train a text model on text"
+_NO_FP8 = f"FP8 and FP4 are not supported; {_PRECISION}"
+_NO_GRAPHS = "CUDA graphs are not supported; leave it out"
+_ENGINE = "training.transformer_impl chooses between transformer_engine and local layers; leave it out for the default"
 _ALWAYS_FUSED = "the fused head is always in use; leave it out"
 _ATTENTION = "attention is that of Transformer Engine where it is installed; leave it out"
 _NO_CODE = "code of a model never runs here; leave it out"
@@ -238,6 +242,15 @@ _INSTEAD: Mapping[str, str] = {
     "average_tokens_across_devices": "means are over all pairs of a step on all ranks; leave it out",
     **dict.fromkeys(("save_only_model", "no_save_optim", "no_save_rng"), _KEPT),
 }
+# What trainers have many settings for, by words of their names.
+_SUBJECTS: Mapping[str, str] = {
+    "fsdp|fsdp2": _NO_FSDP,
+    "deepspeed|deepcompile|zero|zero1|zero2|zero3|ds": _SHARDED,
+    "fp8|fp4|float8|mxfp8|nvfp4": _NO_FP8,
+    "cuda_graphs?|cudagraphs?": _NO_GRAPHS,
+    "te|transformer_engine": _ENGINE,
+    "vision|images?|videos?|audios?|vit|pixels|mm|multimodal": _TEXT_ONLY,
+}
 _KEYS = {name: f"this is {key} here" for key, names in _SAME.items() for name in names} | dict(_INSTEAD)
 
 
@@ -247,4 +260,7 @@ def advice(key: str) -> str | None:
     Args:
         key: the name as it was written, with hyphens or underscores.
     """
-    return _KEYS.get(key.lower().replace("-", "_"))
+    name = key.lower().replace("-", "_")
+    if name in _KEYS:
+        return _KEYS[name]
+    return next((text for words, text in _SUBJECTS.items() if re.search(f"(?:^|_)(?:{words})(?:_|$)", name)), None)

@@ -80,13 +80,45 @@ def test_every_setting_of_trl_is_known_or_has_an_advice() -> None:
         ),
         ("fsdp", "fsdp: full_shard", "Megatron-FSDP and PyTorch's FSDP are not supported"),
         ("fsdp_config", "fsdp_config: {version: 2}", "Megatron-FSDP and PyTorch's FSDP are not supported"),
-        ("freeze_vit", "freeze_vit: true", "vision-language models are not supported"),
+        ("freeze_vit", "freeze_vit: true", "vision-language and audio models are not supported"),
         ("use_my_trick", "use_my_trick: true", "nothing here is called so; leave it out, or take one of model, data"),
         ("training.sed", "training: {sed: 1}", "did you mean seed?"),
     ],
 )
 def test_key_of_another_trainer(tmp_path: Path, key: str, line: str, advice: str) -> None:
     assert f"{key} is not a known key; {advice}" in refusal(tmp_path, f"{MINIMAL}{line}\n")
+
+
+@pytest.mark.parametrize(
+    ("names", "advice"),
+    [
+        ("fp8 fp8_format fp8-recipe fp8_param_gather enable_fp8 fp4 use_float8", "FP8 and FP4 are not supported"),
+        (
+            "cuda_graph_scope enable-cuda-graph external_cuda_graph use_cudagraphs optimizer_cuda_graph",
+            "CUDA graphs are",
+        ),
+        ("fsdp_min_num_params fsdp_offload torch_fsdp2 fsdp_auto_wrap_policy", "Megatron-FSDP and PyTorch's FSDP are"),
+        (
+            "use_deepspeed deepspeed_config zero3 zero_optimization ds_tensor_parallel",
+            "training.use_distributed_optimiz",
+        ),
+        ("use_te te_rng_tracker transformer_engine", "training.transformer_impl chooses between"),
+        (
+            "vision_tower image_processor video_maxlen mm_projector_lr audio_sampling_rate freeze_audio",
+            "vision-language",
+        ),
+    ],
+)
+def test_subject_of_another_trainer(tmp_path: Path, names: str, advice: str) -> None:
+    """Trainers have many settings for these; whatever comes next is answered by its subject."""
+    keys = names.split()
+    message = refusal(tmp_path, f"{MINIMAL}training: {{{', '.join(f'{key}: 1' for key in keys)}}}\n")
+    assert [key for key in keys if f"training.{key} is not a known key; {advice}" not in message] == []
+
+
+def test_no_key_is_taken_for_a_subject() -> None:
+    known = {key.split(".")[1] for key in KNOWN}
+    assert [key for key in known if other_names.advice(key) is not None] == []
 
 
 @pytest.mark.parametrize(
