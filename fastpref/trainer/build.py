@@ -25,6 +25,7 @@ from fastpref.trainer.model.lora import add_lora
 from fastpref.trainer.ranks.agreement import DISK_FULL, from_rank_0, together
 from fastpref.trainer.ranks.meeting import meet
 from fastpref.trainer.ranks.platform import initialize_megatron
+from fastpref.trainer.ranks.transformer_engine import layer_implementation
 from fastpref.trainer.reference.scoring import score_reference
 
 
@@ -40,6 +41,7 @@ def trainer_parts(config: RunConfig, *, for_training: bool = True) -> dict[str, 
         DataError: see `prepare`; or the ranks read different data.
         CheckpointError: a model directory or the reference cache is unusable.
     """
+    _require_layers(config)
     run = prepare(config, for_training=for_training)
     initialize_megatron(config.training)
     if for_training:
@@ -82,6 +84,7 @@ def precompute_reference(config: RunConfig, output: str | Path | None = None) ->
         raise ConfigError(
             f"pref_loss {' + '.join(config.loss.loss_names)} reads no reference; there is nothing to score"
         )
+    _require_layers(config)
     run = prepare(config, saves=False)
     initialize_megatron(config.training)
     _require_equal_data(run)
@@ -90,6 +93,14 @@ def precompute_reference(config: RunConfig, output: str | Path | None = None) ->
     if from_rank_0(path.exists, "looking for the reference cache"):
         return _open_cache(path, run, identity), False
     return _score(path, run, identity), True
+
+
+def _require_layers(config: RunConfig) -> None:
+    """Refuse layers that cannot be built here, in the words of `fastpref check`, before any data is read."""
+    try:
+        layer_implementation(config.training.transformer_impl)
+    except ConfigError as error:
+        raise ConfigError(problem.under("training") if problem.key else problem for problem in error.problems) from None
 
 
 def _cached_reference(run: PreparedRun, *, may_score: bool) -> ReferenceCache:

@@ -14,6 +14,9 @@ from click.testing import Result
 from safetensors.torch import load_file, save_file
 from tiny_project import MODEL
 
+from fastpref.run.plan.software import is_recorded
+from fastpref.trainer.ranks.transformer_engine import computes_here
+
 peft = pytest.importorskip("peft", reason="peft, which writes the adapters, is not installed")
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123456789abcdef\nsize 988097824\n"
@@ -492,6 +495,28 @@ def test_check_and_train_find_a_directory_that_cannot_be_written(
         assert result.exit_code == 2
         assert f"{key}: 'locked/new' cannot be written: Permission denied; change its permissions" in result.stderr
     assert results[0].stderr == results[1].stderr
+
+
+@pytest.mark.parametrize("installed", [None, "2.7.0"])
+def test_layers_that_cannot_be_built_are_refused_before_data_is_read(
+    project: Path, run_cli: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, installed: str | None
+) -> None:
+    """On a machine with a GPU, whose Transformer Engine is not installed, or too old."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    if installed is not None:
+        for name in ("transformer_engine", "transformer_engine_torch", "transformer_engine_cu13"):
+            (project / f"{name}-{installed}.dist-info").mkdir()
+            record = f"Name: {name}\nVersion: {installed}\n"
+            (project / f"{name}-{installed}.dist-info" / "METADATA").write_text(record)
+        monkeypatch.syspath_prepend(project)
+    elif is_recorded("transformer-engine") or computes_here():
+        pytest.skip("Transformer Engine is installed")
+    commands = ("check", "train", "eval", "score-ref")
+    results = [run_cli(command, "run.yaml", "training.transformer_impl=transformer_engine") for command in commands]
+    missing = "training.transformer_impl is transformer_engine, but it is not installed; install it with pip"
+    for result in results:
+        assert result.exit_code == 2 and result.stderr == results[0].stderr
+        assert (missing if installed is None else "2.7.0 is installed, and at least 2.8 is needed") in result.stderr
 
 
 def test_train_finds_that_a_disk_takes_no_directory(files: Path, run_cli: Callable[..., Result]) -> None:

@@ -172,6 +172,7 @@ _INSTEAD: Mapping[str, str] = {
     **dict.fromkeys(("data_parallel_sharding_strategy", "outer_dp_sharding_strategy", "sharding_strategy"), _NO_FSDP),
     **dict.fromkeys(("fsdp_double_buffer", "init_model_with_meta_device", "fsdp_transformer_layer_cls"), _NO_FSDP),
     **dict.fromkeys(("fsdp_size", "fsdp_final_state_dict_type", "data_parallel_shard_degree", "dp_shard"), _NO_FSDP),
+    **dict.fromkeys(("dp_shard_size", "dp_replicate_size", "fully_shard", "reshard_after_forward"), _NO_FSDP),
     **dict.fromkeys(
         ("fsdp_offload_params", "fsdp_cpu_offload", "use_fsdp", "nccl_ub", "fsdp_manual_registration"), _NO_FSDP
     ),
@@ -185,7 +186,10 @@ _INSTEAD: Mapping[str, str] = {
         ("use_liger_kernel", "enable_liger_kernel", "liger_kernel_config", "use_liger_loss"), _ALWAYS_FUSED
     ),
     **dict.fromkeys(("attn_implementation", "attn_impl", "flash_attn", "flash_attention"), _ATTENTION),
-    **dict.fromkeys(("use_flash_attention_2", "attention_backend", "xformers_attention", "sdp_attention"), _ATTENTION),
+    **dict.fromkeys(
+        ("use_flash_attention_2", "use_flash_attn", "attention_backend", "xformers_attention", "sdp_attention"),
+        _ATTENTION,
+    ),
     **dict.fromkeys(("s2_attention", "shift_attn"), _ATTENTION),
     **dict.fromkeys(("tf32", "torch_compile", "compile", "device", "device_map", "low_cpu_mem_usage"), _MACHINE),
     **dict.fromkeys(("moe_permute_fusion", "moe_grouped_gemm", "moe_shared_expert_overlap"), _MACHINE),

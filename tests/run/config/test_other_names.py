@@ -29,7 +29,7 @@ def refusal(tmp_path: Path, text: str) -> str:
 def test_every_advice_names_keys_that_are_there() -> None:
     named = {
         (name, key)
-        for name, advice in other_names._KEYS.items()
+        for name, advice in {**other_names._KEYS, **other_names._SUBJECTS}.items()
         for key in _KEY.findall(advice.replace("fastpref.integrations", ""))
     }
     assert len(named) > 150
@@ -97,7 +97,10 @@ def test_key_of_another_trainer(tmp_path: Path, key: str, line: str, advice: str
             "cuda_graph_scope enable-cuda-graph external_cuda_graph use_cudagraphs optimizer_cuda_graph",
             "CUDA graphs are",
         ),
-        ("fsdp_min_num_params fsdp_offload torch_fsdp2 fsdp_auto_wrap_policy", "Megatron-FSDP and PyTorch's FSDP are"),
+        (
+            "fsdp_min_num_params torch_fsdp2 fully_shard dp_shard_size fsdp_offload",
+            "Megatron-FSDP and PyTorch's FSDP are",
+        ),
         (
             "use_deepspeed deepspeed_config zero3 zero_optimization ds_tensor_parallel",
             "training.use_distributed_optimiz",
