@@ -22,7 +22,10 @@ def multimodal_problem(config: Mapping[str, Any]) -> str | None:
         config: the contents of a `config.json`.
     """
     model_type = config.get("model_type")
-    sees, hears = (any(_is_encoder(words, *item) for item in config.items()) for words in (_VISION, _SOUND))
+    # A model that also speaks keeps what reads in a section of its own.
+    thinker = config.get("thinker_config")
+    settings = [*config.items(), *(thinker.items() if isinstance(thinker, Mapping) else ())]
+    sees, hears = (any(_is_encoder(words, *item) for item in settings) for words in (_VISION, _SOUND))
     if not (sees or hears):
         if not isinstance(model_type, str) or model_type in FAMILIES:
             return None

@@ -48,9 +48,12 @@ def failure_of(package: str, modules: Sequence[str]) -> Failure | None:
 def _at_fault(error: BaseException, package: str) -> str:
     """The package whose code fails, or lacks what is asked of it; `package` where that is only known to be in it."""
     names = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
-    # An extension fails without a frame of its own. A package that is not there at all is missed by the last of these.
-    if isinstance(error, ImportError) and (not isinstance(error, ModuleNotFoundError) or "." in (error.name or "")):
-        names.append(error.name or "")
+    if isinstance(error, ImportError):
+        name = error.name or ""
+        # An extension fails without a frame of its own. A package that is not there at all is missed by the last of
+        # these, which must have it; FlashAttention alone is asked for only because its record is there.
+        if not isinstance(error, ModuleNotFoundError) or "." in name or name.startswith("flash_attn"):
+            names.append(name)
     others = sys.stdlib_module_names | {"fastpref", "torch", ""}
     tops = [top for top in (name.split(".")[0] for name in names) if top not in others]
     return tops[-1] if tops and not tops[-1].startswith(f"{package}_") else package

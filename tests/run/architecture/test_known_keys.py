@@ -259,6 +259,7 @@ MULTIMODAL = {
     "llama-omni": ({"model_type": "omni_speech_llama", "speech_encoder": "models/large-v3.pt"}, "audio", None),
     "qwen-vl": ({"model_type": "qwen", "visual": {"heads": 16}}, "vision", None),
     "a text model with eyes": (BY_FAMILY["mistral"] | SEEING, "vision", None),
+    "qwen2.5-omni": ({"model_type": "qwen2_5_omni", "thinker_config": SEEING | {"audio_config": {}}}, "vision", None),
     "qwen2-audio": ({"model_type": "qwen2_audio", "audio_config": {"d_model": 8}}, "audio", None),
     "voxtral": ({"model_type": "voxtral", "text_config": {"model_type": "llama"}}, "audio", "llama"),
 }

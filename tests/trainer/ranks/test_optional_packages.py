@@ -42,6 +42,10 @@ BROKEN_ENGINES = {
         "transformer_engine.pytorch": "import flash_attn_interface",
         "flash_attn_interface": "raise OSError('_C.abi3.so: undefined symbol: _ZN3c10')",
     },
+    # Its record is there, its code is not, or has moved.
+    "FlashAttention 3 without its code": {
+        "transformer_engine.pytorch": "import flash_attn_3.flash_attn_interface",
+    },
     "onnx beside an old ml_dtypes": {
         "transformer_engine.pytorch": "import onnx",
         "onnx": "raise AttributeError('module ml_dtypes has no attribute float4_e2m1fn')",
@@ -79,6 +83,7 @@ ELSEWHERE = {
     "FlashAttention of another PyTorch": "pip uninstall flash_attn_2_cuda, or build it for this PyTorch",
     "FlashAttention without its libraries": "pip uninstall flash_attn_2_cuda, or build it for this PyTorch",
     "FlashAttention 3 of another PyTorch": "pip uninstall flash_attn_interface, or build it for this PyTorch",
+    "FlashAttention 3 without its code": "pip uninstall flash_attn_3, or build it for this PyTorch",
     "onnx beside an old ml_dtypes": "the fault is in onnx: install a version of it that fits the others (pip check)",
     "a dependency that lacks another": "the fault is in onnx: install",
     "a dependency of another version": "the fault is in onnx: install",
