@@ -141,6 +141,9 @@ def build_optimizer(models: Sequence[DistributedDataParallel], args: TrainingArg
     """AdamW over the chunks' parameters, and the schedule hooks that need it; every rank calls it.
 
     Each chunk carries `layers_train_alike` then, by which checkpoints name what the optimizer keeps of layers.
+
+    Raises:
+        ConfigError: no parameter is trained, on any rank.
     """
     config = OptimizerConfig(
         optimizer="adam",
@@ -166,6 +169,11 @@ def build_optimizer(models: Sequence[DistributedDataParallel], args: TrainingArg
     optimizer = get_megatron_optimizer(config, list(models))
     # Where experts alone are trained, the rest has one without anything, which cannot be saved.
     optimizer.chained_optimizers = [sub for sub in optimizer.chained_optimizers if not sub.is_stub_optimizer]
+    if not optimizer.chained_optimizers:
+        raise ConfigError(
+            "no parameter of the model is trained: requires_grad is False for all of them; set it to True for some "
+            "before the trainer is made"
+        )
     model_config = unwrap(models[0]).config
     model_config.grad_scale_func = optimizer.scale_loss
     model_config.finalize_model_grads_func = finalize_model_grads
