@@ -38,7 +38,8 @@ def steps(kind: str, settings: dict[str, Any], root: str, numbers: list[int]) ->
             first = chunk.decoder.layers[0].layer_number - 1 if chunk.decoder.layers else 0
             for name, parameter in chunk.named_parameters():
                 number = name.removeprefix("decoder.layers.").partition(".")[0]
-                whole = name.replace(f"layers.{number}.", f"layers.{first + int(number)}.") if number.isdigit() else name
+                # a stage counts its layers from 0
+                whole = name.replace(number, str(first + int(number)), 1) if number.isdigit() else name
                 parameter.requires_grad_(not any(part in whole for part in frozen))
         trainer = DPOTrainer(models, DPOConfig(beta=1.0), None, args, train_dataset=tiny_pairs(16, 4, 32))
         trainer.create_optimizer_and_scheduler(4)
