@@ -1,5 +1,7 @@
 """Models that a caller built of Transformer Engine's layers update on two ranks as in one process, or are refused."""
 
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from checks.tiny import tiny_pairs
 from fastpref.errors import ConfigError
 from fastpref.testing.workers import RankPool
 from fastpref.trainer import DPOConfig, DPOTrainer
+from fastpref.trainer.ranks.platform import destroy
 
 
 @pytest.mark.parametrize(
@@ -51,3 +54,28 @@ def test_remedy_for_an_attention_that_cannot_share_prefixes_is_accepted(quiet_ar
     with pytest.raises(ConfigError, match=r"softmax_type must be 'vanilla' in this library's attention.*; set packing"):
         model = build("one group", {}, uses_engine=True)
         DPOTrainer([model], DPOConfig(), None, quiet_args(packing=True), train_dataset=pairs)
+
+
+def failed(quiet_args) -> weakref.ref:
+    """A model that recomputes parts of its layers, and whose first step ends in an error behind them."""
+    selective = {"recompute_granularity": "selective"}
+    parts = {"recompute_modules": ["layernorm", "moe_act"]}
+    model = build("latent experts", {**selective, **parts}, uses_engine=True)
+
+    def fail(*_: object) -> None:
+        if model.training and torch.is_grad_enabled():
+            raise OSError("the node goes down")
+
+    model.output_layer.register_forward_pre_hook(fail)
+    trainer = DPOTrainer([model], DPOConfig(), None, quiet_args(**selective), train_dataset=tiny_pairs(4, seed=4))
+    trainer.create_optimizer_and_scheduler(2)
+    with pytest.raises(OSError, match="the node goes down"):
+        trainer.engine.run_step(trainer.models_wrapped, trainer.feed.train_batches(0), 1)
+    return weakref.ref(model)
+
+
+def test_nothing_is_left_of_a_trainer_that_failed_where_parts_of_layers_are_recomputed(quiet_args) -> None:
+    model = failed(quiet_args)
+    destroy()
+    gc.collect()
+    assert model() is None

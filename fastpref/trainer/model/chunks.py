@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer.module import Float16Module
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -38,6 +39,17 @@ def unwrap(model: torch.nn.Module) -> GPTModel:
             raise ConfigError(f"{text}; {remedy}")
         inner = inner.module
     return inner
+
+
+def forget_recomputation(models: Iterable[torch.nn.Module]) -> None:
+    """Let go of what modules remember to compute again; to be called when a step is over, or has ended in an error.
+
+    A backward pass lets go of it by itself. Without one it holds a graph, and that the model, as `forget_routing` says.
+    """
+    for chunk in map(unwrap, models):
+        for module in chunk.modules() if chunk.config.recompute_granularity == "selective" else ():
+            for name in [name for name, value in vars(module).items() if isinstance(value, CheckpointWithoutOutput)]:
+                setattr(module, name, None)
 
 
 def refuse_sharded(models: Iterable[torch.nn.Module]) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
 
 from fastpref.run.architecture.names import is_expert
 
@@ -30,6 +31,24 @@ def copy_group(*, of_experts: bool) -> torch.distributed.ProcessGroup:
 def copy_rank(name: str) -> int:
     """This rank's place among those that hold the same shard of a parameter."""
     return int(copy_group(of_experts=is_expert(name)).rank())
+
+
+def layers_train_alike(chunks: Sequence[GPTModel]) -> bool:
+    """Whether every parameter of a layer is trained in all layers of the model that have it, or in none.
+
+    Args:
+        chunks: bare ones; every rank of a pipeline calls it with its own.
+    """
+    trained: set[str] = set()
+    frozen: set[str] = set()
+    for name, parameter in (named for chunk in chunks for named in chunk.decoder.layers.named_parameters()):
+        # the first part is the layer's number
+        (trained if parameter.requires_grad else frozen).add(name.partition(".")[2])
+    group = parallel_state.get_pipeline_model_parallel_group()
+    stages = [(trained, frozen)] * group.size()
+    if group.size() > 1:
+        torch.distributed.all_gather_object(stages, (trained, frozen), group=group)
+    return all(some.isdisjoint(others) for some, _ in stages for _, others in stages)
 
 
 def buckets(sizes: Mapping[str, int]) -> Iterator[list[str]]:

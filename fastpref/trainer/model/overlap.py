@@ -18,6 +18,10 @@ NOT_IMPLEMENTED = {
     "delay_wgrad_compute": "leaves weight gradients to a schedule that does not run",
     "overlap_dispatch_backward_with_experts_wgrad": "leaves gradients of experts to a schedule that does not run",
     "defer_embedding_wgrad_compute": "defers a gradient of the output layer that the scoring head computes at once",
+    "qk_clip": "leaves it to the training loop to clip weights behind each update, which this one does not do",
+    "use_mup": "multiplies what the head answers, as if it were logits, and leaves learning rates of its own to the "
+    "training loop; the same model without it has softmax_scale as it is now, its embeddings (which must not be tied) "
+    "times mup_embedding_mult and its output layer times mup_output_mult",
 }
 """Fields of a configuration that must be off, and what they would do."""
 _DROPS = "leaves out tokens by what else is in a microbatch, padding included"

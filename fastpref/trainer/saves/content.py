@@ -61,8 +61,9 @@ def parts_to_save(
 
     No rank waits for another.
     """
-    weights = _weights([unwrap(model) for model in models])
-    replicas = _replicas(_tensors(weights))
+    chunks = [unwrap(model) for model in models]
+    replicas = _replicas(_tensors(_weights(chunks)))
+    weights = _weights_of_state(chunks)
     if _is_distributed(optimizer):
         if len(_subs(optimizer)) > 1:
             optimizer._synchronize_steps()  # a rank may own nothing of some group
@@ -85,18 +86,20 @@ def load_all(path: Path, models: Sequence[DistributedDataParallel], optimizer: M
     Raises:
         CheckpointError: on every rank, where the checkpoint cannot be read or holds another model.
     """
-    weights = _weights([unwrap(model) for model in models])
+    chunks = [unwrap(model) for model in models]
+    replicas = _replicas(_tensors(_weights(chunks)))
+    weights = _weights_of_state(chunks)
     small = together(lambda: _small_state(path), f"reading {path}")
     if _is_distributed(optimizer):
         settings = _settings(small["optimizer"])
         for sub in _subs(optimizer):
             sub.load_state_dict(settings)  # which makes room for the state
-        _fill(path, _replicas(_tensors(weights)), _owned(optimizer, weights))
+        _fill(path, replicas, _owned(optimizer, weights))
         if "param_state_sharding_type" in settings:
             together(lambda: _require_master_copies(path, optimizer, weights), f"reading {path}")
     else:
         tree = optimizer.sharded_state_dict(weights, is_loading=True, metadata=_metadata())
-        _fill(path, [*_replicas(_tensors(weights)), *_replicas(_tensors(tree))])
+        _fill(path, [*replicas, *_replicas(_tensors(tree))])
         optimizer.load_state_dict(_completed(tree, small["optimizer"]))
     return small
 
@@ -116,11 +119,21 @@ def canonical(key: str) -> str:
     return key
 
 
-def _weights(chunks: Sequence[GPTModel]) -> dict[str, Any]:
-    listed = {f"model{index}": sharded_weights(chunk, _metadata()) for index, chunk in enumerate(chunks)}
+def _weights(chunks: Sequence[GPTModel], *, by_layer: bool = False) -> dict[str, Any]:
+    metadata = {**_metadata(), "non_homogeneous_layers": by_layer}
+    listed = {f"model{index}": sharded_weights(chunk, metadata) for index, chunk in enumerate(chunks)}
     for whole in _tensors(listed):
         whole.key = canonical(whole.key)
     return listed
+
+
+def _weights_of_state(chunks: Sequence[GPTModel]) -> dict[str, Any]:
+    """The weights under the names by which the optimizer's state is kept.
+
+    Like tensors of all layers are one in a checkpoint. Where layers are frozen there is no state of theirs, so that
+    each layer has its own there.
+    """
+    return _weights(chunks, by_layer=not getattr(chunks[0], "layers_train_alike", True))
 
 
 def _metadata() -> dict[str, Any]:
@@ -220,9 +233,19 @@ def _small_state(path: Path) -> dict[str, Any]:
         small = torch.load(path / COMMON_STATE_FNAME, map_location="cpu", weights_only=True)
     except (OSError, EOFError, ValueError, RuntimeError, UnpicklingError) as error:
         raise CheckpointError(f"{path / COMMON_STATE_FNAME} cannot be read: {error}") from error
-    if not isinstance(small, dict) or not isinstance(small.get("optimizer"), dict) or "scheduler" not in small:
+    parts = [small.get(name) if isinstance(small, dict) else None for name in ("optimizer", "scheduler")]
+    if not all(isinstance(part, dict) for part in parts) or "num_steps" not in small["scheduler"]:
         raise CheckpointError(f"{path / COMMON_STATE_FNAME} does not hold the state of an optimizer and its schedule")
+    # Adam counts in groups that are not empty, and the rank that wrote the file may have held nothing that is trained.
+    for group in _groups(small["optimizer"]):
+        group["step"] = small["scheduler"]["num_steps"]
     return small
+
+
+def _groups(saved: Any) -> Iterator[dict[str, Any]]:
+    """The parameter groups in the state of an optimizer, or of several."""
+    for key, value in saved.items() if isinstance(saved, dict) else ():
+        yield from value if key == "param_groups" else _groups(value)
 
 
 def _settings(saved: Mapping[Any, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from megatron.core.transformer.module import Float16Module
 from fastpref.errors import ConfigError, Problem, raise_if_any
 from fastpref.run.config.arguments import TrainingArguments
 from fastpref.trainer.model.chunks import refuse_sharded, unwrap
+from fastpref.trainer.model.copies import layers_train_alike
 from fastpref.trainer.model.layers import layers_of
 from fastpref.trainer.model.moe import balance_coefficient, bias_kept_in_fp32, separate_experts
 from fastpref.trainer.ranks.platform import before_destroy
@@ -137,7 +138,13 @@ def _let_go(model: DistributedDataParallel) -> None:
 
 
 def build_optimizer(models: Sequence[DistributedDataParallel], args: TrainingArguments) -> MegatronOptimizer:
-    """AdamW over the chunks' parameters, and the schedule hooks that need it."""
+    """AdamW over the chunks' parameters, and the schedule hooks that need it; every rank calls it.
+
+    Each chunk carries `layers_train_alike` then, by which checkpoints name what the optimizer keeps of layers.
+
+    Raises:
+        ConfigError: no parameter is trained, on any rank.
+    """
     config = OptimizerConfig(
         optimizer="adam",
         lr=args.learning_rate,
@@ -155,7 +162,18 @@ def build_optimizer(models: Sequence[DistributedDataParallel], args: TrainingArg
         clip_grad=args.max_grad_norm or float("inf"),
         log_num_zeros_in_grad=args.log_num_zeros_in_grad,
     )
+    chunks = [unwrap(model) for model in models]
+    is_alike = layers_train_alike(chunks)
+    for chunk in chunks:
+        chunk.layers_train_alike = is_alike
     optimizer = get_megatron_optimizer(config, list(models))
+    # Where experts alone are trained, the rest has one without anything, which cannot be saved.
+    optimizer.chained_optimizers = [sub for sub in optimizer.chained_optimizers if not sub.is_stub_optimizer]
+    if not optimizer.chained_optimizers:
+        raise ConfigError(
+            "no parameter of the model is trained: requires_grad is False for all of them; set it to True for some "
+            "before the trainer is made"
+        )
     model_config = unwrap(models[0]).config
     model_config.grad_scale_func = optimizer.scale_loss
     model_config.finalize_model_grads_func = finalize_model_grads

@@ -35,7 +35,7 @@ from fastpref.losses import (
     update_running_mean,
     weighted_sum,
 )
-from fastpref.trainer.model.chunks import unwrap
+from fastpref.trainer.model.chunks import forget_recomputation, unwrap
 from fastpref.trainer.model.context_parallel import local_positions
 from fastpref.trainer.model.moe import forget_routing
 from fastpref.trainer.model.packing import packed_row
@@ -196,6 +196,7 @@ class PreferenceSchedule:
             )
         finally:
             forget_routing(models)
+            forget_recomputation(models)
 
     def response_sums(self, scores_KS: Tensor) -> Tensor:
         """Response log-prob sums [S]; under LD-DPO the second column holds minus the sum over the shared length."""

@@ -12,6 +12,7 @@ import torch
 from tiny_runs import PAIRS
 
 from checks.tiny import stock_model
+from fastpref.errors import ConfigError
 from fastpref.trainer import DPOConfig, DPOTrainer
 from fastpref.trainer.step.optimizer import Update, learning_rate, update
 
@@ -32,6 +33,16 @@ class AnsweringOptimizer:
 
     def step(self) -> tuple[Any, Any, Any]:
         return self._answer
+
+
+def test_models_without_a_trained_parameter_are_refused(quiet_args) -> None:
+    models = stock_model(0)
+    models[0].requires_grad_(False)
+    trainer = DPOTrainer(models, DPOConfig(), None, quiet_args(), train_dataset=PAIRS)
+    with pytest.raises(ConfigError, match="no parameter of the model is trained"):
+        trainer.create_optimizer_and_scheduler(2)
+    models[0].output_layer.requires_grad_(True)
+    DPOTrainer(models, DPOConfig(), None, quiet_args(), train_dataset=PAIRS).create_optimizer_and_scheduler(2)
 
 
 @pytest.mark.parametrize("form", FORMS)
