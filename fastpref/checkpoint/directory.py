@@ -7,8 +7,10 @@ a directory whose name contains `.tmp-` is an unfinished save and is never read.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
+import reprlib
 import shutil
 import uuid
 from collections.abc import Mapping
@@ -135,12 +137,27 @@ def read_state(path: Path) -> dict[str, Any]:
     """Contents of a checkpoint's `state.json`.
 
     Raises:
-        CheckpointError: it is missing or not a JSON object.
+        CheckpointError: it is missing, or no JSON object with a step, that of the directory's name, and entries of the
+            kinds that a save writes.
     """
     try:
-        return parse_object((path / STATE_FILE).read_bytes())
+        state = parse_object((path / STATE_FILE).read_bytes())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path / STATE_FILE} cannot be read: {error}") from error
+    step, objects = state.get("step"), [state.get("fingerprint", {}), state.get("text") or {}]
+    means = [state.get(name, 0) for name in ("bco_delta", "bco_count")]
+    if type(step) is not int or step < 0:
+        raise CheckpointError(f"{path / STATE_FILE} must give a step, a whole number, got {reprlib.repr(step)}")
+    name = _STEP_NAME.fullmatch(path.name)
+    if name and int(name[1]) != step:
+        raise CheckpointError(
+            f"{path} holds step {step}, not that of its name; name it {step_directory(path.parent, step)}"
+        )
+    if not all(isinstance(each, dict) for each in objects):
+        raise CheckpointError(f"{path / STATE_FILE} must hold objects as fingerprint and text")
+    if not all(type(each) in (int, float) and abs(each) < math.inf for each in means):
+        raise CheckpointError(f"{path / STATE_FILE} must give finite numbers as bco_delta and bco_count")
+    return state
 
 
 def remove_unfinished(root: Path) -> None:
