@@ -13,6 +13,7 @@ import re
 import reprlib
 import shutil
 import uuid
+import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -127,9 +128,11 @@ def publish(temporary: Path, final: Path, records: Mapping[str, FileRecord]) -> 
         sync(temporary)
         os.rename(temporary, final)
     except OSError:
-        # what did not get its name is not finished, and can be published again
-        (temporary / MANIFEST_FILE).unlink(missing_ok=True)
-        raise
+        # a file server that is asked twice, because its answer was lost, no longer finds what it has renamed
+        if temporary.exists() or not final.exists():
+            # what did not get its name is not finished, and can be published again
+            (temporary / MANIFEST_FILE).unlink(missing_ok=True)
+            raise
     sync(final.parent)
 
 
@@ -163,7 +166,15 @@ def read_state(path: Path) -> dict[str, Any]:
 def remove_unfinished(root: Path) -> None:
     """Removes what saves and removals that were cut off have left; the caller holds the run's lock."""
     for path in root.glob("step-*.tmp-*"):
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Removes a directory that stands for nothing, or says that it could not: on NFS, files that others hold stay."""
+    try:
         shutil.rmtree(path)
+    except OSError as error:
+        warnings.warn(f"{path} could not be removed: {error}; nothing reads it, remove it by hand", stacklevel=2)
 
 
 def prune(root: Path, keep: int) -> None:
@@ -175,9 +186,9 @@ def prune(root: Path, keep: int) -> None:
         if step < whole[-keep]:
             path = step_directory(root, step)
             # a removal that is cut off must not leave half a checkpoint under a finished name
-            doomed = path.with_name(f"{path.name}.tmp-removed")
+            doomed = path.with_name(f"{path.name}.tmp-removed-{uuid.uuid4().hex[:8]}")
             os.rename(path, doomed)
-            shutil.rmtree(doomed)
+            _remove(doomed)
 
 
 def set_aside(path: Path) -> Path:
