@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -81,6 +82,10 @@ def load_all(path: Path, models: Sequence[DistributedDataParallel], optimizer: M
     # Every rank takes the same turns, also one that trains nothing and has no optimizer.
     small = together(lambda: _small_state(path), f"reading {path}")
     weights = _weights([unwrap(model) for model in models])
+    if not small["scheduler"].get("num_steps"):
+        _fill(path, _replicas(_tensors(weights)))
+        together(lambda: apply(path, partial(_begin, optimizer), small["optimizer"]), f"reading {path}")
+        return small
     together(lambda: _make_room(path, optimizer, small["optimizer"]), f"reading {path}")
     replicas, owned, tree = _replicas(_tensors(weights)), [], None
     if _is_distributed(optimizer):
@@ -207,7 +212,7 @@ def _small_state(path: Path) -> dict[str, Any]:
     if not are_dicts or not all(isinstance(sub, dict) for sub in _saved_subs(optimizer)):
         raise CheckpointError(f"{path / COMMON_STATE_FNAME} does not hold the state of an optimizer and its schedule")
     steps, has_begun = {*_steps(optimizer)}, bool(scheduler.get("num_steps"))
-    if len(steps) > 1 or (has_begun and not steps):
+    if len(steps - {"0"}) != has_begun or len(steps) > 1:
         found = f"it says {', '.join(sorted(steps))}" if steps else "it does not say"
         raise CheckpointError(f"{path / COMMON_STATE_FNAME} must say how many updates the optimizer has taken; {found}")
     return small
@@ -227,6 +232,14 @@ def _require_loss_scale(path: Path, optimizer: MegatronOptimizer, saved: Mapping
     is_scaled = any(sub.config.fp16 for sub in _subs(optimizer))
     if is_scaled and not all("scale" in sub.get("grad_scaler", ()) for sub in _saved_subs(saved)):
         raise CheckpointError(f"{path / COMMON_STATE_FNAME} does not hold the loss scale of fp16")
+
+
+def _begin(optimizer: MegatronOptimizer, saved: Mapping[Any, Any]) -> None:
+    """Takes up a run whose steps were all skipped, as while fp16 looks for its loss scale: there are no moments yet."""
+    optimizer.reload_model_params()
+    for sub in _subs(optimizer):
+        if sub.config.fp16:
+            sub.grad_scaler.load_state_dict(_saved_subs(saved)[0]["grad_scaler"])
 
 
 def _make_room(path: Path, optimizer: MegatronOptimizer, saved: Mapping[Any, Any]) -> None:

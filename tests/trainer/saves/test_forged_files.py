@@ -83,6 +83,7 @@ COMMONS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "no optimizer": (lambda common: common["optimizer"].clear(), "it does not say"),
     "no updates": (lambda common: [group.pop("step") for group in groups(common)], "it does not say"),
     "two updates": (lambda common: groups(common)[0].update(step=7), "it says 1, 7"),
+    "no position": (lambda common: common["scheduler"].update(num_steps=0), "it says 1"),
     "one group": (lambda common: groups(common).pop(), "does not hold the state of this run's optimizer"),
     "another group": (lambda common: groups(common)[0].update(wd_mult=0.5), "does not hold the state of this run's"),
     "no loss scale": (lambda common: common["optimizer"].pop("grad_scaler"), "does not hold the loss scale of fp16"),
