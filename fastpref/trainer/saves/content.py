@@ -207,9 +207,11 @@ def _small_state(path: Path) -> dict[str, Any]:
         small = torch.load(path / COMMON_STATE_FNAME, map_location="cpu", weights_only=True)
     except (OSError, EOFError, ValueError, RuntimeError, UnpicklingError) as error:
         raise CheckpointError(f"{path / COMMON_STATE_FNAME} cannot be read: {error}") from error
+    optimizer: Any
+    scheduler: Any
     optimizer, scheduler = (small.get(name) if isinstance(small, dict) else None for name in ("optimizer", "scheduler"))
-    are_dicts = isinstance(optimizer, dict) and isinstance(scheduler, dict)
-    if not are_dicts or not all(isinstance(sub, dict) for sub in _saved_subs(optimizer)):
+    is_state = isinstance(optimizer, dict) and isinstance(scheduler, dict)
+    if not is_state or not all(isinstance(sub, dict) for sub in _saved_subs(optimizer)):
         raise CheckpointError(f"{path / COMMON_STATE_FNAME} does not hold the state of an optimizer and its schedule")
     steps, has_begun = {*_steps(optimizer)}, bool(scheduler.get("num_steps"))
     if len(steps - {"0"}) != has_begun or len(steps) > 1:
