@@ -7,10 +7,13 @@ a directory whose name contains `.tmp-` is an unfinished save and is never read.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
+import reprlib
 import shutil
 import uuid
+import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -125,9 +128,11 @@ def publish(temporary: Path, final: Path, records: Mapping[str, FileRecord]) -> 
         sync(temporary)
         os.rename(temporary, final)
     except OSError:
-        # what did not get its name is not finished, and can be published again
-        (temporary / MANIFEST_FILE).unlink(missing_ok=True)
-        raise
+        # a file server that is asked twice, because its answer was lost, no longer finds what it has renamed
+        if temporary.exists() or not final.exists():
+            # what did not get its name is not finished, and can be published again
+            (temporary / MANIFEST_FILE).unlink(missing_ok=True)
+            raise
     sync(final.parent)
 
 
@@ -135,18 +140,41 @@ def read_state(path: Path) -> dict[str, Any]:
     """Contents of a checkpoint's `state.json`.
 
     Raises:
-        CheckpointError: it is missing or not a JSON object.
+        CheckpointError: it is missing, or no JSON object with a step, that of the directory's name, and entries of the
+            kinds that a save writes.
     """
     try:
-        return parse_object((path / STATE_FILE).read_bytes())
+        state = parse_object((path / STATE_FILE).read_bytes())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path / STATE_FILE} cannot be read: {error}") from error
+    step, objects = state.get("step"), [state.get("fingerprint", {}), state.get("text") or {}]
+    means = [state.get(name, 0) for name in ("bco_delta", "bco_count")]
+    if type(step) is not int or step < 0:
+        raise CheckpointError(f"{path / STATE_FILE} must give a step, a whole number, got {reprlib.repr(step)}")
+    name = _STEP_NAME.fullmatch(path.name)
+    if name and int(name[1]) != step:
+        raise CheckpointError(
+            f"{path} holds step {step}, not that of its name; name it {step_directory(path.parent, step)}"
+        )
+    if not all(isinstance(each, dict) for each in objects):
+        raise CheckpointError(f"{path / STATE_FILE} must hold objects as fingerprint and text")
+    if not all(type(each) in (int, float) and abs(each) < math.inf for each in means):
+        raise CheckpointError(f"{path / STATE_FILE} must give finite numbers as bco_delta and bco_count")
+    return state
 
 
 def remove_unfinished(root: Path) -> None:
     """Removes what saves and removals that were cut off have left; the caller holds the run's lock."""
     for path in root.glob("step-*.tmp-*"):
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Removes a directory that stands for nothing, or says that it could not: on NFS, files that others hold stay."""
+    try:
         shutil.rmtree(path)
+    except OSError as error:
+        warnings.warn(f"{path} could not be removed: {error}; nothing reads it, remove it by hand", stacklevel=2)
 
 
 def prune(root: Path, keep: int) -> None:
@@ -158,9 +186,9 @@ def prune(root: Path, keep: int) -> None:
         if step < whole[-keep]:
             path = step_directory(root, step)
             # a removal that is cut off must not leave half a checkpoint under a finished name
-            doomed = path.with_name(f"{path.name}.tmp-removed")
+            doomed = path.with_name(f"{path.name}.tmp-removed-{uuid.uuid4().hex[:8]}")
             os.rename(path, doomed)
-            shutil.rmtree(doomed)
+            _remove(doomed)
 
 
 def set_aside(path: Path) -> Path:

@@ -1,8 +1,11 @@
 """The manifest of a directory: what it vouches for, what it refuses, and that nothing else is opened."""
 
+import errno
 import hashlib
 import json
 import os
+import stat
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -149,3 +152,38 @@ def test_publish_that_failed_can_be_called_again(tmp_path: Path, monkeypatch, fa
             assert not (temporary / MANIFEST_FILE).exists()
     publish(temporary, final, records)
     manifest.verify(final)
+
+
+def renamed_without_an_answer(source: Path, target: Path) -> None:
+    """What a client of NFS sees when the answer of the server was lost and it has asked again."""
+    os.replace(source, target)
+    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(source))
+
+
+def test_publish_knows_a_rename_whose_answer_was_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    temporary, final = tmp_path / "step-1.tmp-0", tmp_path / "step-1"
+    temporary.mkdir()
+    (temporary / "weights").write_bytes(b"w")
+    monkeypatch.setattr("fastpref.checkpoint.directory.os.rename", renamed_without_an_answer)
+    publish(temporary, final, manifest.record_files(temporary, ["weights"]))
+    manifest.verify(final)
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
+def test_publish_where_directories_cannot_be_synced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Some file systems refuse it, which says nothing about the files; an error of the disk does."""
+    temporary, final, fsync = tmp_path / "step-1.tmp-0", tmp_path / "step-1", os.fsync
+    temporary.mkdir()
+    (temporary / "weights").write_bytes(b"w")
+
+    def refuse(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError, match="Input/output") if number == errno.EIO else nullcontext():
+        publish(temporary, final, manifest.record_files(temporary, ["weights"]))
+    assert final.exists() == (number != errno.EIO)

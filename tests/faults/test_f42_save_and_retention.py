@@ -1,5 +1,7 @@
 """Fault 42: saving twice at one step, retention beside a damaged checkpoint, and removals that are cut off."""
 
+import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,6 +61,49 @@ def test_prune_that_is_cut_off_leaves_no_half_checkpoint(tmp_path: Path, monkeyp
     assert directory.finished_steps(tmp_path) == [2, 3]
     directory.remove_unfinished(tmp_path)
     assert steps(tmp_path) == ["step-2", "step-3"]
+
+
+def test_prune_beside_files_that_others_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On NFS what another process reads cannot be removed: neither a run nor its next start ends for it."""
+    for step in (1, 2, 3):
+        checkpoint(tmp_path, step)
+
+    def busy(path: Path) -> None:
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path / ".nfs0001"))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(directory.shutil, "rmtree", busy)
+        for clear in (lambda: directory.prune(tmp_path, 2), lambda: directory.remove_unfinished(tmp_path)):
+            with pytest.warns(UserWarning, match=r"step-1\.tmp-removed-.* could not be removed: .*\.nfs0001"):
+                clear()
+    assert directory.finished_steps(tmp_path) == [2, 3]
+    directory.remove_unfinished(tmp_path)
+    assert steps(tmp_path) == ["step-2", "step-3"]
+
+
+def test_a_save_stands_where_an_older_one_cannot_be_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error of an old checkpoint is not one of the new."""
+    rename = os.rename
+
+    def refuse(source: Path, target: Path) -> None:
+        if "removed" in str(target):
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(source))
+        rename(source, target)
+
+    args = TrainingArguments(
+        output_dir=str(tmp_path), per_device_train_batch_size=2, report_to=(), save_total_limit=2, disable_progress=True
+    )
+    initialize_megatron(args)
+    try:
+        trainer = DPOTrainer(stock_model(0), DPOConfig(), None, args, train_dataset=tiny_pairs(4, seed=1))
+        monkeypatch.setattr(directory.os, "rename", refuse)
+        for step in (1, 2):
+            trainer.save_checkpoint(step)
+        with pytest.warns(UserWarning, match="step-3 is saved, but older checkpoints were not removed: .*step-1"):
+            path = trainer.save_checkpoint(3)
+        assert steps(path.parent) == ["step-1", "step-2", "step-3"]
+    finally:
+        destroy()
 
 
 def test_save_total_limit_of_one_is_refused() -> None:

@@ -104,9 +104,12 @@ def require_same(
         absent: see `differences`.
 
     Raises:
-        CheckpointError: settings differ; lists both values of each.
+        CheckpointError: settings differ, and both values of each are listed; or they are in no form that is known.
     """
-    found = differences(saved, now, absent)
+    try:
+        found = differences(saved, now, absent)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} holds settings that cannot be read: {error}; use another checkpoint") from error
     changed = {name: _setting(name) for name in found if _setting(name) not in may_differ}
     if not changed:
         return

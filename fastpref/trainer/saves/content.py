@@ -8,9 +8,10 @@ lists the stretches of parameters that its optimizer owns, where they lie in the
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -25,33 +26,25 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensorFactory,
 )
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
-from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner, mcore_to_pyt_state_dict
 from megatron.core.dist_checkpointing.utils import extract_nonpersistent, extract_sharded_base
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
-from torch.distributed.checkpoint import CheckpointException, FileSystemReader
-from torch.distributed.checkpoint import load as read_files
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from fastpref.errors import CheckpointError
 from fastpref.run.architecture.names import is_expert
 from fastpref.trainer.model.chunks import unwrap
 from fastpref.trainer.model.lora import sharded_weights
 from fastpref.trainer.ranks.agreement import together
-from fastpref.trainer.saves.parts import Replicas, Whole, grouped, parts_of, pieces_of
+from fastpref.trainer.ranks.meeting import meet
+from fastpref.trainer.saves.parts import Replicas, Whole, parts_of, pieces_of
+from fastpref.trainer.saves.stored import canonical, read_parts, told
 
 # Experts have an optimizer of their own, whose tensors need no prefix: their names are different anyway.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 _STATE = "optimizer.state"
-# Names of a norm beside the linear layer that it is for, and inside it.
-_FUSED_NORMS = {
-    ".input_layernorm.": ".self_attention.linear_qkv.layer_norm_",
-    ".pre_mlp_layernorm.": ".mlp.linear_fc1.layer_norm_",
-}
-_SHOWN = 3
 
 
 def parts_to_save(
@@ -86,37 +79,29 @@ def load_all(path: Path, models: Sequence[DistributedDataParallel], optimizer: M
     Raises:
         CheckpointError: on every rank, where the checkpoint cannot be read or holds another model.
     """
-    chunks = [unwrap(model) for model in models]
-    replicas = _replicas(_tensors(_weights(chunks)))
-    weights = _weights_of_state(chunks)
+    # Every rank takes the same turns, also one that trains nothing and has no optimizer.
     small = together(lambda: _small_state(path), f"reading {path}")
+    chunks = [unwrap(model) for model in models]
+    replicas, weights = _replicas(_tensors(_weights(chunks))), _weights_of_state(chunks)
+    if not small["scheduler"]["num_steps"]:
+        _fill(path, replicas)
+        together(lambda: apply(path, partial(_begin, optimizer), small["optimizer"]), f"reading {path}")
+        return small
+    together(lambda: _make_room(path, optimizer, small["optimizer"]), f"reading {path}")
+    owned, tree = [], None
     if _is_distributed(optimizer):
-        settings = _settings(small["optimizer"])
-        for sub in _subs(optimizer):
-            sub.load_state_dict(settings)  # which makes room for the state
-        _fill(path, replicas, _owned(optimizer, weights))
-        if "param_state_sharding_type" in settings:
-            together(lambda: _require_master_copies(path, optimizer, weights), f"reading {path}")
+        owned = _owned(optimizer, weights)
     else:
         tree = optimizer.sharded_state_dict(weights, is_loading=True, metadata=_metadata())
-        _fill(path, [*replicas, *_replicas(_tensors(tree))])
-        optimizer.load_state_dict(_completed(tree, small["optimizer"]))
+        replicas += _replicas(_tensors(tree))
+    _fill(path, replicas, owned)
+    together(lambda: _finish(path, optimizer, weights, tree, small["optimizer"]), f"reading {path}")
     return small
 
 
 def load_chunks(path: Path, chunks: Sequence[GPTModel]) -> None:
     """Fills bare chunks with the weights of a checkpoint; as `load_all`."""
-    _fill(path, _replicas(_tensors(_weights(chunks))))
-
-
-def canonical(key: str) -> str:
-    """The name of a tensor in checkpoints, whichever layer specification lists it.
-
-    Transformer Engine keeps the norm before a linear layer inside it; Megatron's own layers have it beside them.
-    """
-    for beside, inside in _FUSED_NORMS.items():
-        key = key.replace(beside, inside)
-    return key
+    _fill(path, _replicas(_tensors(_weights(chunks))), converts=True)
 
 
 def _weights(chunks: Sequence[GPTModel], *, by_layer: bool = False) -> dict[str, Any]:
@@ -218,7 +203,7 @@ def _require_master_copies(path: Path, optimizer: MegatronOptimizer, weights: Ma
             weight = parameter.detach().view(-1)[start : start + length]
             found.append((by_parameter[parameter], start, weight, torch.empty_like(weight, dtype=torch.float32)))
     parts = [part for whole, start, _, copy in found for part in parts_of(whole, copy, start, f"{_STATE}.param.")]
-    _read(path, parts, parts)
+    read_parts(path, parts, parts)
     wrong = [whole.key for whole, _, weight, copy in found if not torch.equal(copy.to(weight.dtype), weight)]
     if wrong:
         raise CheckpointError(
@@ -233,27 +218,94 @@ def _small_state(path: Path) -> dict[str, Any]:
         small = torch.load(path / COMMON_STATE_FNAME, map_location="cpu", weights_only=True)
     except (OSError, EOFError, ValueError, RuntimeError, UnpicklingError) as error:
         raise CheckpointError(f"{path / COMMON_STATE_FNAME} cannot be read: {error}") from error
-    parts = [small.get(name) if isinstance(small, dict) else None for name in ("optimizer", "scheduler")]
-    if not all(isinstance(part, dict) for part in parts) or "num_steps" not in small["scheduler"]:
+    optimizer: Any
+    scheduler: Any
+    optimizer, scheduler = (small.get(name) if isinstance(small, dict) else None for name in ("optimizer", "scheduler"))
+    is_state = isinstance(optimizer, dict) and isinstance(scheduler, dict)
+    if not is_state or not all(isinstance(sub, dict) and [*_groups(sub)] for sub in _saved_subs(optimizer)):
         raise CheckpointError(f"{path / COMMON_STATE_FNAME} does not hold the state of an optimizer and its schedule")
+    updates, found = scheduler.get("num_steps"), sorted({*map(str, _steps(optimizer))})
+    if type(updates) is not int or updates < 0 or not all(step == updates for step in _steps(optimizer)):
+        raise CheckpointError(
+            f"{path / COMMON_STATE_FNAME} must say how many updates the optimizer has taken, and its schedule as many; "
+            f"it says {', '.join(found) or 'nothing'} and {updates!r}"
+        )
     # Adam counts in groups that are not empty, and the rank that wrote the file may have held nothing that is trained.
-    for group in _groups(small["optimizer"]):
-        group["step"] = small["scheduler"]["num_steps"]
+    for group in _groups(optimizer):
+        group["step"] = updates
     return small
 
 
 def _groups(saved: Any) -> Iterator[dict[str, Any]]:
     """The parameter groups in the state of an optimizer, or of several."""
     for key, value in saved.items() if isinstance(saved, dict) else ():
-        yield from value if key == "param_groups" else _groups(value)
+        groups = value if key == "param_groups" and isinstance(value, list) else _groups(value)
+        yield from (group for group in groups if isinstance(group, dict))
 
 
-def _settings(saved: Mapping[Any, Any]) -> dict[str, Any]:
-    """What any of this rank's distributed optimizers takes its settings from, which it finds by what they are for."""
-    subs = [saved] if "optimizer" in saved else list(saved.values())
-    groups = [group for sub in subs for group in sub["optimizer"]["param_groups"]]
-    first = {name: value for name, value in subs[0].items() if name != "param_state"}
-    return {**first, "optimizer": {"param_groups": groups}}
+def _steps(node: Any) -> Iterator[Any]:
+    """Every number of updates in an optimizer's state: its groups have one each, or they share one."""
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+        if key in ("step", "common_step") and value is not None:
+            yield value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+        else:
+            yield from _steps(value)
+
+
+def _require_loss_scale(path: Path, optimizer: MegatronOptimizer, saved: Mapping[Any, Any]) -> None:
+    """Refuses state without the loss scale of fp16, in whose place Megatron would begin with a new one."""
+    is_scaled = any(sub.config.fp16 for sub in _subs(optimizer))
+    if is_scaled and not all("scale" in sub.get("grad_scaler", ()) for sub in _saved_subs(saved)):
+        raise CheckpointError(f"{path / COMMON_STATE_FNAME} does not hold the loss scale of fp16")
+
+
+def _begin(optimizer: MegatronOptimizer, saved: Mapping[Any, Any]) -> None:
+    """Takes up a run whose steps were all skipped, as while fp16 looks for its loss scale: there are no moments yet."""
+    optimizer.reload_model_params()
+    for sub in _subs(optimizer):
+        if sub.config.fp16:
+            sub.grad_scaler.load_state_dict(_saved_subs(saved)[0]["grad_scaler"])
+
+
+def _make_room(path: Path, optimizer: MegatronOptimizer, saved: Mapping[Any, Any]) -> None:
+    """Gives distributed optimizers their settings, which they find by what they are for, and tensors to fill."""
+    _require_loss_scale(path, optimizer, saved)
+
+    def load(subs: list[Any]) -> None:
+        groups = [group for sub in subs for group in sub["optimizer"]["param_groups"]]
+        first = {name: value for name, value in subs[0].items() if name != "param_state"}
+        for sub in _subs(optimizer):
+            sub.load_state_dict({**first, "optimizer": {"param_groups": groups}})
+
+    if _is_distributed(optimizer):
+        apply(path, load, _saved_subs(saved))
+
+
+def _saved_subs(saved: Mapping[Any, Any]) -> list[Any]:
+    """What a file says of each of an optimizer's parts, which have numbers where there are several."""
+    return list(saved.values()) if saved and all(isinstance(name, int) for name in saved) else [saved]
+
+
+def _finish(path: Path, optimizer: MegatronOptimizer, weights: Mapping[str, Any], tree: Any, saved: Any) -> None:
+    """Ends the loading of an optimizer whose tensors are filled; `tree` is None where it is distributed."""
+    if tree is not None:
+        apply(path, lambda state: optimizer.load_state_dict(_completed(tree, state)), saved)
+    elif any("param_state_sharding_type" in sub for sub in _saved_subs(saved)):
+        _require_master_copies(path, optimizer, weights)  # Megatron has gathered it
+
+
+def apply(path: Path, load: Callable[[Any], Any], state: Any) -> None:
+    """Loads state from a checkpoint into an object of Megatron's, which may say anything of what it did not write.
+
+    Raises:
+        CheckpointError: the object cannot take it; names the file.
+    """
+    try:
+        load(state)
+    except Exception as error:
+        raise CheckpointError(
+            f"{path / COMMON_STATE_FNAME} does not hold the state of this run's optimizer and schedule: {told(error)}"
+        ) from error
 
 
 def _completed(tree: Any, saved: Any) -> Any:
@@ -270,71 +322,19 @@ def _completed(tree: Any, saved: Any) -> Any:
     return tree if saved is None else saved
 
 
-def _fill(path: Path, replicas: Sequence[Replicas], owned: Sequence[ShardedTensor] = ()) -> None:
+def _fill(
+    path: Path, replicas: Sequence[Replicas], owned: Sequence[ShardedTensor] = (), *, converts: bool = False
+) -> None:
     """Reads this rank's share of `replicas` and what it owns, and brings it the other ranks' shares."""
-    wanted = [piece for replica in replicas for whole in replica.wholes for piece, _ in pieces_of(whole)]
+    wanted = [
+        replace(piece, data=None, dtype=whole.data.dtype)  # a factory's piece does not know it
+        for replica in replicas
+        for whole in replica.wholes
+        for piece, _ in pieces_of(whole)
+    ]
     parts = [*(part for replica in replicas for part in replica.parts()), *owned]
-    together(lambda: _read(path, [*wanted, *owned], parts), f"reading {path}")
+    listed = meet(json.dumps(sorted({piece.key for piece in wanted})), what=f"reading {path}")
+    known = {key for keys in listed.values() for key in json.loads(keys)}
+    together(lambda: read_parts(path, [*wanted, *owned], parts, known=known, converts=converts), f"reading {path}")
     for replica in replicas:
         replica.spread()
-
-
-def _read(path: Path, wanted: Sequence[ShardedTensor], parts: Sequence[ShardedTensor]) -> None:
-    """Fills parts from the files of a checkpoint, of which it reads those pieces that they meet.
-
-    Args:
-        path: the checkpoint.
-        wanted: what it must hold, whoever reads it.
-        parts: what this rank reads.
-
-    Raises:
-        CheckpointError: the checkpoint lacks a tensor or a piece of one, or has it in another shape.
-    """
-    reader = FileSystemReader(path)
-    try:
-        stored = reader.read_metadata().state_dict_metadata
-        _require(wanted, stored)
-        by_key = grouped(replace(part, key=_stored_key(part.key, stored)) for part in parts)
-        padded = {key: shards[0] for key, shards in by_key.items() if shards[0].allow_shape_mismatch}
-        planner = MCoreLoadPlanner(allow_shape_mismatch_sharded_tensors=padded)
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # each rank reads for itself
-            read_files(mcore_to_pyt_state_dict(by_key, True), storage_reader=reader, planner=planner, no_dist=True)
-    except CheckpointException as error:
-        causes = {f"{type(cause).__name__}: {str(cause).partition(chr(10))[0]}" for cause, _ in error.failures.values()}
-        raise CheckpointError(f"its files cannot be read: {'; '.join(sorted(causes))}") from error
-    except (UnpicklingError, EOFError, AttributeError) as error:
-        raise CheckpointError(f"its index cannot be read: {error}") from error
-
-
-def _stored_key(key: str, stored: Collection[str]) -> str:
-    """The name that a tensor has in a checkpoint, which older versions did not write as `canonical`."""
-    beside = (key.replace(inside, beside) for beside, inside in _FUSED_NORMS.items())
-    return next((name for name in (key, *beside) if name in stored), key)
-
-
-def _require(wanted: Sequence[ShardedTensor], stored: Mapping[str, Any]) -> None:
-    by_key = {_stored_key(tensor.key, stored): tensor for tensor in wanted}
-    missing = sorted(key for key in by_key if not isinstance(stored.get(key), TensorStorageMetadata))
-    if missing:
-        more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
-        raise CheckpointError(f"it does not hold this model; missing: {', '.join(missing[:_SHOWN])}{more}")
-    for key, tensor in by_key.items():
-        theirs, ours = [*stored[key].size], [*tensor.global_shape]
-        if theirs != ours and not tensor.allow_shape_mismatch:
-            raise CheckpointError(f"it does not hold this model: {key} is {theirs} in it, not {ours}")
-    torn = sorted(key for key in by_key if not _is_whole(stored[key]))
-    if torn:
-        more = f" and {len(torn) - _SHOWN} more" if len(torn) > _SHOWN else ""
-        raise CheckpointError(f"its index lists only some pieces of {', '.join(torn[:_SHOWN])}{more}")
-
-
-def _is_whole(tensor: TensorStorageMetadata) -> bool:
-    """Whether the pieces in an index make up the tensor; what none of them holds would stay as it was, in silence."""
-    held = sum(chunk.sizes.numel() for chunk in tensor.chunks)
-    inside = all(
-        start >= 0 and start + size <= whole
-        for chunk in tensor.chunks
-        for start, size, whole in zip(chunk.offsets, chunk.sizes, tensor.size, strict=True)
-    )
-    return inside and held == tensor.size.numel()

@@ -9,8 +9,9 @@ number of ranks has written fits all the same.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, product
 from typing import TypeAlias
 
 import torch
@@ -46,6 +47,29 @@ def _boxes_of_row(shape: Sequence[int], index: int, start: int, end: int) -> Ite
     begin = index * math.prod(shape[1:])
     for offsets, sizes in boxes(shape[1:], start - begin, end - begin):
         yield (index, *offsets), (1, *sizes)
+
+
+def tiles(pieces: Iterable[Box], shape: Sequence[int]) -> bool:
+    """Whether every number of a tensor is in exactly one of the boxes, and nothing else is in any.
+
+    Corners count +1 or -1, in turns around a box. Boxes of non-negative sizes fill a larger one exactly where each
+    point counts as much for all of them as for it: a box is the running sum over the counts of its corners.
+    """
+    counts: Counter[tuple[int, ...]] = Counter()
+    for offsets, sizes in pieces:
+        if min(sizes, default=0) < 0:
+            return False
+        counts.update(_corners(offsets, sizes))
+    counts.subtract(_corners([0] * len(shape), shape))
+    return not any(counts.values())
+
+
+def _corners(offsets: Sequence[int], sizes: Sequence[int]) -> Counter[tuple[int, ...]]:
+    edges = [((start, 1), (start + size, -1)) for start, size in zip(offsets, sizes, strict=True)]
+    found: Counter[tuple[int, ...]] = Counter()
+    for corner in product(*edges):  # an empty box has some of them twice
+        found[tuple(place for place, _ in corner)] += math.prod(sign for _, sign in corner)
+    return found
 
 
 def grouped(parts: Iterable[ShardedTensor]) -> dict[str, list[ShardedTensor]]:

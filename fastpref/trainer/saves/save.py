@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -192,7 +193,10 @@ class Save:
         records |= _recorded(temporary, sorted({*file_names(temporary)} - {*records}))
         directory.publish(temporary, self.path, records)
         if self._keep is not None:
-            directory.prune(self.path.parent, self._keep)
+            try:
+                directory.prune(self.path.parent, self._keep)
+            except OSError as error:  # the checkpoint of this step is there all the same
+                warnings.warn(f"{self.path} is saved, but older checkpoints were not removed: {error}", stacklevel=2)
         return [], []
 
 

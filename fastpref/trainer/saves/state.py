@@ -92,9 +92,13 @@ def load(
         CheckpointError: unreadable, or saved by a run with other settings; the message lists both values.
     """
     state = directory.read_state(path)
+    missing = sorted({"bco_delta", "bco_count"} - state.keys())
+    if missing:
+        raise CheckpointError(f"{path / directory.STATE_FILE} lacks {', '.join(missing)}; use another checkpoint")
     saved = state.get("fingerprint", {})
     _require_same(path, saved, fingerprint, may_differ)
-    scheduler.load_state_dict(content.load_all(path, models, optimizer)["scheduler"])
+    position = content.load_all(path, models, optimizer)["scheduler"]
+    together(lambda: content.apply(path, scheduler.load_state_dict, position), f"reading {path}")
     return state
 
 

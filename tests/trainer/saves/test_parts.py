@@ -1,12 +1,14 @@
 """Stretches of tensors as boxes: which numbers they hold, and how evenly they are dealt."""
 
 import math
+import random
+from itertools import pairwise
 
 import pytest
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-from fastpref.trainer.saves.parts import Replicas, boxes, parts_of
+from fastpref.trainer.saves.parts import Replicas, boxes, parts_of, tiles
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (4, 3), (3, 2, 4), (1, 5), (2, 1, 3), (2, 2, 2, 2)])
@@ -18,6 +20,32 @@ def test_boxes_hold_the_stretch_in_order(shape: tuple[int, ...]) -> None:
             held = [numbers[tuple(map(slice, o, map(sum, zip(o, s, strict=True))))].flatten() for o, s in found]
             assert [int(value) for part in held for value in part] == list(range(start, end))
             assert len(found) <= max(1, 2 * len(shape) - 1)
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (3, 4), (2, 3, 4), (2, 2, 2, 3)])
+def test_pieces_make_up_a_tensor_where_each_number_is_in_one(shape: tuple[int, ...]) -> None:
+    """Against counting, of whole sets of pieces and of sets in which something was moved, resized, doubled or lost."""
+    generator, outcomes = random.Random(len(shape)), set()
+    for _ in range(300):
+        cuts = sorted(generator.randrange(math.prod(shape) + 1) for _ in range(2))
+        ends = [0, *cuts, math.prod(shape)]
+        pieces = [piece for start, end in pairwise(ends) for piece in boxes(shape, start, end)]
+        for _ in range(generator.randrange(3) if pieces else 0):
+            offsets, sizes = pieces.pop(generator.randrange(len(pieces)))
+            change = [generator.randrange(-1, 2) for _ in shape]
+            moved = tuple(map(sum, zip(offsets, change, strict=True))), sizes
+            resized = offsets, tuple(map(sum, zip(sizes, change, strict=True)))
+            pieces += generator.choice([[moved], [resized], [(offsets, sizes)] * 2, [moved, resized], []])
+            pieces = pieces or [((0,) * len(shape), (0,) * len(shape))]
+        counts = torch.zeros([size + 4 for size in shape], dtype=torch.int32)
+        for offsets, sizes in pieces:
+            counts[tuple(slice(o + 2, o + 2 + max(s, 0)) for o, s in zip(offsets, sizes, strict=True))] += 1
+        inside = counts[tuple(slice(2, size + 2) for size in shape)]
+        is_negative = any(size < 0 for _, sizes in pieces for size in sizes)
+        expected = not is_negative and bool((inside == 1).all()) and int(counts.sum()) == math.prod(shape)
+        assert tiles(pieces, shape) == expected, pieces
+        outcomes.add(expected)
+    assert outcomes == {True, False}
 
 
 def test_parts_are_views_where_their_tensor_lies_in_the_model() -> None:
