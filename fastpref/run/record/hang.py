@@ -33,7 +33,8 @@ _MAX_FRAMES = 12
 # Of ranks or calls that are told of one by one.
 _MAX_TOLD = 16
 _MAX_TENSORS = 8
-_RANK = re.compile(r"\d{1,9}")
+# PyTorch's own prefixes are nccl_trace_rank_ and comm_lib_trace_rank_.
+_FILE = re.compile(rf"\w*(?P<kind>{TRACE}|{STATE})(?P<rank>\d{{1,9}})")
 # Operations to which every rank brings inputs of one shape.
 _SAME_INPUTS: tuple[str, ...] = (
     "all_reduce",
@@ -65,7 +66,7 @@ class Hang:
 
 def has_traces(folder: Path) -> bool:
     """Whether any rank left a dump or a state here."""
-    return any(path.name.startswith((TRACE, STATE)) for path in folder.iterdir()) if folder.is_dir() else False
+    return any(_FILE.fullmatch(path.name) for path in folder.iterdir()) if folder.is_dir() else False
 
 
 def _nothing_left(folder: Path) -> str:
@@ -98,7 +99,7 @@ def read_hang(folder: Path) -> Hang:
             continue
         age_s = newest - path.stat().st_mtime
         try:
-            if path.name.startswith(TRACE):
+            if STATE not in path.name:
                 dump = read_dump(path)
                 _refuse_earlier(path, age_s, dump.timeout_s)
                 hang.dumps[rank] = dump
@@ -296,11 +297,14 @@ def named(ranks: Collection[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(parts)}"
 
 
-def _by_rank(folder: Path, prefix: str) -> dict[int, Path]:
+def _by_rank(folder: Path, kind: str) -> dict[int, Path]:
     if not folder.is_dir():
         return {}
-    names = {path.name.removeprefix(prefix): path for path in sorted(folder.iterdir()) if path.name.startswith(prefix)}
-    return {int(rank): path for rank, path in names.items() if _RANK.fullmatch(rank) and int(rank) < MAX_RANKS}
+    # Of several files of a rank that with the shortest name, which is this project's.
+    paths = sorted(folder.iterdir(), key=lambda path: -len(path.name))
+    found = [(_FILE.fullmatch(path.name), path) for path in paths]
+    files = {int(match["rank"]): path for match, path in found if match is not None and match["kind"] == kind}
+    return {rank: path for rank, path in sorted(files.items()) if rank < MAX_RANKS}
 
 
 def _read_state(path: Path) -> dict[str, Any]:

@@ -417,6 +417,18 @@ def test_a_dump_that_was_cut_anywhere(tmp_path: Path) -> None:
             read_dump(tmp_path / "trace_rank_0")
 
 
+def test_names_that_pytorch_gives_dumps_by_itself(tmp_path: Path) -> None:
+    folder = nccl_dumps.write(tmp_path, missing_from_dp(1))
+    expected = said_of(folder)
+    for prefix in ("nccl_", "comm_lib_"):
+        for path in list(folder.iterdir()):
+            path.rename(folder / f"{prefix}{path.name.rpartition('lib_')[2].removeprefix('nccl_')}")
+        assert CliRunner().invoke(cli, ["diagnose", str(folder)]).stdout == expected
+    (folder / "trace_rank_0").write_bytes((folder / "comm_lib_trace_rank_0").read_bytes())
+    (folder / "comm_lib_trace_rank_0").write_bytes(b"")
+    assert said_of(folder) == expected
+
+
 def test_json_and_older_versions_say_the_same(tmp_path: Path) -> None:
     dumps = missing_from_dp(1)
     expected = said_of(nccl_dumps.write(tmp_path / "pickle", dumps))

@@ -44,6 +44,17 @@ def test_pytorch_is_told_to_record_and_where(environment: pytest.MonkeyPatch, tm
     }
 
 
+def test_a_second_run_of_a_process_leaves_its_dumps_with_itself(
+    environment: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("first", "second"):
+        traces.record_collectives(tmp_path / name)
+        assert os.environ["TORCH_FR_DUMP_TEMP_FILE"] == str(tmp_path / name / "hang" / "trace_rank_")
+    environment.setenv("TORCH_FR_DUMP_TEMP_FILE", "/elsewhere/trace_rank_")
+    traces.record_collectives(tmp_path / "third")
+    assert os.environ["TORCH_FR_DUMP_TEMP_FILE"] == "/elsewhere/trace_rank_"
+
+
 @pytest.mark.parametrize("name", VARIABLES)
 def test_what_the_user_has_set_stays(environment: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
     environment.setenv(name, "17")
