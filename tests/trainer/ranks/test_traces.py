@@ -70,11 +70,13 @@ def test_pytorch_is_told_before_the_group_is_made(
 ) -> None:
     """Its watchdog and its recorder read the variables when they begin."""
 
-    def join(timeout_s: float) -> None:
+    def join(timeout_s: float, launched: int | None) -> None:
         assert ("TORCH_FR_DUMP_TEMP_FILE" in os.environ) == is_told
         raise OSError("no network")
 
-    environment.setenv("WORLD_SIZE", world_size)
+    launcher = {"WORLD_SIZE": world_size, "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    for name, value in launcher.items():
+        environment.setenv(name, value)
     environment.setattr(platform, "_join", join)
     with pytest.raises(OSError, match="no network"):
         platform.initialize_distributed(report_dir=tmp_path)
