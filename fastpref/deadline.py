@@ -24,7 +24,7 @@ def answer_within(seconds: float, question: Callable[[], Answer]) -> Answer:
         except BaseException as error:
             errors.append(error)
 
-    thread = threading.Thread(target=ask, name="fastpref-question", daemon=True)
+    thread = threading.Thread(target=ask, name=threading.current_thread().name, daemon=True)
     thread.start()
     thread.join(seconds)
     if errors:

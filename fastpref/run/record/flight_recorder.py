@@ -134,11 +134,18 @@ def _operations() -> _Operations:
     every = pickle._Unpickler.dispatch
     operations = _Operations({code[0]: every[code[0]] for code in plain})
     for length, code in {1: pickle.TUPLE1, 2: pickle.TUPLE2, 3: pickle.TUPLE3}.items():
-        operations[code[0]] = lambda reader, length=length: reader.list_of_last(length)
+        operations[code[0]] = _listing(length)
     operations[pickle.TUPLE[0]] = lambda reader: reader.append(reader.pop_mark())
     for code in (pickle.MARK, pickle.EMPTY_LIST, pickle.EMPTY_DICT, pickle.LONG_BINPUT, pickle.MEMOIZE):
         operations[code[0]] = _counted(operations[code[0]])
     return operations
+
+
+def _listing(length: int) -> Callable[[Any], None]:
+    def build(reader: _Unpickler) -> None:
+        reader.list_of_last(length)
+
+    return build
 
 
 def _counted(operation: Callable[[Any], None]) -> Callable[[Any], None]:
