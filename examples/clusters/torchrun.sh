@@ -4,5 +4,5 @@
 # After a SIGTERM or Ctrl-C torchrun gives the ranks 30 seconds for the rest of their step and a checkpoint.
 set -euo pipefail
 
-gpus=$(nvidia-smi --list-gpus | wc -l)
-exec torchrun --standalone --nproc-per-node "$gpus" -m fastpref train "$@"
+# "gpu" counts those that CUDA_VISIBLE_DEVICES leaves.
+exec torchrun --standalone --nproc-per-node gpu -m fastpref train "$@"

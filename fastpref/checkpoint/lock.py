@@ -1,7 +1,8 @@
 """One run in one directory: a lock file that says who holds it, and is taken over only from a dead process.
 
 A lock of the operating system would not survive the ways in which clusters share directories between hosts; a file that
-is created exclusively does, at the price that a lock left behind on another host has to be removed by hand.
+is created exclusively does, at the price that a lock left behind on another host has to be removed by hand. That of an
+earlier start of the same SLURM job is taken over: SLURM ends one before it starts the job again, maybe on other hosts.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class RunLock:
         # Whole or not at all: a lock whose maker was killed before signing it could never be taken over.
         draft = self.path.with_name(f"{LOCK_FILE}.tmp-{uuid.uuid4().hex[:8]}")
         try:
-            draft.write_text(json.dumps(_identity(os.getpid())), encoding="utf-8")
+            draft.write_text(json.dumps({**_identity(os.getpid()), **_job()}), encoding="utf-8")
             os.link(draft, self.path)
         finally:
             draft.unlink(missing_ok=True)
@@ -85,6 +86,7 @@ def _is_stale(path: Path) -> bool:
     try:
         holder = json.loads(path.read_text(encoding="utf-8"))
         pid, host = int(holder["pid"]), str(holder["host"])
+        job, start = holder.pop("job", None), int(holder.pop("start", 0))
     except FileNotFoundError:  # never taken, or released meanwhile
         return False
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -93,6 +95,9 @@ def _is_stale(path: Path) -> bool:
             "if none does"
         ) from error
     if host == socket.gethostname() and holder != _identity(pid):
+        return True
+    own = _job()
+    if own and job == own["job"] and start < own["start"]:
         return True
     raise CheckpointError(
         f"process {pid} on {host} runs in {path.parent}; wait for it or use another output_dir (if it is dead, remove "
@@ -109,3 +114,9 @@ def _identity(pid: int) -> dict[str, Any]:
     except psutil.NoSuchProcess:
         started = None
     return {"pid": pid, "host": socket.gethostname(), "started": started}
+
+
+def _job() -> dict[str, Any]:
+    """The SLURM job of this process and how often it was started again; empty outside of one."""
+    job, start = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT", "0")
+    return {"job": job, "start": int(start)} if job and start.isdecimal() else {}

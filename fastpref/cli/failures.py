@@ -17,6 +17,7 @@ import click
 
 from fastpref.cli.exit_codes import INTERRUPTED
 from fastpref.cli.printing import complain
+from fastpref.deadline import answer_within
 from fastpref.errors import (
     CheckpointError,
     ConfigError,
@@ -44,6 +45,8 @@ _KINDS: Kinds = (
 )
 _STORE_KEY = "fastpref/error/"
 _STORE_WAIT = timedelta(seconds=3)
+# The waits above, and a busy host; one that is stopped never answers.
+_ANSWER_S = 15.0
 
 
 class ReportingGroup(click.Group):
@@ -114,13 +117,19 @@ def say_once(message: str) -> None:
     Without a store that the ranks share, each of them prints.
     """
     store, key = None, ""
-    try:
+
+    def is_said() -> bool:
+        nonlocal store, key
         store = _shared_store()
-        if store is not None:
-            key = _key_of(store, message)
-            if _is_said_by_another(store, key):
-                return
-    except (RuntimeError, ValueError, OSError):  # the store is gone with its host, or was never there
+        if store is None:
+            return False
+        key = _key_of(store, message)
+        return _is_said_by_another(store, key)
+
+    try:
+        if answer_within(_ANSWER_S, is_said):
+            return
+    except (RuntimeError, ValueError, OSError):  # the store is gone with its host or silent, or was never there
         store = None
     rank = _rank()
     complain(f"[rank {rank}] {message}" if rank else message)

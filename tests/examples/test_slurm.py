@@ -31,10 +31,16 @@ codes = [task.wait() for task in tasks]
 sys.exit(max(128 - code if code < 0 else code for code in codes))
 """
 SCONTROL = """#!/bin/sh
-if [ "$1" = show ]; then printf '%s\\nnode-b\\n' "${FIRST_NODE:-node-a}"; else echo "$@" >> scontrol.log; fi
+if [ "$1" = show ]; then
+  printf '%s\\nnode-b\\n' "${FIRST_NODE:-node-a}"
+  [ -z "$MANY_NODES" ] || { sleep 0.3 && printf 'node-c\\n'; }
+else
+  echo "$@" >> scontrol.log
+  exit "${REQUEUE_CODE:-0}"
+fi
 """
 FAKE_PYTHON = """#!/bin/sh
-if [ "$1" = -c ]; then echo "$CHECKPOINTS"; exit 0; fi
+if [ "$1" = -c ]; then echo "$CHECKPOINTS"; exit "${COUNT_CODE:-0}"; fi
 echo "$RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR $MASTER_PORT $SRUN_CPUS_PER_TASK $*" >> ranks.log
 case "$RANK" in 1) exit "${LAST_CODE:-0}";; *) exit "${FIRST_CODE:-0}";; esac
 """
@@ -92,6 +98,42 @@ def test_restarted_job_resumes_where_there_is_a_checkpoint(
 def test_only_a_job_that_was_asked_to_stop_queues_itself_again(tmp_path: Path, code: int, requeues: bool) -> None:
     assert submit(tmp_path, FAKE_PYTHON, "run.yaml", LAST_CODE=str(code), FIRST_CODE=str(code)) == code
     assert was_requeued(tmp_path) == requeues
+
+
+def test_a_job_that_cannot_count_its_checkpoints_does_not_begin_again(tmp_path: Path) -> None:
+    assert submit(tmp_path, FAKE_PYTHON, "run.yaml", SLURM_RESTART_COUNT="1", CHECKPOINTS="", COUNT_CODE="4") == 4
+    assert not (tmp_path / "ranks.log").exists()
+
+
+def test_a_task_of_an_array_queues_itself_alone(tmp_path: Path) -> None:
+    """The last task of an array has the array's own number, which means all of its tasks."""
+    array = {"SLURM_JOB_ID": "31", "SLURM_ARRAY_JOB_ID": "31", "SLURM_ARRAY_TASK_ID": "7"}
+    assert submit(tmp_path, FAKE_PYTHON, "run.yaml", LAST_CODE="75", FIRST_CODE="75", **array) == 75
+    assert (tmp_path / "scontrol.log").read_text() == "requeue 31_7\n"
+
+
+def test_a_job_that_slurm_does_not_queue_again_says_how_to_go_on(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert submit(tmp_path, FAKE_PYTHON, "run.yaml", LAST_CODE="75", FIRST_CODE="75", REQUEUE_CODE="1") == 75
+    assert "submit it with training.resume_from_checkpoint=latest-valid" in capfd.readouterr().err
+
+
+def test_names_of_many_nodes_that_come_in_pieces(tmp_path: Path) -> None:
+    assert submit(tmp_path, FAKE_PYTHON, "run.yaml", MANY_NODES="1") == 0
+    assert " node-a 20031 " in (tmp_path / "ranks.log").read_text()
+
+
+def test_a_job_without_a_config_says_so_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert submit(tmp_path, FAKE_PYTHON) == 2
+    assert capfd.readouterr().err.count("usage: sbatch slurm.sbatch CONFIG") == 1
+
+
+def test_blanks_in_names_reach_every_rank(tmp_path: Path) -> None:
+    arguments = ("my runs/a *.yaml", "training.output_dir=out put/$HOME")
+    submit(tmp_path, FAKE_PYTHON, *arguments, SLURM_RESTART_COUNT="1", CHECKPOINTS="2")
+    resumed = f"fastpref train {' '.join(arguments)} training.resume_from_checkpoint=latest-valid\n"
+    assert (tmp_path / "ranks.log").read_text().count(resumed) == 2
 
 
 def test_failure_of_one_rank_is_the_job_s(tmp_path: Path) -> None:

@@ -46,6 +46,28 @@ def test_train_refuses_a_lock_of_another_host(project: Path, run_cli: Callable[.
     assert path.exists()
 
 
+@pytest.mark.parametrize(
+    ("job", "start", "is_taken"), [("31", 0, True), ("31", 1, False), ("31", 2, False), ("30", 0, False)]
+)
+def test_a_job_that_slurm_started_again_takes_the_lock_of_its_earlier_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job: str, start: int, is_taken: bool
+) -> None:
+    """It avoids the host that failed, so nobody there can say that the process is gone; SLURM has ended it."""
+    monkeypatch.setenv("SLURM_JOB_ID", job)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", str(start))
+    with RunLock(tmp_path):
+        holder = json.loads((tmp_path / LOCK_FILE).read_text())
+    (tmp_path / LOCK_FILE).write_text(json.dumps(holder | {"host": "another-node"}))
+    monkeypatch.setenv("SLURM_JOB_ID", "31")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    if is_taken:
+        with RunLock(tmp_path):
+            pass
+        return
+    with pytest.raises(CheckpointError, match="on another-node runs in"), RunLock(tmp_path):
+        pass
+
+
 def test_train_takes_the_lock_of_a_dead_run_and_releases_its_own(project: Path, run_cli: Callable[..., Result]) -> None:
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()

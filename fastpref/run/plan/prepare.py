@@ -231,7 +231,7 @@ def launched_world_size() -> int:
     if torch.distributed.is_initialized():
         return torch.distributed.get_world_size()
     text = os.environ.get("WORLD_SIZE", "1")
-    if not text.isdecimal() or int(text) < 1:
+    if not text.isdecimal() or len(text) > 9 or int(text) < 1:
         raise ConfigError(f"the environment variable WORLD_SIZE must be a number of ranks >= 1, got {text!r}")
     return int(text)
 

@@ -1,31 +1,40 @@
-"""Who hung and where: the recorded collectives of all ranks of a job that stopped, put beside each other.
-
-A rank waits in the first call that it made and that did not complete. It waits for those members of the group who are
-not at that call: they never made it, or they are held up in an earlier one of their own. Who is waited for and waits in
-nothing holds the others up; who left no dump may be dead.
-"""
+"""Who hung and where: the recorded collectives of all ranks of a job that stopped, put beside each other."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fastpref.errors import CheckpointError
-from fastpref.run.record.flight_recorder import MAX_RANKS, Call, Dump, GroupKey, rank_number, read_dump, shown
+from fastpref.run.record.flight_recorder import (
+    MAX_BYTES,
+    MAX_RANKS,
+    Call,
+    Dump,
+    GroupKey,
+    rank_number,
+    read_dump,
+    shown,
+)
+from fastpref.run.record.waits import Waits
 
 FOLDER = "hang"
 """Below the output directory of a run: what its ranks leave when it hangs."""
 TRACE, STATE = "trace_rank_", "state_rank_"
 REPORT = "report.txt"
-# Older by more than this than the newest: of an earlier start.
+# Older than the newest by more than this and the timeout: of an earlier start.
 _SAME_HANG_S = 3600.0
 _MAX_FRAMES = 12
-_RANK = re.compile(r"\d{1,9}")
+# Of ranks or calls that are told of one by one.
+_MAX_TOLD = 16
+_MAX_TENSORS = 8
+# PyTorch's own prefixes are nccl_trace_rank_ and comm_lib_trace_rank_.
+_FILE = re.compile(rf"\w*(?P<kind>{TRACE}|{STATE})(?P<rank>\d{{1,9}})")
 # Operations to which every rank brings inputs of one shape.
 _SAME_INPUTS: tuple[str, ...] = (
     "all_reduce",
@@ -57,7 +66,7 @@ class Hang:
 
 def has_traces(folder: Path) -> bool:
     """Whether any rank left a dump or a state here."""
-    return any(path.name.startswith((TRACE, STATE)) for path in folder.iterdir()) if folder.is_dir() else False
+    return any(_FILE.fullmatch(path.name) for path in folder.iterdir()) if folder.is_dir() else False
 
 
 def _nothing_left(folder: Path) -> str:
@@ -88,31 +97,48 @@ def read_hang(folder: Path) -> Hang:
         if not path.is_file():
             hang.unreadable[rank] = f"{path} is no file"
             continue
-        if newest - path.stat().st_mtime > _SAME_HANG_S:
-            hang.unreadable[rank] = f"{path} is more than an hour older than the newest one, so it is not of this hang"
-            continue
+        age_s = newest - path.stat().st_mtime
         try:
-            if path.name.startswith(TRACE):
-                hang.dumps[rank] = read_dump(path)
+            if STATE not in path.name:
+                dump = read_dump(path)
+                _refuse_earlier(path, age_s, dump.timeout_s)
+                hang.dumps[rank] = dump
             else:
-                hang.states[rank] = _read_state(path)
+                state = _read_state(path)
+                # Written before the timeout: the longer the rank had been there already, the longer before.
+                _refuse_earlier(path, age_s, state["seconds"])
+                hang.states[rank] = state
         except CheckpointError as error:
             hang.unreadable[rank] = str(error)
     known = [int(state["world_size"]) for state in hang.states.values()]
-    members = [rank for dump in hang.dumps.values() for ranks in dump.groups.values() for rank in ranks]
-    hang.world_size = max([*known, *(rank + 1 for rank in (*members, *hang.dumps, *hang.states, *hang.unreadable))])
+    last = [max(ranks) for dump in hang.dumps.values() for ranks in dump.groups.values()]
+    hang.world_size = max([*known, *(rank + 1 for rank in (*last, *hang.dumps, *hang.states, *hang.unreadable))])
     return hang
+
+
+def _refuse_earlier(path: Path, age_s: float, timeout_s: float) -> None:
+    if age_s > _SAME_HANG_S + timeout_s:
+        more = "an hour" if timeout_s < _SAME_HANG_S else f"{(_SAME_HANG_S + timeout_s) / 3600:.0f} hours"
+        raise CheckpointError(f"{path} is more than {more} older than the newest one, so it is not of this hang")
 
 
 def describe_hang(hang: Hang) -> str:
     """Say which rank held the others up, where, and in what the others waited."""
-    waits = _Waits(hang)
+    waits = Waits(hang.dumps, {rank: state["groups"] for rank, state in hang.states.items()})
     lines: list[str] = []
+    # Ranks of which the same is to be said are named together.
+    alike: dict[tuple[str, ...], list[int]] = defaultdict(list)
     for rank in waits.culprits():
-        lines += [*_blame(hang, waits, rank), ""]
+        alike[tuple(_blame(hang, waits, rank, []))].append(rank)
+    for ranks in [*alike.values()][:_MAX_TOLD]:
+        lines += [*_blame(hang, waits, ranks[0], ranks), ""]
+    lines += _rest("did not come to calls of others either", [*alike.values()])
     lines += _mismatches(waits)
     lines += _stalled(waits)
-    lines += hang.unreadable.values()
+    if not alike:
+        lines += _all_doing(hang.states)
+    lines += [*hang.unreadable.values()][:_MAX_TOLD]
+    lines += _rest("left what cannot be used either", [[rank] for rank in hang.unreadable])
     silent = sorted({*range(hang.world_size)} - {*hang.dumps, *hang.unreadable})
     if silent and hang.dumps:
         lines.append(f"No dump: {named(silent)}.")
@@ -121,125 +147,49 @@ def describe_hang(hang: Hang) -> str:
     return "\n".join(lines).strip() + "\n"
 
 
-class _Waits:
-    """In which call each rank waits, and for whom.
-
-    Attributes:
-        calls: by rank, the call in which it waits.
-    """
-
-    def __init__(self, hang: Hang) -> None:
-        self.hang = hang
-        self._by_place: dict[int, dict[tuple[GroupKey, int], Call]] = {}
-        self._last: dict[int, dict[GroupKey, int]] = {}
-        for rank, dump in hang.dumps.items():
-            collectives = [call for call in dump.calls if call.peer is None]
-            self._by_place[rank] = {(call.group, call.sequence): call for call in collectives}
-            self._last[rank] = {call.group: call.sequence for call in collectives}
-        found = {rank: self._waiting(dump) for rank, dump in hang.dumps.items()}
-        self.calls = {rank: call for rank, call in found.items() if call is not None}
-        self.for_whom = {rank: self._missing(rank, call) for rank, call in self.calls.items()}
-        for rank in [rank for rank, missing in self.for_whom.items() if not missing and self._is_done(rank)]:
-            del self.calls[rank], self.for_whom[rank]
-
-    def culprits(self) -> list[int]:
-        """Ranks that are waited for and wait for nobody, those that left a dump first; a circle as a whole."""
-        waited_for = {rank for ranks in self.for_whom.values() for rank in ranks}
-        free = sorted(rank for rank in waited_for if not self.for_whom.get(rank))
-        if not free:
-            return sorted(rank for rank in waited_for if rank in self.for_whom)
-        return sorted(free, key=lambda rank: (rank not in self.hang.dumps, rank))
-
-    def members(self, rank: int, group: GroupKey) -> tuple[int, ...]:
-        """Ranks of a group that `rank` is in; where nobody wrote them down, those that were seen in it."""
-        name = group[0]
-        sources = [self.hang.dumps[rank].groups, self.hang.states.get(rank, {}).get("groups", {})]
-        sources += [dump.groups for dump in self.hang.dumps.values()]
-        sources += [state.get("groups", {}) for state in self.hang.states.values()]
-        for source in sources:
-            if rank in source.get(name, ()):
-                return tuple(source[name])
-        return tuple(sorted(other for other, last in self._last.items() if group in last))
-
-    def entered(self, rank: int, call: Call) -> dict[int, Call]:
-        """The members that made this collective, with their calls."""
-        place = (call.group, call.sequence)
-        return {
-            other: self._by_place[other][place]
-            for other in self.members(rank, call.group)
-            if place in self._by_place.get(other, {})
-        }
-
-    def _waiting(self, dump: Dump) -> Call | None:
-        """The first call that is not complete; gloo's, which do not say so, may be the last."""
-        if dump.calls and dump.calls[-1].library == "gloo":
-            return dump.calls[-1]
-        whole = {(call.group, call.sequence): call.state for call in dump.calls if call.op == "coalesced"}
-        for call in dump.calls:
-            state = whole.get((call.group, call.sequence), call.state) if call.peer is not None else call.state
-            if state != "completed":
-                return call
-        return None
-
-    def _missing(self, rank: int, call: Call) -> tuple[int, ...]:
-        members = self.members(rank, call.group)
-        if call.peer is not None:
-            known = 0 <= call.peer < len(members)
-            others = [members[call.peer]] if known else []
-        else:
-            others = [member for member in members if member != rank]
-        return tuple(other for other in others if not self._is_there(other, call))
-
-    def _is_there(self, rank: int, call: Call) -> bool:
-        if rank not in self.hang.dumps:
-            return False
-        mine = self.calls.get(rank)
-        if call.peer is not None:
-            return mine is not None and mine.peer is not None and mine.group == call.group
-        if mine is not None and (mine.group, mine.sequence) == (call.group, call.sequence):
-            return True
-        own = self._by_place[rank].get((call.group, call.sequence))
-        if own is not None:
-            return own.state == "completed" or own.library == "gloo"
-        last = self._last[rank].get(call.group)
-        # What was forgotten was completed.
-        return self.hang.dumps[rank].has_forgotten if last is None else last > call.sequence
-
-    def _is_done(self, rank: int) -> bool:
-        """Of a call that everybody made under gloo nobody knows whether it ended."""
-        call = self.calls[rank]
-        if call.library != "gloo":
-            return False
-        calls = [*self.entered(rank, call).values()]
-        return call.peer is not None or len({other.op for other in calls}) == 1
+def _rest(what: str, told: Sequence[Sequence[int]]) -> list[str]:
+    rest = [rank for ranks in told[_MAX_TOLD:] for rank in ranks]
+    return [f"{named(rest)} {what}."] if rest else []
 
 
-def _blame(hang: Hang, waits: _Waits, rank: int) -> Iterator[str]:
-    waiting = {other: call for other, call in waits.calls.items() if rank in waits.for_whom[other]}
-    by_place: dict[tuple[GroupKey, int, str], list[int]] = defaultdict(list)
-    for other, call in waiting.items():
-        by_place[call.group, call.sequence, call.op].append(other)
-    for others in by_place.values():
-        call = waiting[others[0]]
-        did = "did not enter" if rank in hang.dumps else "left no record of"
-        if rank in waits.calls:
-            did = "is not at"
-        yield f"rank {rank} {did} {_title(call)}, in which {named(others)} wait{'s' if len(others) == 1 else ''}:"
-        yield from _places(call.frames)
+def _blame(hang: Hang, waits: Waits, rank: int, ranks: Sequence[int]) -> Iterator[str]:
+    """Say what `rank` did not come to and where it is; `ranks`, of which the same is true, are named."""
+    one, names = len(ranks) == 1, named(ranks)
+    by_place: dict[tuple[GroupKey, int, str], dict[int, Call]] = defaultdict(dict)
+    for other, missing in waits.for_whom.items():
+        if rank in missing:
+            call = missing[rank]
+            by_place[call.group, call.sequence, call.op][other] = call
+    for calls in by_place.values():
+        first = min(calls)
+        did = (
+            "did not come to" if rank in waits.calls else "did not enter" if rank in hang.dumps else "left no record of"
+        )
+        yield f"{names} {did} {_title(waits, first, calls[first])}, in which {_waiting(calls)}:"
+        yield from _places(calls[first].frames)
     if rank in hang.dumps:
-        calls = hang.dumps[rank].calls
+        calls_made = hang.dumps[rank].calls
         own = waits.calls.get(rank)
         if own is not None:
-            yield f"  rank {rank} itself waits in {_title(own)} for {named(waits.for_whom[rank])}:"
+            for_whom = waits.for_whom[rank]
+            own = next(iter(for_whom.values()), own)
+            waiting = f"{names} {'itself waits' if one else 'wait themselves'}"
+            yield f"  {waiting} in {_title(waits, rank, own)} for {named(list(for_whom))}:"
             yield from _places(own.frames)
-        elif calls:
-            yield f"  rank {rank} was last in {_title(calls[-1])}:"
-            yield from _places(calls[-1].frames)
+        elif calls_made:
+            yield f"  {names} {'was' if one else 'were'} last in {_title(waits, rank, calls_made[-1])}:"
+            yield from _places(calls_made[-1].frames)
     elif rank in hang.unreadable:
         yield f"  its dump says nothing: {hang.unreadable[rank]}"
-    else:
+    elif one:
         yield "  it left no dump: it was killed, stopped, or its machine is gone; look at its log"
+    else:
+        yield "  they left no dumps: killed, stopped, their machines gone, or they left them elsewhere; see their logs"
     yield from _doing(hang.states.get(rank))
+
+
+def _waiting(ranks: Collection[int]) -> str:
+    return f"{named(ranks)} wait{'s' if len(ranks) == 1 else ''}"
 
 
 def _doing(state: Mapping[str, Any] | None) -> Iterator[str]:
@@ -249,7 +199,19 @@ def _doing(state: Mapping[str, Any] | None) -> Iterator[str]:
     yield from _places(state["stack"])
 
 
-def _mismatches(waits: _Waits) -> list[str]:
+def _all_doing(states: Mapping[int, Mapping[str, Any]]) -> list[str]:
+    """Where all ranks are that wrote it down: those that stood longest first."""
+    alike: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+    for rank, state in states.items():
+        alike[state["step"], state["phase"], tuple(state["stack"])].append(rank)
+    told = sorted(alike.values(), key=lambda ranks: -max(states[rank]["seconds"] for rank in ranks))
+    lines = []
+    for ranks in told[:_MAX_TOLD]:
+        lines += [f"{named(ranks)} stood for most of the timeout:", *_doing(states[ranks[0]]), ""]
+    return lines + _rest("stood elsewhere", told)
+
+
+def _mismatches(waits: Waits) -> list[str]:
     """Collectives that ranks entered with different operations, shapes or number formats."""
     lines: list[str] = []
     seen = set()
@@ -265,7 +227,7 @@ def _mismatches(waits: _Waits) -> list[str]:
         if len(kinds) > 1:
             lines.append(f"Call {call.sequence} of {_group(call.group)} is not the same on all ranks:")
             for ranks in sorted(kinds.values(), key=len):
-                lines.append(f"  {_title(entered[ranks[0]])} on {named(ranks)}:")
+                lines.append(f"  {_title(waits, ranks[0], entered[ranks[0]])} on {named(ranks)}:")
                 lines += _places(entered[ranks[0]].frames)
     return lines
 
@@ -275,27 +237,39 @@ def _kind(call: Call) -> tuple[Any, ...]:
     return (call.op, call.sizes, call.dtypes) if call.op.startswith(_SAME_INPUTS) else (call.op,)
 
 
-def _stalled(waits: _Waits) -> list[str]:
-    """Collectives that all ranks entered and that do not complete."""
-    stalled: dict[tuple[GroupKey, int], list[int]] = defaultdict(list)
+def _stalled(waits: Waits) -> list[str]:
+    """Calls whose members are all there and that do not complete."""
+    stalled: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+    # Who exchanges with a rank that waits for a third one waits for that, too.
+    held_up = {call.group for rank, call in waits.calls.items() if call.peer is not None and waits.for_whom[rank]}
     for rank, call in waits.calls.items():
-        kinds = {_kind(other) for other in waits.entered(rank, call).values()}
-        if not waits.for_whom[rank] and call.library != "gloo" and len(kinds) <= 1:
+        if waits.for_whom[rank] or call.library == "gloo" or (call.peer is not None and call.group in held_up):
+            continue
+        if call.peer is not None:
+            stalled[call.group, frozenset((rank, waits.peer(rank, call)))].append(rank)
+        elif len({_kind(other) for other in waits.entered(rank, call).values()}) <= 1:
             stalled[call.group, call.sequence].append(rank)
     lines = []
     for ranks in stalled.values():
         call = waits.calls[ranks[0]]
         states = ", ".join(f"{waits.calls[rank].state} on rank {rank}" for rank in ranks[:8])
+        who = "Every rank entered" if call.peer is None else f"{named(ranks)} entered"
+        other = waits.other_side(ranks[0], call)
+        title = _title(waits, ranks[0], call) + (f" and {_title(waits, *other)}" if other else "")
         lines.append(
-            f"Every rank entered {_title(call)} and it does not complete ({states}): look at the network and the GPUs "
+            f"{who} {title} and it does not complete ({states}): look at the network and the GPUs "
             "(NCCL_DEBUG=INFO, NCCL's own log)."
         )
-    return lines
+    more = len(lines) - _MAX_TOLD
+    return lines[:_MAX_TOLD] + ([f"{more} more calls do not complete."] if more > 0 else [])
 
 
-def _title(call: Call) -> str:
-    what = ", ".join(f"{dtype} {list(shape)}" for dtype, shape in zip(call.dtypes, call.sizes, strict=False))
-    return f"{call.op} {call.sequence} of {_group(call.group)}{f' ({what[:200]})' if what else ''}"
+def _title(waits: Waits, rank: int, call: Call) -> str:
+    tensors = [*zip(call.dtypes, call.sizes, strict=False)][:_MAX_TENSORS]
+    what = ", ".join(f"{dtype} {list(shape)}" for dtype, shape in tensors)
+    peer = waits.peer(rank, call)
+    to = f" {'from' if call.op == 'recv' else 'to'} rank {peer}" if peer is not None else ""
+    return f"{call.op} {call.sequence} of {_group(call.group)}{to}{f' ({what[:200]})' if what else ''}"
 
 
 def _group(group: GroupKey) -> str:
@@ -308,7 +282,7 @@ def _places(frames: Sequence[str]) -> list[str]:
     return [f"    {frame}" for frame in (own or frames)[:_MAX_FRAMES]]
 
 
-def named(ranks: Sequence[int]) -> str:
+def named(ranks: Collection[int]) -> str:
     """Name ranks as in "ranks 0 to 3, 7"."""
     runs: list[list[int]] = []
     for rank in sorted(ranks):
@@ -323,15 +297,20 @@ def named(ranks: Sequence[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(parts)}"
 
 
-def _by_rank(folder: Path, prefix: str) -> dict[int, Path]:
+def _by_rank(folder: Path, kind: str) -> dict[int, Path]:
     if not folder.is_dir():
         return {}
-    names = {path.name.removeprefix(prefix): path for path in sorted(folder.iterdir()) if path.name.startswith(prefix)}
-    return {int(rank): path for rank, path in names.items() if _RANK.fullmatch(rank) and int(rank) < MAX_RANKS}
+    # Of several files of a rank that with the shortest name, which is this project's.
+    paths = sorted(folder.iterdir(), key=lambda path: -len(path.name))
+    found = [(_FILE.fullmatch(path.name), path) for path in paths]
+    files = {int(match["rank"]): path for match, path in found if match is not None and match["kind"] == kind}
+    return {rank: path for rank, path in sorted(files.items()) if rank < MAX_RANKS}
 
 
 def _read_state(path: Path) -> dict[str, Any]:
     try:
+        if path.stat().st_size > MAX_BYTES:
+            raise CheckpointError(f"{path} is larger than {MAX_BYTES} bytes")
         state = json.loads(path.read_bytes())
         return {
             "world_size": rank_number(state["world_size"]),

@@ -192,6 +192,11 @@ class Vigil:
         self._seen: dict[int, tuple[Beat | None, float]] = {}
 
     @property
+    def patience_s(self) -> float:
+        """Seconds after which a rank that is silent is given up."""
+        return _silence_s
+
+    @property
     def waited_s(self) -> float:
         """For how long this rank has waited."""
         return time.monotonic() - self._begun

@@ -11,13 +11,16 @@ Traffic: a meeting is one write of each rank and a few small reads; between two 
 from __future__ import annotations
 
 import json
+import os
 import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 
+from fastpref.deadline import answer_within
 from fastpref.errors import PeerError
 from fastpref.run.record.hang import named
 from fastpref.trainer.ranks.heartbeat import LEAST_SILENCE_S, Beat, Vigil, waiting
@@ -25,6 +28,8 @@ from fastpref.trainer.ranks.heartbeat import LEAST_SILENCE_S, Beat, Vigil, waiti
 _KEY = "fastpref/meeting"
 _SHORTEST_S, _LONGEST_S = 0.001, 0.25
 _MAX_PLACES = 8
+
+Answer = TypeVar("Answer")
 
 
 class _Numbers:
@@ -145,11 +150,23 @@ def _wait(is_over: Callable[[], bool], ranks: Sequence[int], what: str) -> None:
     own, pause = torch.distributed.get_rank(), _SHORTEST_S
     vigil = Vigil([rank for rank in ranks if rank != own])
     with waiting(what):
-        while not is_over():
-            if vigil.look():
-                _check(vigil, what)
+        while not _answer(is_over, vigil, what):
+            if _answer(vigil.look, vigil, what):
+                _answer(lambda: _check(vigil, what), vigil, what)
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_S)
+
+
+def _answer(question: Callable[[], Answer], vigil: Vigil, what: str) -> Answer:
+    """Ask the store, whose host may be the one that stands still."""
+    patience_s, host = vigil.patience_s, os.environ.get("MASTER_ADDR", "rank 0")
+    try:
+        return answer_within(patience_s, question)
+    except TimeoutError as error:
+        raise PeerError(
+            f"the job's store, on {host}, has not answered for {patience_s:.0f} s, while rank "
+            f"{torch.distributed.get_rank()} waited in {what}; look at that machine and at rank 0"
+        ) from error
 
 
 def _check(vigil: Vigil, what: str) -> None:

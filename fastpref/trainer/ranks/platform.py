@@ -23,6 +23,7 @@ from fastpref.run.config.layout import ARGUMENT_NAMES, ParallelLayout, size_prob
 from fastpref.run.record.hang import REPORT
 from fastpref.trainer.ranks import heartbeat, meeting, traces
 from fastpref.trainer.ranks.descriptors import allow_connections, connect_lazily
+from fastpref.trainer.ranks.launcher import launched_ranks
 from fastpref.trainer.ranks.optional_packages import broken_is_absent
 
 with warnings.catch_warnings(), broken_is_absent():
@@ -75,8 +76,8 @@ def initialize_distributed(timeout_s: float = 600.0, report_dir: Path | None = N
         report_dir: where the ranks leave what `fastpref diagnose` reads when they hang; None for PyTorch's own place.
 
     Raises:
-        ConfigError: `timeout_s` <= 0, the launcher's variables are incomplete, or a process may not open as many files
-            as the ranks need connections.
+        ConfigError: `timeout_s` <= 0, what the launcher set is incomplete or cannot be meant, or a process may not open
+            as many files as the ranks need connections.
     """
     global _owns_process_group
     if timeout_s <= 0:
@@ -85,16 +86,12 @@ def initialize_distributed(timeout_s: float = 600.0, report_dir: Path | None = N
     install_cpu_platform()
     connect_lazily()
     if not torch.distributed.is_initialized():
-        if report_dir is not None and _launched_ranks() > 1:
+        launched = launched_ranks()
+        if report_dir is not None and launched is not None and launched > 1:
             _prepare_reports(report_dir)
-        _join(timeout_s)
+        _join(timeout_s, launched)
         _owns_process_group = True
     heartbeat.begin(timeout_s)
-
-
-def _launched_ranks() -> int:
-    text = os.environ.get("WORLD_SIZE", "1")
-    return int(text) if text.isdecimal() else 1
 
 
 def _prepare_reports(report_dir: Path) -> None:
@@ -110,16 +107,13 @@ def _prepare_reports(report_dir: Path) -> None:
         _report_dir = report_dir
 
 
-def _join(timeout_s: float) -> None:
+def _join(timeout_s: float, launched: int | None) -> None:
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     backend, timeout = "nccl" if on_gpu else "gloo", timedelta(seconds=timeout_s)
-    if "WORLD_SIZE" in os.environ:
-        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-        if missing:
-            raise ConfigError(f"WORLD_SIZE is set but {', '.join(missing)} is not; start the ranks with torchrun")
-        allow_connections(int(os.environ["WORLD_SIZE"]))
+    if launched is not None:
+        allow_connections(launched)
         torch.distributed.init_process_group(backend, timeout=timeout)
     else:
         # One rank talks to nobody; without this gloo looks the host name up.

@@ -32,6 +32,8 @@ SETTINGS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC",), "60000"),
 )
 """Variables of PyTorch, newest name first, and what they are set to where none of the names is set."""
+# What an earlier run of this process set, as the folder of its dumps, is no wish of the user's.
+_set_here: dict[str, str] = {}
 _DUMPERS = ("_dump_fr_trace", "_dump_nccl_trace")
 
 
@@ -41,8 +43,8 @@ def record_collectives(report_dir: Path) -> None:
     Call it before the process group is made. What the user has set stays.
     """
     for names, value in (*SETTINGS, (_PREFIX_NAMES, os.path.abspath(report_dir / FOLDER / TRACE))):
-        if not any(name in os.environ for name in names):
-            os.environ[names[0]] = value
+        if not any(name in os.environ and os.environ[name] != _set_here.get(name) for name in names):
+            os.environ[names[0]] = _set_here[names[0]] = value
 
 
 def make_folder(report_dir: Path) -> None:

@@ -8,6 +8,7 @@ beside the dumps of PyTorch's flight recorder.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import traceback
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 
+from fastpref.deadline import answer_within
 from fastpref.errors import FastprefError, PeerError
 from fastpref.run.record.hang import named
 from fastpref.trainer.ranks import traces
@@ -28,6 +30,7 @@ from fastpref.trainer.ranks import traces
 _KEY = "fastpref/sign-of-life/"
 # The host of the store may be the rank that hangs.
 _STORE_WAIT = timedelta(seconds=3)
+_STORE_PATIENCE_S = 15.0
 _NONE = "none"
 _MAX_SIGNS = 8
 _JOIN_S = 5.0
@@ -91,10 +94,16 @@ class PeerWatch:
             traces.write_state(self._report_dir, self._state(stack.splitlines()[:-1]))
             raise PeerError(
                 f"rank {self._rank} got no answer at step {self.step}, {self._phase}, in {_collective(error)}: "
-                f"{str(error).splitlines()[0]}. Last signs of life: {'; '.join(self._signs())}. Look at the log of "
+                f"{str(error).splitlines()[0]}. Last signs of life: {'; '.join(self._heard())}. Look at the log of "
                 f"the rank that is behind or silent; where all only work slowly, raise distributed_timeout_seconds; "
                 f"fastpref diagnose {self._report_dir} says more (stack: {report})"
             ) from error
+
+    def _heard(self) -> list[str]:
+        try:
+            return answer_within(_STORE_PATIENCE_S, self._signs)
+        except TimeoutError:
+            return [f"unknown, as the job's store on {os.environ.get('MASTER_ADDR', 'rank 0')} does not answer"]
 
     def _signs(self) -> list[str]:
         """What the other ranks were doing last; those that did the same are named together."""

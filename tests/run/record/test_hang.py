@@ -1,11 +1,13 @@
 """Who hung and where, from dumps in NCCL's format: against PyTorch's own analysis, and with what dumps may be."""
 
 import argparse
+import copyreg
 import json
 import logging
 import os
 import pickle
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from nccl_dumps import dump, entry
 
 from fastpref.cli.commands import cli
 from fastpref.errors import CheckpointError
+from fastpref.run.record import flight_recorder
 from fastpref.run.record.flight_recorder import read_dump
 from fastpref.run.record.hang import describe_hang, read_hang
 
@@ -172,7 +175,155 @@ def test_many_ranks_are_named_shortly(tmp_path: Path) -> None:
     assert len(said) < 2000
 
 
+def batch(first: int, group: str, exchanges: tuple[str, ...], state: str) -> list[dict]:
+    """Sends and receives started together: each is recorded, and only the call that starts them tells its state."""
+    parts = [entry(first + n, group, op, 1, "scheduled", p2p=True) for n, op in enumerate(exchanges)]
+    return [*parts, entry(first + len(parts), group, "coalesced", 1, state, p2p=True)]
+
+
+@pytest.mark.parametrize("missing", range(4))
+@pytest.mark.parametrize("is_ring", [True, False])
+def test_the_rank_that_all_exchanges_wait_for(tmp_path: Path, missing: int, is_ring: bool) -> None:
+    """Whichever of its two exchanges with neighbours was recorded first."""
+    dumps = {}
+    for rank in range(4):
+        neighbours = [rank + 1, rank - 1] if is_ring else [other for other in (rank - 1, rank + 1) if 0 <= other < 4]
+        ends = zip(("send", "recv"), neighbours, strict=False) if is_ring else [("sr", other) for other in neighbours]
+        operations: list[str] = []
+        for op, other in ends:
+            operations += [f"send {rank}->{other % 4}"] if "s" in op else []
+            operations += [f"recv {rank}<-{other % 4}"] if "r" in op else []
+        dumps[rank] = dump(batch(0, "9", tuple(operations), "started") if rank != missing else [], {"9": [0, 1, 2, 3]})
+    said = said_of(nccl_dumps.write(tmp_path, dumps))
+    accused = {line.split(" did not")[0] for line in said.splitlines() if " did not " in line}
+    assert accused == {f"rank {missing}"} and "network" not in said
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_circle_of_sends_is_no_fault_of_the_network(tmp_path: Path, size: int) -> None:
+    sends = {rank: [entry(0, "9", f"send {rank}->{(rank + 1) % size}", 1, "started", p2p=True)] for rank in range(size)}
+    said = said_of(nccl_dumps.write(tmp_path, {rank: dump(sends[rank], {"9": [*range(size)]}) for rank in sends}))
+    for rank in range(size):
+        other = (rank + 1) % size
+        assert f"rank {rank} itself waits in send 1 of group 9 (TENSOR_MODEL_PARALLEL_GROUP) to rank {other} " in said
+    assert "network" not in said
+
+
+def test_both_sides_of_an_exchange_that_does_not_move(tmp_path: Path) -> None:
+    calls = [
+        entry(0, "9", op, 1, "started", p2p=True, shape=(8 + n,)) for n, op in enumerate(("send 0->1", "recv 1<-0"))
+    ]
+    said = said_of(nccl_dumps.write(tmp_path, {rank: dump([calls[rank]], {"9": [3, 5]}) for rank in (0, 1)}))
+    assert "network" in said
+    said = said_of(nccl_dumps.write(tmp_path / "job", {3 + 2 * n: dump([calls[n]], {"9": [3, 5]}) for n in (0, 1)}))
+    assert said.startswith("ranks 3, 5 entered send 1 of group 9") and "to rank 5 (Float [8])" in said
+    assert "from rank 3 (Float [9])" in said and "network" in said
+
+
+def test_a_group_that_a_full_recorder_never_saw_was_not_entered(tmp_path: Path) -> None:
+    """The group is first used after thousands of other calls, of which rank 1's record remembers the last ones."""
+    busy = [entry(5000 + number, TP, "all_reduce", number + 1) for number in range(9)]
+    waiting = [*busy, entry(5009, DP, "all_reduce", 1, "started", description="DP")]
+    dumps = {rank: dump(waiting if rank == 0 else busy, {TP: [0, 1], DP: [0, 1]}) for rank in range(2)}
+    assert said_of(nccl_dumps.write(tmp_path, dumps)).startswith("rank 1 did not enter all_reduce 1 of group 2 (DP)")
+
+
+def test_ranks_of_which_the_same_is_to_be_said_are_named_together(tmp_path: Path) -> None:
+    calls = [*done(1), entry(1, TP, "all_reduce", 2, "started")]
+    members = [*range(64)]
+    node = nccl_dumps.write(tmp_path / "node", {rank: dump(calls, {TP: members}) for rank in range(8)})
+    said = said_of(node)
+    assert said.startswith("ranks 8 to 63 left no record of all_reduce 2") and len(said.splitlines()) < 10
+    alone = {rank: dump(done(1) if rank else calls, {TP: members}) for rank in members}
+    said = said_of(nccl_dumps.write(tmp_path / "alone", alone))
+    assert said.startswith("ranks 1 to 63 did not enter all_reduce 2") and len(said.splitlines()) < 10
+    for rank in range(64):
+        (node / f"trace_rank_{rank}").write_bytes(b"")
+    assert len(said_of(node).splitlines()) < 30
+
+
 # --- files
+
+
+@pytest.mark.parametrize("dumps", [{}, {0: dump([], {})}, {rank: dump(done(2), {TP: [0, 1]}) for rank in (0, 1)}])
+def test_where_ranks_stand_is_said_where_dumps_say_nothing(tmp_path: Path, dumps: dict) -> None:
+    folder = nccl_dumps.write(tmp_path, dumps)
+    for rank in (1, 2):
+        (folder / f"state_rank_{rank}").write_bytes(state(rank))
+    said = said_of(folder)
+    assert said.startswith("ranks 1, 2 stood for most of the timeout:") and "no hang" not in said
+    assert "step 7, reading data, for 540 s on node-3, in\n    /job/feed.py:12 in train_batches" in said
+
+
+def test_a_timeout_of_days_is_no_earlier_start(tmp_path: Path) -> None:
+    """A state is written at nine tenths of the timeout, and dumps up to one apart."""
+    dumps = missing_from_dp(1)
+    for content in dumps.values():
+        for call in content["entries"]:
+            call["timeout_ms"] = 2 * 86_400_000
+    folder = nccl_dumps.write(tmp_path, dumps)
+    (folder / "state_rank_1").write_bytes(json.dumps({**json.loads(state(1)), "seconds": 1.8 * 86400}).encode())
+    ages = {"state_rank_1": 0.2 * 86400, "trace_rank_2": 86400}
+    for name, age in ages.items():
+        when = time.time() - age
+        os.utime(folder / name, (when, when))
+    said = said_of(folder)
+    assert "older" not in said and "No dump" not in said and "step 7, reading data" in said
+
+
+LIST, DICT, KEEP, GET = b"]", b"}", b"q\x01", b"h\x01"
+DOUBLED = b"".join(GET + GET + b"\x86" + KEEP for _ in range(60))  # pairs of pairs of pairs ...
+HOSTILE = {
+    "key": b"\x80\x02" + DICT + b"(" + b")" + KEEP + DOUBLED + b"K\x01u.",
+    "bytearray": b"\x80\x05\x96" + (2**36).to_bytes(8, "little") + b".",
+    "registered": b"\x80\x02\x82\x01.",
+    "lists": b"\x80\x02" + LIST * 1002,
+    "references": b"\x80\x04" + LIST + b"\x94" * 1002,
+}
+
+
+def doubled() -> list:
+    value: list = []
+    for _ in range(60):
+        value = [value, value]
+    return value
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_small_pickle_that_asks_for_much_gets_little(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(flight_recorder, "_MAX_THINGS", 1000)
+    (tmp_path / "trace_rank_0").write_bytes(HOSTILE[name])
+    copyreg.add_extension("posix", "system", 1)
+    try:
+        with pytest.raises(CheckpointError, match="cut off or damaged"):
+            read_dump(tmp_path / "trace_rank_0")
+    finally:
+        copyreg.remove_extension("posix", "system", 1)
+
+
+@pytest.mark.parametrize("field", ["profiling_name", "state", "version", "ranks", "input_sizes"])
+def test_values_inside_of_each_other_are_not_written_out(tmp_path: Path, field: str) -> None:
+    content = dump([{**done(1)[0], **({field: doubled()} if field in done(1)[0] else {})}], {TP: [0]})
+    content |= {"version": doubled()} if field == "version" else {}
+    content |= {"pg_config": {TP: {"ranks": doubled()}}} if field == "ranks" else {}
+    nccl_dumps.write(tmp_path, {0: content})
+    with pytest.raises(CheckpointError, match="cut off or damaged"):
+        read_dump(tmp_path / "trace_rank_0")
+
+
+def test_what_is_written_once_is_kept_once(tmp_path: Path) -> None:
+    """A thousand calls share a stack and shapes; memory is that of one dump's objects, whatever is shared."""
+    frames = [{"name": "f", "filename": "/job/train.py", "line": line} for line in range(1000)]
+    shapes = [[8] * 64] * 1000
+    calls = [{**call, "frames": frames, "input_sizes": shapes} for call in done(1000)]
+    nccl_dumps.write(tmp_path, {0: dump(calls, {TP: [0]})})
+    tracemalloc.start()
+    read = read_dump(tmp_path / "trace_rank_0")
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert kept < 2**20 and len({id(call.frames) for call in read.calls}) == 1
 
 
 def state(rank: int) -> bytes:
@@ -266,6 +417,18 @@ def test_a_dump_that_was_cut_anywhere(tmp_path: Path) -> None:
             read_dump(tmp_path / "trace_rank_0")
 
 
+def test_names_that_pytorch_gives_dumps_by_itself(tmp_path: Path) -> None:
+    folder = nccl_dumps.write(tmp_path, missing_from_dp(1))
+    expected = said_of(folder)
+    for prefix in ("nccl_", "comm_lib_"):
+        for path in list(folder.iterdir()):
+            path.rename(folder / f"{prefix}{path.name.rpartition('lib_')[2].removeprefix('nccl_')}")
+        assert CliRunner().invoke(cli, ["diagnose", str(folder)]).stdout == expected
+    (folder / "trace_rank_0").write_bytes((folder / "comm_lib_trace_rank_0").read_bytes())
+    (folder / "comm_lib_trace_rank_0").write_bytes(b"")
+    assert said_of(folder) == expected
+
+
 def test_json_and_older_versions_say_the_same(tmp_path: Path) -> None:
     dumps = missing_from_dp(1)
     expected = said_of(nccl_dumps.write(tmp_path / "pickle", dumps))
@@ -313,3 +476,9 @@ def test_what_a_terminal_would_obey_is_not_shown(tmp_path: Path) -> None:
     calls = [*done(1), entry(1, TP, "all_reduce\x1b[2J", 2, "started")]
     dumps = {0: dump(calls, {TP: [0, 1]}), 1: dump(done(1), {TP: [0, 1]})}
     assert "\x1b" not in said_of(nccl_dumps.write(tmp_path, dumps))
+    calls = [entry(0, TP, "all_reduce", 1, "started\x1b[2J")]
+    for content in (pickle.dumps(dump(calls, {TP: [0, 1]})), b"\x80\x02c\x1b[2Jos\nsys\x1btem\n.",
+                    pickle.dumps(dump([], {}, version="\x1b[2J3"))):  # fmt: skip
+        for rank in range(2):
+            (tmp_path / f"trace_rank_{rank}").write_bytes(content)
+        assert "\x1b" not in said_of(tmp_path)

@@ -104,6 +104,29 @@ def test_a_rank_that_shows_no_life_is_not_waited_for() -> None:
     assert "rank 1 has shown no life for" in said and "working" in said
 
 
+def ask_a_store_that_is_silent() -> str:
+    """Its host is stopped: the client waits for an answer without end."""
+    platform.initialize_distributed(heartbeat.LEAST_SILENCE_S)
+    meeting.Vigil.patience_s = 0.2  # type: ignore[misc, assignment]
+    try:
+        meeting._wait(lambda: time.sleep(60) or True, [1 - torch.distributed.get_rank()], "reading a disk")
+    except PeerError as error:
+        return str(error)
+    finally:
+        platform.destroy()
+    return "nothing was noticed"
+
+
+def test_a_store_that_does_not_answer_is_not_waited_for() -> None:
+    with RankPool(2, timeout_s=30.0) as pool:
+        said = pool.run(ask_a_store_that_is_silent)
+    for rank, text in enumerate(said):
+        assert re.match(
+            r"the job's store, on .*, has not answered for 0 s, while rank \d waited in reading a disk", text
+        )
+        assert f"rank {rank} waited" in text
+
+
 # --- ranks that live and stand still
 
 PATIENCE_S = heartbeat.LEAST_SILENCE_S

@@ -44,6 +44,17 @@ def test_pytorch_is_told_to_record_and_where(environment: pytest.MonkeyPatch, tm
     }
 
 
+def test_a_second_run_of_a_process_leaves_its_dumps_with_itself(
+    environment: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("first", "second"):
+        traces.record_collectives(tmp_path / name)
+        assert os.environ["TORCH_FR_DUMP_TEMP_FILE"] == str(tmp_path / name / "hang" / "trace_rank_")
+    environment.setenv("TORCH_FR_DUMP_TEMP_FILE", "/elsewhere/trace_rank_")
+    traces.record_collectives(tmp_path / "third")
+    assert os.environ["TORCH_FR_DUMP_TEMP_FILE"] == "/elsewhere/trace_rank_"
+
+
 @pytest.mark.parametrize("name", VARIABLES)
 def test_what_the_user_has_set_stays(environment: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
     environment.setenv(name, "17")
@@ -59,11 +70,13 @@ def test_pytorch_is_told_before_the_group_is_made(
 ) -> None:
     """Its watchdog and its recorder read the variables when they begin."""
 
-    def join(timeout_s: float) -> None:
+    def join(timeout_s: float, launched: int | None) -> None:
         assert ("TORCH_FR_DUMP_TEMP_FILE" in os.environ) == is_told
         raise OSError("no network")
 
-    environment.setenv("WORLD_SIZE", world_size)
+    launcher = {"WORLD_SIZE": world_size, "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    for name, value in launcher.items():
+        environment.setenv(name, value)
     environment.setattr(platform, "_join", join)
     with pytest.raises(OSError, match="no network"):
         platform.initialize_distributed(report_dir=tmp_path)
