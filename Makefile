@@ -121,8 +121,11 @@ $(PARITY_TE): $(READY) $(NEXT) $(TE)$(TE_OLDEST) $(TE)$(TE_NEWEST) $(TE_NEEDS)
 	PYTHONPATH=$(call te_path,$(word 2,$(subst -, ,$@)),$(if $(findstring megatron-$(NEXT_VERSION),$@),$(NEXT))) \
 	  $(BIN)/python -m checks.te_parity --output $@
 
-$(TE_NEEDS): | $(READY)
+# Anew where the list below may have changed: its name holds no version.
+$(TE_NEEDS): Makefile | $(READY)
+	rm -rf $@
 	$(BIN)/pip install --quiet --no-deps --target $@ onnx==1.23.2 onnx-ir==1.1.0 onnxscript==0.7.2 ml-dtypes==0.6.0 einops==0.8.2
+	@touch $@
 
 $(TE)%: | $(READY)
 	$(BIN)/pip install --quiet --no-deps --target $@ transformer-engine==$*

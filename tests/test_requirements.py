@@ -1,6 +1,8 @@
 """Versions that several files name are the same in all of them: extras, pins, constraints, the Makefile, the code."""
 
+import os
 import re
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -35,8 +37,7 @@ def test_makefile_unpacks_what_is_pinned() -> None:
     engines = re.findall(r"^TE_(?:VERSION|OLDEST|NEWEST) [:?]?= ([\d.]+)$", makefile, flags=re.MULTILINE)
     assert max(map(Version, engines)) == Version(pins.pop("transformer-engine"))
     assert min(map(Version, engines)) >= software.ENGINE_FLOOR
-    for name, version in re.findall(rf"\b({'|'.join(pins)})==([\d.]+)", makefile):
-        assert pins[name] == version
+    assert dict(re.findall(rf"\b({'|'.join(pins)})==([\d.]+)", makefile)) == pins
 
 
 def test_code_names_the_versions_that_are_tried() -> None:
@@ -62,3 +63,19 @@ def test_extras_of_transformer_engine_fit_their_python(cuda: str, python: str) -
     assert newest in one.specifier and software.ENGINE_TRIED in CONSTRAINTS["transformer-engine"]
     assert (Version("2.12.0") in one.specifier) == (python != "3.11")
     assert Version("2.20.3") not in one.specifier and software.ENGINE_FLOOR not in one.specifier
+
+
+@pytest.mark.parametrize("is_stale", [True, False])
+def test_make_unpacks_anew_what_an_older_makefile_unpacked(tmp_path: Path, is_stale: bool) -> None:
+    """Otherwise a package that is added to the list stays away from environments that were there before."""
+    engines = [tmp_path / f"transformer-engine-{name}" for name in ("needs", "2.9.0", str(software.ENGINE_TRIED))]
+    for folder in (*engines, tmp_path / f"megatron-{software.MEGATRON_TRIED}"):
+        folder.mkdir()
+    (tmp_path / ".fastpref-ready").touch()
+    if is_stale:
+        os.utime(engines[0], (0, 0))
+    plan = subprocess.run(
+        ["make", "-n", "test-te", f"VENV={tmp_path}"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert ("einops==" in plan) == is_stale
+    assert "transformer-engine==" not in plan and plan.count("--te-version") == 3

@@ -192,6 +192,7 @@ def train(run: ShortRun, output_dir: str, pairs: Sequence[TokenizedPair] | None 
     initialize_megatron(args)
     try:
         policy, reference = _models(run, args)
+        _assert_layers(policy, args)
         if run.lora is not None:
             add_lora(policy, run.policy, run.lora, seed=7)
         trainer = DPOTrainer(policy, run.loss, reference, args, train_dataset=pairs, eval_dataset=pairs[:7])
@@ -201,6 +202,20 @@ def train(run: ShortRun, output_dir: str, pairs: Sequence[TokenizedPair] | None 
         return trainer.log_history
     finally:
         destroy()
+
+
+def _assert_layers(models: list, args: TrainingArguments) -> None:
+    """Raises AssertionError unless all parts of the layers that compute, routers aside, are whose they are to be.
+
+    Over context-parallel ranks attention is not looked at: in fp32 it is this library's.
+    """
+    looks_at_attention = args.context_parallel_size == 1
+    for name, module in (part for model in models for part in model.named_modules() if ".layers." in part[0]):
+        computes = any(True for _ in module.parameters(recurse=False)) and not name.endswith("router")
+        is_engine = any(base.__module__.startswith("transformer_engine.") for base in type(module).__mro__)
+        if computes or (looks_at_attention and name.endswith("core_attention")):
+            whose = "transformer_engine" if is_engine else "local"
+            assert whose == (args.transformer_impl or whose), f"{name} is {whose}: {type(module)}"
 
 
 def _export(models: list, run: ShortRun, directory: str) -> None:

@@ -111,11 +111,14 @@ def attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scale: fl
 
 
 def visible_keys(num_queries: int, num_keys: int, mask: str, window: tuple[int, int] = (-1, -1)) -> Tensor:
-    """[S, K]: by the mask's name, aligned at its last row where it says bottom_right, and a window to the left."""
-    from_end = num_keys - num_queries if "bottom_right" in mask else 0
+    """[S, K]: by the mask's name, and a window (keys to the left, to the right), aligned at the last row.
+
+    Causal masks are aligned at the first row unless they say bottom_right.
+    """
+    from_end = num_keys - num_queries if "bottom_right" in mask or "causal" not in mask else 0
     distance = torch.arange(num_queries)[:, None] + from_end - torch.arange(num_keys)
     visible = distance >= 0 if "causal" in mask else torch.ones_like(distance, dtype=torch.bool)
-    return visible if window[0] < 0 else visible & (distance <= window[0])
+    return visible if window[0] < 0 else visible & (distance <= window[0]) & (distance >= -window[1])
 
 
 def _gradient(leaf: Tensor) -> Tensor:

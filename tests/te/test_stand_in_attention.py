@@ -53,6 +53,7 @@ MASKS = [
     ("causal_bottom_right", 20, None),
     ("causal", 12, (3, 0)),
     ("causal_bottom_right", 20, (3, 0)),
+    ("no_mask", 20, (3, 1)),
 ]
 
 
@@ -142,6 +143,53 @@ def test_attention_of_packed_rows_skips_the_room_between_sequences(dtype: torch.
     assert_same(found, lambda q, k, v: packed(q, k, v, starts, lengths, window), inputs)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mask", ["padding", "padding_causal_bottom_right"])
+def test_queries_of_packed_rows_attend_to_keys_that_begin_and_end_elsewhere(dtype: torch.dtype, mask: str) -> None:
+    """The second sequence has no queries, the last no keys."""
+    lengths, room = {"q": [3, 0, 4, 2], "kv": [7, 5, 9, 0]}, {"q": [4, 3, 6, 2], "kv": [9, 5, 10, 2]}
+    inputs = {
+        "q": numbers(sum(room["q"]), HEADS, SIZE, seed=1, dtype=dtype),
+        "k": numbers(sum(room["kv"]), GROUPS, SIZE, seed=2, dtype=dtype),
+        "v": numbers(sum(room["kv"]), GROUPS, SIZE, seed=3, dtype=dtype),
+    }
+    settings: dict[str, Any] = {f"cu_seqlens_{name}": ends(lengths[name]) for name in ("q", "kv")}
+    settings |= {f"cu_seqlens_{name}_padded": ends(room[name]) for name in ("q", "kv")}
+    settings |= {f"max_seqlen_{name}": max(lengths[name]) for name in ("q", "kv")}
+
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        output = torch.zeros_like(q)
+        bounds = zip(ends(room["q"]).tolist(), ends(room["kv"]).tolist(), lengths["q"], lengths["kv"], strict=False)
+        for first_query, first_key, queries, keys in bounds:
+            if queries and keys:
+                rows_q, rows_kv = slice(first_query, first_query + queries), slice(first_key, first_key + keys)
+                own = (x[rows].transpose(0, 1) for x, rows in ((q, rows_q), (k, rows_kv), (v, rows_kv)))
+                output[rows_q] = attend(*own, visible_keys(queries, keys, mask), SCALE).transpose(0, 1)
+        return output.flatten(-2)
+
+    with attention_in_fp32():
+        found = module_with_gradients(attention("thd", mask, None), inputs, pad_between_seqs=True, **settings)
+    assert_same(found, plain, inputs)
+
+
+@pytest.mark.parametrize("sizes", [(16, SIZE), (SIZE, 16)], ids=str)
+def test_values_have_other_features_than_keys(sizes: tuple[int, int]) -> None:
+    inputs = {
+        "q": numbers(12, BATCH, HEADS, sizes[0], seed=1, dtype=torch.bfloat16),
+        "k": numbers(12, BATCH, GROUPS, sizes[0], seed=2, dtype=torch.bfloat16),
+        "v": numbers(12, BATCH, GROUPS, sizes[1], seed=3, dtype=torch.bfloat16),
+    }
+    settings = {"num_gqa_groups": GROUPS, "attn_mask_type": "causal", "attention_dropout": 0.0}
+
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """At the scale that is taken where none is given."""
+        own = (x.permute(TO_HEADS["sbhd"]) for x in (q, k, v))
+        output = attend(*own, visible_keys(12, 12, "causal"), sizes[0] ** -0.5)
+        return output.permute(FROM_HEADS["sbhd"]).flatten(-2)
+
+    assert_same(module_with_gradients(te.DotProductAttention(HEADS, sizes, **settings), inputs), plain, inputs)
+
+
 @pytest.mark.parametrize("mask", ["padding", "padding_causal", "padding_causal_bottom_right"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_of_padded_rows_sees_what_each_row_has(dtype: torch.dtype, mask: str) -> None:
@@ -210,6 +258,17 @@ def test_softmax_kernels_are_torchs(dtype: torch.dtype, mask: str) -> None:
         return (scaled if hidden is None else scaled.masked_fill(hidden, float("-inf"))).softmax(-1)
 
     assert_same(with_gradients(lambda scores: softmax(scores, hidden, mask, SCALE), scores, dtype), plain, scores)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_of_which_all_is_hidden_has_no_weights_and_no_gradient(dtype: torch.dtype) -> None:
+    scores = {"scores": 3 * numbers(2, 3, 4, 8, seed=4, dtype=dtype)}
+    hidden = torch.zeros(2, 1, 4, 8, dtype=torch.bool)
+    hidden[0, :, 1], hidden[1, :, :, 5:] = True, True
+    weights = tex.scaled_masked_softmax_forward(scores["scores"], hidden, SCALE)
+    gradient = tex.scaled_masked_softmax_backward(numbers(2, 3, 4, 8, seed=5, dtype=dtype), weights, SCALE)
+    assert not weights[0, :, 1].any() and not gradient[0, :, 1].any()
+    torch.testing.assert_close(weights.float().sum(-1)[1], torch.ones(3, 4), rtol=1e-2, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["scaled_upper_triang_masked_softmax", "scaled_aligned_causal_masked_softmax"])

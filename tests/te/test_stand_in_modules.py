@@ -166,21 +166,49 @@ def test_grouped_linear_is_torchs_per_group(dtype: torch.dtype, rows: tuple[int,
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rms_norms_gradient_takes_that_of_a_residual_along(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("zero_centered", [False, True])
+def test_rms_norms_gradient_takes_that_of_a_residual_along(dtype: torch.dtype, zero_centered: bool) -> None:
     x, weight, residual = (numbers(*shape, seed=9, dtype=dtype) for shape in ((6, IN), (IN,), (6, IN)))
 
     def plain(x: Tensor, weight: Tensor) -> Tensor:
-        return torch.cat([rms_norm(x, weight), x])
+        return torch.cat([rms_norm(x, 1 + weight if zero_centered else weight), x])
 
     grad = torch.cat([numbers(6, IN, seed=99, dtype=dtype), residual])
     expected_x, expected_weight = torch.autograd.grad(
         plain(*(leaves := (x.double().requires_grad_(), weight.double().requires_grad_()))), leaves, grad.double()
     )
-    _, _, rsigma = tex.rmsnorm_fwd(x, weight, EPS, None, None, tex.DType.kFloat32, 0, False)
-    found_x, found_weight = tex.rmsnorm_bwd_add(grad[:6], x, residual, rsigma, weight, 0, False)
+    _, _, rsigma = tex.rmsnorm_fwd(x, weight, EPS, None, None, tex.DType.kFloat32, 0, zero_centered)
+    found_x, found_weight = tex.rmsnorm_bwd_add(grad[:6], x, residual, rsigma, weight, 0, zero_centered)
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
     torch.testing.assert_close(found_x.double(), expected_x, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(found_weight.double(), expected_weight, rtol=tolerance, atol=tolerance)
+
+
+def product(a: Tensor, b: Tensor, into: Tensor | None, dtype: torch.dtype | None, **scales: float) -> Tensor:
+    """`b @ a.T`, as weights and rows are handed over."""
+    kind = None if dtype is None else te.constants.TE_DType[dtype]
+    empty = torch.empty(0)
+    fixed = (None, kind, None, tex.DType.kFloat32, False, None, False, empty, 0, into is not None, False)
+    return tex.generic_gemm(a, True, b, False, into, *fixed, **scales)[0]
+
+
+def test_products_are_scaled_and_added_to_scaled_sums() -> None:
+    a, b, before = numbers(5, IN, seed=1), numbers(7, IN, seed=2), numbers(7, 5, seed=3)
+    found = product(a, b, before.clone(), None, alpha=0.3, beta=0.7)
+    torch.testing.assert_close(found, 0.3 * (b @ a.mT) + 0.7 * before)
+
+
+@pytest.mark.parametrize("dtype", [None, *DTYPES], ids=str)
+def test_products_are_of_the_dtype_that_is_asked_for(dtype: torch.dtype | None) -> None:
+    a, b = numbers(5, IN, seed=1, dtype=torch.bfloat16), numbers(7, IN, seed=2, dtype=torch.bfloat16)
+    expected = (b.float() @ a.float().mT).to(dtype or torch.bfloat16)
+    torch.testing.assert_close(product(a, b, None, dtype), expected)
+
+
+def test_products_of_two_dtypes_are_refused_as_cublas_refuses_them() -> None:
+    a, b = numbers(5, IN, seed=1, dtype=torch.bfloat16), numbers(7, IN, seed=2)
+    with pytest.raises(TypeError, match=r"products of torch\.bfloat16 and torch\.float32"):
+        product(a, b, None, None)
 
 
 def quantize() -> None:

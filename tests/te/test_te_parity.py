@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from checks.layout_parity.cases import Case, OneProcess
+from checks.layout_parity.runs import train
 from checks.te_parity.cases import (
     ALL_LAYOUTS,
     HALF,
@@ -17,6 +18,7 @@ from checks.te_parity.cases import (
 )
 from fastpref.testing.workers import RankPool
 from fastpref.trainer import LoraConfig
+from fastpref.trainer.model import layers
 
 ONE = "one rank"
 OVERLAPPED = "DP2 overlapped reduce and gather"
@@ -82,6 +84,18 @@ def check(case: Case, ranks: Ranks, one_process: OneProcess, tmp_path: Path) -> 
 @pytest.mark.parametrize("names", CASES, ids=" ".join)
 def test_te_trains_like_megatrons_own_layers(ranks: Ranks, one_process: OneProcess, tmp_path: Path, names) -> None:
     check(case_of(*names), ranks, one_process, tmp_path)
+
+
+@pytest.mark.parametrize("model", ["dense", "experts"])
+@pytest.mark.parametrize("wanted", ["transformer_engine", "local"])
+def test_models_of_other_layers_are_not_compared(tmp_path: Path, monkeypatch, model: str, wanted: str) -> None:
+    """Not even where one part of them is Transformer Engine's: their last norm, and what the optimizer looks at."""
+    other, own = "_local_layer_spec", "_transformer_engine_layer_spec"
+    replaced, by = (own, other) if wanted == "transformer_engine" else (other, own)
+    monkeypatch.setattr(layers, replaced, getattr(layers, by))
+    run = case_of(ONE, model, "DPO", "padded").run({"transformer_impl": wanted})
+    with pytest.raises(AssertionError, match=r"decoder\.layers\.0\..* is (local|transformer_engine): "):
+        train(run, str(tmp_path))
 
 
 @pytest.mark.parametrize("names", HALF_CASES, ids=" ".join)

@@ -100,6 +100,8 @@ def te_general_grouped_gemm(
 
 def _product(A: Tensor, transa: bool, B: Tensor, transb: bool) -> Tensor:
     """[rows, columns] in fp32, summed in fp64: what differs from another order of sums is then not the stand-in's."""
+    if A.dtype != B.dtype:
+        raise TypeError(f"products of {A.dtype} and {B.dtype}: cuBLAS takes two matrices of one dtype")
     left, right = B.flatten(0, -2).double(), A.flatten(0, -2).double()
     return ((left.t() if transb else left) @ (right.t() if transa else right)).float()
 
