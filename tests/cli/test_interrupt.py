@@ -16,7 +16,7 @@ from fastpref.checkpoint import hf
 from fastpref.run.plan import prepare as preparation
 from fastpref.run.record import curves
 from fastpref.trainer import build, loop, session
-from fastpref.trainer.saves import content
+from fastpref.trainer.saves import stored
 
 
 def interrupted(*_: Any, **__: Any) -> None:
@@ -89,7 +89,7 @@ def test_an_interrupted_resume_loses_nothing(
     assert run_cli(*settings).exit_code == 0
     before = sorted(project.glob("out/**/*"))
     with monkeypatch.context() as patched:
-        patched.setattr(content, "read_files", interrupted)
+        patched.setattr(stored, "read_files", interrupted)
         stopped = run_cli(*settings, "training.resume_from_checkpoint=latest")
     assert stopped.exit_code == 130 and "before the first step of this run: nothing is lost" in stopped.stderr
     assert sorted(project.glob("out/**/*")) == before

@@ -108,6 +108,16 @@ def test_without_a_store_in_reach_every_rank_speaks(
     assert ranks.say(1, 0) == [f"[rank 1] {MESSAGE}", MESSAGE]
 
 
+def test_a_store_whose_host_is_stopped_keeps_nobody_silent(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its client would wait without end, and hold whoever asks it."""
+    is_over = threading.Event()
+    monkeypatch.setattr(failures, "_ANSWER_S", 0.2)
+    monkeypatch.setattr(failures, "_shared_store", lambda: is_over.wait(60) and None)
+    assert ranks.say(1) == [f"[rank 1] {MESSAGE}"]
+    assert not is_over.is_set()
+    is_over.set()
+
+
 def test_alone_nobody_is_asked(
     agent_store: TCPStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

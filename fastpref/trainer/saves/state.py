@@ -98,6 +98,7 @@ def load(
     saved = state.get("fingerprint", {})
     _require_same(path, saved, fingerprint, may_differ)
     position = content.load_all(path, models, optimizer)["scheduler"]
+    scheduler.num_steps = 0  # Megatron's schedule would go on from where it is
     together(lambda: content.apply(path, scheduler.load_state_dict, position), f"reading {path}")
     return state
 

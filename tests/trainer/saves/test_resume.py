@@ -5,8 +5,10 @@ import json
 import pytest
 from tiny_runs import finish, same_parameters
 
+from fastpref.checkpoint.directory import read_state
 from fastpref.errors import CheckpointError
 from fastpref.trainer import DPOConfig
+from fastpref.trainer.saves.state import load
 
 
 @pytest.mark.parametrize(
@@ -48,6 +50,16 @@ def test_resume_keeps_the_running_mean_of_bco(quiet_args, tmp_path) -> None:
     resumed = finish(quiet_args(resume_from_checkpoint=str(path)), config)
     assert whole.engine.schedule.bco_delta == resumed.engine.schedule.bco_delta != 0.0
     assert same_parameters(whole, resumed)
+
+
+def test_a_trainer_that_has_gone_on_can_go_back(quiet_args, tmp_path) -> None:
+    trainer = finish(quiet_args(save_steps=2, warmup_steps=3))
+    path, chunks, schedule = tmp_path / "run" / "checkpoints" / "step-2", trainer.models_wrapped, trainer.lr_scheduler
+    assert schedule.num_steps == 4
+    for _ in range(2):
+        load(path, chunks, trainer.optimizer, schedule, read_state(path)["fingerprint"])
+        assert schedule.num_steps == 2
+    assert trainer.optimizer.param_groups[0]["lr"] == trainer.log_history[2]["lr"]
 
 
 def test_new_run_refuses_a_directory_with_checkpoints(quiet_args, tmp_path) -> None:
