@@ -110,7 +110,7 @@ test-te: $(READY) $(NEXT) $(TE)$(TE_OLDEST) $(TE)$(TE_NEWEST) $(TE_NEEDS)
 	PYTHONPATH=$(call te_path,$(TE_NEWEST)) $(PYTEST) --te-version $(TE_NEWEST) --megatron-version $(MEGATRON_VERSION) \
 	  $(addprefix tests/, $(TE_SHORT_TESTS))
 
-# Every layout on Transformer Engine's layers against one process on Megatron's own; a quarter of an hour for each file.
+# Every layout on Transformer Engine's layers against one process on Megatron's own; six minutes for each file.
 PARITY_TE := $(foreach te,$(TE_OLDEST) $(TE_NEWEST),$(foreach megatron,$(MEGATRON_VERSION) $(NEXT_VERSION),\
   bench/results/parity_te-$(te)-megatron-$(megatron).json))
 
