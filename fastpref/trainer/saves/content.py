@@ -247,7 +247,8 @@ def _steps(node: Any) -> Iterator[Any]:
     """Every number of updates in an optimizer's state: its groups have one each, or they share one."""
     for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
         if key in ("step", "common_step") and value is not None:
-            yield value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+            number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+            yield number if isinstance(number, int | float) else repr(number)
         else:
             yield from _steps(value)
 

@@ -83,6 +83,7 @@ COMMONS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "no optimizer": (lambda common: common["optimizer"].clear(), "an optimizer and its schedule"),
     "two updates": (lambda common: groups(common)[0].update(step=7), "it says 1, 7 and 1"),
     "other updates": (lambda common: [group.update(step=7) for group in groups(common)], "it says 7 and 1"),
+    "many updates": (lambda common: groups(common)[0].update(step=torch.ones(2)), "it says 1, tensor([1., 1.]) and 1"),
     "no position": (lambda common: common["scheduler"].update(num_steps=0), "it says 1 and 0"),
     "no count": (lambda common: common["scheduler"].pop("num_steps"), "it says 1 and None"),
     "one group": (lambda common: groups(common).pop(), "does not hold the state of this run's optimizer"),
