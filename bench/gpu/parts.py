@@ -22,7 +22,8 @@ DTYPE = torch.bfloat16
 MAIN = "llama3.1-8b-r8192"
 OURS = ("ours-exact", "ours-active", "ours-cached")
 PEERS = (
-    *("liger-ce", "cce-kernel", "naive-rows", "trl", "liger", "verl", "megatron-fused", "naive-compiled", "quack"),
+    *("naive-rows", "liger-ce-scaled", "quack", "torch-lce", "cce-kernel", "trl", "liger-ce", "liger-ce-sm90"),
+    *("liger", "verl", "megatron-fused", "naive-compiled", "liger-ce-tp", "megatron-linear"),
     *("megatron", "liger-orpo", "naive-pairs"),
 )
 FEW = ("ours-active", "ours-exact", "naive-rows", "cce-kernel", "liger-ce")
