@@ -20,9 +20,9 @@ from torch.distributed import ProcessGroup
 from bench.registry import sum_rows
 from bench.workloads import BETA, IGNORE, Case
 
-TORCH_CHUNK_ROWS = {"cpu": 512, "cuda": 2048}
+TORCH_CHUNK_ROWS = {"cpu": 256, "cuda": 2048}
 """`batch_chunk_size` of `torch.nn.functional.linear_cross_entropy`: its own choice ("aspect_ratio:2") is 2 rows on
-Gemma's head and 128 on Llama-3.1-8B's, and each chunk reads the weight twice and adds to all of its gradient."""
+Gemma's head and 128 on Llama-3.1-8B's, and each chunk reads the weight and adds to all of its gradient."""
 
 
 def liger_dpo(case: Case, hidden_SLH: Tensor, weight_VH: Tensor) -> Tensor:
@@ -220,12 +220,12 @@ def _rows(case: Case, hidden_SLH: Tensor) -> Tensor:
 
 def _tensor_parallel_group(case: Case) -> ProcessGroup:
     """The case's ranks; where it has none, Megatron's group, which is made of one rank where there is none yet."""
+    if case.tp_group is not None:
+        return case.tp_group
     from megatron.core import parallel_state
 
     from fastpref.trainer import TrainingArguments, initialize_megatron
 
-    if case.tp_group is not None:
-        return case.tp_group
     if not parallel_state.model_parallel_is_initialized():
         initialize_megatron(TrainingArguments(report_to=()))
     return parallel_state.get_tensor_model_parallel_group()

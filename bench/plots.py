@@ -14,6 +14,7 @@ STYLES = {
     "ours-active": ("fastpref, active", "#c1121f", "o"),
     "ours-exact": ("fastpref, exact", "#f08a5d", "s"),
     "cce": ("Apple CCE", "#2a9d8f", "^"),
+    "torch-lce": ("torch linear_cross_entropy", "#3a7d44", "<"),
     "naive-rows": ("naive, response rows", "#1d3557", "v"),
     "trl": ("TRL chunked", "#8d6a9f", "D"),
     "naive-pairs": ("naive, all positions", "#6c757d", "P"),
