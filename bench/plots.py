@@ -83,6 +83,8 @@ def draw(rows: list[dict[str, Row]], axis: str, file: Path) -> None:
     figure, (left, right) = pyplot().subplots(1, 2, figsize=(11, 4.6), layout="constrained")
     for name, (label, colour, marker) in STYLES.items():
         found = [workload[name] for workload in rows if workload.get(name, {}).get("status") == "ok"]
+        if not found:
+            continue
         found.sort(key=lambda row: _position(row, axis))
         x = [_position(row, axis) for row in found]
         style = {"label": label, "color": colour, "marker": marker, "markersize": 5, "linewidth": 1.6}

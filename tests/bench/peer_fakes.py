@@ -172,11 +172,9 @@ SIGNATURES: dict[tuple[str, str], Callable[..., Any]] = {
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Put the stand-ins in the place of the libraries, whether these are installed or not; Megatron's rest stays."""
+    """Put the stand-ins in the place of the libraries, whether these are installed or not."""
     names = {".".join(name.split(".")[:depth]) for name in FAKES for depth in range(1, name.count(".") + 2)}
     for name in names:
-        if name.startswith("megatron") and name not in FAKES:
-            continue
         module = ModuleType(name)
         module.__path__ = []
         module.__dict__.update(FAKES.get(name, {}))

@@ -74,6 +74,11 @@ def test_liger_that_falls_back_is_caught(fakes) -> None:
         assert_right(IMPLEMENTATIONS["liger-ce-scaled"])
 
 
+def test_mean_loss_by_another_function_is_caught(fakes) -> None:
+    with pytest.raises(WrongPathError, match=r"other did not run; .*LigerFusedLinearCrossEntropyFunction"):
+        assert_right(replace(IMPLEMENTATIONS["liger-ce"], path=("other",), run=None))
+
+
 def test_the_real_liger_falls_back_on_a_cpu_and_is_caught() -> None:
     pytest.importorskip("liger_kernel")
     entry = IMPLEMENTATIONS["liger-ce-scaled"]
