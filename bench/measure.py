@@ -112,15 +112,14 @@ def _seconds(run: Callable[[], object], device: str, repeats: int) -> float:
 def probe(name: str) -> str | None:
     """Say why an implementation cannot run here, or None."""
     implementation = IMPLEMENTATIONS[name]
-    if not implementation.is_installed:
-        return f"not installed: {implementation.install}"
-    if implementation.is_ours:
+    missing = implementation.unavailable(torch.device("cpu"))
+    if missing is None and implementation.is_ours:
         case = build("dry").tiny()
         try:
             call(implementation, case, case.hidden_SLH, case.weight_VH)
         except (NotImplementedError, MissingDependencyError) as error:
             return f"not part of this build: {error}"
-    return None
+    return missing
 
 
 def in_child(function: Callable[..., Row], *arguments: Any) -> Row:

@@ -14,6 +14,7 @@ STYLES = {
     "ours-active": ("fastpref, active", "#c1121f", "o"),
     "ours-exact": ("fastpref, exact", "#f08a5d", "s"),
     "cce": ("Apple CCE", "#2a9d8f", "^"),
+    "torch-lce": ("torch linear_cross_entropy", "#3a7d44", "<"),
     "naive-rows": ("naive, response rows", "#1d3557", "v"),
     "trl": ("TRL chunked", "#8d6a9f", "D"),
     "naive-pairs": ("naive, all positions", "#6c757d", "P"),
@@ -82,6 +83,8 @@ def draw(rows: list[dict[str, Row]], axis: str, file: Path) -> None:
     figure, (left, right) = pyplot().subplots(1, 2, figsize=(11, 4.6), layout="constrained")
     for name, (label, colour, marker) in STYLES.items():
         found = [workload[name] for workload in rows if workload.get(name, {}).get("status") == "ok"]
+        if not found:
+            continue
         found.sort(key=lambda row: _position(row, axis))
         x = [_position(row, axis) for row in found]
         style = {"label": label, "color": colour, "marker": marker, "markersize": 5, "linewidth": 1.6}

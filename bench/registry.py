@@ -38,7 +38,11 @@ class Implementation:
     run: Run | None = None
     """(case, hidden, weight) -> logps [S]; leaves `.grad` on hidden [S, L, H] and weight [V, H], which come without.
 
-    None makes it of `logps`.
+    None makes it of `logps` or `mean_nll`.
+    """
+    mean_nll: Run | None = None
+    """(case, hidden, weight) -> mean negative log-prob of the response rows, of heads that make their gradient in the
+    forward pass and so have no other loss. `run` is made of it, and returns the sum of all log-probs, [1].
     """
     loss: str = "dpo"
     """What is differentiated: a key of `LOSSES`."""
@@ -47,10 +51,14 @@ class Implementation:
     is_ours: bool = False
     is_exact: bool = False
     """Gated by the numeric rule with naive PyTorch as yardstick; else by relative errors."""
-    module: str | None = None
-    """What must be installed."""
+    modules: tuple[str, ...] = ()
+    """What must be importable."""
     install: str = ""
-    """How."""
+    """How to have them."""
+    capabilities: tuple[int, ...] = ()
+    """Major CUDA capabilities that its fast path is written for; none: any."""
+    path: tuple[str, ...] = ()
+    """Autograd functions of which each pass must run one, or it fell back to something slower: see `require_path`."""
     is_compiled: bool = False
     """Whether the first pass compiles, so that peak memory is that of a later pass."""
     beside: tuple[str, ...] = ()
@@ -62,16 +70,66 @@ class Implementation:
 
     def __post_init__(self) -> None:
         if self.run is None:
-            assert self.logps is not None, f"{self.title} has neither logps nor run"
-            object.__setattr__(self, "run", partial(_differentiate, self.logps, LOSSES[self.loss]))
+            assert (self.logps is None) != (self.mean_nll is None), f"{self.title} must have one way to run"
+            object.__setattr__(self, "run", partial(_differentiate, self))
 
-    @property
-    def is_installed(self) -> bool:
-        """Whether the peer can be imported."""
-        try:
-            return self.module is None or importlib.util.find_spec(self.module) is not None
-        except ModuleNotFoundError:  # a part of a package that is not there
-            return False
+    def unavailable(self, device: torch.device) -> str | None:
+        """Say why it cannot run here, or None."""
+        missing = [module for module in self.modules if not _is_importable(module)]
+        if missing:
+            return f"{', '.join(missing)} not installed: {self.install}"
+        if self.capabilities and device.type == "cuda":
+            major, minor = torch.cuda.get_device_capability(device)
+            if major not in self.capabilities:
+                wanted = " or ".join(f"{capability}.x" for capability in self.capabilities)
+                return f"made for compute capability {wanted}; this device has {major}.{minor}"
+        return None
+
+
+def _is_importable(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # a part of a package that is not there
+        return False
+
+
+class WrongPathError(RuntimeError):
+    """A peer did not take the path that it is measured for."""
+
+
+def require_path(output: Tensor, path: tuple[str, ...]) -> None:
+    """Check by the autograd graph behind an output that a peer took its fast path.
+
+    Args:
+        output: what a forward pass returned; nothing is checked where it carries no gradient.
+        path: names of nodes, one of which must be there: "package.module.Function" of a class derived from
+            `torch.autograd.Function`, or the bare name of any other node. Empty: nothing is checked.
+
+    Raises:
+        WrongPathError: none is; with the nodes that are.
+    """
+    if not path or output.grad_fn is None:
+        return
+    pending, seen = [output.grad_fn], dict[str, None]()
+    visited = set[object]()
+    while pending:
+        node = pending.pop()
+        if node in visited:
+            continue
+        visited.add(node)
+        name = _node_name(node)
+        if name in path:
+            return
+        seen[name] = None
+        pending += [following for following, _ in node.next_functions if following is not None]
+    raise WrongPathError(f"{' or '.join(path)} did not run; behind its output are {', '.join(seen)}")
+
+
+def _node_name(node: object) -> str:
+    function = getattr(type(node), "_forward_cls", None)
+    if function is None or "<locals>" in function.__qualname__ or function.__name__.startswith("GeneratedBackward"):
+        return type(node).__name__
+    return f"{function.__module__}.{function.__qualname__}"
 
 
 def dpo_loss(logps_S: Tensor, ref_logps_S: Tensor) -> Tensor:
@@ -109,9 +167,16 @@ def upstream(case: Case, loss: str, logps_S: Tensor) -> Tensor:
     return gradient_S
 
 
-def _differentiate(logps: Run, loss: Callable[[Case, Tensor], Tensor], case: Case, *tensors: Tensor) -> Tensor:
-    logps_S = logps(case, *tensors)
-    loss(case, logps_S).backward()
+def _differentiate(implementation: Implementation, case: Case, hidden_SLH: Tensor, weight_VH: Tensor) -> Tensor:
+    if implementation.mean_nll is not None:
+        loss = implementation.mean_nll(case, hidden_SLH, weight_VH)
+        require_path(loss, implementation.path)
+        loss.backward()
+        return -loss.detach().reshape(1) * case.rows_R.numel()
+    assert implementation.logps is not None
+    logps_S = implementation.logps(case, hidden_SLH, weight_VH)
+    require_path(logps_S, implementation.path)
+    LOSSES[implementation.loss](case, logps_S).backward()
     return logps_S
 
 

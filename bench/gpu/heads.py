@@ -70,12 +70,14 @@ def measure(prepared: Prepared, name: str, repeats: int = REPEATS) -> Row:
         repeats: timed turns after one that warms up.
 
     Returns:
-        A row; "wrong", without times, where the gate says so, and "missing" where a peer is not installed.
+        A row; "wrong", without times, where the gate says so, and "missing" where a peer is not installed or is made
+        for another device.
     """
     implementation, case = IMPLEMENTATIONS[name], prepared.case
-    if not implementation.is_installed:
-        return {"status": "missing", "reason": f"not installed: {implementation.install}"}
     device, dtype = case.hidden_SLH.device, case.hidden_SLH.dtype
+    missing = implementation.unavailable(device)
+    if missing is not None:
+        return {"status": "missing", "reason": missing}
     found = prepared.errors_of(implementation)
     active = float(prepared.expected(implementation.loss)["active_fraction"])
     row: Row = {

@@ -20,12 +20,15 @@ from bench.measure import Row
 
 DTYPE = torch.bfloat16
 MAIN = "llama3.1-8b-r8192"
+LARGE = "v262144-h4096-r8192"
+"""The main workload with twice the vocabulary, where leaving columns out gains most."""
 OURS = ("ours-exact", "ours-active", "ours-cached")
 PEERS = (
-    *("liger-ce", "cce-kernel", "naive-rows", "trl", "liger", "verl", "megatron-fused", "naive-compiled", "quack"),
+    *("naive-rows", "liger-ce-scaled", "quack", "torch-lce", "cce-kernel", "trl", "liger-ce", "liger-ce-sm90"),
+    *("liger", "verl", "megatron-fused", "naive-compiled", "liger-ce-tp", "megatron-linear"),
     *("megatron", "liger-orpo", "naive-pairs"),
 )
-FEW = ("ours-active", "ours-exact", "naive-rows", "cce-kernel", "liger-ce")
+FEW = ("ours-active", "ours-exact", "naive-rows", "liger-ce-scaled", "quack", "torch-lce", "cce-kernel", "liger-ce")
 OTHER_MODELS = ("qwen3-8b-r8192", "gemma3-4b-r8192", "gemma3-270m-r8192", "smollm2-135m-r8192")
 OTHER_ROWS = ("llama3.1-8b-r4096", "llama3.1-8b-r16384")
 VOCAB_SWEEP = tuple(f"v{2**power}-h2048-r4096" for power in range(15, 20))
@@ -76,9 +79,10 @@ def head_jobs(is_dry: bool) -> list[tuple[str, str]]:
     if is_dry:
         return [(workload, name) for workload in DRY_WORKLOADS for name in DRY_NAMES]
     tiers = [
-        ((MAIN,), OURS),
+        ((MAIN, LARGE), OURS),
         (OTHER_MODELS, OURS),
         ((MAIN,), PEERS),
+        ((LARGE,), FEW),
         (OTHER_ROWS, FEW),
         (REAL, FEW),
         (OTHER_MODELS, FEW),

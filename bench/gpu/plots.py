@@ -11,7 +11,7 @@ from statistics import median
 
 from bench.figures import dress, pyplot, save
 from bench.gpu.folder import Folder
-from bench.gpu.parts import DRY_WORKLOADS, MAIN, OTHER_MODELS, OTHER_ROWS, SHARE_SWEEP, VOCAB_SWEEP
+from bench.gpu.parts import DRY_WORKLOADS, LARGE, MAIN, OTHER_MODELS, OTHER_ROWS, SHARE_SWEEP, VOCAB_SWEEP
 from bench.gpu.summary import tflops
 from bench.measure import Row
 from bench.plots import STYLES
@@ -20,7 +20,9 @@ from bench.roofline import Ceilings, Point, draw_roofline, intensity
 GPU_STYLES = STYLES | {
     "ours-cached": ("fastpref, cached", "#f4a261", "d"),
     "cce-kernel": ("Apple CCE", "#2a9d8f", "^"),
-    "liger-ce": ("Liger cross entropy", "#b08900", "x"),
+    "liger-ce": ("Liger cross entropy, Triton", "#b08900", "x"),
+    "liger-ce-scaled": ("Liger scaled cross entropy", "#7a5c00", "X"),
+    "quack": ("quack cross entropy", "#457b9d", "*"),
 }
 AXES: dict[str, tuple[tuple[str, ...], str, Callable[[Row], float]]] = {
     "vocab": (VOCAB_SWEEP, "vocabulary", lambda shape: shape["vocab"]),
@@ -38,7 +40,7 @@ def draw_all(out: Path, images: Path) -> Iterator[Path]:
         rows = _right_rows(folder, workloads)
         if len(rows) > 1:
             yield _draw_axis(rows, axis, images / f"gpu-head-{axis}.png")
-    rows = _right_rows(folder, (MAIN, *OTHER_MODELS, *OTHER_ROWS, *VOCAB_SWEEP, *DRY_WORKLOADS))
+    rows = _right_rows(folder, (MAIN, LARGE, *OTHER_MODELS, *OTHER_ROWS, *VOCAB_SWEEP, *DRY_WORKLOADS))
     device = folder.rows("sanity.json").get("device", {})
     if rows and device.get("status") == "ok":
         yield _draw_roofline(rows, device, images / "gpu-roofline.png")

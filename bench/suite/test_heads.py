@@ -41,8 +41,9 @@ def test_head(name: str, kind: str, benchmark, request: pytest.FixtureRequest) -
     entry, workload = IMPLEMENTATIONS[name], request.config.getoption("--workload")
     if DEVICE.type not in entry.devices:
         pytest.skip(f"{entry.title} is measured on {' and '.join(entry.devices)}")
-    if not entry.is_installed:
-        pytest.skip(f"{entry.title} is not installed: {entry.install}")
+    missing = entry.unavailable(DEVICE)
+    if missing is not None:
+        pytest.skip(f"{entry.title}: {missing}")
     if entry.is_compiled and DEVICE.type == "cpu":
         pytest.skip(f"{entry.title} compiles for longer than a CPU run of it says anything")
     reason = gate(workload, name)

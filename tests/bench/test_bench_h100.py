@@ -15,6 +15,7 @@ from bench import workloads
 from bench.gpu import clock, heads, inputs, parts, sanity, summary, supervisor
 from bench.gpu.folder import BROKEN_DEVICE, DeviceBrokenError, Folder, is_broken
 from bench.gpu.plots import draw_all
+from bench.gpu.published import published_table
 from bench.implementations import BARE, names_on
 from bench.roofline import intensity
 
@@ -59,8 +60,9 @@ def test_h100_dry_runs_every_part(dry: Path) -> None:
 
 def test_h100_dry_summary_shows_targets_and_every_table(dry: Path) -> None:
     text = (dry / "summary.md").read_text()
-    for expected in ("no figure in it means anything", ">= 620", ">= 600", "<= 1.6", "<= 1024", "Part 3"):
+    for expected in ("no figure in it means anything", "<= 34.4", "<= 49.32", ">= 690", "<= 1024", "Part 3"):
         assert expected in text
+    assert text.index(parts.LARGE) < text.index(parts.MAIN) and "Liger-Kernel, pull request 1356" in text
     assert text.count("| fastpref, active |") == 3 and "Not measured" not in text
 
 
@@ -211,7 +213,7 @@ def test_h100_supervises_every_part_and_writes_the_summary(tmp_path: Path, monke
     result = CliRunner().invoke(cli.main, ["h100", "--out", str(tmp_path)], catch_exceptions=False)
     assert result.exit_code == 0 and supervised == list(parts.ROW_LIMITS_S.items())
     text = (tmp_path / "summary.md").read_text()
-    assert text.count("not measured |") == 6 and "llama3.1-8b-r8192: ours-exact, ours-active" in text
+    assert text.count("not measured |") == 14 and "llama3.1-8b-r8192: ours-exact, ours-active" in text
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -235,12 +237,26 @@ def stored(kind_ms: dict[str, float], peak_mib: float = 2048.0) -> dict:
     }
 
 
-def test_targets_count_useful_operations() -> None:
-    """8.607 TFLOP a product: 13.5 ms are 637.6 TFLOP/s; three in 45 ms 573.8."""
-    row = stored({"reference": 13.5, "both": 45.0})
-    found = {what: figure for what, figure, *_ in summary.targets({"ours-active": row, "ours-exact": row})}
-    assert found["forward (reference pass), TFLOP/s of 2 RHV"] == pytest.approx(637.6, abs=0.1)
-    assert found["exact, forward + backward, TFLOP/s of 6 RHV"] == pytest.approx(573.8, abs=0.1)
-    assert found["active, forward + backward over forward"] == pytest.approx(3.333, abs=0.001)
-    assert found["active, extra peak memory beyond gradients, MiB"] == 648.0
-    assert found["cached, forward + backward, TFLOP/s of 6 RHV"] is None
+def test_targets_are_beside_what_others_have_published() -> None:
+    """8.607 TFLOP a product at V=128,256: 13.5 ms are 637.6 TFLOP/s. 45 > 34.4, and 47 < 50.4 x V / 131,072."""
+    active, exact = stored({"reference": 13.5, "both": 45.0}), stored({"reference": 13.5, "both": 47.0})
+    found = list(summary.targets({parts.MAIN: {"ours-active": active, "ours-exact": exact}}))
+    assert [target.workload for target in found] == [parts.LARGE] * 7 + [parts.MAIN] * 7
+    assert all(target.found is None for target in found[:7])
+    large, main = ({target.what: target for target in each} for each in (found[:7], found[7:]))
+    assert large["active, forward + backward, ms"].limit == pytest.approx(70.31, abs=0.01)
+    assert "missed" in main["active, forward + backward, ms"].line()
+    assert main["exact, forward + backward, ms"].limit == pytest.approx(49.317, abs=0.001)
+    assert "| met |" in main["exact, forward + backward, ms"].line()
+    assert main["cached, forward + backward, ms"].found is None
+    assert main["forward (reference pass), TFLOP/s of 2 RHV"].found == pytest.approx(637.6, abs=0.1)
+    assert "missed" in main["forward (reference pass), TFLOP/s of 2 RHV"].line()
+    assert main["active, forward + backward over forward"].found == pytest.approx(3.333, abs=0.001)
+    assert main["active, extra peak memory beyond gradients, MiB"].found == 648.0
+
+
+def test_published_figures_are_shown_of_what_has_no_row() -> None:
+    titles = dict.fromkeys(names_on("cuda"), "a peer")
+    table = published_table(titles, {"quack"})
+    assert "7.96" not in table and table.count("a peer") == 4 and "| 34.4 ms |" in table and "727 TFLOP/s" in table
+    assert published_table(titles, {"quack", "liger-ce-sm90", "liger-ce-scaled"}) == ""

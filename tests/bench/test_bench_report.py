@@ -7,6 +7,7 @@ import pytest
 
 from bench import demo, plots, readme, report
 from bench.commands.shared import RESULTS
+from bench.implementations import names_on
 from bench.workloads import NAMES
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "benchmarks.md"
@@ -96,6 +97,17 @@ def test_draw_writes_a_picture(tmp_path: Path, axis: str) -> None:
     sweep = [{name: row(name, vocab / 500, vocab / 50, vocab)} for name in ("cce",) for vocab in (2**14, 2**20)]
     plots.draw(sweep, axis, tmp_path / "sweep.png")
     assert (tmp_path / "sweep.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_draw_names_what_has_rows_and_nothing_else(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    legends = []
+    monkeypatch.setattr(plots, "save", lambda *given: legends.append(given[3].get_legend_handles_labels()[1]))
+    plots.draw([{name: row(name, 3.0, 50.0) for name in ("ours-active", "torch-lce")}], "vocab", tmp_path / "sweep.png")
+    assert legends == [["fastpref, active", "torch linear_cross_entropy"]]
+
+
+def test_every_peer_of_a_cpu_is_drawn() -> None:
+    assert set(names_on("cpu")) - {"ours-cached"} == set(plots.STYLES)  # cached fails the gate on inputs in fp32
 
 
 def test_draw_heads_roofline_writes_a_picture(tmp_path: Path) -> None:
