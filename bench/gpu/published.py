@@ -1,6 +1,7 @@
 """Times of peers that others have published, for what is not measured here. None of them was reproduced.
 
-Sources are pull requests of linkedin/Liger-Kernel, which time its kernels and quack's side by side, in bf16.
+Sources are pull requests of linkedin/Liger-Kernel, which time its kernels and quack's side by side, in bf16; where
+several worked on one kernel, the first is named.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class Published:
     source: str
 
 
-_H200, _H100 = "Liger-Kernel, pull request 1356", "Liger-Kernel, pull requests 1334 and 1370"
+_H200, _H100 = "Liger-Kernel, pull request 1356", "Liger-Kernel, pull request 1334 and after"
 BEST = Published(peer="liger-ce-sm90", device="H200", rows=8192, vocab=128_256, figure=34.4, source=_H200)
 """The mean over rows, gradients made from stored logits: three products."""
 PER_ROW = Published(peer="liger-ce-scaled", device="H100", rows=8192, vocab=131_072, figure=50.4, source=_H100)
