@@ -15,6 +15,7 @@ from torch import Tensor
 from triton_oracle import (
     CASES,
     DTYPES,
+    Problem,
     assert_cache_matches,
     compare,
     logits,

@@ -124,15 +124,12 @@ def run_torch(given: Problem, dtype: torch.dtype, product_RV: Tensor | None = No
     }
 
 
-def run_fp32(given: Problem, multiply: Multiply) -> list[dict[str, Tensor]]:
-    """The formula in fp32 after products that sum H in three orders."""
+def products(given: Problem, multiply: Multiply = yardstick_product) -> list[Tensor]:
+    """fp32 [R, V] products that sum H in three orders: one may hit the exact value by luck."""
     hidden_size = given.x_RH.shape[1]
     shuffled = [torch.randperm(hidden_size, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
     x_RH, weight_VH = given.x_RH, given.head.weight_VH
-    return [
-        run_torch(given, torch.float32, multiply(x_RH[:, order], weight_VH[:, order]))
-        for order in (torch.arange(hidden_size), *shuffled)
-    ]
+    return [multiply(x_RH[:, order], weight_VH[:, order]) for order in (torch.arange(hidden_size), *shuffled)]
 
 
 class Comparison(NamedTuple):
@@ -155,7 +152,8 @@ def compare(
     found: Mapping[str, Tensor], given: Problem, multiply: Multiply = yardstick_product
 ) -> dict[str, Comparison]:
     """Set results beside fp64 and beside fp32 arithmetic on the same inputs, rounded where they are."""
-    wide, tried = run_torch(given, torch.float64), run_fp32(given, multiply)
+    wide = run_torch(given, torch.float64)
+    tried = [run_torch(given, torch.float32, product_RV) for product_RV in products(given, multiply)]
     compared = {}
     for name, actual in found.items():
         yardstick = worst_of((results[name].to(actual.dtype) for results in tried), wide[name])
