@@ -54,7 +54,7 @@ def right_kernels(shape: tuple[int, int, int], dtype: str, case: str) -> Line:
 
 
 def planted_errors(shape: tuple[int, int, int], dtype: str, case: str) -> Iterator[tuple[str, float]]:
-    """Yield (error, the least of its ratios); the yardstick is the most favourable one, which has the kernel's order."""
+    """Yield (error, the least of its ratios) by the most favourable yardstick, which has the kernel's order."""
     hopper, oracle = _tests()
     given = oracle.problem(*shape, oracle.DTYPES[dtype], **oracle.CASES[case])
     for title, error in hopper.ERRORS.items():

@@ -205,6 +205,14 @@ def test_rule_for_active_columns_is_that_of_the_measured_models() -> None:
     assert max(counts) < 1.02 * min(counts)
 
 
+def test_stored_draws_are_like_real_text() -> None:
+    lines = json.loads(activity.RESULTS.read_text())["lines"]
+    table = activity.table(lines)
+    assert len(lines) == sum(len(counts) for _, _, counts in activity.SHAPES.values())
+    ratios = [float(row.split("|")[-2]) for row in table.splitlines()[2:]]
+    assert activity.ALIKE[0] <= min(ratios) and max(ratios) <= activity.ALIKE[1], table
+
+
 def test_flat_activations_are_refused_before_they_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("SLOPE", "CURVE", "SPREAD", "PEAK"):
         monkeypatch.setattr(workloads, name, 0.01)
