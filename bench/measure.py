@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench import activity
 from bench.implementations import BARE, IMPLEMENTATIONS, bare_product
 from bench.oracle import errors, truth
 from bench.registry import Implementation, call
@@ -46,7 +47,8 @@ def check(workload: str, name: str) -> Row:
     properties = case.shape | {"active_fraction": round(float(expected["active_fraction"]), 4)}
     peak = {"extra_peak_mib": round(peak_mib, 1), "threads": torch.get_num_threads()}
     engine = native.unavailable_reason() or "native"
-    return {"shape": properties, "errors": errors(result, expected), "engine": engine, **peak}
+    alike = activity.compare(case)
+    return {"shape": properties, "activity": alike, "errors": errors(result, expected), "engine": engine, **peak}
 
 
 def time_in_turns(workload: str, names: list[str], repeats: int) -> Row:

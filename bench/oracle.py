@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bench.registry import HeadResult, upstream
-from bench.workloads import CACHE, Case, softmax_blocks
+from bench.workloads import Case, softmax_blocks
 from fastpref.testing.numerics import FACTORS, SLACK_EPS
 
 LIMITS = {"logps": 1e-4, "d_hidden": 3e-3, "d_weight": 5e-4}
@@ -31,7 +31,7 @@ def truth(case: Case) -> dict[str, Tensor]:
 
     A column is active when its probability exceeds 2^-14 at any row, or it is a label.
     """
-    cached = CACHE / case.name / "oracle.pt"
+    cached = case.folder / "oracle.pt"
     if case.name != "dry" and cached.exists():
         return torch.load(cached, mmap=True)
     result = solve(case, "dpo")

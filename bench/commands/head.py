@@ -116,7 +116,8 @@ def _measure_one(workload: str, name: str, ours: str, repeats: int, naive_errors
     implementation = IMPLEMENTATIONS[name]
     try:
         row = run(check, workload, name)
-        reason = verdict(row["errors"], naive_errors, is_exact=implementation.is_exact)
+        reason = row["activity"].get("reason")
+        reason = reason or verdict(row["errors"], naive_errors, is_exact=implementation.is_exact)
         if reason is not None:
             return row | {"status": "wrong", "reason": reason}
         if not repeats:

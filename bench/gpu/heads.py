@@ -11,11 +11,12 @@ Dims: see `workloads`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
+from bench import activity
 from bench.gpu import clock
 from bench.implementations import BARE, IMPLEMENTATIONS
 from bench.measure import Row
@@ -38,6 +39,11 @@ class Prepared:
         self.case = case
         self._expected: dict[str, dict[str, Tensor]] = {}
         self._naive: Errors | None = None
+
+    @cached_property
+    def activity(self) -> Row:
+        """How many columns are active, beside how many should be; see `activity.compare`."""
+        return activity.compare(self.case)
 
     def expected(self, loss: str) -> dict[str, Tensor]:
         """The fp64 result under a loss; one is kept at a time."""
@@ -70,14 +76,16 @@ def measure(prepared: Prepared, name: str, repeats: int = REPEATS) -> Row:
         repeats: timed turns after one that warms up.
 
     Returns:
-        A row; "wrong", without times, where the gate says so, and "missing" where a peer is not installed or is made
-        for another device.
+        A row; "wrong", without times, where the gate or the activity of the workload says so, and "missing" where a
+        peer is not installed or is made for another device.
     """
     implementation, case = IMPLEMENTATIONS[name], prepared.case
     device, dtype = case.hidden_SLH.device, case.hidden_SLH.dtype
     missing = implementation.unavailable(device)
     if missing is not None:
         return {"status": "missing", "reason": missing}
+    if "reason" in prepared.activity:
+        return {"status": "wrong", "activity": prepared.activity, "reason": prepared.activity["reason"]}
     found = prepared.errors_of(implementation)
     active = float(prepared.expected(implementation.loss)["active_fraction"])
     row: Row = {
@@ -85,6 +93,7 @@ def measure(prepared: Prepared, name: str, repeats: int = REPEATS) -> Row:
         "loss": implementation.loss,
         "dtype": str(dtype).removeprefix("torch."),
         "shape": case.shape | {"active_fraction": round(active, 4)},
+        "activity": prepared.activity,
         "errors": found,
     }
     yardstick = prepared.naive_errors() if implementation.is_exact else None

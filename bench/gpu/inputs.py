@@ -19,11 +19,10 @@ from dataclasses import replace
 
 import torch
 
+from bench import activity
 from bench.workloads import MODELS, ROOT, Case, build, draw_head, with_reference
-from fastpref import linear_logps
 
 REAL_PAIRS = ROOT / "examples" / "data_real" / "long_pairs.jsonl"
-MEASURED = ROOT / "bench" / "results" / "active_error.json"
 SHAPES = {
     "llama3.1-8b": (4096, 128_256),
     "qwen3-8b": (4096, 151_936),
@@ -33,9 +32,6 @@ SHAPES = {
 }
 """Hidden size and vocabulary. The head of the last three is their embedding, which changes nothing for it alone."""
 ROWS_PER_PAIR = 1024
-ACTIVE_EPS = 2.0**-8
-ALIKE = (0.5, 2.0)
-"""Active columns of drawn activations over those of real ones, at most and at least."""
 
 
 def build_on(name: str, device: torch.device, dtype: torch.dtype, backend: str = "auto") -> Case:
@@ -119,26 +115,5 @@ def compare_activity(
     Returns:
         A row; "wrong" where the drawn ones are not alike.
     """
-    wanted = {"workload": model, "rows": num_rows, "active_eps": ACTIVE_EPS}
-    lines = json.loads(MEASURED.read_text(encoding="utf-8"))["lines"]
-    (expected,) = (line for line in lines if {name: line[name] for name in wanted} == wanted)
-    case = build_on(f"{model}-r{num_rows}", device, dtype, backend)
-    rows, cu_rows = case.host_rows
-    scores = linear_logps(
-        case.hidden_SLH.requires_grad_(),
-        case.weight_VH,
-        case.labels_SL,
-        rows=rows,
-        cu_rows=cu_rows,
-        backward="active",
-        active_eps=ACTIVE_EPS,
-        stats=("active_fraction",),
-        backend=backend,
-    )
-    assert scores.active_fraction is not None
-    found = float(scores.active_fraction)
-    row = {"rows": num_rows, "active_fraction": found, "measured_on_real": expected["active_fraction"]}
-    ratio = found / expected["active_fraction"]
-    if ALIKE[0] <= ratio <= ALIKE[1]:
-        return row
-    return row | {"status": "wrong", "reason": f"{ratio:.2f} times the active columns of real activations"}
+    row = activity.compare(build_on(f"{model}-r{num_rows}", device, dtype, backend))
+    return {"rows": num_rows} | row | ({"status": "wrong"} if "reason" in row else {})

@@ -216,7 +216,7 @@ def _activity(rows: dict[str, Row]) -> str:
         if row["status"] == "failed":
             lines.append(f"| {model} | | | | failed, {row['reason']} |")
             continue
-        shares = f"{row['active_fraction']:.1%} | {row['measured_on_real']:.1%}"
+        shares = f"{row['active_fraction']:.1%} | {row['expected']:.1%}"
         lines.append(f"| {model} | {row['rows']} | {shares} | {row['status']} |")
     return "\n".join(lines)
 

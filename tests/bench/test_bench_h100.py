@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner
 
 from bench import __main__ as cli
-from bench import workloads
+from bench import activity, workloads
 from bench.gpu import clock, heads, inputs, parts, sanity, summary, supervisor
 from bench.gpu.folder import BROKEN_DEVICE, DeviceBrokenError, Folder, is_broken
 from bench.gpu.plots import draw_all
@@ -186,15 +186,48 @@ def test_build_on_refuses_an_unknown_name() -> None:
 
 def test_drawn_activations_are_like_real_ones() -> None:
     row = inputs.compare_activity("smollm2-135m", 411, torch.device("cpu"), torch.float32)
-    assert "reason" not in row and row["measured_on_real"] == pytest.approx(0.488, abs=0.001), row
+    assert "reason" not in row and row["rests_on"] == "the measured model", row
+    assert row["expected"] == pytest.approx(0.488, abs=0.001) and row["active_fraction"] != row["expected"]
 
 
-def test_flat_activations_are_not_like_real_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("SLOPE", "SPREAD", "PEAK"):
+def test_drawn_activations_of_other_shapes_follow_the_rule() -> None:
+    row = activity.compare(inputs.build_on("v65536-h32-r256", torch.device("cpu"), torch.float32))
+    assert "reason" not in row and row["rests_on"] == "the rule", row
+
+
+def test_rule_for_active_columns_is_that_of_the_measured_models() -> None:
+    """At the default tolerance to a tenth; at others to a quarter, as far as columns are left out at all."""
+    for line in json.loads(activity.MEASURED.read_text())["lines"]:
+        if line["workload"] in activity.SHAPES:
+            share = workloads.expected_active(activity.SHAPES[line["workload"]][0], line["active_eps"])
+            within = 0.1 if line["active_eps"] == activity.ACTIVE_EPS else 0.26
+            assert share == 1.0 or share == pytest.approx(line["active_fraction"], rel=within), line
+    assert workloads.expected_active(2**14, 2.0**-8) == 1.0
+    counts = [vocab * workloads.expected_active(vocab, 2.0**-8) for vocab in (128_256, 262_144, 2**20)]
+    assert max(counts) < 1.02 * min(counts)
+
+
+def test_stored_draws_are_like_real_text() -> None:
+    lines = json.loads(activity.RESULTS.read_text())["lines"]
+    table = activity.table(lines)
+    assert len(lines) == sum(len(counts) for _, _, counts in activity.SHAPES.values())
+    ratios = [float(row.split("|")[-2]) for row in table.splitlines()[2:]]
+    assert activity.ALIKE[0] <= min(ratios) and max(ratios) <= activity.ALIKE[1], table
+
+
+def test_flat_activations_are_refused_before_they_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SLOPE", "CURVE", "SPREAD", "PEAK"):
         monkeypatch.setattr(workloads, name, 0.01)
-    monkeypatch.setitem(inputs.SHAPES, "smollm2-135m", (16, 2048))
-    row = inputs.compare_activity("smollm2-135m", 411, torch.device("cpu"), torch.float32)
-    assert row["status"] == "wrong" and row["reason"] == "2.05 times the active columns of real activations"
+    case = inputs.build_on("v32768-h16-r96", torch.device("cpu"), torch.float32)
+    monkeypatch.undo()
+    monkeypatch.setattr(heads, "call", lambda *arguments: pytest.fail("it ran"))
+    row = heads.measure(heads.Prepared(case), "naive-rows")
+    assert row["status"] == "wrong" and row["reason"] == "1.67 times the active columns that are expected by the rule"
+
+
+@pytest.mark.parametrize("name", ["v130-h32-r16", "v130-h32-r200"])
+def test_nothing_is_expected_of_the_activity_of_tiny_heads(name: str) -> None:
+    assert activity.compare(inputs.build_on(name, torch.device("cpu"), torch.float32)) == {}
 
 
 def test_h100_part_gives_its_rows_device_and_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
