@@ -24,6 +24,8 @@ from fastpref.errors import ConfigError
 CACHE_COLUMNS = 64
 OVERRIDE_VARIABLE = "FASTPREF_TILES"
 INTERPRETER = "interpreter"
+# Warpgroups that multiply in the Gluon kernel, each half of a tile's rows.
+GLUON_HALVES = 2
 FIELD_CHOICES = {
     "rows": (16, 32, 64, 128, 256),
     "columns": (64, 128, 256),
@@ -58,6 +60,13 @@ class Tile:
     """Steps of H in flight."""
     programs_per_sm: int = 1
     """Programs that share a multiprocessor; with 2, one reduces its tile while the other multiplies."""
+    kernel: str = "triton"
+    """What computes the forward pass: "triton", or "gluon", whose warpgroups multiply and reduce out of step."""
+
+    @property
+    def mass_rows(self) -> int:
+        """Rows whose share of a column's mass is written as one number."""
+        return self.rows // GLUON_HALVES if self.kernel == "gluon" else self.rows
 
 
 _HOPPER_16 = Tile(rows=128, columns=256, hidden=64, group_rows=16, slices=4, warps=8, stages=4)
