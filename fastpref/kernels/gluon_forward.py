@@ -68,15 +68,14 @@ def phase(step, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def produce(
-    x_ref, w_ref, low, high, columns, full, empty, num_row_tiles, num_column_tiles, num_steps, STAGES: gl.constexpr,
-    GROUP_R: gl.constexpr,
-):  # fmt: skip
+def produce(x_ref, w_ref, low, high, columns, ring, tiles, STAGES: gl.constexpr, GROUP_R: gl.constexpr):
     """Load the operands of every step of every tile of this program, as soon as a buffer is free."""
     HALF_R: gl.constexpr = low.shape[1]
     BLOCK_V: gl.constexpr = columns.shape[1]
     BLOCK_H: gl.constexpr = columns.shape[2]
     STEP_BYTES: gl.constexpr = HALVES * x_ref.block_type.nbytes + w_ref.block_type.nbytes
+    full, empty = ring
+    num_row_tiles, num_column_tiles, num_steps = tiles
     step = 0
     for tile in range(gl.program_id(0), num_row_tiles * num_column_tiles, gl.num_programs(0)):
         row_tile, column_tile = tile_position(tile, num_row_tiles, num_column_tiles, GROUP_R)
@@ -94,11 +93,12 @@ def produce(
 
 
 @gluon.jit
-def multiply(rows, columns, full, empty, step, num_steps, STAGES: gl.constexpr):
+def multiply(rows, columns, ring, step, num_steps, STAGES: gl.constexpr):
     """Return the product of one warpgroup's half of a tile, fp32, whose first step is number `step` of the program.
 
     A buffer is given back one step late, when the product that read it is known to be over; the last at the end.
     """
+    full, empty = ring
     HALF_R: gl.constexpr = rows.shape[1]
     BLOCK_V: gl.constexpr = columns.shape[1]
     PRODUCT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_V, 16])
@@ -115,32 +115,22 @@ def multiply(rows, columns, full, empty, step, num_steps, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def consume(
-    rows, columns, full, empty, num_row_tiles, num_column_tiles, num_steps, HALF: gl.constexpr, STAGES: gl.constexpr,
-    GROUP_R: gl.constexpr, SLICES: gl.constexpr, bias_ptr, labels_ptr, bound_ptr, parts_ptr, moment_ptr, total_ptr,
-    targets_ptr, mass_ptr, values_ptr, exponents_ptr, num_rows, num_columns, logit_scale, softcap,
-):  # fmt: skip
+def consume(rows, columns, ring, tiles, outputs, HALF: gl.constexpr, STAGES: gl.constexpr, GROUP_R: gl.constexpr, SLICES: gl.constexpr):
     """Multiply and reduce half HALF of the rows of every tile of this program."""
-    HALF_R: gl.constexpr = rows.shape[1]
-    BLOCK_V: gl.constexpr = columns.shape[1]
+    num_row_tiles, num_column_tiles, num_steps = tiles
     step = 0
     for tile in range(gl.program_id(0), num_row_tiles * num_column_tiles, gl.num_programs(0)):
         row_tile, column_tile = tile_position(tile, num_row_tiles, num_column_tiles, GROUP_R)
-        half_tile = row_tile * HALVES + HALF
-        acc = multiply(rows, columns, full, empty, step, num_steps, STAGES)
+        acc = multiply(rows, columns, ring, step, num_steps, STAGES)
         step += num_steps
-        reduce_tile(
-            acc, half_tile, column_tile, bias_ptr, labels_ptr, bound_ptr, parts_ptr, moment_ptr, total_ptr,
-            targets_ptr, mass_ptr, values_ptr, exponents_ptr, num_rows, num_columns, logit_scale, softcap, SLICES,
-        )  # fmt: skip
+        reduce_tile(acc, row_tile * HALVES + HALF, column_tile, outputs, SLICES)
 
 
 @gluon.jit
-def reduce_tile(
-    acc, half_tile, column_tile, bias_ptr, labels_ptr, bound_ptr, parts_ptr, moment_ptr, total_ptr, targets_ptr,
-    mass_ptr, values_ptr, exponents_ptr, num_rows, num_columns, logit_scale, softcap, SLICES: gl.constexpr,
-):  # fmt: skip
+def reduce_tile(acc, half_tile, column_tile, outputs, SLICES: gl.constexpr):
     """Write what half a tile leaves of its rows, as `triton_forward` does; a None pointer leaves its part out."""
+    bias_ptr, labels_ptr, bound_ptr, parts_ptr, moment_ptr, total_ptr, targets_ptr, mass_ptr = outputs[:8]
+    values_ptr, exponents_ptr, num_rows, num_columns, logit_scale, softcap = outputs[8:]
     HALF_R: gl.constexpr = acc.shape[0]
     BLOCK_V: gl.constexpr = acc.shape[1]
     SLICE_V: gl.constexpr = BLOCK_V // SLICES
@@ -193,8 +183,10 @@ def reduce_tile(
             # Divided by a power of two: exact, and a sum of the largest floats does not overflow.
             total += gl.sum(gl.where(mask_v[None, :], slices[i], 0.0) * (1.0 / BLOCK_V), axis=1)
         if bound_ptr is not None:
+            # The last tile's second half may hold no row, and has no place among the masses.
             mass_ptrs = mass_ptr + half_tile.to(gl.int64) * num_columns + slice_v
-            gl.store(mass_ptrs, gl.sum(p * to_bound[:, None], axis=0), mask=mask_v)
+            has_rows = half_tile * HALF_R < num_rows
+            gl.store(mass_ptrs, gl.sum(p * to_bound[:, None], axis=0), mask=mask_v & has_rows)
         if exponents_ptr is not None:
             value_ptrs = values_ptr + r[:, None] * num_columns + slice_v[None, :]
             values = (p * to_exponent[:, None]).to(gl.bfloat16)
@@ -246,29 +238,21 @@ def linear_logps_kernel(
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=HALVES)
-    num_row_tiles = gl.cdiv(num_rows, HALVES * HALF_R)
-    num_column_tiles = gl.cdiv(num_columns, BLOCK_V)
-    num_steps = gl.cdiv(hidden_size, BLOCK_H)
+    tiles = (gl.cdiv(num_rows, HALVES * HALF_R), gl.cdiv(num_columns, BLOCK_V), gl.cdiv(hidden_size, BLOCK_H))
+    ring = (full, empty)
+    outputs = (
+        bias_ptr, labels_ptr, bound_ptr, parts_ptr, moment_ptr, total_ptr, targets_ptr, mass_ptr, values_ptr,
+        exponents_ptr, num_rows, num_columns, logit_scale, softcap,
+    )
     gl.warp_specialize(
         [
-            (consume, (
-                low, columns, full, empty, num_row_tiles, num_column_tiles, num_steps, 0, STAGES, GROUP_R, SLICES,
-                bias_ptr, labels_ptr, bound_ptr, parts_ptr, moment_ptr, total_ptr, targets_ptr, mass_ptr, values_ptr,
-                exponents_ptr, num_rows, num_columns, logit_scale, softcap,
-            )),
-            (consume, (
-                high, columns, full, empty, num_row_tiles, num_column_tiles, num_steps, 1, STAGES, GROUP_R, SLICES,
-                bias_ptr, labels_ptr, bound_ptr, parts_ptr, moment_ptr, total_ptr, targets_ptr, mass_ptr, values_ptr,
-                exponents_ptr, num_rows, num_columns, logit_scale, softcap,
-            )),
-            (produce, (
-                x_ref, w_ref, low, high, columns, full, empty, num_row_tiles, num_column_tiles, num_steps, STAGES,
-                GROUP_R,
-            )),
+            (consume, (low, columns, ring, tiles, outputs, 0, STAGES, GROUP_R, SLICES)),
+            (consume, (high, columns, ring, tiles, outputs, 1, STAGES, GROUP_R, SLICES)),
+            (produce, (x_ref, w_ref, low, high, columns, ring, tiles, STAGES, GROUP_R)),
         ],
         [4, 1],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
-    )  # fmt: skip
+    )
 
 
 def forward_call(

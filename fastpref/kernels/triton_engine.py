@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastpref.errors import MissingDependencyError
+from fastpref.kernels import forward_kernel
 from fastpref.kernels.engine import ExponentCache, ForwardRows, Head, RowScalars
 from fastpref.kernels.outputs import Partials
 from fastpref.kernels.partials import empty_partials
@@ -76,6 +77,8 @@ def forward_rows(
     from fastpref.kernels import triton_forward as kernels
 
     x_RH, head = launch.operands(x_RH, head)
+    launch = launch._replace(tile=forward_kernel.settle(launch.tile, head.weight_VH))
+    x_RH = forward_kernel.aligned(launch.tile, x_RH)
     num_rows, num_columns = x_RH.shape[0], head.weight_VH.shape[0]
     mass_V = None if bound_R is None else x_RH.new_zeros(num_columns, dtype=torch.float32)
     cache = _new_cache(x_RH, num_columns) if with_cache else None
@@ -85,10 +88,10 @@ def forward_rows(
     reduced = tuple(field for field in fields if field != "total" or head.softcap is not None)
     parts = kernels.TileParts.empty(x_RH, num_columns, reduced, launch.tile)
     merged = Partials(fields, x_RH.new_empty(len(fields), num_rows, dtype=torch.float64))
-    num_row_tiles = -(-num_rows // launch.tile.rows)
-    mass_MV = None if mass_V is None else x_RH.new_empty(num_row_tiles, num_columns, dtype=torch.float32)
+    num_masses = -(-num_rows // launch.tile.mass_rows)
+    mass_MV = None if mass_V is None else x_RH.new_empty(num_masses, num_columns, dtype=torch.float32)
     with launch.on_device():
-        kernels.forward_call(
+        forward_kernel.forward_call(launch.tile)(
             x_RH,
             head,
             labels_R.contiguous(),
