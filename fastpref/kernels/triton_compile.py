@@ -11,8 +11,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import re
-import subprocess
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -27,6 +25,7 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastpref.kernels.engine import ExponentCache, Head, RowScalars
+from fastpref.kernels.machine_code import resource_usage
 from fastpref.kernels.outputs import FIELDS, LOGP_FIELDS, Partials
 from fastpref.kernels.tiles import CACHE_COLUMNS, CANDIDATES, TABLE, Tile, select_tile
 from fastpref.kernels.triton_backward import cached_gradient_call, logit_gradient_call
@@ -215,7 +214,7 @@ def compile_variant(variant: Variant) -> CompiledKernel:
     capability = int(variant.architecture.removeprefix("sm_"))
     options = {"num_warps": call.num_warps, "num_stages": call.num_stages, "enable_fp_fusion": False}
     compiled = triton.compile(_source(call), target=GPUTarget("cuda", capability, 32), options=options)
-    registers, spilled_bytes = _resource_usage(compiled.asm["cubin"])
+    registers, spilled_bytes = resource_usage(compiled.asm["cubin"])
     return CompiledKernel(
         variant=variant,
         registers=registers,
@@ -259,18 +258,6 @@ def _type_of(value: Any) -> str:
     if isinstance(value, float):
         return "fp32"
     return "i32" if -(2**31) <= value < 2**31 else "i64"
-
-
-def _resource_usage(cubin: bytes) -> tuple[int, int]:
-    """Return (registers, bytes of local memory) per thread."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        tool = triton.knobs.nvidia.cuobjdump.path
-        report = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    usage = re.search(r"REG:(\d+) STACK:(\d+)", report)
-    assert usage, report
-    return int(usage[1]), int(usage[2])
 
 
 def _matrix_unit(ptx: str) -> str:
