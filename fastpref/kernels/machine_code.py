@@ -79,15 +79,20 @@ def count_epilogue(listing: str) -> Epilogue:
     """
     graph = _Graph.of(listing)
     products, exponentials = graph.having(*MATRIX_OPCODES), graph.having(EXPONENTIAL)
-    steps = [way for product in products if (way := graph.cycle(product))]
-    tiles = [way for stations in itertools.product(products, exponentials) if (way := graph.cycle(*stations))]
-    if not steps or not tiles:
+    # By product: warps that go different ways have loops of their own.
+    tiles = [
+        (tile, step)
+        for product, exponential in itertools.product(products, exponentials)
+        if (tile := graph.cycle(product, exponential)) and (step := graph.cycle(product))
+    ]
+    if not tiles:
         raise ValueError(
             f"the code has no loop through one of {', '.join(MATRIX_OPCODES)} and {EXPONENTIAL}: it is no kernel that "
             "multiplies tiles on tensor cores and takes their exponentials"
         )
-    once = Counter(min(tiles, key=graph.length))
-    once.subtract(min(steps, key=graph.length))
+    tile, step = min(tiles, key=lambda ways: graph.length(ways[0]))
+    once = Counter(tile)
+    once.subtract(step)
     if min(once.values()) < 0:
         raise ValueError("the shortest step of the product is no part of the shortest tile: they cannot be told apart")
     opcodes: Counter[str] = Counter()
