@@ -8,6 +8,7 @@ the latest moment, when somebody waits for them. `edits` change the source, to s
 What is not emulated: rounding inside of tensor cores, registers, and memory that two threads see in different order.
 """
 
+import functools
 import inspect
 import math
 import random
@@ -15,7 +16,7 @@ import textwrap
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from types import SimpleNamespace
+from types import CodeType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -26,6 +27,24 @@ from fastpref.kernels.triton_common import KernelCall
 
 MODULES = (triton_common, triton_forward, triton_backward, gluon_forward)
 DTYPES = ("float32", "float64", "int32", "int64", "bfloat16", "float16")
+
+
+FUNCTIONS = {
+    name: function.fn
+    for module in MODULES
+    for name, function in vars(module).items()
+    if hasattr(function, "fn") and function.fn.__module__ == module.__name__
+}
+
+
+@functools.cache
+def _compiled(function: Any, edit: tuple[str, str] | None) -> CodeType:
+    source = textwrap.dedent(inspect.getsource(function))
+    source = source[source.index("def ") :]
+    if edit is not None:
+        assert edit[0] in source, f"{edit[0]!r} is not in {function.__name__}"
+        source = source.replace(*edit)
+    return compile("from __future__ import annotations\n" + source, f"<{function.__name__}>", "exec")
 
 
 class Deadlock(AssertionError):
@@ -47,10 +66,16 @@ def block(values: Any) -> Block:
 
 @dataclass
 class Pointer:
-    """Places in a tensor's memory; one outside of it that no mask hides is an error."""
+    """Places in memory; one outside of a tensor that no mask hides is an error."""
 
     memory: torch.Tensor
+    """1-D: all that lies between a tensor's first and last element."""
     places: Any = 0
+
+    @classmethod
+    def to(cls, tensor: torch.Tensor) -> "Pointer":
+        extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        return cls(tensor.as_strided((extent if tensor.numel() else 0,), (1,)))
 
     @property
     def dtype(self) -> Any:
@@ -60,24 +85,26 @@ class Pointer:
         return Pointer(self.memory, self.places + offsets)
 
     def chosen(self, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        places, mask = torch.broadcast_tensors(torch.as_tensor(self.places), mask)
-        outside = mask & ((places < 0) | (places >= self.memory.numel()))
-        assert not outside.any(), f"place {places[outside].flatten()[0]} of a tensor of {self.memory.numel()}"
+        places, mask = torch.broadcast_tensors(plain(self.places), plain(mask))
+        outside = mask & ((places < 0) | (places >= len(self.memory)))
+        assert not outside.any(), f"place {places[outside].flatten()[0]} of a tensor of {len(self.memory)}"
         return places, mask
+
+
+def plain(values: Any) -> torch.Tensor:
+    return torch.as_tensor(values).as_subclass(torch.Tensor)
 
 
 def load(pointer: Pointer, mask: torch.Tensor, other: float) -> Block:
     places, mask = pointer.chosen(mask)
-    memory = pointer.memory.flatten()
-    loaded = memory[torch.where(mask, places, 0).long()]
-    return torch.where(mask, loaded, torch.tensor(other, dtype=memory.dtype)).as_subclass(Block)
+    loaded = pointer.memory[torch.where(mask, places, 0).long()]
+    return block(torch.where(mask, loaded, torch.tensor(other, dtype=loaded.dtype)))
 
 
 def store(pointer: Pointer, values: Any, mask: torch.Tensor) -> None:
     places, mask = pointer.chosen(mask)
-    values = torch.as_tensor(values).to(pointer.memory.dtype).expand(places.shape)
-    assert pointer.memory.is_contiguous()
-    pointer.memory.view(-1)[places[mask].long()] = values[mask].as_subclass(torch.Tensor)
+    values = plain(values).to(pointer.memory.dtype).expand(places.shape)
+    pointer.memory[places[mask].long()] = values[mask]
 
 
 def largest(values: torch.Tensor, axis: int) -> Block:
@@ -188,20 +215,10 @@ class Program:
         self.threads: list[Thread] = []
         self.num_rings = 0
         self.globals = self._language()
-        for module in MODULES:
-            for name, function in vars(module).items():
-                if hasattr(function, "fn") and function.fn.__module__ == module.__name__:
-                    self._define(name, function.fn, dict(edits or {}).get(name))
-        if edits:
-            assert set(edits) <= set(self.globals), edits
-
-    def _define(self, name: str, function: Any, edit: tuple[str, str] | None) -> None:
-        source = textwrap.dedent(inspect.getsource(function))
-        source = source[source.index("def ") :]
-        if edit is not None:
-            assert edit[0] in source, f"{edit[0]!r} is not in {name}"
-            source = source.replace(*edit)
-        exec(compile("from __future__ import annotations\n" + source, f"<{name}>", "exec"), self.globals)
+        edits = edits or {}
+        for name, function in FUNCTIONS.items():
+            exec(_compiled(function, edits.get(name)), self.globals)
+        assert set(edits) <= set(FUNCTIONS), edits
 
     def _language(self) -> dict[str, Any]:
         """The names that kernels use."""
@@ -442,7 +459,7 @@ def _fmax(left: torch.Tensor, right: Any) -> torch.Tensor:
 
 def _argument(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
-        return Pointer(value)
+        return Pointer.to(value)
     if hasattr(value, "block_shape"):
         return Descriptor(value.base, list(value.block_shape))
     return value
