@@ -75,9 +75,9 @@ def produce(x_ref, w_ref, low, high, columns, ring, tiles, STAGES: gl.constexpr,
     BLOCK_H: gl.constexpr = columns.shape[2]
     STEP_BYTES: gl.constexpr = HALVES * x_ref.block_type.nbytes + w_ref.block_type.nbytes
     full, empty = ring
-    num_row_tiles, num_column_tiles, num_steps = tiles
+    num_tiles, num_row_tiles, num_column_tiles, num_steps = tiles
     step = 0
-    for tile in range(gl.program_id(0), num_row_tiles * num_column_tiles, gl.num_programs(0)):
+    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
         row_tile, column_tile = tile_position(tile, num_row_tiles, num_column_tiles, GROUP_R)
         row0 = row_tile * (HALVES * HALF_R)
         col0 = column_tile * BLOCK_V
@@ -117,9 +117,9 @@ def multiply(rows, columns, ring, step, num_steps, STAGES: gl.constexpr):
 @gluon.jit
 def consume(rows, columns, ring, tiles, outputs, HALF: gl.constexpr, STAGES: gl.constexpr, GROUP_R: gl.constexpr, SLICES: gl.constexpr):
     """Multiply and reduce half HALF of the rows of every tile of this program."""
-    num_row_tiles, num_column_tiles, num_steps = tiles
+    num_tiles, num_row_tiles, num_column_tiles, num_steps = tiles
     step = 0
-    for tile in range(gl.program_id(0), num_row_tiles * num_column_tiles, gl.num_programs(0)):
+    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
         row_tile, column_tile = tile_position(tile, num_row_tiles, num_column_tiles, GROUP_R)
         acc = multiply(rows, columns, ring, step, num_steps, STAGES)
         step += num_steps
@@ -238,7 +238,10 @@ def linear_logps_kernel(
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=HALVES)
-    tiles = (gl.cdiv(num_rows, HALVES * HALF_R), gl.cdiv(num_columns, BLOCK_V), gl.cdiv(hidden_size, BLOCK_H))
+    num_row_tiles = gl.cdiv(num_rows, HALVES * HALF_R)
+    num_column_tiles = gl.cdiv(num_columns, BLOCK_V)
+    num_tiles = num_row_tiles * num_column_tiles
+    tiles = (num_tiles, num_row_tiles, num_column_tiles, gl.cdiv(hidden_size, BLOCK_H))
     ring = (full, empty)
     outputs = (
         bias_ptr, labels_ptr, bound_ptr, parts_ptr, moment_ptr, total_ptr, targets_ptr, mass_ptr, values_ptr,
