@@ -115,7 +115,17 @@ def multiply(rows, columns, ring, step, num_steps, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def consume(rows, columns, ring, tiles, outputs, HALF: gl.constexpr, STAGES: gl.constexpr, GROUP_R: gl.constexpr, SLICES: gl.constexpr):
+def consume(
+    rows,
+    columns,
+    ring,
+    tiles,
+    outputs,
+    HALF: gl.constexpr,
+    STAGES: gl.constexpr,
+    GROUP_R: gl.constexpr,
+    SLICES: gl.constexpr,
+):
     """Multiply and reduce half HALF of the rows of every tile of this program."""
     num_tiles, num_row_tiles, num_column_tiles, num_steps = tiles
     step = 0
@@ -244,8 +254,20 @@ def linear_logps_kernel(
     tiles = (num_tiles, num_row_tiles, num_column_tiles, gl.cdiv(hidden_size, BLOCK_H))
     ring = (full, empty)
     outputs = (
-        bias_ptr, labels_ptr, bound_ptr, parts_ptr, moment_ptr, total_ptr, targets_ptr, mass_ptr, values_ptr,
-        exponents_ptr, num_rows, num_columns, logit_scale, softcap,
+        bias_ptr,
+        labels_ptr,
+        bound_ptr,
+        parts_ptr,
+        moment_ptr,
+        total_ptr,
+        targets_ptr,
+        mass_ptr,
+        values_ptr,
+        exponents_ptr,
+        num_rows,
+        num_columns,
+        logit_scale,
+        softcap,
     )
     gl.warp_specialize(
         [

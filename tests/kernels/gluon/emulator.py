@@ -23,9 +23,13 @@ import torch
 import triton.language as tl
 
 from fastpref.kernels import gluon_forward, triton_backward, triton_common, triton_forward
+from fastpref.kernels.tiles import Tile
 from fastpref.kernels.triton_common import KernelCall
 
 MODULES = (triton_common, triton_forward, triton_backward, gluon_forward)
+GLUON, TRITON = "linear_logps_kernel", "_linear_logps_fwd_kernel"
+# Halves of 8 rows and few columns cross many tiles.
+TILE = Tile(rows=16, columns=64, hidden=16, group_rows=2, slices=4, warps=8, stages=3, kernel="gluon")
 DTYPES = ("float32", "float64", "int32", "int64", "bfloat16", "float16")
 
 

@@ -9,19 +9,18 @@ states that any order of events can reach are then visited, one after the other,
 - a wait ends in the round that it was meant for, not in one of the same parity two rounds later.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from emulator import Event, Program
+from emulator import TILE, Event, Program
 
 from fastpref.kernels import gluon_forward
 from fastpref.kernels.engine import Head
-from fastpref.kernels.tiles import Tile
 from fastpref.kernels.triton_forward import TileParts
 
-TILE = Tile(rows=16, columns=64, hidden=16, group_rows=2, slices=4, warps=8, stages=1, kernel="gluon")
 BLIND = ("reduce_tile", ("    bias_ptr, labels_ptr, bound_ptr", "    return None\n    bias_ptr, labels_ptr, bound_ptr"))
 BUFFERS = ("low", "high", "columns")
 
@@ -44,7 +43,7 @@ class Protocol:
 
 def record(stages: int, num_steps: int, num_tiles: int, edits: dict[str, tuple[str, str]] | None = None) -> Protocol:
     """Run the kernel's source with one program for all tiles, and keep the order of events of each thread."""
-    tile = Tile(**{**vars(TILE), "stages": stages})
+    tile = dataclasses.replace(TILE, stages=stages)
     x_RH = torch.zeros(TILE.rows * num_tiles, TILE.hidden * num_steps, dtype=torch.bfloat16)
     weight_VH = torch.zeros(1, x_RH.shape[1], dtype=torch.bfloat16)
     parts = TileParts.empty(x_RH, 1, (), tile)

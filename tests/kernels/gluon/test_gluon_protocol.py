@@ -36,7 +36,10 @@ def test_threads_are_the_producer_and_two_consumers() -> None:
 ERRORS = {
     "released while it is read": ("multiply", ("warpgroup_mma_wait(1,", "warpgroup_mma_wait(2,")),
     "released before it is read": ("multiply", ("step + k + STAGES - 1", "step + k")),
-    "last buffer of a tile kept": ("multiply", ("mbarrier.arrive(empty.index(slot(step + num_steps - 1, STAGES)))", "")),
+    "last buffer of a tile kept": (
+        "multiply",
+        ("mbarrier.arrive(empty.index(slot(step + num_steps - 1, STAGES)))", ""),
+    ),
     "last buffer of a tile released twice": ("multiply", ("pred=k > 0", "pred=True")),
     "consumers wait for the other parity": ("multiply", ("phase(step + k, STAGES)", "phase(step + k, STAGES) ^ 1")),
     "consumers do not wait": ("multiply", ("mbarrier.wait(full.index(s), phase(step + k, STAGES))", "")),

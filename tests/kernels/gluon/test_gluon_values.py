@@ -1,12 +1,11 @@
 """The Gluon forward pass in emulation, its source as it stands, against the formula in fp64."""
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from emulator import Deadlock, emulate
+from emulator import GLUON, TILE, TRITON, Deadlock
 from triton_oracle import (
     CASES,
     INF,
@@ -23,32 +22,10 @@ from fastpref.kernels import forward_kernel, triton_engine
 from fastpref.kernels.engine import ForwardRows
 from fastpref.kernels.outputs import FIELDS, LOGP_FIELDS
 from fastpref.kernels.tiles import Tile
-from fastpref.kernels.triton_common import KernelCall
 from fastpref.testing.adversarial import bad_labels
 from fastpref.testing.numerics import assert_within_rule
 
-# Halves of 8 rows and few columns cross many tiles.
-TILE = Tile(rows=16, columns=64, hidden=16, group_rows=2, slices=4, warps=8, stages=3, kernel="gluon")
-GLUON, TRITON = "linear_logps_kernel", "_linear_logps_fwd_kernel"
-
-
-@pytest.fixture(autouse=True)
-def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
-    """Launches are emulated, with the options that the test sets, and noted."""
-    options: dict[str, Any] = {"seed": 0, "edits": {}, "more_programs": 0, "launched": []}
-
-    def launch(call: KernelCall) -> None:
-        name = call.kernel.fn.__name__
-        options["launched"].append(name)
-        if name == GLUON:
-            call = call._replace(num_programs=call.num_programs + options["more_programs"])
-        emulate(call, options["seed"], options["edits"] if name == GLUON else None)
-
-    monkeypatch.setattr(KernelCall, "launch", launch)
-    monkeypatch.setattr(triton_engine, "_is_interpreted", lambda: True)
-    monkeypatch.setattr(triton_engine, "select_tile", lambda *_: TILE)
-    yield options
-    assert GLUON in options["launched"] or TRITON in options["launched"]
+pytestmark = pytest.mark.usefixtures("emulated")
 
 
 def forward(given: Problem, *, extras: bool, tile: Tile = TILE, fields: tuple[str, ...] | None = None) -> ForwardRows:
@@ -163,12 +140,18 @@ def test_a_poisoned_row_spoils_no_other(poison: float) -> None:
 
 
 ERRORS = {
-    "columns beyond the vocabulary count": ("reduce_tile", ("if col0 + BLOCK_V > num_columns", "if col0 > num_columns")),
+    "columns beyond the vocabulary count": (
+        "reduce_tile",
+        ("if col0 + BLOCK_V > num_columns", "if col0 > num_columns"),
+    ),
     "a half without rows writes masses": ("reduce_tile", ("mask_v & has_rows", "mask_v")),
     "rows beyond the last one are written": ("reduce_tile", ("offs_r < num_rows", "offs_r < num_rows + 8")),
     "both halves are the first rows": ("consume", ("row_tile * HALVES + HALF", "row_tile * HALVES")),
     "the second half's rows are loaded twice": ("produce", ("row0 + HALF_R", "row0")),
-    "the last step of H is left out": ("linear_logps_kernel", ("gl.cdiv(hidden_size, BLOCK_H)", "hidden_size // BLOCK_H")),
+    "the last step of H is left out": (
+        "linear_logps_kernel",
+        ("gl.cdiv(hidden_size, BLOCK_H)", "hidden_size // BLOCK_H"),
+    ),
     "masses are not weighted": ("reduce_tile", ("p * to_bound[:, None]", "p")),
     "a slice is left out": ("reduce_tile", ("total_exp += ", "total_exp = ")),
     "labels of a slice are those of the first": ("reduce_tile", ("(i * SLICE_V + gl", "(0 * SLICE_V + gl")),
