@@ -26,15 +26,22 @@ from fastpref.kernels.outputs import LOGP_FIELDS, Partials
 from fastpref.kernels.tiles import CACHE_COLUMNS, Tile
 from fastpref.kernels.triton_common import (
     LOG2E,
+    ROW_LANES,
     KernelCall,
+    add_columns,
     count_programs,
     finish_logits,
+    fma,
+    join_columns,
     label_columns,
     multiply_tile,
     product_arguments,
     round_to,
+    row_maximum,
     split_columns,
+    subtract_from_rows,
     tile_position,
+    weighted_column_sums,
 )
 
 # The largest power of two that a column mass is scaled by; more would overflow to inf and make 0 * inf.
@@ -47,10 +54,45 @@ HIGHEST_EXPONENT = tl.constexpr(2.0**30)
 CACHE_V = tl.constexpr(CACHE_COLUMNS)
 # exp(gap) is 0 in fp32 below this; it keeps 0 * -inf out of the entropy.
 LOWEST_GAP = tl.constexpr(-700.0)
+# A maximum from here on is subtracted from its row first: times log2 e it would leave an `excess` of more than 1 / 16.
+LARGE_SHIFT = tl.constexpr(2.0**20)
 # Numbers that every tile leaves of a row: its maximum and its sum of exponentials.
 NUM_PARTS = tl.constexpr(2)
 # Fields that it leaves where they are wanted: each an argument `<field>_ptr` of both kernels, None = not wanted.
 TILE_FIELDS = ("moment", "total")
+
+
+@triton.jit
+def base2_shift(shift_R):
+    """Return (shift2, excess): `exp(z - shift)` is `exp2(fma(z, log2 e, -shift2))` divided by `exp2(excess)`.
+
+    One instruction per logit, and as exact as the difference: `fma` rounds once, behind the subtraction, as the product
+    of the difference would be. What `shift2` lost when it was rounded is a factor of the whole row, known exactly.
+    """
+    shift2 = shift_R * LOG2E
+    return shift2, fma(shift_R, LOG2E, -shift2)
+
+
+@triton.jit
+def scale_to_bound(shift_R, bound_R, excess_R):
+    """Return `exp(shift - bound) / exp2(excess)`."""
+    # fp64, per row: the power may be large, and its rounding would be the error of every column.
+    power = tl.minimum((shift_R - bound_R).to(tl.float64) * LOG2E, HIGHEST_POWER)
+    power = tl.maximum(power, LOWEST_POWER) - excess_R
+    whole = tl.floor(power)
+    return tl.exp2((power - whole).to(tl.float32)) * tl.exp2(whole.to(tl.float32))
+
+
+@triton.jit
+def store_targets(target_ptrs, slices, column_of_label, SLICES: tl.constexpr):
+    """Store the logit of each row's label where the tile holds it."""
+    SLICE_V: tl.constexpr = slices[0].shape[1]
+    if tl.max(column_of_label, axis=0) >= 0:
+        target = tl.zeros(column_of_label.shape, dtype=tl.float32)
+        for i in tl.static_range(SLICES):
+            is_label = column_of_label[:, None] == (tl.arange(0, SLICE_V) + i * SLICE_V)[None, :]
+            target += tl.sum(tl.where(is_label, slices[i], 0.0), axis=1)
+        tl.store(target_ptrs, target, mask=column_of_label >= 0)
 
 
 @triton.jit
@@ -108,33 +150,32 @@ def _linear_logps_fwd_kernel(
         rows = offs_r.to(tl.int64)
         offs_v = col0 + tl.arange(0, BLOCK_V)
         z = finish_logits(acc, offs_v, num_columns, bias_ptr, logit_scale, softcap)
-        z = tl.where((offs_v < num_columns)[None, :], z, float("-inf"))
-        column_of_label = label_columns(labels_ptr, offs_r, num_rows, col0, num_columns, BLOCK_V)
+        if col0 + BLOCK_V > num_columns:
+            z = tl.where((offs_v < num_columns)[None, :], z, float("-inf"))
         slices = split_columns(z, SLICES)
-
-        tile_max = tl.full((BLOCK_R,), float("-inf"), dtype=tl.float32)
-        for i in tl.static_range(SLICES):
-            tile_max = tl.maximum(tile_max, tl.max(slices[i], axis=1))
-        # Most tiles hold no row's label.
-        if tl.max(column_of_label, axis=0) >= 0:
-            target = tl.zeros((BLOCK_R,), dtype=tl.float32)
-            for i in tl.static_range(SLICES):
-                is_label = column_of_label[:, None] == (i * SLICE_V + tl.arange(0, SLICE_V))[None, :]
-                target += tl.sum(tl.where(is_label, slices[i], 0.0), axis=1)
-            tl.store(targets_ptr + rows, target, mask=column_of_label >= 0)
-
+        tile_max = row_maximum(slices, SLICES)
         shift = tl.where(tile_max == float("-inf"), 0.0, tile_max)
+        if total_ptr is not None:
+            total = tl.zeros((BLOCK_R, ROW_LANES), dtype=tl.float32)
+            for i in tl.static_range(SLICES):
+                mask_v = col0 + i * SLICE_V + tl.arange(0, SLICE_V) < num_columns
+                # Divided by a power of two: exact, and a sum of the largest floats does not overflow.
+                total += add_columns(tl.where(mask_v[None, :], slices[i], 0.0) * (1.0 / BLOCK_V))
+        column_of_label = label_columns(labels_ptr, offs_r, num_rows, col0, num_columns, BLOCK_V)
+        is_large = tl.abs(shift) >= LARGE_SHIFT
+        # Most tiles hold no row's label, and no logit is so large.
+        if tl.max(((column_of_label >= 0) | is_large).to(tl.int32), axis=0) != 0:
+            store_targets(targets_ptr + rows, slices, column_of_label, SLICES)
+            slices = subtract_from_rows(slices, tl.where(is_large, shift, 0.0), SLICES)
+        near_shift = tl.where(is_large, 0.0, shift)
+        shift2, excess = base2_shift(near_shift)
         if bound_ptr is not None:
             bound = tl.load(bound_ptr + offs_r, mask=mask_r, other=float("inf"))
-            # fp64, per row: the power may be large, and its rounding would be the error of every column.
-            power = tl.minimum((shift - bound).to(tl.float64) * LOG2E, HIGHEST_POWER)
-            power = tl.maximum(power, LOWEST_POWER)
-            whole = tl.floor(power)
-            to_bound = tl.exp2((power - whole).to(tl.float32)) * tl.exp2(whole.to(tl.float32))
+            to_bound = scale_to_bound(shift, bound, excess)
         if exponents_ptr is not None:
             power = shift.to(tl.float64) * LOG2E
             exponent = tl.ceil(power)
-            to_exponent = tl.exp2((power - exponent).to(tl.float32))
+            to_exponent = tl.exp2((power - exponent - excess).to(tl.float32))
             to_exponent = tl.where(tl.abs(exponent) < HIGHEST_EXPONENT, to_exponent, float("nan"))
             exponent = tl.where(tl.abs(exponent) < HIGHEST_EXPONENT, exponent, 0.0).to(tl.int32)
             num_groups = tl.cdiv(num_columns, CACHE_V)
@@ -142,35 +183,35 @@ def _linear_logps_fwd_kernel(
             exponent_ptrs = exponents_ptr + rows[:, None] * num_groups + offs_g[None, :]
             exponents = exponent[:, None] + tl.zeros((1, BLOCK_V // CACHE_V), dtype=tl.int32)
             tl.store(exponent_ptrs, exponents, mask=mask_r[:, None] & (offs_g < num_groups)[None, :])
-        total_exp = tl.zeros((BLOCK_R,), dtype=tl.float32)
-        moment = tl.zeros((BLOCK_R,), dtype=tl.float32)
-        total = tl.zeros((BLOCK_R,), dtype=tl.float32)
+        sums = tl.zeros((BLOCK_R, ROW_LANES), dtype=tl.float32)
+        moment = tl.zeros((BLOCK_R, ROW_LANES), dtype=tl.float32)
+        masses = ()
         for i in tl.static_range(SLICES):
-            slice_v = col0 + i * SLICE_V + tl.arange(0, SLICE_V)
-            mask_v = slice_v < num_columns
-            gap = slices[i] - shift[:, None]
-            p = tl.exp2(gap * LOG2E)
-            total_exp += tl.sum(p, axis=1)
+            p = tl.exp2(fma(slices[i], LOG2E, -shift2[:, None]))
+            sums += add_columns(p)
             if moment_ptr is not None:
-                moment += tl.sum(p * tl.maximum(gap, LOWEST_GAP), axis=1)
-            if total_ptr is not None:
-                # Divided by a power of two: exact, and a sum of the largest floats does not overflow.
-                total += tl.sum(tl.where(mask_v[None, :], slices[i], 0.0) * (1.0 / BLOCK_V), axis=1)
+                moment += add_columns(p * tl.maximum(slices[i] - near_shift[:, None], LOWEST_GAP))
             if bound_ptr is not None:
-                mass_ptrs = mass_ptr + row_tile.to(tl.int64) * num_columns + slice_v
-                tl.store(mass_ptrs, tl.sum(p * to_bound[:, None], axis=0), mask=mask_v)
+                masses += (weighted_column_sums(p, to_bound),)
             if exponents_ptr is not None:
+                slice_v = col0 + i * SLICE_V + tl.arange(0, SLICE_V)
                 value_ptrs = values_ptr + rows[:, None] * num_columns + slice_v[None, :]
                 values = round_to(p * to_exponent[:, None], tl.bfloat16)
-                tl.store(value_ptrs, values, mask=mask_r[:, None] & mask_v[None, :])
+                tl.store(value_ptrs, values, mask=mask_r[:, None] & (slice_v < num_columns)[None, :])
+        if bound_ptr is not None:
+            mass_V = tl.sum(join_columns(masses, SLICES), axis=0)
+            tl.store(mass_ptr + row_tile.to(tl.int64) * num_columns + offs_v, mass_V, mask=offs_v < num_columns)
+        # By division: a row of one certain token has a sum of exactly 1.
+        unit = tl.exp2(excess)
+        total_exp = tl.div_rn(tl.sum(sums, axis=1), unit)
         part_ptrs = parts_ptr + column_tile.to(tl.int64) * NUM_PARTS * num_rows + rows
         tl.store(part_ptrs, tile_max, mask=mask_r)
         tl.store(part_ptrs + num_rows, total_exp, mask=mask_r)
         place = column_tile.to(tl.int64) * num_rows + rows
         if moment_ptr is not None:
-            tl.store(moment_ptr + place, moment, mask=mask_r)
+            tl.store(moment_ptr + place, tl.sum(moment, axis=1) / unit, mask=mask_r)
         if total_ptr is not None:
-            tl.store(total_ptr + place, total, mask=mask_r)
+            tl.store(total_ptr + place, tl.sum(total, axis=1), mask=mask_r)
 
 
 @triton.jit
