@@ -30,21 +30,27 @@ from fastpref.kernels.tiles import GLUON_HALVES, Tile
 from fastpref.kernels.triton_common import (
     LOG2E,
     KernelCall,
+    add_columns,
     count_programs,
     finish_logits,
+    fma,
+    join_columns,
     label_columns,
     product_arguments,
+    row_maximum,
     split_columns,
+    subtract_from_rows,
     tile_position,
 )
 from fastpref.kernels.triton_forward import (
     CACHE_V,
     HIGHEST_EXPONENT,
-    HIGHEST_POWER,
+    LARGE_SHIFT,
     LOWEST_GAP,
-    LOWEST_POWER,
     NUM_PARTS,
     TileParts,
+    base2_shift,
+    scale_to_bound,
 )
 
 # Triton 3.6 has the older name only.
@@ -156,77 +162,146 @@ def reduce_tile(acc, half_tile, column_tile, outputs, SLICES: gl.constexpr):
     offs_r = half_tile * HALF_R + gl.arange(0, HALF_R, layout=ROWS)
     mask_r = offs_r < num_rows
     r = offs_r.to(gl.int64)
+    place = column_tile.to(gl.int64) * num_rows + r
 
-    tile_max = gl.max(slices[0], axis=1)
-    for i in gl.static_range(1, SLICES):
-        tile_max = gl.maximum(tile_max, gl.max(slices[i], axis=1))
-    column_of_label = label_columns(labels_ptr, offs_r, num_rows, col0, num_columns, BLOCK_V)
-    # Most tiles hold no row's label.
-    if gl.max(column_of_label, axis=0) >= 0:
-        target = gl.zeros([HALF_R], gl.float32, layout=ROWS)
-        for i in gl.static_range(SLICES):
-            is_label = column_of_label[:, None] == (i * SLICE_V + gl.arange(0, SLICE_V, layout=COLUMNS))[None, :]
-            target += gl.sum(gl.where(is_label, slices[i], 0.0), axis=1)
-        gl.store(targets_ptr + r, target, mask=column_of_label >= 0)
-
+    tile_max = row_maximum(slices, SLICES)
     shift = gl.where(tile_max == float("-inf"), 0.0, tile_max)
+    if total_ptr is not None:
+        total = row_total(slices, col0, num_columns, BLOCK_V, SLICES)
+        gl.store(total_ptr + place, gl.convert_layout(total, ROWS), mask=mask_r)
+    column_of_label = label_columns(labels_ptr, offs_r, num_rows, col0, num_columns, BLOCK_V)
+    is_large = gl.abs(shift) >= LARGE_SHIFT
+    # Most tiles hold no row's label, and no logit is so large.
+    if gl.max(((column_of_label >= 0) | is_large).to(gl.int32), axis=0) != 0:
+        store_targets(targets_ptr + r, slices, column_of_label, SLICES)
+        slices = subtract_from_rows(slices, gl.where(is_large, shift, 0.0), SLICES)
+    near_shift = gl.where(is_large, 0.0, shift)
+    shift2, excess = base2_shift(near_shift)
     if bound_ptr is not None:
-        to_bound = power_of_bound(shift, gl.load(bound_ptr + offs_r, mask=mask_r, other=float("inf")))
+        bound = gl.load(bound_ptr + offs_r, mask=mask_r, other=float("inf"))
+        to_bound = scale_to_bound(shift, bound, excess)
     if exponents_ptr is not None:
-        to_exponent, exponent = exponent_of(shift)
+        to_exponent, exponent = exponent_of(shift, excess)
         num_groups = gl.cdiv(num_columns, CACHE_V)
         for i in gl.static_range(BLOCK_V // CACHE_V):
             group = column_tile * (BLOCK_V // CACHE_V) + i
             gl.store(exponents_ptr + r * num_groups + group, exponent, mask=mask_r & (group < num_groups))
-    total_exp = gl.zeros([HALF_R], gl.float32, layout=ROWS)
-    moment = gl.zeros([HALF_R], gl.float32, layout=ROWS)
-    total = gl.zeros([HALF_R], gl.float32, layout=ROWS)
+    sums = ()
+    moments = ()
+    masses = ()
     for i in gl.static_range(SLICES):
-        slice_v = col0 + i * SLICE_V + gl.arange(0, SLICE_V, layout=COLUMNS)
-        mask_v = slice_v < num_columns
-        gap = slices[i] - shift[:, None]
-        p = gl.exp2(gap * LOG2E)
-        total_exp += gl.sum(p, axis=1)
+        p = gl.exp2(fma(slices[i], LOG2E, -shift2[:, None]))
+        sums += (add_columns(p),)
         if moment_ptr is not None:
-            moment += gl.sum(p * gl.maximum(gap, LOWEST_GAP), axis=1)
-        if total_ptr is not None:
-            # Divided by a power of two: exact, and a sum of the largest floats does not overflow.
-            total += gl.sum(gl.where(mask_v[None, :], slices[i], 0.0) * (1.0 / BLOCK_V), axis=1)
+            moments += (add_columns(p * gl.maximum(slices[i] - near_shift[:, None], LOWEST_GAP)),)
         if bound_ptr is not None:
-            # The last tile's second half may hold no row, and has no place among the masses.
-            mass_ptrs = mass_ptr + half_tile.to(gl.int64) * num_columns + slice_v
-            has_rows = half_tile * HALF_R < num_rows
-            gl.store(mass_ptrs, gl.sum(p * to_bound[:, None], axis=0), mask=mask_v & has_rows)
+            masses += (weighted_column_sums(p, to_bound),)
         if exponents_ptr is not None:
+            slice_v = col0 + i * SLICE_V + gl.arange(0, SLICE_V, layout=COLUMNS)
             value_ptrs = values_ptr + r[:, None] * num_columns + slice_v[None, :]
             values = (p * to_exponent[:, None]).to(gl.bfloat16)
-            gl.store(value_ptrs, values, mask=mask_r[:, None] & mask_v[None, :])
+            gl.store(value_ptrs, values, mask=mask_r[:, None] & (slice_v < num_columns)[None, :])
+    if bound_ptr is not None:
+        store_masses(
+            mass_ptr, join_columns(masses, SLICES), half_tile, col0, num_columns, half_tile * HALF_R < num_rows
+        )
+    # By division: a row of one certain token has a sum of exactly 1.
+    unit = gl.exp2(excess)
+    total_exp = gl.div_rn(gl.convert_layout(row_sum(sums, SLICES), ROWS), unit)
     part_ptrs = parts_ptr + column_tile.to(gl.int64) * NUM_PARTS * num_rows + r
     gl.store(part_ptrs, tile_max, mask=mask_r)
     gl.store(part_ptrs + num_rows, total_exp, mask=mask_r)
-    place = column_tile.to(gl.int64) * num_rows + r
     if moment_ptr is not None:
+        moment = gl.convert_layout(row_sum(moments, SLICES), ROWS) / unit
         gl.store(moment_ptr + place, moment, mask=mask_r)
-    if total_ptr is not None:
-        gl.store(total_ptr + place, total, mask=mask_r)
 
 
 @gluon.jit
-def power_of_bound(shift, bound):
-    """Return `exp(shift - bound)`: fp64, per row, since its rounding would be the error of every column."""
-    power = gl.minimum((shift - bound).to(gl.float64) * LOG2E, HIGHEST_POWER)
-    power = gl.maximum(power, LOWEST_POWER)
-    whole = gl.floor(power)
-    return gl.exp2((power - whole).to(gl.float32)) * gl.exp2(whole.to(gl.float32))
+def row_sum(parts, SLICES: gl.constexpr):
+    """Return what `add_columns` left of each slice, summed over the slices and then over the lanes of a row."""
+    sums = parts[0]
+    for i in gl.static_range(1, SLICES):
+        sums += parts[i]
+    return gl.sum(sums, axis=1)
 
 
 @gluon.jit
-def exponent_of(shift):
+def row_total(slices, col0, num_columns, BLOCK_V: gl.constexpr, SLICES: gl.constexpr):
+    """Return the sum of each row's logits, divided by BLOCK_V: exact, and a sum of the largest floats does not overflow."""
+    SLICE_V: gl.constexpr = slices[0].shape[1]
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, slices[0].type.layout)
+    parts = ()
+    for i in gl.static_range(SLICES):
+        mask_v = col0 + i * SLICE_V + gl.arange(0, SLICE_V, layout=COLUMNS) < num_columns
+        parts += (add_columns(gl.where(mask_v[None, :], slices[i], 0.0) * (1.0 / BLOCK_V)),)
+    return row_sum(parts, SLICES)
+
+
+@gluon.jit
+def store_targets(target_ptrs, slices, column_of_label, SLICES: gl.constexpr):
+    """Store the logit of each row's label where the tile holds it."""
+    SLICE_V: gl.constexpr = slices[0].shape[1]
+    ROWS: gl.constexpr = column_of_label.type.layout
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, slices[0].type.layout)
+    if gl.max(column_of_label, axis=0) >= 0:
+        target = gl.zeros(column_of_label.shape, gl.float32, layout=ROWS)
+        for i in gl.static_range(SLICES):
+            is_label = column_of_label[:, None] == (gl.arange(0, SLICE_V, layout=COLUMNS) + i * SLICE_V)[None, :]
+            target += gl.sum(gl.where(is_label, slices[i], 0.0), axis=1)
+        gl.store(target_ptrs, target, mask=column_of_label >= 0)
+
+
+@gluon.jit
+def weighted_column_sums(values_RC, weights_R):
+    """Return `(weights[:, None] * values)` summed over each 16 rows, [R / 16, C]; see `triton_common`."""
+    num_columns: gl.constexpr = values_RC.shape[1]
+    groups: gl.constexpr = values_RC.shape[0] // 16
+    low, high = values_RC.reshape([groups, 2, 8, num_columns]).permute((0, 2, 3, 1)).split()
+    low_weight, high_weight = weights_R.reshape([groups, 2, 8]).permute((0, 2, 1)).split()
+    WEIGHTS: gl.constexpr = gl.SliceLayout(2, low.type.layout)
+    low_weight = gl.convert_layout(low_weight, WEIGHTS)
+    high_weight = gl.convert_layout(high_weight, WEIGHTS)
+    sums = fma(high, high_weight[:, :, None], low * low_weight[:, :, None])
+    # Neighbouring threads hold the columns of a group of eight.
+    steps: gl.constexpr = 3 if num_columns >= 64 else 2 if num_columns == 32 else 1
+    for step in gl.static_range(steps):
+        sums = add_halves(sums.reshape([groups << step, 2, 4 >> step, num_columns >> step]))
+    rest = sums.reshape([groups << steps, 8 >> steps, num_columns >> steps])
+    return gl.sum(rest, axis=1).reshape([groups, num_columns])
+
+
+@gluon.jit
+def add_halves(values_A2BC):
+    """Return `values[:, 0] + values[:, 1]`, [A, 2, B, C / 2]: the second dimension is now the half of the columns."""
+    A: gl.constexpr = values_A2BC.shape[0]
+    B: gl.constexpr = values_A2BC.shape[2]
+    C: gl.constexpr = values_A2BC.shape[3]
+    low, high = values_A2BC.reshape([A, 2, B, 2, C // 2]).permute((0, 1, 2, 4, 3)).split()
+    is_second = (gl.arange(0, 2) == 1)[None, :, None, None]
+    kept = gl.where(is_second, high, low)
+    # x ^ (x ^ y) is y: what the other one of two threads gives, in one shuffle.
+    given = gl.where(is_second, low, high).to(gl.int32, bitcast=True)
+    taken = given ^ gl.xor_sum(given, axis=1, keep_dims=True)
+    return kept + taken.to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def store_masses(mass_ptr, masses_GV, half_tile, col0, num_columns, has_rows):
+    """Store a half's share of the column masses; the last tile's second half may hold no row, and has no place for it."""
+    mass_V = gl.sum(masses_GV, axis=0)
+    COLUMNS: gl.constexpr = mass_V.type.layout
+    offs_v = col0 + gl.arange(0, mass_V.shape[0], layout=COLUMNS)
+    mass_ptrs = mass_ptr + half_tile.to(gl.int64) * num_columns + offs_v
+    gl.store(mass_ptrs, mass_V, mask=(offs_v < num_columns) & has_rows)
+
+
+@gluon.jit
+def exponent_of(shift, excess):
     """Return what takes exponentials to a cache's unit, and the unit's exponent; NaN and 0 where it has none."""
     power = shift.to(gl.float64) * LOG2E
     exponent = gl.ceil(power)
     has_one = gl.abs(exponent) < HIGHEST_EXPONENT
-    to_exponent = gl.where(has_one, gl.exp2((power - exponent).to(gl.float32)), float("nan"))
+    to_exponent = gl.where(has_one, gl.exp2((power - exponent - excess).to(gl.float32)), float("nan"))
     return to_exponent, gl.where(has_one, exponent, 0.0).to(gl.int32)
 
 

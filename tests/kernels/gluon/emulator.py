@@ -28,8 +28,8 @@ from fastpref.kernels.triton_common import KernelCall
 
 MODULES = (triton_common, triton_forward, triton_backward, gluon_forward)
 GLUON, TRITON = "linear_logps_kernel", "_linear_logps_fwd_kernel"
-# Halves of 8 rows and few columns cross many tiles.
-TILE = Tile(rows=16, columns=64, hidden=16, group_rows=2, slices=4, warps=8, stages=3, kernel="gluon")
+# Small tiles, so that a few rows and columns cross many; a half has the 16 rows of a matrix instruction.
+TILE = Tile(rows=32, columns=64, hidden=16, group_rows=2, slices=4, warps=8, stages=3, kernel="gluon")
 DTYPES = ("float32", "float64", "int32", "int64", "bfloat16", "float16")
 
 
@@ -59,6 +59,9 @@ class Block(torch.Tensor):
     """A tensor with the few methods that are spelled differently in a kernel."""
 
     type = property(lambda self: SimpleNamespace(layout=None))
+
+    def to(self, dtype: torch.dtype, bitcast: bool = False) -> torch.Tensor:
+        return self.view(dtype) if bitcast else super().to(dtype)
 
     def split(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self[..., 0], self[..., 1]
@@ -254,8 +257,13 @@ class Program:
             floor=torch.floor,
             ceil=torch.ceil,
             abs=torch.abs,
-            fma=lambda a, b, c: (a.double() * b + c).float(),
+            # Exact in fp64, and then rounded once; Triton takes constants as fp32.
+            fma=lambda a, b, c: (a.double() * torch.as_tensor(b, dtype=torch.float32).double() + c).float(),
+            div_rn=torch.div,
+            join=lambda left, right: torch.stack((left, right), dim=-1),
+            xor_sum=_exclusive_or,
             dot=lambda a, b, acc, input_precision: acc + (a.float() @ b.float()),
+            convert_layout=lambda values, layout: values,
             SliceLayout=lambda *_: None,
             NVMMADistributedLayout=lambda *_: None,
             allocate_shared_memory=self._allocate,
@@ -459,6 +467,11 @@ def emulate(call: KernelCall, seed: int = 0, edits: dict[str, tuple[str, str]] |
 def _fmax(left: torch.Tensor, right: Any) -> torch.Tensor:
     """`tl.maximum`, which passes over NaN."""
     return torch.fmax(left, torch.as_tensor(right, dtype=left.dtype))
+
+
+def _exclusive_or(values: torch.Tensor, axis: int, keep_dims: bool) -> torch.Tensor:
+    first, second = values.unbind(dim=axis)
+    return (first ^ second).unsqueeze(axis)
 
 
 def _argument(value: Any) -> Any:
