@@ -69,7 +69,7 @@ def inspect(is_all: bool, match: str, processes: int) -> None:
 def tune(output: Path, hidden_sizes: tuple[int, ...], seconds: float | None) -> None:
     """Measure the candidate tiles on this GPU, right results only, and write the table OUTPUT of the fastest.
 
-    On compute capability 9.0 the Gluon kernel takes part, after a trial of its own in a process that is killed if it hangs.
+    On compute capability 9.0 the Gluon kernel takes part, after a trial in a process that is killed if it hangs.
     """
     _require_triton()
     from fastpref.kernels import tuning

@@ -1,4 +1,4 @@
-"""Run a function in a process of its own, under a deadline: a GPU kernel that never ends cannot be stopped otherwise."""
+"""Run a function in a process of its own, under a deadline: nothing else stops a GPU kernel that never ends."""
 
 from __future__ import annotations
 

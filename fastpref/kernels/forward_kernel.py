@@ -38,7 +38,7 @@ def unavailable_reason() -> str | None:
 
 
 def settle(tile: Tile, weight_VH: Tensor) -> Tile:
-    """Return the tile as this head can use it: Triton's kernel where the copy engine cannot read its rows, or without Gluon.
+    """Return the tile as this head can use it: with Triton's kernel where the copy engine or Gluon is not to be had.
 
     Args:
         tile: of the table.

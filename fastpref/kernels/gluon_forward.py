@@ -1,10 +1,11 @@
-"""The forward pass for Hopper in Gluon: a warp that loads, two warpgroups that multiply and reduce, none in step with another.
+"""The forward pass for Hopper in Gluon: one warp loads, two warpgroups multiply and reduce, none in step with another.
 
 In Triton's kernel all warps of a program multiply together and then reduce together, and the tensor cores wait
 meanwhile. Here each warpgroup owns half of a tile's rows, so that one may reduce while the other multiplies; the
 loading warp runs ahead of both, up to STAGES steps, into the next tile as well.
 
-- Results, formulas and the cut of the vocabulary are those of `triton_forward`; its merge kernel reads what this leaves.
+- Results, formulas and the cut of the vocabulary are those of `triton_forward`, whose merge kernel reads what is left.
+  Device functions that name no layout are shared with it; those that make tensors must name theirs in Gluon.
 - The ring of STAGES buffers has two barriers each: `full`, which the copy engine completes, and `empty`, at which each
   warpgroup arrives once it has multiplied. `slot` and `phase` number the steps of all tiles of a program through.
 - A table of tiles names this kernel (`Tile.kernel`); `fastpref kernels tune` writes such a table where the kernel has
@@ -56,7 +57,7 @@ from fastpref.kernels.triton_forward import (
 # Triton 3.6 has the older name only.
 async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 HALVES = gl.constexpr(GLUON_HALVES)
-# Registers of a thread that multiplies and of one that loads: 2 * 128 * 240 + 128 * 24 of 65,536.
+# Registers of a thread that multiplies and of one that loads: 2 * 128 * 240 + 128 * 24, as many as 12 warps start with.
 CONSUMER_REGISTERS = gl.constexpr(240)
 PRODUCER_REGISTERS = gl.constexpr(24)
 
@@ -227,7 +228,7 @@ def row_sum(parts, SLICES: gl.constexpr):
 
 @gluon.jit
 def row_total(slices, col0, num_columns, BLOCK_V: gl.constexpr, SLICES: gl.constexpr):
-    """Return the sum of each row's logits, divided by BLOCK_V: exact, and a sum of the largest floats does not overflow."""
+    """Return the sum of each row's logits, divided by BLOCK_V: exact, and the largest floats do not overflow."""
     SLICE_V: gl.constexpr = slices[0].shape[1]
     COLUMNS: gl.constexpr = gl.SliceLayout(0, slices[0].type.layout)
     parts = ()
@@ -287,7 +288,7 @@ def add_halves(values_A2BC):
 
 @gluon.jit
 def store_masses(mass_ptr, masses_GV, half_tile, col0, num_columns, has_rows):
-    """Store a half's share of the column masses; the last tile's second half may hold no row, and has no place for it."""
+    """Store a half's share of the column masses; a last half without rows has no place for it."""
     mass_V = gl.sum(masses_GV, axis=0)
     COLUMNS: gl.constexpr = mass_V.type.layout
     offs_v = col0 + gl.arange(0, mass_V.shape[0], layout=COLUMNS)

@@ -1,4 +1,4 @@
-"""Whether a tile's forward kernel is right on this device: small problems, ragged in every way, with all that it can give.
+"""Whether a tile's forward kernel is right on this device: small problems, ragged in every way, all that it can give.
 
 For kernels that have run on no device of this kind before. What is small is compared with the formula in fp64; the same
 rows must have the same bits with and without column masses, statistics and a cache, and each time they are scored.
@@ -23,14 +23,14 @@ HEADS: dict[str, dict[str, Any]] = {
     "plain": {},
     "bias, scale, softcap": {"bias": True, "logit_scale": 0.7, "softcap": 8.0},
 }
-# Logits of a few units, summed in fp32 by tensor cores that cut off what they cannot hold: a wrong kernel is off by units.
+# Logits of a few units, summed by tensor cores that cut off what fp32 cannot hold: a wrong kernel is off by units.
 AGREEMENT = 1e-3
 # A cached exponential has 8 bits.
 CACHE_AGREEMENT = 2.0**-8 + AGREEMENT
 
 
 def sizes(tile: Tile) -> list[tuple[int, int, int]]:
-    """Return (R, H, V): one of each; ends of rows, columns and H inside of tiles; more tiles than a device has programs."""
+    """Return (R, H, V): one of each; ends of rows, columns and H inside of tiles; more tiles than multiprocessors."""
     rows, columns, hidden = tile.rows, tile.columns, tile.hidden
     return [
         (1, 8, 1),

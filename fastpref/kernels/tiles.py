@@ -37,7 +37,7 @@ FIELD_CHOICES = {
     "programs_per_sm": (1, 2, 3, 4),
     "kernel": ("triton", "gluon"),
 }
-# What the Gluon kernel is built for: two warpgroups with 64 rows each, swizzles of 128 bytes, a ring of several buffers.
+# What the Gluon kernel is built for: two warpgroups of 64 rows, swizzles of 128 bytes, a ring of several buffers.
 GLUON_KEY = "sm_90/16"
 GLUON_CHOICES = {
     "rows": (128,),
@@ -202,8 +202,8 @@ def _check_entry(path: str, key: str, tiles: tuple[Tile, ...]) -> None:
 def _check_gluon_entry(path: str, key: str, tile: Tile) -> None:
     if key != GLUON_KEY:
         raise ConfigError(
-            f'{path}: kernel of {key} must be triton: the Gluon kernel is for {GLUON_KEY}; set it to "triton", or write '
-            "the table anew with `fastpref kernels tune` on the GPU that will use it"
+            f'{path}: kernel of {key} must be triton: the Gluon kernel is for {GLUON_KEY}; set it to "triton", or '
+            "write the table anew with `fastpref kernels tune` on the GPU that will use it"
         )
     for field, choices in GLUON_CHOICES.items():
         if getattr(tile, field) not in choices:

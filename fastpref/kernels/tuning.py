@@ -3,7 +3,7 @@
 `python -m fastpref.kernels.tuning tiles.json`. A tile whose results differ from PyTorch's is never written, however
 fast it is. Tiles change the last bits of results: use one table for all ranks and for the whole of a run.
 
-The Gluon kernel waits on barriers of its own, so an error in it may be a wait for ever: it runs in processes of its own,
+The Gluon kernel waits on barriers of its own, so an error in it may be a wait for ever: it runs in processes apart,
 under a deadline, and before it is timed it has a trial (`tile_trial`).
 
 Dims: `R` rows, `H` hidden, `V` vocabulary.

@@ -194,7 +194,7 @@ class Model:
 
     def _step(self, state: State, number: int, step: Step) -> State | None:
         places, barriers, contents, copies = state
-        moved = places[:number] + (places[number] + 1,) + places[number + 1 :]
+        moved = (*places[:number], places[number] + 1, *places[number + 1 :])
         pieces: list[tuple[tuple[str, int], int]] = []
         total, barrier = 0, -1
         new_contents = list(contents)
@@ -249,7 +249,7 @@ class Model:
             raise Violation(f"more arrivals at {self.barriers[place]} than its count")
         if not pending and not left:
             phase, pending = phase + 1, self.counts[place]
-        return barriers[:place] + ((phase, pending, left),) + barriers[place + 1 :]
+        return (*barriers[:place], (phase, pending, left), *barriers[place + 1 :])
 
     def check_end(self, state: State) -> None:
         places, barriers, _, copies = state

@@ -1,4 +1,4 @@
-"""The barriers of the Gluon kernel: every interleaving of its warps on small rings, and errors planted in its source."""
+"""The barriers of the Gluon kernel: all interleavings of its warps on small rings, and errors planted in its source."""
 
 import pytest
 from protocol import Violation, check, record

@@ -1,4 +1,4 @@
-"""Whether the tuner notices a Gluon kernel that is wrong, that hangs, or that is not there; and what tables may ask for."""
+"""Whether the tuner notices a Gluon kernel that is wrong, hangs or is not there, and what tables may ask for."""
 
 import dataclasses
 import json
@@ -52,7 +52,7 @@ def test_trial_finds_planted_errors(error: str, emulated: dict[str, Any]) -> Non
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (("unit = gl.exp2(excess)", "unit = gl.exp2(excess) * (1 if bound_ptr is None else 1.00001)"), "without masses"),
+        (("unit = gl.exp2(excess)", "unit = gl.exp2(excess) * (1 + (bound_ptr is not None) / 1e5)"), "without masses"),
         (("(p * to_exponent[:, None])", "(p * to_exponent[:, None] * 1.02)"), "cached exponentials"),
         (("slices[i] - near_shift[:, None]", "slices[i] * 0.99 - near_shift[:, None]"), "moment differs"),
     ],
@@ -66,7 +66,7 @@ def test_trial_says_what_is_wrong(edit: tuple[str, str], message: str, emulated:
 def test_sizes_of_the_trial_are_ragged_and_more_than_programs() -> None:
     num_rows, hidden_size, vocab_size = tile_trial.sizes(CANDIDATE)[-1]
     num_tiles = -(-num_rows // 128) * -(-vocab_size // 256)
-    assert 132 < num_tiles and num_tiles % 132 and num_rows % 128 and vocab_size % 256 and hidden_size % 64
+    assert num_tiles > 132 and num_tiles % 132 and num_rows % 128 and vocab_size % 256 and hidden_size % 64
 
 
 def test_run_apart_returns_what_the_function_returns() -> None:
