@@ -13,7 +13,7 @@ loading warp runs ahead of both, up to STAGES steps, into the next tile as well.
 
 Dims: `R` rows, `H` hidden, `V` vocabulary, `M` parts of the column masses.
 """
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def, assignment"
 # Parameters of device functions are tensors of Gluon's own language and have no Python types.
 
 from __future__ import annotations

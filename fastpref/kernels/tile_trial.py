@@ -65,16 +65,20 @@ def _problem(
     softcap: float | None = None,
 ) -> tuple[Tensor, Head, Tensor]:
     """Return rows, a head and labels, some of them outside of the vocabulary."""
-    generator = torch.Generator().manual_seed(seed)
-    x_RH = torch.randn(num_rows, hidden_size, generator=generator).to(device, dtype)
-    weight_VH = (torch.randn(vocab_size, hidden_size, generator=generator) * (2.0 / hidden_size**0.5)).to(device, dtype)
-    bias_V = torch.randn(vocab_size, generator=generator).to(device, dtype) if bias else None
-    labels_R = torch.randint(-2, vocab_size + 2, (num_rows,), generator=generator).to(device)
-    return x_RH, Head(weight_VH, bias_V, logit_scale, softcap), labels_R
+    generator = torch.Generator(device=device).manual_seed(seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device=device)
+
+    weight_VH = (randn(vocab_size, hidden_size) * (2.0 / hidden_size**0.5)).to(dtype)
+    bias_V = randn(vocab_size).to(dtype) if bias else None
+    size = (num_rows,)
+    labels_R = torch.randint(-2, vocab_size + 2, size, generator=generator, dtype=torch.int64, device=device)
+    return randn(num_rows, hidden_size).to(dtype), Head(weight_VH, bias_V, logit_scale, softcap), labels_R
 
 
 def _compare(tile: Tile, x_RH: Tensor, head: Head, labels_R: Tensor) -> str | None:
-    bound_R = torch.linspace(-1.0, 2.0, x_RH.shape[0], device=x_RH.device)
+    bound_R = torch.linspace(-1.0, 2.0, x_RH.shape[0], dtype=torch.float32, device=x_RH.device)
     with_cache = head.softcap is None
 
     def run(*, extras: bool) -> ForwardRows:
