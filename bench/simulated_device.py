@@ -47,7 +47,7 @@ FILLS += ("scalar_tensor", "fill_", "zero_")
 GATHERS = ("index_select", "gather", "index", "embedding")
 SCATTERS = ("index_add_", "index_copy_", "index_put_", "scatter_", "scatter_add_", "index_fill_")
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "bincount")
-WAITS += ("equal", "repeat_interleave")
+WAITS += ("equal", "repeat_interleave", "is_nonzero")
 MATRIX_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "addmm_")
 
 
@@ -149,7 +149,9 @@ class SimulatedDevice(TorchDispatchMode):
         tensors = [value for value in call.arguments.values() if isinstance(value, Tensor)]
         bases = [value.base for value in call.arguments.values() if hasattr(value, "block_shape")]
         name = call.kernel.__name__
-        is_product = name == "_logit_gradient_kernel" or (name == "_linear_logps_fwd_kernel" and not self._is_pilot(call))
+        is_product = name == "_logit_gradient_kernel" or (
+            name == "_linear_logps_fwd_kernel" and not self._is_pilot(call)
+        )
         self._note(name, sum(map(_size, tensors + bases)), is_product=is_product)
         self._on_kernel(call)
 
@@ -167,6 +169,9 @@ class SimulatedDevice(TorchDispatchMode):
         kwargs = kwargs or {}
         if func in OPERATORS:
             return self._run_operator(func, args, kwargs)
+        if func._can_decompose():  # inside of operators PyTorch hands over what it takes apart elsewhere
+            with self:
+                return func.decompose(*args, **kwargs)
         name = func.overloadpacket.__name__
         given = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
         target = kwargs.get("device")
@@ -214,7 +219,9 @@ class SimulatedDevice(TorchDispatchMode):
             is_pinned = not isinstance(source, DeviceTensor) and source.is_pinned()
         result = self._compute(func, args, kwargs, host=not lands_here)
         if source.numel():
-            self._note(f"{name} {'from' if lands_here else 'to'} host", _size(source), is_sync=not (is_pinned and is_async))
+            self._note(
+                f"{name} {'from' if lands_here else 'to'} host", _size(source), is_sync=not (is_pinned and is_async)
+            )
         return result
 
     def _compute(self, func: Any, args: Any, kwargs: Any, *, host: bool = False) -> Any:
