@@ -7,9 +7,8 @@ Dims: `R` rows, `S` sequences, `H` hidden, `V` vocabulary, `C` chunks of rows.
 
 from __future__ import annotations
 
-import argparse
-import json
 from pathlib import Path
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -38,7 +37,7 @@ class Call(NamedTuple):
     device_rows: bool = False
     is_capturing: bool = False
     has_main_grad: bool = False
-    options: tuple[tuple[str, Any], ...] = ()
+    has_weight_sum: bool = False
 
 
 class Masses:
@@ -50,7 +49,7 @@ class Masses:
 
     def labels(self, count: int) -> Tensor:
         """Draw labels, which are columns that every chunk needs."""
-        columns = self._is_shared_V.nonzero().squeeze(1)
+        columns = self._is_shared_V.nonzero().squeeze(1) if self._is_shared_V.any() else torch.zeros(1, dtype=torch.int64)
         return columns[torch.randint(0, len(columns), (count,), generator=self._generator)]
 
     def draw(self, shape: torch.Size) -> Tensor:
@@ -65,10 +64,18 @@ class Masses:
             sums.inner = self.draw(sums.shape)
 
 
-def count(call: Call) -> SimulatedDevice:
-    """Run forward and, with a gradient, backward; return the device with its events."""
+def count(call: Call, on_kernel: Callable[[KernelCall], None] = lambda _: None) -> SimulatedDevice:
+    """Run forward and, with a gradient, backward; return the device with its events.
+
+    `on_kernel` is called with every Triton kernel.
+    """
     masses = Masses(call.num_columns)
-    device = SimulatedDevice(masses.fill)
+
+    def run(kernel: KernelCall) -> None:
+        masses.fill(kernel)
+        on_kernel(kernel)
+
+    device = SimulatedDevice(run)
     device.num_columns = call.num_columns
     num_tokens = call.num_rows * 2
     labels_T = masses.labels(num_tokens)
@@ -77,9 +84,11 @@ def count(call: Call) -> SimulatedDevice:
     with simulated(device, is_capturing=call.is_capturing):
         hidden_TH = device.nothing(num_tokens, call.hidden_size, dtype=torch.bfloat16)
         weight_VH = device.nothing(call.num_columns, call.hidden_size, dtype=torch.bfloat16)
-        options = dict(call.options)
+        options: dict[str, Any] = {}
         if call.has_main_grad:
             options["main_grad"] = device.nothing(call.num_columns, call.hidden_size, dtype=torch.float32)
+        if call.has_weight_sum:
+            options["weight_sum"] = device.nothing(call.hidden_size, dtype=torch.float32)
         if call.device_rows:
             rows, cu_rows = device.put(rows), device.put(cu_rows)
         for leaf in (hidden_TH, weight_VH):

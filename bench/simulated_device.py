@@ -78,6 +78,7 @@ class DeviceTensor(Tensor):
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> DeviceTensor:
+        """Wrap numbers."""
         # Below Python it is a meta tensor: a build without CUDA has no streams and guards for anything else.
         made = Tensor._make_wrapper_subclass(
             cls,

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from fastpref.kernels.outputs import Partials
 
-# Rows whose column masses are summed apart: a column that may matter to one row is told by the mass of that row's chunk,
-# and a sum over more rows would hold ever more columns for such. A multiple of the rows of every tile.
+# Rows whose column masses are summed apart. The mass of a row's chunk tells whether a column may matter to that row; a
+# sum over ever more rows would say so of ever more columns. A multiple of the rows of every tile.
 CHUNK_ROWS = 4096
 
 

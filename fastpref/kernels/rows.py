@@ -21,9 +21,9 @@ def move_rows(indices: Tensor, device: torch.device) -> Tensor:
     return indices.pin_memory().to(device, non_blocking=True)
 
 
-def is_capturing() -> bool:
-    """Tell whether work is recorded into a CUDA graph, where the host must not look at numbers."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+def is_recorded(tensor: Tensor) -> bool:
+    """Tell whether work on a tensor is recorded into a CUDA graph, where the host must not look at numbers."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _check_bounds(name: str, bounds: Tensor, total: int, what: str) -> None:
@@ -107,7 +107,7 @@ def check_rows(rows: Tensor, cu_rows: Tensor, num_tokens: int) -> tuple[Tensor, 
     is_outside_R = (rows < 0) | (rows >= num_tokens)
     if rows.device.type != "cpu" and cu_rows.device == rows.device:
         is_wrong = is_outside_R.any() | _is_no_partition(cu_rows, rows.numel())
-        if is_capturing():
+        if is_recorded(rows):
             torch._assert_async(~is_wrong, f"rows must be in [0, {num_tokens}) and cu_rows must partition them")
             return rows.clone(), cu_rows.to(torch.int64, copy=True)
         if not bool(is_wrong):
@@ -138,7 +138,7 @@ def rows_on_device(rows: Tensor, cu_rows: Tensor, labels_T: Tensor) -> Tensor:
     Returns:
         int64 [R + S+1], `rows` and behind them `cu_rows`.
     """
-    if is_capturing():
+    if is_recorded(labels_T):
         raise ValueError(
             "rows and cu_rows must be on the device of labels while a CUDA graph is recorded, got "
             f"{rows.device} and {cu_rows.device}: a graph would copy the memory of this batch ever again; move them "

@@ -59,8 +59,8 @@ class TileShape(NamedTuple):
 
 
 CPU_TILES = TileShape(block_rows=128, bwd_rows=512, columns=2048)
-# The multiple keeps the blocks of a cache on the borders of its groups, too. A step of a backward pass is six launches
-# and reads and writes the rows' gradient, whatever its width: one of 256 MiB holds 16384 columns of 8192 rows in 16 bits.
+# The multiple keeps the blocks of a cache on the borders of its groups, too. A step of a backward pass is nine launches
+# and reads and writes the rows' gradient, whatever its width; 256 MiB hold 16384 columns of 8192 rows in 16 bits.
 DEVICE_TILES = TileShape(block_rows=1024, bwd_rows=16384, columns=8192, multiple=CACHE_COLUMNS, bwd_bytes=256 * 2**20)
 
 

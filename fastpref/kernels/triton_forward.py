@@ -173,7 +173,7 @@ def _linear_logps_fwd_kernel(
             tl.store(total_ptr + place, total, mask=mask_r)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "num_columns", "num_parts"])
 def _merge_tiles_kernel(
     parts_ptr,
     moment_ptr,
@@ -237,7 +237,7 @@ def _merge_tiles_kernel(
         tl.store(merged_ptrs + TOTAL * num_rows, total * BLOCK_V, mask=mask_r)
 
 
-@triton.jit(do_not_specialize=["num_parts", "num_sums"])
+@triton.jit(do_not_specialize=["num_parts", "num_sums", "parts_per_group"])
 def _sum_parts_kernel(
     parts_ptr,
     sums_ptr,
@@ -367,7 +367,7 @@ def sum_call(parts_NC: Tensor, sums_GC: Tensor, parts_per_group: int, *, adds: b
     Args:
         parts_NC: the parts; the last group may have fewer.
         sums_GC: written, or with `adds` added to.
-        parts_per_group: parts of a group; one that depends on no number of rows, as the kernel is compiled for it.
+        parts_per_group: parts of a group.
         adds: whether the sums hold something.
     """
     num_parts, num_sums = parts_NC.shape

@@ -25,7 +25,7 @@ def sum_weight(weight: Tensor) -> Tensor:
     dtype = accumulation_dtype(weight.dtype)
     if weight.device.type != "cpu":
         return weight.sum(dim=0, dtype=dtype)
-    # A product is the fastest way that PyTorch has on a CPU; 16-bit weights are widened in parts that stay in the cache.
+    # A product is PyTorch's fastest way on a CPU; 16-bit weights are widened in parts that stay in the cache.
     sum_1H, operand = weight.new_zeros(1, weight.shape[1], dtype=dtype), operand_dtype(weight)
     for weight_vH in weight.split(tile_shape(weight.device).columns * 8) if weight.shape[0] else ():
         product(
