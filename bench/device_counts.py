@@ -7,8 +7,10 @@ Dims: `R` rows, `S` sequences, `H` hidden, `V` vocabulary, `C` chunks of rows.
 
 from __future__ import annotations
 
-from pathlib import Path
+import argparse
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -49,7 +51,9 @@ class Masses:
 
     def labels(self, count: int) -> Tensor:
         """Draw labels, which are columns that every chunk needs."""
-        columns = self._is_shared_V.nonzero().squeeze(1) if self._is_shared_V.any() else torch.zeros(1, dtype=torch.int64)
+        columns = (
+            self._is_shared_V.nonzero().squeeze(1) if self._is_shared_V.any() else torch.zeros(1, dtype=torch.int64)
+        )
         return columns[torch.randint(0, len(columns), (count,), generator=self._generator)]
 
     def draw(self, shape: torch.Size) -> Tensor:
@@ -106,3 +110,74 @@ def count(call: Call, on_kernel: Callable[[KernelCall], None] = lambda _: None) 
         if call.needs_grad:
             result.logps.sum().backward()
     return device
+
+
+CASES = {
+    "scoring, no gradient": Call(needs_grad=False),
+    "exact, recomputed": Call(backward="recompute"),
+    "active": Call(),
+    "active, 16384 rows": Call(num_rows=16384),
+    "active, 1024 rows": Call(num_rows=1024),
+    "active, as the trainer calls it": Call(
+        has_main_grad=True, has_weight_sum=True, stats=("active_fraction", "cold_mass")
+    ),
+}
+"""What is stored, by name; R = 8192, V = 128256, H = 4096, bf16, rows on the host where nothing else is said."""
+
+
+def measure(name: str, *, is_old: bool) -> dict[str, Any]:
+    """Count one case; `is_old`: by code that takes no `weight_sum`."""
+    call = CASES[name]
+    device = count(call._replace(has_weight_sum=False) if is_old else call)
+    phases = ("api", "forward", "backward")
+    return {
+        "case": name,
+        "syncs": device.count("sync"),
+        "launches": {phase: device.count("launch", phase) for phase in phases},
+        "bytes": {phase: device.num_bytes(False, phase) for phase in phases},
+        "product_bytes": device.num_bytes(True),
+    }
+
+
+def table(stored: dict[str, Any]) -> str:
+    """Markdown of what is stored: before and after side by side."""
+    lines = [
+        "| call | syncs | launches of the operators | launches around them | GB beside the products |",
+        "|---|---|---|---|---|",
+    ]
+    before = {line["case"]: line for line in stored["before"]["lines"]}
+    for after in stored["after"]["lines"]:
+        pair = [before[after["case"]], after]
+        cells = [
+            [str(line["syncs"]) for line in pair],
+            [str(line["launches"]["forward"] + line["launches"]["backward"]) for line in pair],
+            [str(line["launches"]["api"]) for line in pair],
+            [f"{sum(line['bytes'].values()) / 1e9:.1f}" for line in pair],
+        ]
+        lines.append(f"| {after['case']} | " + " | ".join(" -> ".join(cell) for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Count, print and store; or write the table of what is stored."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--as", dest="name", choices=("before", "after"), default="after", help="under which name")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--into", type=Path, help="count nothing; put the stored table between the marks of this page")
+    options = parser.parse_args()
+    stored = json.loads(options.out.read_text()) if options.out.exists() else {}
+    if options.into is not None:
+        before, rest = options.into.read_text().split(OPEN)
+        options.into.write_text(f"{before}{OPEN}\n{table(stored)}\n{CLOSE}{rest.split(CLOSE)[1]}")
+        return
+    lines = [measure(name, is_old=options.name == "before") for name in CASES]
+    for line in lines:
+        print(line, flush=True)
+    stored[options.name] = {"torch": torch.__version__, "lines": lines}
+    stored = {"benchmark": "device_counts", **{key: stored[key] for key in ("before", "after") if key in stored}}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(stored, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
