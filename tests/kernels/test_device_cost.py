@@ -15,7 +15,7 @@ from bench.simulated_device import SimulatedDevice, simulated
 from fastpref.kernels import active, ops, rows, torch_tiles
 from fastpref.kernels.tiles import CACHE_COLUMNS
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 
 class Budget(NamedTuple):
@@ -27,20 +27,20 @@ class Budget(NamedTuple):
 
 
 # As counted with PyTorch 2.13; other versions may take operators apart in other ways.
-SMALL = {"num_columns": 32000, "hidden_size": 256}
+SMALL = {"num_columns": 8192, "hidden_size": 256}
 STATS = ("entropy", "hits", "active_fraction", "cold_mass")
 BUDGETS = {
-    "no gradient": (Call(needs_grad=False), Budget(0, 11, 10)),
-    "no gradient, rows on the device": (Call(needs_grad=False, device_rows=True), Budget(1, 11, 24)),
-    "no gradient, in a graph": (Call(needs_grad=False, device_rows=True, is_capturing=True), Budget(0, 11, 24)),
-    "no gradient, statistics": (Call(needs_grad=False, stats=("entropy", "hits")), Budget(0, 17, 16)),
-    "recompute": (Call(backward="recompute"), Budget(0, 65, 20)),
-    "cached": (Call(backward="cached"), Budget(0, 55, 20)),
-    "active": (Call(), Budget(1, 60, 20)),
-    "active, one chunk": (Call(num_rows=4096), Budget(1, 58, 20)),
-    "active, statistics": (Call(stats=STATS), Budget(1, 66, 34)),
-    "active, main_grad": (Call(has_main_grad=True), Budget(1, 59, 20)),
-    "active, weight_sum": (Call(has_weight_sum=True), Budget(1, 59, 20)),
+    "no gradient": (Call(needs_grad=False), Budget(0, 9, 11)),
+    "no gradient, rows on the device": (Call(needs_grad=False, device_rows=True), Budget(1, 9, 25)),
+    "no gradient, in a graph": (Call(needs_grad=False, device_rows=True, is_capturing=True), Budget(0, 9, 26)),
+    "no gradient, statistics": (Call(needs_grad=False, stats=("entropy", "hits")), Budget(0, 15, 19)),
+    "recompute": (Call(backward="recompute"), Budget(0, 50, 20)),
+    "cached": (Call(backward="cached"), Budget(0, 50, 20)),
+    "active": (Call(), Budget(1, 59, 20)),
+    "active, one chunk": (Call(num_rows=4096), Budget(1, 57, 20)),
+    "active, statistics": (Call(stats=STATS), Budget(1, 65, 34)),
+    "active, main_grad": (Call(has_main_grad=True), Budget(1, 58, 20)),
+    "active, weight_sum": (Call(has_weight_sum=True), Budget(1, 58, 20)),
 }
 
 
@@ -59,7 +59,7 @@ def test_syncs_and_launches_stay_within_their_budget(path: str) -> None:
     assert_within(count(call), budget)
 
 
-@pytest.mark.parametrize(("num_rows", "num_columns"), [(1, 1), (1000, 50257), (65536, 32000), (65536, 262144)])
+@pytest.mark.parametrize(("num_rows", "num_columns"), [(1, 64), (1000, 50257), (65536, 32000), (65536, 262144)])
 def test_syncs_do_not_grow_with_the_sizes(num_rows: int, num_columns: int) -> None:
     assert count(Call(num_rows=num_rows, num_columns=num_columns)).count("sync") == 1
 
@@ -73,12 +73,11 @@ def test_what_is_added_is_found(path: str, fault: str) -> None:
     def planted(body: Callable) -> Callable:
         def run(operands: ops.Operands, *others: object) -> object:
             if fault == "sync":
-                int(operands.labels_R.sum())
+                int(operands.labels_R[0])
             elif fault == "launch":
-                for _ in range(6):
-                    operands.labels_R.neg()
+                operands.labels_R.neg()
             else:
-                operands.labels_R.add(torch.ones(call.num_rows, dtype=torch.int64).to(operands.labels_R.device))
+                torch.ones(call.num_rows, dtype=torch.int64, device="cpu").to(operands.labels_R.device)
             return body(operands, *others)
 
         return run
@@ -102,9 +101,9 @@ def replaced_body(wrap: Callable) -> "mock._patch_dict":
 def test_bytes_beside_the_products() -> None:
     """The active plan with everything handed over, as the trainer calls it: 9.5 GB before there was one set."""
     trainer = count(Call(has_weight_sum=True, has_main_grad=True))
-    assert trainer.num_bytes(is_product=False) < 2.4e9
-    assert count(Call(has_weight_sum=True)).num_bytes(is_product=False) < 3.2e9
-    assert count(Call()).num_bytes(is_product=False) < 4.2e9
+    assert trainer.num_bytes(is_product=False) < 2.5e9
+    assert count(Call(has_weight_sum=True)).num_bytes(is_product=False) < 3.1e9
+    assert count(Call()).num_bytes(is_product=False) < 4.1e9
 
 
 class Counting(NamedTuple):
@@ -116,7 +115,6 @@ class Counting(NamedTuple):
 @pytest.fixture
 def compiled_keys() -> Iterator[Counting]:
     """A driver for a device that is not there, and a compiler that only notes what it is asked for."""
-    triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
@@ -136,13 +134,8 @@ def compiled_keys() -> Iterator[Counting]:
     def note(kernel: object, key: str, *_: object) -> None:
         counting.keys.setdefault(kernel.__name__, set()).add(key)
 
-    assert triton
-    driver.set_active(Driver())
-    try:
-        with mock.patch.object(JITFunction, "_do_compile", note):
-            yield counting
-    finally:
-        driver.reset_active()
+    with mock.patch.object(driver, "_active", Driver()), mock.patch.object(JITFunction, "_do_compile", note):
+        yield counting
 
 
 def ask_for_kernel(call: object) -> None:
@@ -156,7 +149,8 @@ def ask_for_kernel(call: object) -> None:
     )
 
 
-RAGGED = [1, 2, 15, 16, 17, 127, 128, 129, 4095, 4096, 4097, 8192, *range(100, 8000, 210)]
+EDGES = [1, 2, 15, 16, 17, 127, 128, 129, 4095, 4096, 4097, 8192]
+RAGGED = [*EDGES, *range(100, 8000, 210)]
 
 
 def run_ragged(sizes: list[int], **options: object) -> None:
@@ -166,22 +160,26 @@ def run_ragged(sizes: list[int], **options: object) -> None:
 
 @pytest.mark.parametrize("backward", ["active", "recompute", "cached"])
 def test_ragged_numbers_of_rows_compile_nothing_anew(compiled_keys: Counting, backward: str) -> None:
+    sizes = RAGGED if backward == "active" else EDGES
     assert len(RAGGED) == 50
     run_ragged([5000], backward=backward)
     first = {name: set(keys) for name, keys in compiled_keys.keys.items()}
     assert len(first) >= 3 and all(first.values())
-    run_ragged(RAGGED, backward=backward)
+    run_ragged(sizes, backward=backward)
     assert {name: len(keys) for name, keys in compiled_keys.keys.items()} == {
         name: len(keys) for name, keys in first.items()
     }
 
 
-def test_a_number_that_is_compiled_for_is_found(compiled_keys: Counting) -> None:
-    """The planted error: the forward kernel specialised on the number of rows, as it was."""
-    from fastpref.kernels.triton_forward import _merge_tiles_kernel
-
-    unspecialized = [parameter for parameter in _merge_tiles_kernel.params if parameter.name == "num_rows"]
-    assert [parameter.do_not_specialize for parameter in unspecialized] == [True]
+@pytest.mark.parametrize("name", ["_linear_logps_fwd_kernel", "_merge_tiles_kernel"])
+def test_a_size_that_is_compiled_for_is_found(compiled_keys: Counting, name: str) -> None:
+    """The planted error: a kernel that is compiled for divisors of the number of rows, as all of them once were."""
+    triton_forward = pytest.importorskip("fastpref.kernels.triton_forward")
+    specialized = triton.jit(getattr(triton_forward, name).fn)
+    with mock.patch.object(triton_forward, name, specialized):
+        run_ragged(EDGES)
+    numbers = {name: len(keys) for name, keys in compiled_keys.keys.items()}
+    assert numbers.pop(name) > max(numbers.values())
 
 
 @pytest.mark.parametrize("what", ["rows", "bounds"])
