@@ -102,9 +102,9 @@ def _compare(tile: Tile, x_RH: Tensor, head: Head, labels_R: Tensor) -> str | No
     for field in FIELDS:
         if not torch.allclose(full.partials[field], wide.partials[field], AGREEMENT, AGREEMENT, equal_nan=True):
             return f"{field} differs from fp64 by {_gap(full.partials[field], wide.partials[field]):.3g}"
-    assert full.mass_V is not None and wide.mass_V is not None
-    if not torch.allclose(full.mass_V.double(), wide.mass_V.double(), rtol=AGREEMENT, atol=0.0):
-        return f"column masses differ from fp64 by {_gap(full.mass_V, wide.mass_V):.3g}"
+    assert full.mass_CV is not None and wide.mass_CV is not None
+    if not torch.allclose(full.mass_CV.double(), wide.mass_CV.double(), rtol=AGREEMENT, atol=0.0):
+        return f"column masses differ from fp64 by {_gap(full.mass_CV, wide.mass_CV):.3g}"
     if full.cache is not None and not _cache_agrees(full, x_RH, wide_head):
         return "cached exponentials differ from fp64"
     for repeat in range(REPEATS):
@@ -112,7 +112,7 @@ def _compare(tile: Tile, x_RH: Tensor, head: Head, labels_R: Tensor) -> str | No
         again = run(extras=extras)
         if not all(_same_bits(again.partials[field], full.partials[field]) for field in again.partials.fields):
             return f"a row's bits differ {'in another run' if extras else 'without masses, statistics and cache'}"
-        if again.mass_V is not None and not _same_bits(again.mass_V, full.mass_V):
+        if again.mass_CV is not None and not _same_bits(again.mass_CV, full.mass_CV):
             return "column masses differ in another run"
     return None
 

@@ -41,7 +41,7 @@ FLAGS = {
     "gradient": ("pointers", "bias", "scale", "softcap", "covered"),
     "cached": ("scale", "places"),
     "merge": TILE_FIELDS,
-    "sum": (),
+    "sum": ("adds",),
 }
 # Sizes of the tensors that are described; only their divisibility by 16 enters the code.
 NUM_ROWS, HIDDEN_SIZE, VOCAB_SIZE = 8192, 4096, 131072
@@ -186,9 +186,10 @@ def describe(variant: Variant) -> KernelCall:
     fields = tuple(field for field in FIELDS if field in LOGP_FIELDS or field in flags)
     parts = TileParts.empty(x, VOCAB_SIZE, fields, tile)
     if variant.kernel == "merge":
-        return merge_call(parts, Partials(fields, new(len(fields), NUM_ROWS, dtype=torch.float64)), tile)
+        merged = Partials(fields, new(len(fields), NUM_ROWS, dtype=torch.float64))
+        return merge_call(parts, labels, merged, VOCAB_SIZE, tile)
     if variant.kernel == "sum":
-        return sum_call(new(num_masses, VOCAB_SIZE), new(VOCAB_SIZE))
+        return sum_call(new(num_masses, VOCAB_SIZE), new(2, VOCAB_SIZE), num_masses // 2, adds="adds" in flags)
     if variant.kernel == "cached":
         places = labels if "places" in flags else None
         return cached_gradient_call(cache, places, 0, labels, scalars, scale, out)
@@ -247,13 +248,15 @@ def compile_all(wanted: Iterable[Variant], processes: int) -> list[CompiledKerne
 def _source(call: KernelCall) -> ASTSource:
     signature, constants, attributes = {}, {}, {}
     constexprs = {parameter.name for parameter in call.kernel.params if parameter.is_constexpr}
+    varying = {parameter.name for parameter in call.kernel.params if parameter.do_not_specialize}
     for place, name in enumerate(call.kernel.arg_names):
         value = call.arguments[name]
-        if name in constexprs or value is None or (isinstance(value, int) and value == 1):
+        is_known = name not in varying and isinstance(value, int)
+        if name in constexprs or value is None or (is_known and value == 1):
             signature[name], constants[name] = "constexpr", value
         else:
             signature[name] = _type_of(value)
-            if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
+            if isinstance(value, Tensor) or (is_known and value % 16 == 0):
                 attributes[(place,)] = [["tt.divisibility", 16]]
     if call.kernel.is_gluon():
         from triton.experimental.gluon._runtime import GluonASTSource

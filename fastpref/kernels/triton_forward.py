@@ -95,7 +95,7 @@ def store_targets(target_ptrs, slices, column_of_label, SLICES: tl.constexpr):
         tl.store(target_ptrs, target, mask=column_of_label >= 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _linear_logps_fwd_kernel(
     x_ref,
     w_ref,
@@ -214,14 +214,16 @@ def _linear_logps_fwd_kernel(
             tl.store(total_ptr + place, tl.sum(total, axis=1), mask=mask_r)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_columns", "num_parts"])
 def _merge_tiles_kernel(
     parts_ptr,
     moment_ptr,
     total_ptr,
     targets_ptr,
+    labels_ptr,
     merged_ptr,
     num_rows,
+    num_columns,
     num_parts,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -231,7 +233,8 @@ def _merge_tiles_kernel(
 ):
     """Merge the vocabulary tiles of BLOCK_R rows into fp64 partials; the order of additions depends on N alone.
 
-    MOMENT and TOTAL are the places of these fields among the partials.
+    MOMENT and TOTAL are the places of these fields among the partials. A target is there only where a tile owns the
+    label; else what its place holds is not read.
     """
     offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_r = offs_r < num_rows
@@ -265,7 +268,9 @@ def _merge_tiles_kernel(
     merged_ptrs = merged_ptr + rows
     tl.store(merged_ptrs, row_max.to(tl.float64), mask=mask_r)
     tl.store(merged_ptrs + num_rows, row_sum, mask=mask_r)
-    targets = tl.load(targets_ptr + rows, mask=mask_r, other=0.0)
+    labels = tl.load(labels_ptr + rows, mask=mask_r, other=-1)
+    is_here = (labels >= 0) & (labels < num_columns)
+    targets = tl.load(targets_ptr + rows, mask=is_here, other=float("nan"))
     tl.store(merged_ptrs + 2 * num_rows, targets.to(tl.float64), mask=mask_r)
     if moment_ptr is not None:
         tl.store(merged_ptrs + MOMENT * num_rows, moment, mask=mask_r)
@@ -273,18 +278,37 @@ def _merge_tiles_kernel(
         tl.store(merged_ptrs + TOTAL * num_rows, total * BLOCK_V, mask=mask_r)
 
 
-@triton.jit
-def _sum_parts_kernel(parts_ptr, sums_ptr, num_parts, num_sums, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Add `parts.sum(dim=0)` of [N, C] to `sums` [C], in an order that depends on N alone."""
-    offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+@triton.jit(do_not_specialize=["num_parts", "num_sums", "parts_per_group"])
+def _sum_parts_kernel(
+    parts_ptr,
+    sums_ptr,
+    num_parts,
+    num_sums,
+    parts_per_group,
+    ADDS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Sum the parts of each group, `parts` [N, C] to `sums` [G, C], in an order that depends on N alone.
+
+    ADDS: to what the sums hold already.
+    """
+    num_blocks = tl.cdiv(num_sums, BLOCK_C)
+    group = tl.program_id(0) // num_blocks
+    first = group * parts_per_group
+    offs_c = tl.program_id(0) % num_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < num_sums
     total = tl.zeros((BLOCK_C,), dtype=tl.float32)
-    for step in range(0, tl.cdiv(num_parts, BLOCK_N)):
+    height = min(parts_per_group, num_parts - first)
+    for step in range(0, tl.cdiv(height, BLOCK_N)):
         offs_n = step * BLOCK_N + tl.arange(0, BLOCK_N)
-        ptrs = parts_ptr + offs_n.to(tl.int64)[:, None] * num_sums + offs_c[None, :]
-        parts = tl.load(ptrs, mask=(offs_n < num_parts)[:, None] & mask_c[None, :], other=0.0)
+        ptrs = parts_ptr + (first + offs_n).to(tl.int64)[:, None] * num_sums + offs_c[None, :]
+        parts = tl.load(ptrs, mask=(offs_n < height)[:, None] & mask_c[None, :], other=0.0)
         total += tl.sum(parts, axis=0)
-    tl.store(sums_ptr + offs_c, tl.load(sums_ptr + offs_c, mask=mask_c, other=0.0) + total, mask=mask_c)
+    sums_ptrs = sums_ptr + group.to(tl.int64) * num_sums + offs_c
+    if ADDS:
+        total += tl.load(sums_ptrs, mask=mask_c, other=0.0)
+    tl.store(sums_ptrs, total, mask=mask_c)
 
 
 class TileParts(NamedTuple):
@@ -293,7 +317,7 @@ class TileParts(NamedTuple):
     Attributes:
         parts_N2R: [N, NUM_PARTS, R].
         extras: by field, [N, R]; "total" divided by BLOCK_V.
-        targets_R: [R], NaN unless a tile writes it.
+        targets_R: [R], written where a tile owns the label.
     """
 
     parts_N2R: Tensor
@@ -307,7 +331,7 @@ class TileParts(NamedTuple):
         return cls(
             x_RH.new_empty(shape[0], NUM_PARTS.value, shape[1], dtype=torch.float32),
             {name: x_RH.new_empty(*shape, dtype=torch.float32) for name in TILE_FIELDS if name in fields},
-            x_RH.new_full(shape[1:], float("nan"), dtype=torch.float32),
+            x_RH.new_empty(shape[1:], dtype=torch.float32),
         )
 
     def arguments(self) -> dict[str, Tensor | None]:
@@ -359,14 +383,16 @@ def forward_call(
     return KernelCall(_linear_logps_fwd_kernel, num_programs, arguments, tile.warps, tile.stages)
 
 
-def merge_call(parts: TileParts, merged: Partials, tile: Tile) -> KernelCall:
+def merge_call(parts: TileParts, labels_R: Tensor, merged: Partials, num_columns: int, tile: Tile) -> KernelCall:
     """Describe the launch that merges what `forward_call` leaves into the fields of `merged` that are made of it."""
     num_parts, _, num_rows = parts.parts_N2R.shape
     assert merged.fields[: len(LOGP_FIELDS)] == LOGP_FIELDS
     arguments = {
         **parts.arguments(),
+        "labels_ptr": labels_R,
         "merged_ptr": merged.values_FR,
         "num_rows": num_rows,
+        "num_columns": num_columns,
         "num_parts": num_parts,
         "BLOCK_N": 64,
         "BLOCK_R": 32,
@@ -376,15 +402,24 @@ def merge_call(parts: TileParts, merged: Partials, tile: Tile) -> KernelCall:
     return KernelCall(_merge_tiles_kernel, triton.cdiv(num_rows, 32), arguments, 4, 2)
 
 
-def sum_call(parts_NC: Tensor, sums_C: Tensor) -> KernelCall:
-    """Describe the launch that adds the parts, fp32 [N, C], to `sums_C`, fp32 [C]."""
+def sum_call(parts_NC: Tensor, sums_GC: Tensor, parts_per_group: int, *, adds: bool) -> KernelCall:
+    """Describe the launch that sums groups of adjacent parts, fp32 [N, C], into fp32 [G, C].
+
+    Args:
+        parts_NC: the parts; the last group may have fewer.
+        sums_GC: written, or with `adds` added to.
+        parts_per_group: parts of a group.
+        adds: whether the sums hold something.
+    """
     num_parts, num_sums = parts_NC.shape
     arguments = {
         "parts_ptr": parts_NC,
-        "sums_ptr": sums_C,
+        "sums_ptr": sums_GC,
         "num_parts": num_parts,
         "num_sums": num_sums,
+        "parts_per_group": parts_per_group,
+        "ADDS": adds,
         "BLOCK_N": 16,
         "BLOCK_C": 128,
     }
-    return KernelCall(_sum_parts_kernel, triton.cdiv(num_sums, 128), arguments, 4, 2)
+    return KernelCall(_sum_parts_kernel, sums_GC.shape[0] * triton.cdiv(num_sums, 128), arguments, 4, 2)

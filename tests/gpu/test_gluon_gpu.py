@@ -36,8 +36,8 @@ def test_rows_have_the_bits_of_the_triton_kernel(case: str) -> None:
         for tile in (GLUON, TRITON)
     )
     assert torch.equal(gluon.partials.values_FR.nan_to_num(7.0), triton.partials.values_FR.nan_to_num(7.0))
-    assert gluon.mass_V is not None and triton.mass_V is not None
-    torch.testing.assert_close(gluon.mass_V, triton.mass_V, rtol=1e-5, atol=0.0)
+    assert gluon.mass_CV is not None and triton.mass_CV is not None
+    torch.testing.assert_close(gluon.mass_CV, triton.mass_CV, rtol=1e-5, atol=0.0)
     if gluon.cache is not None and triton.cache is not None:
         assert torch.equal(gluon.cache.values_RV, triton.cache.values_RV)
 

@@ -39,8 +39,8 @@ def forward(given: Problem, *, extras: bool, tile: Tile = TILE, fields: tuple[st
 def assert_same_bits(first: ForwardRows, second: ForwardRows) -> None:
     for field in set(first.partials.fields) & set(second.partials.fields):
         assert torch.equal(first.partials[field].nan_to_num(7.0), second.partials[field].nan_to_num(7.0)), field
-    if first.mass_V is not None and second.mass_V is not None:
-        assert torch.equal(first.mass_V, second.mass_V)
+    if first.mass_CV is not None and second.mass_CV is not None:
+        assert torch.equal(first.mass_CV, second.mass_CV)
     if first.cache is not None and second.cache is not None:
         assert torch.equal(first.cache.values_RV, second.cache.values_RV)
         assert torch.equal(first.cache.exponents_RN, second.cache.exponents_RN)
@@ -85,7 +85,7 @@ def test_bits_do_not_depend_on_who_is_first(stages: int, emulated: dict[str, Any
 def test_bits_do_not_depend_on_extras(case: str) -> None:
     given = problem(35, 40, 200, torch.bfloat16, **CASES[case])
     plain, full = forward(given, extras=False), forward(given, extras=True)
-    assert plain.mass_V is None and plain.cache is None and full.mass_V is not None
+    assert plain.mass_CV is None and plain.cache is None and full.mass_CV is not None
     assert_same_bits(plain, full)
     assert_same_bits(forward(given, extras=False, fields=(*LOGP_FIELDS, "moment")), full)
 
@@ -100,9 +100,9 @@ def test_formulas_are_those_of_the_triton_kernel(case: str, slices: int) -> None
     tile = dataclasses.replace(TILE, slices=slices)
     gluon = forward(given, extras=True, tile=tile)
     triton = forward(given, extras=True, tile=dataclasses.replace(tile, kernel="triton"))
-    assert gluon.mass_V is not None and triton.mass_V is not None
-    torch.testing.assert_close(gluon.mass_V, triton.mass_V, rtol=1e-5, atol=0.0)
-    assert_same_bits(gluon._replace(mass_V=None), triton)
+    assert gluon.mass_CV is not None and triton.mass_CV is not None
+    torch.testing.assert_close(gluon.mass_CV, triton.mass_CV, rtol=1e-5, atol=0.0)
+    assert_same_bits(gluon._replace(mass_CV=None), triton)
 
 
 def test_passes_on_labels_outside_the_vocabulary() -> None:
@@ -142,7 +142,7 @@ def test_maxima_around_the_limit_of_the_cheap_shift(size: float) -> None:
     given = large(size)
     gluon = forward(given, extras=True)
     triton = forward(given, extras=True, tile=dataclasses.replace(TILE, kernel="triton"))
-    assert_same_bits(gluon._replace(mass_V=None), triton)
+    assert_same_bits(gluon._replace(mass_CV=None), triton)
     logps_R = finish_rows(gluon.partials, torch.float32).token_logps
     wide, narrow = run_torch(given, torch.float64), run_torch(given, torch.float32)
     assert_within_rule(logps_R, narrow["token_logps"], wide["token_logps"])

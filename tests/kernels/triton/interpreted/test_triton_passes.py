@@ -55,7 +55,7 @@ def test_passes_on_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         given = given._replace(head=given.head._replace(weight_VH=given.head.weight_VH[:vocab_size]))
         found = triton_engine.forward_rows(*given[:3], fields=tuple(FIELDS), bound_R=bounds(num_rows), with_cache=True)
         assert found.partials.values_FR.shape == (len(FIELDS), num_rows)
-        assert found.mass_V is not None and torch.equal(found.mass_V, torch.zeros(vocab_size))
+        assert found.mass_CV is not None and torch.equal(found.mass_CV, torch.zeros(1, vocab_size))
         assert (found.partials["max"] == -INF).all() and found.partials["target"].isnan().all()
         out_RV, scalars = torch.empty(num_rows, vocab_size), RowScalars(*[torch.ones(num_rows)] * 3)
         triton_engine.logit_gradient(given.x_RH, given.head, given.labels_R, scalars, out_RV, torch.zeros(num_rows))
@@ -66,7 +66,7 @@ def test_forward_rows_gives_the_same_bits_with_and_without_extras(case: str) -> 
     given = problem(35, 40, 200, **CASES[case])
     plain = triton_engine.forward_rows(*given[:3], fields=LOGP_FIELDS, bound_R=None, with_cache=False)
     full = triton_engine.forward_rows(*given[:3], fields=tuple(FIELDS), bound_R=bounds(35), with_cache=given.can_cache)
-    assert plain.mass_V is None and plain.cache is None
+    assert plain.mass_CV is None and plain.cache is None
     for stats in ((), *((name,) for name in STATISTICS)):
         fields = fields_of(stats)
         few = triton_engine.forward_rows(*given[:3], fields=fields, bound_R=None, with_cache=False).partials
@@ -298,8 +298,8 @@ def test_forward_rows_below_a_bad_bound_stays_finite() -> None:
     found = triton_engine.forward_rows(
         *given[:3], fields=LOGP_FIELDS, bound_R=torch.full((20,), -4000.0), with_cache=False
     )
-    assert found.mass_V is not None and not found.mass_V.isnan().any()
-    assert found.mass_V[5] > 1e30 and found.mass_V[6] == 0
+    assert found.mass_CV is not None and not found.mass_CV.isnan().any()
+    assert found.mass_CV[0, 5] > 1e30 and found.mass_CV[0, 6] == 0
 
 
 def test_passes_address_beyond_32_bits() -> None:
