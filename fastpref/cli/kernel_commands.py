@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +30,7 @@ def info() -> None:
     import torch
 
     from fastpref.kernels import native, triton_engine
+    from fastpref.kernels.engines import HAS_TRITON
 
     table = new_table("Engines of linear_logps", ("engine", "backend", "devices", "status"))
     for column in table.columns:
@@ -39,6 +41,8 @@ def info() -> None:
     table.add_row(
         "Triton", "triton", "NVIDIA, compute capability >= 8.0", triton_engine.unavailable_reason() or "ready"
     )
+    if HAS_TRITON:
+        table.add_row("Gluon, its forward pass", "triton", "NVIDIA, compute capability 9.0", _gluon_status())
     show(table)
 
 
@@ -63,7 +67,10 @@ def inspect(is_all: bool, match: str, processes: int) -> None:
 @click.option("--hidden", "hidden_sizes", type=click.IntRange(min=16), multiple=True, help="Values of H to measure.")
 @click.option("--seconds", type=click.FloatRange(min=0, min_open=True), help="Begin no further H after these.")
 def tune(output: Path, hidden_sizes: tuple[int, ...], seconds: float | None) -> None:
-    """Measure the candidate tiles on this GPU, right results only, and write the table OUTPUT of the fastest."""
+    """Measure the candidate tiles on this GPU, right results only, and write the table OUTPUT of the fastest.
+
+    On compute capability 9.0 the Gluon kernel takes part, after a trial in a process that is killed if it hangs.
+    """
     _require_triton()
     from fastpref.kernels import tuning
 
@@ -96,7 +103,8 @@ def resource_table(rows: Iterable[CompiledKernel]) -> Table:
             variant.kernel,
             variant.architecture,
             variant.dtype,
-            f"{tile.rows}x{tile.columns}x{tile.hidden}/{tile.slices} w{tile.warps} s{tile.stages}",
+            f"{tile.rows}x{tile.columns}x{tile.hidden}/{tile.slices} w{tile.warps} s{tile.stages}"
+            + (" gluon" if tile.kernel == "gluon" else ""),
             "+".join(variant.flags) or "-",
             str(row.registers),
             str(row.spilled_bytes),
@@ -107,6 +115,20 @@ def resource_table(rows: Iterable[CompiledKernel]) -> Table:
             style=style,
         )
     return table
+
+
+def _gluon_status() -> str:
+    """Say whether the Gluon kernel can be had, and what switches it on."""
+    from fastpref.kernels import forward_kernel
+    from fastpref.kernels.tiles import GLUON_KEY, OVERRIDE_VARIABLE, load_table
+
+    reason = forward_kernel.unavailable_reason()
+    if reason is not None:
+        return reason
+    path = os.environ.get(OVERRIDE_VARIABLE)
+    if path and any(tile.kernel == "gluon" for tile in load_table(path).get(GLUON_KEY, ())):
+        return f"named in {path}"
+    return f"off until `fastpref kernels tune` finds it right and fastest, and {OVERRIDE_VARIABLE} names its table"
 
 
 def _require_triton() -> None:

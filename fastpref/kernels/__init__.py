@@ -3,5 +3,6 @@
 from fastpref.kernels.api import linear_logps
 from fastpref.kernels.checks import plan_name
 from fastpref.kernels.outputs import SequenceLogps
+from fastpref.kernels.weight_sum import sum_weight
 
-__all__ = ["SequenceLogps", "linear_logps", "plan_name"]
+__all__ = ["SequenceLogps", "linear_logps", "plan_name", "sum_weight"]

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from fastpref.kernels import checks
+from fastpref.kernels import active, checks
 from fastpref.kernels.engine import Head
 from fastpref.kernels.engines import resolve_backend
 from fastpref.kernels.ops import ForwardOptions, Operands, Settings
 from fastpref.kernels.outputs import STATISTICS, SequenceLogps
 from fastpref.kernels.reference import RowOutputs, reference_rows
-from fastpref.kernels.rows import check_rows, derive_rows, gather_rows, segment_sum
+from fastpref.kernels.rows import check_rows, derive_rows, gather_rows, rows_on_device, segment_sum
 from fastpref.kernels.transforms import score_rows
 from fastpref.kernels.vocab_parallel import shard_start, vocabulary_size
 
@@ -45,6 +45,7 @@ def linear_logps(
     vocab_start: int | None = None,
     sequence_parallel: bool = False,
     main_grad: Tensor | None = None,
+    weight_sum: Tensor | None = None,
     backend: str = "auto",
     backward: str = "auto",
     active_eps: float | None = None,
@@ -66,7 +67,7 @@ def linear_logps(
         cu_seqlens: int32 or int64 [S+1], token bounds of the sequences in flat `hidden`.
         rows: int64 [R], indices into the flat [T] (or S*L) token axis of the tokens to score, grouped by sequence,
             tokens in any order; instead of `cu_seqlens`. Only these tokens are scored; a token may occur twice. On the
-            host, like `cu_rows`, they cost no device sync.
+            host, like `cu_rows`, they cost no device sync; on the device one, and none in a CUDA graph.
         cu_rows: int32 or int64 [S+1], bounds of each sequence's group in `rows`.
         nll_labels: like `labels`: a second mask in the same pass, may cover other tokens. Where both label a token the
             labels must agree.
@@ -81,6 +82,9 @@ def linear_logps(
             describes all T tokens.
         main_grad: [V_local, H] in fp32 (fp64 for fp64 inputs): the backward pass adds the weight's gradient to it in
             place, unrounded, and `weight` gets None (Megatron's gradient accumulation fusion).
+        weight_sum: [H], what `sum_weight(weight)` returns, for "active", whose backward pass otherwise reads all of
+            `weight` once to know it. One computed before the weight was last written to, through `.data` too, gives
+            wrong gradients of `hidden`; `debug` finds out.
         backend: "triton" (GPU), "torch" (tiled, any device; on a CPU with native passes where they are built),
             "reference" (holds the logits); "auto" = "triton" on a GPU that has it, else "torch".
         backward: which logits the backward pass looks at, and where it has them from:
@@ -99,7 +103,7 @@ def linear_logps(
         stats: results of `SequenceLogps` that cost more: any of "token_logps" and the statistics, "entropy", "hits" and
             so on; with "active", also "active_fraction" and "cold_mass". What is not asked for is not computed.
         debug: look at the labels before any work, and raise IndexError for the first that is no id; waits for the
-            device, and for all ranks of `tp_group`.
+            device, and for all ranks of `tp_group`. Also compares `weight_sum` with the weight.
 
     Returns:
         SequenceLogps. A label outside [0, V) other than `ignore_index`, or a token whose two labels disagree, gives NaN
@@ -134,6 +138,7 @@ def linear_logps(
     backend = resolve_backend(backend, hidden)
     checks.check_main_grad(main_grad, hidden, weight, backend)
     plan = checks.resolve_plan(backward, backend, hidden, softcap, active_eps, cache_bytes, stats)
+    checks.check_weight_sum(weight_sum, hidden, backward, plan.name)
     group = checks.check_parallel(hidden, weight, tp_group, vocab_start, sequence_parallel, backend)
     for name, ids in (("labels", labels), ("nll_labels", nll_labels)):
         if ids is not None or name == "labels":
@@ -142,6 +147,7 @@ def linear_logps(
         num_ids = weight.shape[0] if group is None else vocabulary_size(weight, group)
         for name, ids in (("labels", labels), ("nll_labels", nll_labels)):
             checks.check_ids(name, ids, num_ids, ignore_index)
+        checks.check_weight_sum_is_current(weight_sum, weight)
 
     labels_T = labels.reshape(-1)
     nll_labels_T = None if nll_labels is None else nll_labels.reshape(-1)
@@ -152,12 +158,14 @@ def linear_logps(
         rows, cu_rows = derive_rows(labels_T, nll_labels_T, cu_seqlens, ignore_index)
     else:
         rows, cu_rows = check_rows(rows, cu_rows, labels_T.shape[0])
-    index_R = rows.to(labels.device, non_blocking=True)
+    index_R, bounds = rows, cu_rows
+    if rows.device != labels.device or cu_rows.device != labels.device:
+        index_R, bounds = rows_on_device(rows, cu_rows, labels_T).split([rows.shape[0], cu_rows.shape[0]])
     labels_R = labels_T[index_R]
     nll_labels_R = None if nll_labels_T is None else nll_labels_T[index_R]
     targets_R = _row_targets(labels_R, nll_labels_R, ignore_index)
     statistics = tuple(name for name in STATISTICS if name in stats)
-    summary = None
+    activity: dict[str, Tensor] = {}
     if backend == "reference":
         head = Head(weight, bias, logit_scale, softcap)
         outputs = reference_rows(gather_rows(hidden, index_R), head, targets_R, statistics)
@@ -167,27 +175,45 @@ def linear_logps(
             targets_R = targets_R - vocab_start
         elif group_name is not None:
             targets_R = targets_R - shard_start(weight, group_name)
-        operands = Operands(hidden, weight, bias, rows, targets_R)
+        # Which rank owns a row is worked out on the host.
+        given_rows = rows if sequence_parallel and group is not None else index_R
+        operands = Operands(hidden, weight, bias, given_rows, targets_R, weight_sum)
         settings = Settings(logit_scale, softcap, group_name, sequence_parallel, backend)
-        outputs, summary = _fused_rows(operands, settings, main_grad, statistics, plan)
-    return _sum_to_sequences(outputs, labels_R, nll_labels_R, ignore_index, rows, cu_rows, stats, summary)
+        outputs, activity = _fused_rows(operands, settings, main_grad, statistics, plan, stats)
+    results = _sum_to_sequences(outputs, labels_R, nll_labels_R, ignore_index, bounds, "token_logps" in stats)
+    return SequenceLogps(rows=rows, cu_rows=cu_rows, **results, **activity)
 
 
 def _fused_rows(
     operands: Operands,
     settings: Settings,
     main_grad: Tensor | None,
-    stats: tuple[str, ...],
+    statistics: tuple[str, ...],
     plan: checks.BackwardPlan,
-) -> tuple[RowOutputs, Tensor | None]:
-    """Score rows by the fused operator; also what it leaves out, where a gradient can be asked for."""
+    stats: Sequence[str],
+) -> tuple[RowOutputs, dict[str, Tensor]]:
+    """Score rows by the fused operator; also what it leaves out, where asked and where a gradient can follow.
+
+    Args:
+        operands: see `ops`.
+        settings: see `ops`.
+        main_grad: see `ops.ForwardOptions`.
+        statistics: those that the operator computes.
+        plan: of the backward pass.
+        stats: everything that was asked for.
+    """
     inputs = [tensor for tensor in (operands.hidden, operands.weight, operands.bias) if tensor is not None]
     needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     name = plan.name if needs_gradient else "none"
-    options = ForwardOptions(main_grad, stats, name, plan.active_eps, plan.cache_bytes)
+    options = ForwardOptions(main_grad, statistics, name, plan.active_eps, plan.cache_bytes)
     saved, report = score_rows(operands, settings, options)
-    statistics = dict(zip(stats, report.statistics_KR.unbind(), strict=True))
-    return RowOutputs(saved.token_logps_R, statistics), report.summary_2 if needs_gradient else None
+    outputs = RowOutputs(saved.token_logps_R, dict(zip(statistics, report.statistics_KR.unbind(), strict=True)))
+    asked = [stat for stat in checks.ACTIVITY_STATS if stat in stats]
+    if not needs_gradient or not asked:
+        return outputs, {}
+    sizes = operands.labels_R.shape[0], operands.weight.shape[0]
+    found = active.summary(saved.num_active.detach(), report.cold_mass.detach(), *sizes)
+    return outputs, {stat: found[stat] for stat in asked}
 
 
 def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -214,32 +240,28 @@ def _sum_to_sequences(
     labels_R: Tensor,
     nll_labels_R: Tensor | None,
     ignore_index: int,
-    rows: Tensor,
-    cu_rows: Tensor,
-    stats: Sequence[str],
-    summary_2: Tensor | None,
-) -> SequenceLogps:
-    """Mask rows and sum them; selection, never multiplication, so that a masked NaN stays out."""
-    bounds = cu_rows.to(labels_R.device, non_blocking=True)
-    is_labelled_R = labels_R != ignore_index
+    bounds: Tensor,
+    keeps_tokens: bool,
+) -> dict[str, Tensor]:
+    """Mask rows and sum them; selection, never multiplication, so that a masked NaN stays out.
 
-    def masked_sum(values_R: Tensor, mask_R: Tensor) -> Tensor:
-        return segment_sum(torch.where(mask_R, values_R, 0.0), bounds)
+    Returns:
+        Attributes of `SequenceLogps`; `bounds` are its `cu_rows` on the device.
+    """
 
-    nll = nll_counts = None
+    def masked_sum(values_R: Tensor, is_masked_R: Tensor) -> Tensor:
+        return segment_sum(values_R.masked_fill(is_masked_R, 0.0), bounds)
+
+    is_ignored_R = labels_R == ignore_index
+    results = {
+        "logps": masked_sum(outputs.token_logps, is_ignored_R),
+        "counts": segment_sum((~is_ignored_R).double(), bounds).long(),
+    }
+    results |= {name: masked_sum(values_R.detach(), is_ignored_R) for name, values_R in outputs.statistics.items()}
+    if keeps_tokens:
+        results["token_logps"] = outputs.token_logps.masked_fill(is_ignored_R, 0.0)
     if nll_labels_R is not None:
-        is_nll_R = nll_labels_R != ignore_index
-        nll = masked_sum(-outputs.token_logps, is_nll_R)
-        nll_counts = segment_sum(is_nll_R.double(), bounds).long()
-    return SequenceLogps(
-        logps=masked_sum(outputs.token_logps, is_labelled_R),
-        counts=segment_sum(is_labelled_R.double(), bounds).long(),
-        rows=rows,
-        cu_rows=cu_rows,
-        token_logps=torch.where(is_labelled_R, outputs.token_logps, 0.0) if "token_logps" in stats else None,
-        nll=nll,
-        nll_counts=nll_counts,
-        active_fraction=summary_2[0].detach() if summary_2 is not None and "active_fraction" in stats else None,
-        cold_mass=summary_2[1].detach() if summary_2 is not None and "cold_mass" in stats else None,
-        **{name: masked_sum(values_R.detach(), is_labelled_R) for name, values_R in outputs.statistics.items()},
-    )
+        is_without_R = nll_labels_R == ignore_index
+        results["nll"] = masked_sum(-outputs.token_logps, is_without_R)
+        results["nll_counts"] = segment_sum((~is_without_R).double(), bounds).long()
+    return results

@@ -268,6 +268,48 @@ def check_main_grad(main_grad: Tensor | None, hidden: Tensor, weight: Tensor, ba
         raise ValueError("main_grad takes the gradient of weight, which has requires_grad=False; leave it out")
 
 
+def check_weight_sum(weight_sum: Tensor | None, hidden: Tensor, backward: str, plan: str) -> None:
+    """Check the sum over the rows of the weight.
+
+    Raises:
+        TypeError: no tensor.
+        ValueError: a plan that does not use it, or shape, dtype or device that do not fit.
+    """
+    if weight_sum is None:
+        return
+    _require_tensor("weight_sum", weight_sum)
+    if plan != "active":
+        raise ValueError(
+            f"weight_sum is used by backward='active' only, got backward={backward!r} with {hidden.dtype}, which is "
+            f"{plan!r}; leave it out"
+        )
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    if weight_sum.dtype != dtype or weight_sum.shape != hidden.shape[-1:] or weight_sum.requires_grad:
+        raise ValueError(
+            f"weight_sum must be {dtype} [{hidden.shape[-1]}] without grad, got {tuple(weight_sum.shape)} in "
+            f"{weight_sum.dtype}; pass what sum_weight(weight) returns"
+        )
+    _require_device("weight_sum", weight_sum, hidden)
+
+
+def check_weight_sum_is_current(weight_sum: Tensor | None, weight: Tensor) -> None:
+    """Compare a sum with the weight it is to be of; waits for the device.
+
+    Raises:
+        ValueError: it is that of other numbers.
+    """
+    if weight_sum is None:
+        return
+    exact_H, size_H = weight.double().sum(dim=0), weight.double().abs().sum(dim=0)
+    # A sum in the accumulation dtype, in whatever order, is within a few roundings of the terms' sizes.
+    is_off_H = ~((weight_sum - exact_H).abs() <= 16 * torch.finfo(weight_sum.dtype).eps * size_H)
+    if is_off_H.logical_and_(exact_H.isfinite()).any():
+        raise ValueError(
+            "weight_sum is not the sum of this weight's rows; the weight was written to since, or is another one: "
+            "compute it anew by sum_weight(weight)"
+        )
+
+
 def check_labels(name: str, labels: Tensor | None, hidden: Tensor, num_slices: int) -> None:
     """Check one label tensor against the token axes of `hidden`, which is one of `num_slices` equal slices.
 

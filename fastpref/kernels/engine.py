@@ -4,7 +4,7 @@ An engine is a module with these functions, for one kind of device: `torch_tiles
 `native` (C++, CPU; keeps no cache), `triton_engine` (GPU). What to compute, in which order and what to keep is decided
 above them, in `ops` and `plans`; engines know neither sequences nor process groups nor plans.
 
-Dims: `R` rows, `H` hidden, `V` vocabulary, `N` groups of columns; lower case `r`, `v`: a block.
+Dims: `R` rows, `C` chunks of rows, `H` hidden, `V` vocabulary, `N` groups of columns; lower case `r`, `v`: a block.
 """
 
 from __future__ import annotations
@@ -15,6 +15,10 @@ import torch
 from torch import Tensor
 
 from fastpref.kernels.outputs import Partials
+
+# Rows whose column masses are summed apart. The mass of a row's chunk tells whether a column may matter to that row; a
+# sum over ever more rows would say so of ever more columns. A multiple of the rows of every tile.
+CHUNK_ROWS = 4096
 
 
 class Head(NamedTuple):
@@ -52,19 +56,19 @@ class ForwardRows(NamedTuple):
 
     Attributes:
         partials: the fields that were asked for, fp64.
-        mass_V: fp32 [V], each column's `sum over rows of exp(z - bound)`; None where no bound was given.
+        mass_CV: fp32 [C, V], each column's `sum over a chunk's rows of exp(z - bound)`; None where no bound was given.
         cache: None where it was not asked for.
     """
 
     partials: Partials
-    mass_V: Tensor | None
+    mass_CV: Tensor | None
     cache: ExponentCache | None
 
 
 class RowScalars(NamedTuple):
     """Per-row numbers of a backward pass, each [r] in the accumulation dtype.
 
-    The softmax of a row is `exp(z - row_max) / row_sum`. A dead row has coefficient 0, row_max +inf and row_sum 1.
+    The softmax of a row is `exp(z - row_max) / row_sum`. A dead row has coefficient 0 and any other scalars, NaN too.
     """
 
     coefficients: Tensor
@@ -119,7 +123,8 @@ class Engine(Protocol):
             labels_r: int64 [r], column of the label in this block; outside [0, v) means "not here".
             rows: their scalars.
             out_rv: [r, v] contiguous, operands' dtype; overwritten.
-            covered_r: accumulation dtype [r], the block's softmax mass is added to it; None = not wanted.
+            covered_r: accumulation dtype [r], the block's softmax mass is added to it, 0 for dead rows; None = not
+                wanted.
         """
 
     def cached_logit_gradient(
@@ -143,6 +148,11 @@ class Engine(Protocol):
             rows: scalars of the block's rows.
             out_rv: [r, v] contiguous, operands' dtype; overwritten.
         """
+
+
+def row_chunks(num_rows: int) -> list[slice]:
+    """Cut rows into chunks of `CHUNK_ROWS`; no rows are one chunk without rows."""
+    return [slice(top, min(top + CHUNK_ROWS, num_rows)) for top in range(0, max(num_rows, 1), CHUNK_ROWS)]
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

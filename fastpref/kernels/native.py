@@ -11,7 +11,7 @@
 
 `FASTPREF_NATIVE` in the environment chooses the build: unset or 1 the best for this CPU, 0 none, or its name.
 
-Dims: `R` rows, `H` hidden, `V` vocabulary, `F` fields of a part; lower case `r`, `v`: a block.
+Dims: `R` rows, `C` chunks of rows, `H` hidden, `V` vocabulary, `F` fields of a part; lower case `r`, `v`: a block.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from fastpref.errors import ConfigError
-from fastpref.kernels.engine import ForwardRows, Head, RowScalars
+from fastpref.kernels.engine import ForwardRows, Head, RowScalars, row_chunks
 from fastpref.kernels.outputs import FIELDS, Partials
 
 LIBRARY = Path(__file__).with_name("libfastpref_cpu.so")
@@ -124,18 +124,33 @@ def forward_rows(
     assert not with_cache, "the native engine keeps no exponentials"
     num_rows, num_columns = x_RH.shape[0], head.weight_VH.shape[0]
     partials = Partials(fields, torch.empty(len(fields), num_rows, dtype=torch.float64, device="cpu"))
-    mass_V = None if bound_R is None else torch.empty(num_columns, dtype=torch.float32, device="cpu")
+    if bound_R is None:
+        _forward(x_RH, head, labels_R, partials, None, None)
+        return ForwardRows(partials, None, None)
+    _pointer("bound", bound_R, torch.float32, (num_rows,))
+    chunks = row_chunks(num_rows)
+    mass_CV = torch.empty(len(chunks), num_columns, dtype=torch.float32, device="cpu")
+    for chunk, mass_V in zip(chunks, mass_CV, strict=True):
+        part = Partials(fields, partials.values_FR[:, chunk])
+        _forward(x_RH[chunk], head, labels_R[chunk], part, bound_R[chunk], mass_V)
+    return ForwardRows(partials, mass_CV, None)
+
+
+def _forward(
+    x_RH: Tensor, head: Head, labels_R: Tensor, out: Partials, bound_R: Tensor | None, mass_V: Tensor | None
+) -> None:
+    """Fill the partials of rows, and their column masses where there is a bound."""
+    num_rows, num_columns = x_RH.shape[0], head.weight_VH.shape[0]
     product, keep = _product(x_RH, head, labels_R)
     args = _ForwardArgs(
         product=product,
         bound=None if bound_R is None else _pointer("bound", bound_R, torch.float32, (num_rows,)),
-        **{field: _pointer(field, partials[field], torch.float64, (num_rows,)) for field in fields},
+        **{field: _pointer(field, out[field], torch.float64, (num_rows,)) for field in out.fields},
         mass=None if mass_V is None else _pointer("mass", mass_V, torch.float32, (num_columns,)),
         num_threads=torch.get_num_threads(),
     )
     _call("fastpref_forward_rows", args)
     del keep
-    return ForwardRows(partials, mass_V, None)
 
 
 def logit_gradient(

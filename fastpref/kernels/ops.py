@@ -7,7 +7,7 @@
 - Operators take and return flat tuples. The named tuples here are the one list of what is in them: schemas are made
   from them, and everybody but the dispatcher sees names.
 
-Dims: `R` rows, `H` hidden, `V` vocabulary, `C` chunks of rows, `N` groups of columns, `K` statistics.
+Dims: `R` rows, `H` hidden, `V` vocabulary, `N` groups of columns, `K` statistics.
 """
 
 from __future__ import annotations
@@ -36,8 +36,10 @@ class Operands(NamedTuple):
         hidden: [T, H] or [S, L, H]; this rank's slice with `sequence_parallel`.
         weight: [V_local, H].
         bias: [V_local] or None.
-        rows: int64 [R] indices into the flat token axis, on the host or the device.
+        rows: int64 [R] indices into the flat token axis, on the device; with `sequence_parallel` better on the host.
         labels_R: int64 [R] ids relative to the first row of `weight`; outside of it on every rank = NaN.
+        weight_sum: [H] in the accumulation dtype, the sum over the rows of `weight`, for "active"; None computes it
+            where it is needed.
     """
 
     hidden: Tensor
@@ -45,6 +47,7 @@ class Operands(NamedTuple):
     bias: Tensor | None
     rows: Tensor
     labels_R: Tensor
+    weight_sum: Tensor | None
 
 
 class Settings(NamedTuple):
@@ -84,13 +87,14 @@ class ForwardOptions(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """Results that the backward pass needs; the last four are [0] where the plan has none.
+    """Results that the backward pass needs; the last five are [0] where the plan has none.
 
     Attributes:
         token_logps_R: [R], the one that has a gradient.
         row_max_R: [R], like `row_sum_R` as in `partials.RowResults`.
         row_sum_R: [R].
-        is_active_CV: bool [C, V_local], the active columns.
+        is_active_V: bool [V_local], the active columns.
+        num_active: int64 [1], their number.
         shard_share_R: [R], the shard's share of each row's softmax.
         cache_RV: bf16 [R, V_local], the cache's values.
         cache_exponents_RN: int32 [R, N].
@@ -99,7 +103,8 @@ class Saved(NamedTuple):
     token_logps_R: Tensor
     row_max_R: Tensor
     row_sum_R: Tensor
-    is_active_CV: Tensor
+    is_active_V: Tensor
+    num_active: Tensor
     shard_share_R: Tensor
     cache_RV: Tensor
     cache_exponents_RN: Tensor
@@ -110,11 +115,11 @@ class Report(NamedTuple):
 
     Attributes:
         statistics_KR: [K, R], in the order of `ForwardOptions.stats`.
-        summary_2: fp64 [2], `Activity.summary`; [0] where the plan has none.
+        cold_mass: fp64 [], as in `Activity`; [0] where the plan has none.
     """
 
     statistics_KR: Tensor
-    summary_2: Tensor
+    cold_mass: Tensor
 
 
 class Upstream(NamedTuple):
@@ -214,11 +219,12 @@ def _score(operands: Operands, settings: Settings, options: ForwardOptions) -> t
     dtype, fields = accumulation_dtype(hidden.dtype), fields_of(options.stats)
     keeps = caches(plan, x_RH.shape[0], head, options.cache_bytes)
     engine = engine_for(settings.backend, weight, with_cache=keeps)
-    is_active_CV, summary_2 = hidden.new_empty(0, dtype=torch.bool), hidden.new_empty(0, dtype=torch.float64)
+    is_active_V, num_active = hidden.new_empty(0, dtype=torch.bool), hidden.new_empty(0, dtype=torch.int64)
+    cold_mass = hidden.new_empty(0, dtype=torch.float64)
     cache_RV = hidden.new_empty(0, 0, dtype=torch.bfloat16)
     cache_exponents_RN = hidden.new_empty(0, 0, dtype=torch.int32)
     if plan == "active":
-        local, (is_active_CV, summary_2) = forward_with_activity(
+        local, (is_active_V, num_active, cold_mass) = forward_with_activity(
             engine, x_RH, head, operands.labels_R, fields=fields, active_eps=options.active_eps, group=group
         )
     else:
@@ -235,19 +241,19 @@ def _score(operands: Operands, settings: Settings, options: ForwardOptions) -> t
         token_logps_R=results.token_logps,
         row_max_R=results.row_max,
         row_sum_R=results.row_sum,
-        is_active_CV=is_active_CV,
+        is_active_V=is_active_V,
+        num_active=num_active,
         shard_share_R=shard_share_R,
         cache_RV=cache_RV,
         cache_exponents_RN=cache_exponents_RN,
     )
-    return (*saved, *Report(results.statistics, summary_2))
+    return (*saved, *Report(results.statistics, cold_mass))
 
 
 def _fake_score(operands: Operands, settings: Settings, options: ForwardOptions) -> tuple[Tensor, ...]:
     hidden, num_rows, num_columns = operands.hidden, operands.rows.shape[0], operands.weight.shape[0]
     row = hidden.new_empty(num_rows, dtype=accumulation_dtype(hidden.dtype))
     is_active = options.plan == "active"
-    mask_shape = (torch.library.get_ctx().new_dynamic_size(), num_columns) if is_active else (0,)
     cached: list[Any] = [0, 0, 0]
     if options.plan in ("cached", "exact") and options.cache_bytes:
         cached = [torch.library.get_ctx().new_dynamic_size() for _ in range(3)]
@@ -255,32 +261,37 @@ def _fake_score(operands: Operands, settings: Settings, options: ForwardOptions)
         token_logps_R=row,
         row_max_R=row.clone(),
         row_sum_R=row.clone(),
-        is_active_CV=hidden.new_empty(mask_shape, dtype=torch.bool),
+        is_active_V=hidden.new_empty(num_columns if is_active else 0, dtype=torch.bool),
+        num_active=hidden.new_empty(1 if is_active else 0, dtype=torch.int64),
         shard_share_R=row.clone() if is_active and settings.group_name is not None else row.new_empty(0),
         cache_RV=hidden.new_empty(cached[0], cached[1], dtype=torch.bfloat16),
         cache_exponents_RN=hidden.new_empty(cached[0], cached[2], dtype=torch.int32),
     )
-    summary_2 = hidden.new_empty(2 if is_active else 0, dtype=torch.float64)
-    return (*saved, *Report(row.new_empty(len(options.stats), num_rows), summary_2))
+    cold_mass = hidden.new_empty(() if is_active else (0,), dtype=torch.float64)
+    return (*saved, *Report(row.new_empty(len(options.stats), num_rows), cold_mass))
 
 
 def _differentiate(
     upstream: Upstream, wanted: Wanted, saved: Saved, operands: Operands, settings: Settings, buffer: Buffer = NO_BUFFER
 ) -> Gradients:
     """Differentiate the log-probabilities in `hidden`, `weight` and `bias`."""
-    hidden, row_max_R, row_sum_R = operands.hidden, saved.row_max_R, saved.row_sum_R
+    hidden, row_sum_R = operands.hidden, saved.row_sum_R
     access = row_access(operands.rows, hidden, group_by_name(settings.group_name), settings.sequence_parallel)
     x_RH = access.gather(hidden)
     # In a sane row only a label that no rank owns can be NaN: that token has no gradient. Other NaNs keep theirs.
-    is_unowned_R = saved.token_logps_R.isnan() & row_max_R.isfinite() & (row_sum_R > 0)
-    coefficients_R = torch.where(is_unowned_R, 0.0, upstream.d_token_logps_R)
-    live = live_rows(x_RH, operands.labels_R, RowScalars(coefficients_R, row_max_R, row_sum_R))
+    # The sum of a row with any infinity or NaN is NaN, that of a row of nothing but -inf is 0.
+    is_unowned_R = saved.token_logps_R.isnan().logical_and_(row_sum_R > 0)
+    coefficients_R = upstream.d_token_logps_R.masked_fill(is_unowned_R, 0.0)
+    live = live_rows(x_RH, operands.labels_R, RowScalars(coefficients_R, saved.row_max_R, row_sum_R))
     cache, is_cached = None, saved.cache_RV.numel() > 0
     engine = engine_for(settings.backend, operands.weight, with_cache=is_cached)
     if is_cached:
         cache = ExponentCache(saved.cache_RV, saved.cache_exponents_RN, engine.cache_columns(x_RH.device))
+    has_choice = saved.num_active.numel() > 0
     kept = Kept(
-        saved.is_active_CV if saved.is_active_CV.dim() == 2 else None,
+        saved.is_active_V if has_choice else None,
+        saved.num_active if has_choice else None,
+        operands.weight_sum,
         saved.shard_share_R if saved.shard_share_R.numel() else None,
         cache,
     )

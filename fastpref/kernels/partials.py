@@ -64,13 +64,16 @@ def finish_rows(merged: Partials, dtype: torch.dtype, stats: Sequence[str] = ())
 
     A label that no part holds gives logp NaN and hit 0.
     """
-    shift_R = finite_shift(merged["max"])
-    statistics_KR = torch.empty(len(stats), shift_R.shape[0], dtype=dtype, device=shift_R.device)
+    max_R, sum_R = merged["max"], merged["sum"]
+    statistics_KR = torch.empty(len(stats), max_R.shape[0], dtype=dtype, device=max_R.device)
     for place, name in enumerate(stats):
         statistics_KR[place] = STATISTICS[name].finish(merged)
+    # A row of nothing but -inf gives NaN whatever is subtracted; rounded as the last difference is written.
+    token_logps_R = torch.sub(merged["target"] - max_R, sum_R.log(), out=torch.empty_like(max_R, dtype=dtype))
+    row_max_R = max_R.to(dtype, copy=True).nan_to_num_(nan=float("nan"), posinf=float("inf"), neginf=0.0)
     return RowResults(
-        token_logps=((merged["target"] - shift_R) - merged["sum"].log()).to(dtype),
-        row_max=shift_R.to(dtype),
-        row_sum=merged["sum"].to(dtype, copy=True),
+        token_logps=token_logps_R,
+        row_max=row_max_R,
+        row_sum=sum_R.to(dtype, copy=True),
         statistics=statistics_KR,
     )

@@ -8,7 +8,7 @@
 The gradient of the rows is complete before the last product for the weight begins, so that its reduction over ranks
 hides under it.
 
-Dims: `R` rows, `H` hidden, `V` vocabulary, `C` chunks of rows; lower case `r`, `v`: a tile of rows, a block of columns.
+Dims: `R` rows, `H` hidden, `V` vocabulary; lower case `r`, `v`: a tile of rows, a block of columns.
 """
 
 from __future__ import annotations
@@ -19,23 +19,28 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastpref.kernels.active import is_too_flat
-from fastpref.kernels.engine import Engine, ExponentCache, Head, RowScalars, accumulation_dtype, operand_dtype
-from fastpref.kernels.schedule import Block, LiveRows, Part, chunks, schedule
+from fastpref.kernels.active import FLAT_SHARE
+from fastpref.kernels.engine import Engine, ExponentCache, Head, RowScalars, accumulation_dtype
+from fastpref.kernels.schedule import Columns, LiveRows, all_columns, selected_columns
 from fastpref.kernels.torch_tiles import product, tile_shape
 from fastpref.kernels.weight_grad import WeightGradient
+from fastpref.kernels.weight_sum import sum_weight
 
 
 class Kept(NamedTuple):
     """What a forward pass keeps for its backward pass; all None: `recompute`.
 
     Attributes:
-        is_active_CV: bool [C, V], the active columns of each chunk of rows.
+        is_active_V: bool [V], the active columns.
+        num_active: int64 [1], their number.
+        weight_sum_H: [H] in the accumulation dtype, the sum over all rows of the weight; None = to be computed.
         shard_share_R: [R], the part of each row's softmax that this shard holds; None without shards.
         cache: exponentials of all rows and columns.
     """
 
-    is_active_CV: Tensor | None = None
+    is_active_V: Tensor | None = None
+    num_active: Tensor | None = None
+    weight_sum_H: Tensor | None = None
     shard_share_R: Tensor | None = None
     cache: ExponentCache | None = None
 
@@ -93,32 +98,19 @@ def _operand_unit(coefficients_R: Tensor, operand: torch.dtype) -> Tensor | None
     return torch.where(largest > 0, largest, 1.0).log2().ceil().exp2()
 
 
-def _cold_means(weight_VH: Tensor, is_active_CV: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the mean of each chunk's cold rows of the weight, [C, H] in `dtype`; 0 where there is none."""
-    is_cold_CV, operand = ~is_active_CV, operand_dtype(weight_VH)
-    sums_CH = weight_VH.new_zeros(is_cold_CV.shape[0], weight_VH.shape[1], dtype=dtype)
-    width = tile_shape(weight_VH.device).columns * 8
-    for start in range(0, weight_VH.shape[0], width):
-        columns = slice(start, start + width)
-        product(is_cold_CV[:, columns].to(operand), weight_VH[columns].to(operand), sums_CH, accumulate=True)
-    return sums_CH / is_cold_CV.sum(dim=1, keepdim=True).clamp(min=1)
-
-
 class _Step(NamedTuple):
     """One tile of the gradient of the logits, and where it belongs.
 
     Attributes:
-        block: its columns, of which `part` picks some.
-        part: chunk of rows and picked columns.
+        block: its columns, among those that are visited.
         tile: its live rows.
-        weight_vH: the picked columns' weights in the operands' dtype.
+        weight_vH: the columns' weights in the operands' dtype.
         d_z_rv: gradient of `x @ weight.T + bias` in the operands' dtype; valid until the next step.
         opens: the block's first step.
         closes: the block's last step.
     """
 
-    block: Block
-    part: Part
+    block: slice
     tile: slice
     weight_vH: Tensor
     d_z_rv: Tensor
@@ -130,75 +122,90 @@ class _Backward:
     """One backward pass in progress: what its steps share."""
 
     def __init__(self, engine: Engine, rows: LiveRows, head: Head, kept: Kept, needs_rows: bool) -> None:
-        weight_VH, coefficients_R = head.weight_VH, rows.scalars.coefficients
+        coefficients_R = rows.scalars.coefficients
         self.engine, self.rows, self.head, self.kept = engine, rows, head, kept
-        self.dtype = accumulation_dtype(weight_VH.dtype)
-        self.is_active_CV = kept.is_active_CV
-        if self.is_active_CV is not None and is_too_flat(self.is_active_CV):
-            self.is_active_CV = None
-        shape = tile_shape(weight_VH.device)
-        self.height, self.width = shape.bwd_rows, shape.columns
+        self.dtype = accumulation_dtype(head.weight_VH.dtype)
+        self.columns = _choose_columns(rows, head, kept)
+        shape, num_live = tile_shape(head.weight_VH.device), rows.x_RH.shape[0]
+        self.height, width = shape.backward(num_live, rows.x_RH.element_size())
         if kept.cache is not None:
             group = kept.cache.columns_per_group
-            self.width = max(self.width // group, 1) * group
-        self.work, self.is_active_CV = schedule(weight_VH.shape[0], self.width, rows, self.is_active_CV, shape.multiple)
+            width = max(width // group, 1) * group
+        self.width = min(width, max(self.columns.count, 1))
+        self.blocks = self.columns.blocks(width, shape.multiple) if num_live else []
         self.unit = _operand_unit(coefficients_R, rows.x_RH.dtype)
         self.scalars = rows.scalars
         if self.unit is not None:
             self.scalars = rows.scalars._replace(coefficients=coefficients_R / self.unit)
-        self.covered_R = None if self.is_active_CV is None or not needs_rows else torch.zeros_like(coefficients_R)
+        # Where columns are left out: the mass of those that are visited, by row, and the sum of their weights.
+        self.covered_R = self.visited_sum_H = None
+        if needs_rows and self.columns.ids_A is not None:
+            self.covered_R = torch.zeros_like(coefficients_R)
 
     def steps(self) -> Iterator[_Step]:
         """Compute the gradient of the logits, tile by tile."""
-        x_RH, operand = self.rows.x_RH, self.rows.x_RH.dtype
-        buffer = x_RH.new_empty(min(self.height, x_RH.shape[0]) * min(self.width, self.head.weight_VH.shape[0]))
-        for block, parts in self.work:
-            weight_vH = block.take(self.head.weight_VH, operand)
-            bias_v = None if self.head.bias_V is None else block.take(self.head.bias_V, operand)
-            for part in parts:
-                head = self.head._replace(
-                    weight_VH=part.pick(weight_vH), bias_V=None if bias_v is None else part.pick(bias_v)
-                )
-                labels_R = part.place(block.place(self.rows.labels_R), block.width)
-                for top in range(part.rows.start, part.rows.stop, self.height):
-                    tile = slice(top, min(top + self.height, part.rows.stop))
-                    d_z_rv = buffer[: (tile.stop - top) * head.weight_VH.shape[0]].view(tile.stop - top, -1)
-                    self._logit_gradient(block, tile, head, labels_R[tile], d_z_rv)
-                    opens = part is parts[0] and top == part.rows.start
-                    closes = part is parts[-1] and tile.stop == part.rows.stop
-                    yield _Step(block, part, tile, head.weight_VH, d_z_rv, opens, closes)
+        x_RH, operand, columns = self.rows.x_RH, self.rows.x_RH.dtype, self.columns
+        num_live = x_RH.shape[0]
+        buffer = x_RH.new_empty(min(self.height, num_live) * self.width)
+        for block in self.blocks:
+            weight_vH = columns.take(self.head.weight_VH, block, operand)
+            bias_v = None if self.head.bias_V is None else columns.take(self.head.bias_V, block, operand)
+            head = self.head._replace(weight_VH=weight_vH, bias_V=bias_v)
+            if self.covered_R is not None:
+                sum_H = weight_vH.sum(dim=0, dtype=self.dtype)
+                self.visited_sum_H = sum_H if self.visited_sum_H is None else self.visited_sum_H + sum_H
+            labels_R = columns.labels_R - block.start if block.start else columns.labels_R
+            for top in range(0, num_live, self.height):
+                tile = slice(top, min(top + self.height, num_live))
+                d_z_rv = buffer[: (tile.stop - top) * weight_vH.shape[0]].view(tile.stop - top, -1)
+                self._logit_gradient(block, tile, head, labels_R[tile], d_z_rv)
+                yield _Step(block, tile, weight_vH, d_z_rv, top == 0, tile.stop == num_live)
 
-    def _logit_gradient(self, block: Block, tile: slice, head: Head, labels_r: Tensor, out_rv: Tensor) -> None:
+    def _logit_gradient(self, block: slice, tile: slice, head: Head, labels_r: Tensor, out_rv: Tensor) -> None:
         scalars = RowScalars(*(values_R[tile] for values_R in self.scalars))
         if self.kept.cache is None:
             covered_r = None if self.covered_R is None else self.covered_R[tile]
             self.engine.logit_gradient(self.rows.x_RH[tile], head, labels_r, scalars, out_rv, covered_r)
             return
-        assert isinstance(block.columns, slice), "a selection of columns is never cached"
+        assert self.columns.ids_A is None, "a selection of columns is never cached"
         places = tile if self.rows.places is None else self.rows.places[tile]
-        self.engine.cached_logit_gradient(
-            self.kept.cache, places, block.columns, head.logit_scale, labels_r, scalars, out_rv
-        )
+        self.engine.cached_logit_gradient(self.kept.cache, places, block, head.logit_scale, labels_r, scalars, out_rv)
 
     def finish_rows(self, d_rows_RH: Tensor) -> None:
         """Complete the gradient of the rows in place: its unit, and the columns that were left out."""
         if self.unit is not None:
             d_rows_RH *= self.unit
-        if self.covered_R is None or self.is_active_CV is None:
+        if self.covered_R is None:
             return
         share_R = self.kept.shard_share_R
         if share_R is not None and self.rows.places is not None:
             share_R = share_R.index_select(0, self.rows.places)
-        cold_R = ((1.0 if share_R is None else share_R) - self.covered_R).clamp_(min=0)
-        factor_R = self.rows.scalars.coefficients * self.head.logit_scale * cold_R
-        means_CH = _cold_means(self.head.weight_VH, self.is_active_CV, self.dtype)
-        for chunk, mean_H in zip(chunks(len(means_CH), self.rows), means_CH, strict=True):
-            factor_r = factor_R[chunk]
-            if self.head.softcap is not None:
-                # The cap's slope at the mean of the cold logits, which the mean of the weights gives.
-                z_r = (self.rows.x_RH[chunk].to(self.dtype) @ mean_H) * self.head.logit_scale
-                factor_r = factor_r * (1 - torch.tanh(z_r / self.head.softcap).square())
-            d_rows_RH[chunk] -= factor_r.unsqueeze(1) * mean_H
+        factor_R = ((1.0 if share_R is None else share_R) - self.covered_R).clamp_(min=0)
+        factor_R *= self.rows.scalars.coefficients
+        # The sum of the weights that are left out: of all minus those that were visited. Over their number, the mean.
+        cold_sum_H = self.kept.weight_sum_H
+        if cold_sum_H is None:
+            cold_sum_H = sum_weight(self.head.weight_VH)
+        if self.visited_sum_H is not None:
+            cold_sum_H = cold_sum_H - self.visited_sum_H
+        scale = self.head.logit_scale / max(self.head.weight_VH.shape[0] - self.columns.count, 1)
+        if self.head.softcap is not None:
+            # The cap's slope at the mean of the cold logits, which the mean of the weights gives.
+            z_R = (self.rows.x_RH.to(self.dtype) @ cold_sum_H) * scale
+            factor_R *= 1 - torch.tanh(z_R / self.head.softcap).square()
+        torch.addr(d_rows_RH, factor_R, cold_sum_H, alpha=-scale, out=d_rows_RH)
+
+
+def _choose_columns(rows: LiveRows, head: Head, kept: Kept) -> Columns:
+    """Choose what to visit: all columns but where some are active and enough are not. One device sync there."""
+    num_columns = head.weight_VH.shape[0]
+    if kept.is_active_V is not None and kept.num_active is not None:
+        num_active = int(kept.num_active)
+        if num_active <= FLAT_SHARE * num_columns:
+            multiple = tile_shape(head.weight_VH.device).multiple
+            is_shard = kept.shard_share_R is not None
+            return selected_columns(kept.is_active_V, num_active, rows.labels_R, multiple, is_shard=is_shard)
+    return all_columns(num_columns, rows.labels_R)
 
 
 def backward_rows(
@@ -225,32 +232,34 @@ def backward_rows(
     Returns:
         RowGradients; `weight_VH` is `main_grad_VH` where that was given.
 
-    Memory: the gradients, a tile of logits (two with a softcap), a block of the weight and of its gradient.
+    Memory: the gradients, a tile of logits (two with a softcap), a block of the weight and of its gradient; a tile on a
+    device is `TileShape.bwd_bytes`.
     """
     run = _Backward(engine, rows, head, kept, wanted.d_hidden)
-    weight_VH = head.weight_VH
-    d_rows_RH = torch.zeros(rows.x_RH.shape, dtype=run.dtype, device=rows.x_RH.device) if wanted.d_hidden else None
+    weight_VH, blocks = head.weight_VH, run.blocks
+    d_rows_RH = rows.x_RH.new_empty(rows.x_RH.shape, dtype=run.dtype) if wanted.d_hidden else None
     d_bias_V = torch.zeros(weight_VH.shape[0], dtype=run.dtype, device=weight_VH.device) if wanted.d_bias else None
     d_weight = None
     if wanted.d_weight:
-        is_sparse = not run.work or run.is_active_CV is not None
-        d_weight = WeightGradient(weight_VH, main_grad_VH, is_sparse, run.unit, run.dtype)
+        is_sparse = not blocks or run.columns.ids_A is not None
+        is_one_tile = rows.x_RH.shape[0] <= run.height
+        d_weight = WeightGradient(weight_VH, main_grad_VH, is_sparse, is_one_tile, run.unit, run.dtype)
     for step in run.steps():
         if d_rows_RH is not None:
-            product(step.d_z_rv, step.weight_vH, d_rows_RH[step.tile], accumulate=True)
-            if step.closes and step.block is run.work[-1][0]:
+            product(step.d_z_rv, step.weight_vH, d_rows_RH[step.tile], accumulate=step.block is not blocks[0])
+            if step.closes and step.block is blocks[-1]:
                 run.finish_rows(d_rows_RH)
                 on_rows_done(d_rows_RH)
         if d_bias_V is not None:
-            d_bias_V[step.part.columns(step.block)] += step.d_z_rv.sum(dim=0, dtype=run.dtype)
+            d_bias_V[run.columns.ids(step.block)] += step.d_z_rv.sum(dim=0, dtype=run.dtype)
         if d_weight is not None:
             if step.opens:
-                d_weight.begin(step.block)
-            d_weight.add(step.d_z_rv, rows.x_RH[step.tile], step.part.picked)
+                d_weight.begin(run.columns.ids(step.block), step.weight_vH.shape[0])
+            d_weight.add(step.d_z_rv, rows.x_RH[step.tile])
             if step.closes:
                 d_weight.end()
-    if d_rows_RH is not None and not run.work:
-        run.finish_rows(d_rows_RH)
+    if d_rows_RH is not None and not blocks:
+        run.finish_rows(d_rows_RH.zero_())
         on_rows_done(d_rows_RH)
     if d_bias_V is not None and run.unit is not None:
         d_bias_V *= run.unit

@@ -14,6 +14,18 @@ import torch
 from torch import Tensor
 
 
+def move_rows(indices: Tensor, device: torch.device) -> Tensor:
+    """Return indices on a device; from the host through pinned memory, so that nothing waits."""
+    if indices.device == device or device.type == "cpu":
+        return indices.to(device)
+    return indices.pin_memory().to(device, non_blocking=True)
+
+
+def is_recorded(tensor: Tensor) -> bool:
+    """Tell whether work on a tensor is recorded into a CUDA graph, where the host must not look at numbers."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def _check_bounds(name: str, bounds: Tensor, total: int, what: str) -> None:
     host = bounds.cpu()
     if host[0] != 0 or host[-1] != total or bool((host.diff() < 0).any()):
@@ -75,9 +87,11 @@ def _(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[T
 
 @torch.library.custom_op("fastpref::check_rows", mutates_args=())
 def check_rows(rows: Tensor, cu_rows: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
-    """Check the caller's rows before anything is read through them; no device sync when they are on the host.
+    """Check the caller's rows before anything is read through them.
 
-    An operator, so that compiled callers are checked as well: nothing downstream sees unchecked indices.
+    An operator, so that compiled callers are checked as well: nothing downstream sees unchecked indices. On the host
+    the check costs no device sync, on the device one; while a CUDA graph is recorded none, and rows that do not fit
+    stop the device by an assertion when the graph runs.
 
     Args:
         rows: int64 [R] token indices, grouped by sequence, any order within.
@@ -90,12 +104,24 @@ def check_rows(rows: Tensor, cu_rows: Tensor, num_tokens: int) -> tuple[Tensor, 
     Raises:
         ValueError: an index outside [0, T), or `cu_rows` is no partition of [0, R).
     """
-    _check_bounds("cu_rows", cu_rows, rows.numel(), "rows")
     is_outside_R = (rows < 0) | (rows >= num_tokens)
+    if rows.device.type != "cpu" and cu_rows.device == rows.device:
+        is_wrong = is_outside_R.any() | _is_no_partition(cu_rows, rows.numel())
+        if is_recorded(rows):
+            torch._assert_async(~is_wrong, f"rows must be in [0, {num_tokens}) and cu_rows must partition them")
+            return rows.clone(), cu_rows.to(torch.int64, copy=True)
+        if not bool(is_wrong):
+            return rows.clone(), cu_rows.to(torch.int64, copy=True)
+    _check_bounds("cu_rows", cu_rows, rows.numel(), "rows")
     if bool(is_outside_R.any()):
         at = int(is_outside_R.nonzero()[0])
         raise ValueError(f"rows must be in [0, {num_tokens}) (the number of tokens), got rows[{at}] = {int(rows[at])}")
     return rows.clone(), cu_rows.to(torch.int64, copy=True)
+
+
+def _is_no_partition(bounds: Tensor, total: int) -> Tensor:
+    """Tell, as bool [] on their device, whether bounds fail to start at 0, to rise, or to end at `total`."""
+    return (bounds[0] != 0) | (bounds[-1] != total) | (bounds.diff() < 0).any()
 
 
 @check_rows.register_fake
@@ -103,12 +129,37 @@ def _(rows: Tensor, cu_rows: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
     return torch.empty_like(rows), torch.empty_like(cu_rows, dtype=torch.int64)
 
 
+@torch.library.custom_op("fastpref::rows_on_device", mutates_args=())
+def rows_on_device(rows: Tensor, cu_rows: Tensor, labels_T: Tensor) -> Tensor:
+    """Move rows and bounds from the host to the device of the labels, by one copy that nothing waits for.
+
+    An operator: a compiler does not know pinned memory.
+
+    Returns:
+        int64 [R + S+1], `rows` and behind them `cu_rows`.
+    """
+    if is_recorded(labels_T):
+        raise ValueError(
+            "rows and cu_rows must be on the device of labels while a CUDA graph is recorded, got "
+            f"{rows.device} and {cu_rows.device}: a graph would copy the memory of this batch ever again; move them "
+            "there before, into tensors that the graph may keep"
+        )
+    if rows.device == cu_rows.device:
+        return move_rows(torch.cat([rows, cu_rows]), labels_T.device)
+    return torch.cat([move_rows(indices, labels_T.device) for indices in (rows, cu_rows)])
+
+
+@rows_on_device.register_fake
+def _(rows: Tensor, cu_rows: Tensor, labels_T: Tensor) -> Tensor:
+    return labels_T.new_empty(rows.shape[0] + cu_rows.shape[0])
+
+
 def gather_rows(hidden: Tensor, rows: Tensor) -> Tensor:
     """Rows `rows` of the flattened token axis of `hidden` ([T, H] or [S, L, H], any strides), as [R, H]."""
+    length = hidden.shape[1]
     if hidden.dim() == 2:
         return hidden.index_select(0, rows)
-    length = hidden.shape[1]
-    if not length:
+    if not length or hidden.is_contiguous():
         return hidden.flatten(0, 1).index_select(0, rows)
     # Flattening a transposed [S, L, H] would copy all of it.
     return hidden[rows // length, rows % length]

@@ -24,6 +24,8 @@ from fastpref.errors import ConfigError
 CACHE_COLUMNS = 64
 OVERRIDE_VARIABLE = "FASTPREF_TILES"
 INTERPRETER = "interpreter"
+# Warpgroups that multiply in the Gluon kernel, each half of a tile's rows.
+GLUON_HALVES = 2
 FIELD_CHOICES = {
     "rows": (16, 32, 64, 128, 256),
     "columns": (64, 128, 256),
@@ -33,6 +35,17 @@ FIELD_CHOICES = {
     "warps": (1, 2, 4, 8, 16),
     "stages": tuple(range(1, 9)),
     "programs_per_sm": (1, 2, 3, 4),
+    "kernel": ("triton", "gluon"),
+}
+# What the Gluon kernel is built for: two warpgroups of 64 rows, swizzles of 128 bytes, a ring of several buffers.
+GLUON_KEY = "sm_90/16"
+GLUON_CHOICES = {
+    "rows": (128,),
+    "columns": (128, 256),
+    "hidden": (64,),
+    "warps": (8,),
+    "stages": tuple(range(2, 9)),
+    "programs_per_sm": (1,),
 }
 
 
@@ -58,6 +71,13 @@ class Tile:
     """Steps of H in flight."""
     programs_per_sm: int = 1
     """Programs that share a multiprocessor; with 2, one reduces its tile while the other multiplies."""
+    kernel: str = "triton"
+    """What computes the forward pass: "triton", or "gluon", whose warpgroups multiply and reduce out of step."""
+
+    @property
+    def mass_rows(self) -> int:
+        """Rows whose share of a column's mass is written as one number."""
+        return self.rows // GLUON_HALVES if self.kernel == "gluon" else self.rows
 
 
 _HOPPER_16 = Tile(rows=128, columns=256, hidden=64, group_rows=16, slices=4, warps=8, stages=4)
@@ -91,6 +111,8 @@ CANDIDATES: dict[str, tuple[Tile, ...]] = {
         dataclasses.replace(_HOPPER_16, columns=128),
         dataclasses.replace(_HOPPER_16, columns=128, slices=2, warps=4, stages=3, programs_per_sm=2),
         dataclasses.replace(_HOPPER_16, columns=128, hidden=128, stages=3),
+        dataclasses.replace(_HOPPER_16, kernel="gluon"),
+        dataclasses.replace(_HOPPER_16, kernel="gluon", group_rows=32),
     ),
     "sm_90/32": (
         _ANY_32,
@@ -169,7 +191,23 @@ def _check_entry(path: str, key: str, tiles: tuple[Tile, ...]) -> None:
     for tile in tiles:
         for field, choices in FIELD_CHOICES.items():
             value = getattr(tile, field)
-            if type(value) is not int or value not in choices:
+            if type(value) is not type(choices[0]) or value not in choices:
                 raise ConfigError(
                     f"{path}: {field} of {key} must be one of {', '.join(map(str, choices))}, got {value!r}"
                 )
+        if tile.kernel == "gluon":
+            _check_gluon_entry(path, key, tile)
+
+
+def _check_gluon_entry(path: str, key: str, tile: Tile) -> None:
+    if key != GLUON_KEY:
+        raise ConfigError(
+            f'{path}: kernel of {key} must be triton: the Gluon kernel is for {GLUON_KEY}; set it to "triton", or '
+            "write the table anew with `fastpref kernels tune` on the GPU that will use it"
+        )
+    for field, choices in GLUON_CHOICES.items():
+        if getattr(tile, field) not in choices:
+            raise ConfigError(
+                f"{path}: {field} of {key} must be {' or '.join(map(str, choices))} with the Gluon kernel, got "
+                f'{getattr(tile, field)}; change it, or set kernel to "triton"'
+            )

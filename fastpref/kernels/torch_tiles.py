@@ -7,7 +7,8 @@
   (a certain token then has gradient 0, not the rounding of its logit).
 - exp2 instead of exp: PyTorch's CPU `exp` is 3 times slower, and 18 times where the result underflows.
 
-Dims: `R` rows, `H` hidden, `V` vocabulary, `F` fields of a part, `N` groups of columns; lower case `r`, `v`: one tile.
+Dims: `R` rows, `C` chunks of rows, `H` hidden, `V` vocabulary, `F` fields of a part, `N` groups of columns; lower case
+`r`, `v`: one tile.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastpref.kernels import engine
 from fastpref.kernels.engine import ExponentCache, ForwardRows, Head, RowScalars, accumulation_dtype, operand_dtype
 from fastpref.kernels.outputs import Partials
 from fastpref.kernels.partials import empty_partials, finite_shift, merge_partials
@@ -34,22 +36,32 @@ class TileShape(NamedTuple):
 
     Attributes:
         block_rows: rows of one product for logits, and of a forward tile.
-        bwd_rows: rows of a backward tile, a multiple of `block_rows`; the taller, the fewer passes over the weight's
-            gradient.
-        columns: vocabulary columns of both.
+        bwd_rows: most rows of a backward tile, a multiple of `block_rows`; the taller, the fewer passes over the
+            weight's gradient.
+        columns: vocabulary columns of a forward tile, and the fewest of a backward block.
         multiple: number of which the columns of backward products are a multiple wherever they can be. A GPU's matrix
             units take operands whose rows begin at multiples of 16 bytes; others go a slower way.
+        bwd_bytes: memory of a backward tile in the operands' dtype, which widens its block where few rows leave room;
+            0 = blocks of `columns`.
     """
 
     block_rows: int
     bwd_rows: int
     columns: int
     multiple: int = 1
+    bwd_bytes: int = 0
+
+    def backward(self, num_rows: int, item_bytes: int) -> tuple[int, int]:
+        """Return the rows and columns of a backward tile for `num_rows` of them and operands of `item_bytes`."""
+        height = max(min(self.bwd_rows, num_rows), 1)
+        width = self.bwd_bytes // (height * item_bytes) // self.multiple * self.multiple
+        return height, max(width, self.columns)
 
 
 CPU_TILES = TileShape(block_rows=128, bwd_rows=512, columns=2048)
-# The multiple keeps the blocks of a cache on the borders of its groups, too.
-DEVICE_TILES = TileShape(block_rows=1024, bwd_rows=4096, columns=8192, multiple=CACHE_COLUMNS)
+# The multiple keeps the blocks of a cache on the borders of its groups, too. A step of a backward pass is nine launches
+# and reads and writes the rows' gradient, whatever its width; 256 MiB hold 16384 columns of 8192 rows in 16 bits.
+DEVICE_TILES = TileShape(block_rows=1024, bwd_rows=16384, columns=8192, multiple=CACHE_COLUMNS, bwd_bytes=256 * 2**20)
 
 
 def tile_shape(device: torch.device) -> TileShape:
@@ -169,14 +181,14 @@ def forward_rows(
     Memory: one tile of logits, the rows once in the operands' dtype, a chunk of the weight if it is 16-bit.
     """
     num_rows, num_columns = x_RH.shape[0], head.weight_VH.shape[0]
-    block_rows, _, columns, _ = tile_shape(x_RH.device)
+    block_rows, _, columns, *_ = tile_shape(x_RH.device)
     cache = _empty_cache(num_rows, num_columns, columns, x_RH.device) if with_cache else None
     x_RH = _pad_rows(x_RH.to(operand_dtype(x_RH)), block_rows, 0.0)
     labels_R = _pad_rows(labels_R, block_rows, -1)
-    mass_V = None
+    mass_CV = None
     if bound_R is not None:
         bound_R = _pad_rows(bound_R, block_rows, float("inf"))
-        mass_V = x_RH.new_zeros(num_columns, dtype=torch.float32)
+        mass_CV = x_RH.new_zeros(len(engine.row_chunks(num_rows)), num_columns, dtype=torch.float32)
     merged = empty_partials(fields, x_RH.shape[0], x_RH.device)
     parts_2FR = merged.values_FR.new_empty(2, *merged.values_FR.shape)
     buffer = x_RH.new_empty(block_rows * min(columns, num_columns), dtype=accumulation_dtype(x_RH.dtype))
@@ -187,14 +199,14 @@ def forward_rows(
             product(x_RH[tile], chunk_vH.t(), z_rv)
             _finish_logits(z_rv, start, head)
             shift_r = _tile_partials(z_rv, labels_R[tile], start, Partials(fields, parts_2FR[1, :, tile]))
-            if mass_V is not None and bound_R is not None:
+            if mass_CV is not None and bound_R is not None:
                 weight_r = (shift_r - bound_R[tile]).mul_(LOG2E).exp2_()
-                mass_V[start : start + chunk_vH.shape[0]] += weight_r @ z_rv
+                mass_CV[top // engine.CHUNK_ROWS, start : start + chunk_vH.shape[0]] += weight_r @ z_rv
             if cache is not None:
                 _store_exponentials(z_rv, shift_r, cache, tile, start // columns)
         parts_2FR[0] = merged.values_FR
         merged = merge_partials(fields, parts_2FR)
-    return ForwardRows(Partials(fields, merged.values_FR[:, :num_rows]), mass_V, cache)
+    return ForwardRows(Partials(fields, merged.values_FR[:, :num_rows]), mass_CV, cache)
 
 
 def _block_logits(x_rH: Tensor, weight_vH: Tensor, out_rv: Tensor) -> None:
@@ -213,7 +225,7 @@ def logit_gradient(
     x_rH: Tensor, head: Head, labels_r: Tensor, rows: RowScalars, out_rv: Tensor, covered_r: Tensor | None
 ) -> None:
     """See `engine.Engine`. Memory: the tile in fp32 where `out_rv` is 16-bit, and once more with a softcap."""
-    dtype = accumulation_dtype(out_rv.dtype)
+    rows, dtype = _without_dead_rows(rows), accumulation_dtype(out_rv.dtype)
     z_rv = out_rv if out_rv.dtype == dtype else torch.empty(out_rv.shape, dtype=dtype, device=out_rv.device)
     _block_logits(x_rH, head.weight_VH, z_rv)
     _finish_logits(z_rv, 0, head)
@@ -226,6 +238,14 @@ def logit_gradient(
         z_rv.mul_(slope_rv)
     if z_rv is not out_rv:
         out_rv.copy_(z_rv)
+
+
+def _without_dead_rows(rows: RowScalars) -> RowScalars:
+    """Give rows with coefficient 0 scalars that make them 0: `exp(z - inf)` is, whatever the logit."""
+    is_dead_r = rows.coefficients == 0
+    return RowScalars(
+        rows.coefficients, rows.row_max.masked_fill(is_dead_r, math.inf), rows.row_sum.masked_fill(is_dead_r, 1.0)
+    )
 
 
 def _weigh_softmax(
@@ -250,7 +270,7 @@ def cached_logit_gradient(
     out_rv: Tensor,
 ) -> None:
     """See `engine.Engine`."""
-    dtype = accumulation_dtype(out_rv.dtype)
+    rows, dtype = _without_dead_rows(rows), accumulation_dtype(out_rv.dtype)
     columns_v = torch.arange(columns.start, columns.stop, dtype=torch.int64, device=out_rv.device)
     group_v = columns_v // cache.columns_per_group
     scales_rN = (cache.exponents_RN[places_r].to(dtype) - (rows.row_max * LOG2E).unsqueeze(1)).exp2_()

@@ -31,7 +31,7 @@ from fastpref.kernels.triton_common import (
 CACHE_BLOCK_ROWS = 64
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _logit_gradient_kernel(
     x_ref,
     w_ref,
@@ -112,7 +112,7 @@ def _logit_gradient_kernel(
             tl.store(covered_ptr + column_tile.to(tl.int64) * num_rows + rows, covered, mask=mask_r)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _cached_gradient_kernel(
     values_ptr,
     exponents_ptr,

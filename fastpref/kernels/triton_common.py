@@ -22,6 +22,8 @@ from fastpref.kernels.tiles import Tile
 # Triton reads the variable when a kernel is decorated, so it cannot change afterwards.
 INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 LOG2E = tl.constexpr(math.log2(math.e))
+# Columns that lie side by side in the threads of a row of a matrix unit's result, two in each of four.
+ROW_LANES = tl.constexpr(8)
 
 
 @triton.jit
@@ -109,6 +111,90 @@ def split_columns(tile, SLICES: tl.constexpr):
             third, fourth = high.reshape(high.shape[0], 2, high.shape[1] // 2).permute(0, 2, 1).split()
             slices = (first, second, third, fourth)
     return slices
+
+
+@triton.jit
+def join_columns(slices, SLICES: tl.constexpr):
+    """Put slices of adjacent columns together again."""
+    if SLICES == 1:
+        tile = slices[0]
+    else:
+        if SLICES == 2:
+            joined = tl.join(slices[0], slices[1]).permute(0, 2, 1)
+        else:
+            low, high = tl.join(slices[0], slices[1]), tl.join(slices[2], slices[3])
+            joined = tl.join(low, high).permute(0, 3, 2, 1)
+        tile = joined.reshape(slices[0].shape[0], slices[0].shape[1] * SLICES)
+    return tile
+
+
+@triton.jit
+def row_maximum(slices, SLICES: tl.constexpr):
+    """Return the maximum of each row of a tile in slices."""
+    highest = slices[0]
+    for i in tl.static_range(1, SLICES):
+        highest = tl.maximum(highest, slices[i])
+    return tl.max(highest, axis=1)
+
+
+@triton.jit
+def add_columns(values_RC):
+    """Return the sums [R, ROW_LANES] of every ROW_LANES-th column: a row's lanes meet once, after all slices."""
+    groups: tl.constexpr = values_RC.shape[1] // ROW_LANES
+    return tl.sum(values_RC.reshape(values_RC.shape[0], groups, ROW_LANES), axis=1)
+
+
+@triton.jit
+def weighted_column_sums(values_RC, weights_R):
+    """Return `(weights[:, None] * values)` summed over each 16 rows, [R / 16, C].
+
+    In a matrix unit's result a thread holds two of 16 rows, and eight threads share the columns. So that a thread adds
+    up only what it keeps, threads exchange halves of their columns, then quarters, then eighths.
+    """
+    num_columns: tl.constexpr = values_RC.shape[1]
+    groups: tl.constexpr = values_RC.shape[0] // 16
+    low, high = values_RC.reshape(groups, 2, 8, num_columns).permute(0, 2, 3, 1).split()
+    low_weight, high_weight = weights_R.reshape(groups, 2, 8).permute(0, 2, 1).split()
+    sums = fma(high, high_weight[:, :, None], low * low_weight[:, :, None])
+    # Neighbouring threads hold the columns of a group of eight.
+    steps: tl.constexpr = 3 if num_columns >= 64 else 2 if num_columns == 32 else 1
+    for step in tl.static_range(steps):
+        sums = _add_halves(sums.reshape(groups << step, 2, 4 >> step, num_columns >> step))
+    rest = sums.reshape(groups << steps, 8 >> steps, num_columns >> steps)
+    return tl.sum(rest, axis=1).reshape(groups, num_columns)
+
+
+@triton.jit
+def _add_halves(values_A2BC):
+    """Return `values[:, 0] + values[:, 1]`, [A, 2, B, C / 2]: the second dimension is now the half of the columns."""
+    halves = values_A2BC.reshape(*values_A2BC.shape[:3], 2, values_A2BC.shape[3] // 2)
+    low, high = halves.permute(0, 1, 2, 4, 3).split()
+    is_second = (tl.arange(0, 2) == 1)[None, :, None, None]
+    kept = tl.where(is_second, high, low)
+    # x ^ (x ^ y) is y: what the other one of two threads gives, in one shuffle.
+    given = tl.where(is_second, low, high).to(tl.int32, bitcast=True)
+    taken = given ^ tl.xor_sum(given, axis=1, keep_dims=True)
+    return kept + taken.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def fma(x, y, z):
+    """Return `x * y + z` of fp32 numbers, rounded once."""
+    if INTERPRET:
+        # The interpreter rounds the product too; in fp64 it is exact.
+        result = (x.to(tl.float64) * tl.cast(y, tl.float32).to(tl.float64) + z).to(tl.float32)
+    else:
+        result = tl.fma(x, y, z)
+    return result
+
+
+@triton.jit
+def subtract_from_rows(slices, shift_R, SLICES: tl.constexpr):
+    """Return `slice - shift[:, None]` of each slice."""
+    results = ()
+    for i in tl.static_range(SLICES):
+        results += (slices[i] - shift_R[:, None],)
+    return results
 
 
 @triton.jit

@@ -11,8 +11,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import re
-import subprocess
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -24,14 +22,15 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fastpref.kernels import forward_kernel
 from fastpref.kernels.engine import ExponentCache, Head, RowScalars
+from fastpref.kernels.machine_code import resource_usage
 from fastpref.kernels.outputs import FIELDS, LOGP_FIELDS, Partials
 from fastpref.kernels.tiles import CACHE_COLUMNS, CANDIDATES, TABLE, Tile, select_tile
 from fastpref.kernels.triton_backward import cached_gradient_call, logit_gradient_call
 from fastpref.kernels.triton_common import KernelCall
-from fastpref.kernels.triton_forward import TILE_FIELDS, TileParts, forward_call, merge_call, sum_call
+from fastpref.kernels.triton_forward import TILE_FIELDS, TileParts, merge_call, sum_call
 
 # Architectures of the table, and the shared memory that a program can have there.
 SHARED_BYTES = {"sm_80": 166_912, "sm_86": 101_376, "sm_90": 232_448, "sm_100": 232_448}
@@ -42,7 +41,7 @@ FLAGS = {
     "gradient": ("pointers", "bias", "scale", "softcap", "covered"),
     "cached": ("scale", "places"),
     "merge": TILE_FIELDS,
-    "sum": (),
+    "sum": ("adds",),
 }
 # Sizes of the tensors that are described; only their divisibility by 16 enters the code.
 NUM_ROWS, HIDDEN_SIZE, VOCAB_SIZE = 8192, 4096, 131072
@@ -74,6 +73,8 @@ class Variant:
         """Return a key that says everything about the variant."""
         tile = self.tile
         shape = f"{tile.rows}x{tile.columns}x{tile.hidden}/{tile.slices}w{tile.warps}s{tile.stages}"
+        if tile.kernel == "gluon":
+            shape += "/gluon"
         return f"{self.kernel} {self.architecture} {self.dtype} {shape} {'+'.join(self.flags) or '-'}"
 
 
@@ -161,14 +162,17 @@ def all_variants() -> list[Variant]:
         for dtype, tile in itertools.product(DTYPES, tiles):
             if DTYPES[dtype].itemsize * 8 == int(bits):
                 everything.append(Variant("forward", architecture, dtype, ("mass",), tile))
-                everything.append(Variant("gradient", architecture, dtype, ("covered",), tile))
+                if tile.kernel == "gluon":  # of the forward pass; the gradient is Triton's
+                    everything.append(Variant("forward", architecture, dtype, (), tile))
+                else:
+                    everything.append(Variant("gradient", architecture, dtype, ("covered",), tile))
     return list(dict.fromkeys(everything))
 
 
 def describe(variant: Variant) -> KernelCall:
     """Return the launch that a caller of this variant would make, on tensors without storage."""
     tile, flags, dtype = variant.tile, set(variant.flags), DTYPES[variant.dtype]
-    num_tiles, num_row_tiles = VOCAB_SIZE // tile.columns, NUM_ROWS // tile.rows
+    num_tiles, num_masses = VOCAB_SIZE // tile.columns, NUM_ROWS // tile.mass_rows
 
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -182,9 +186,10 @@ def describe(variant: Variant) -> KernelCall:
     fields = tuple(field for field in FIELDS if field in LOGP_FIELDS or field in flags)
     parts = TileParts.empty(x, VOCAB_SIZE, fields, tile)
     if variant.kernel == "merge":
-        return merge_call(parts, Partials(fields, new(len(fields), NUM_ROWS, dtype=torch.float64)), tile)
+        merged = Partials(fields, new(len(fields), NUM_ROWS, dtype=torch.float64))
+        return merge_call(parts, labels, merged, VOCAB_SIZE, tile)
     if variant.kernel == "sum":
-        return sum_call(new(num_row_tiles, VOCAB_SIZE), new(VOCAB_SIZE))
+        return sum_call(new(num_masses, VOCAB_SIZE), new(2, VOCAB_SIZE), num_masses // 2, adds="adds" in flags)
     if variant.kernel == "cached":
         places = labels if "places" in flags else None
         return cached_gradient_call(cache, places, 0, labels, scalars, scale, out)
@@ -195,13 +200,13 @@ def describe(variant: Variant) -> KernelCall:
     if variant.kernel == "gradient":
         covered = new(num_tiles, NUM_ROWS) if "covered" in flags else None
         return logit_gradient_call(x, head, labels, scalars, out, covered, tile=tile, use_tma=use_tma, num_sms=132)
-    return forward_call(
+    return forward_kernel.forward_call(tile)(
         x,
         head,
         labels,
         parts,
         bound_R=row if "mass" in flags else None,
-        mass_MV=new(num_row_tiles, VOCAB_SIZE) if "mass" in flags else None,
+        mass_MV=new(num_masses, VOCAB_SIZE) if "mass" in flags else None,
         cache=cache if "cache" in flags else None,
         tile=tile,
         use_tma=use_tma,
@@ -211,11 +216,8 @@ def describe(variant: Variant) -> KernelCall:
 
 def compile_variant(variant: Variant) -> CompiledKernel:
     """Compile one variant to machine code and read it."""
-    call = describe(variant)
-    capability = int(variant.architecture.removeprefix("sm_"))
-    options = {"num_warps": call.num_warps, "num_stages": call.num_stages, "enable_fp_fusion": False}
-    compiled = triton.compile(_source(call), target=GPUTarget("cuda", capability, 32), options=options)
-    registers, spilled_bytes = _resource_usage(compiled.asm["cubin"])
+    compiled = compile_call(describe(variant), variant.architecture)
+    registers, spilled_bytes = resource_usage(compiled.asm["cubin"])
     return CompiledKernel(
         variant=variant,
         registers=registers,
@@ -223,8 +225,15 @@ def compile_variant(variant: Variant) -> CompiledKernel:
         shared_bytes=compiled.metadata.shared,
         matrix_unit=_matrix_unit(compiled.asm["ptx"]),
         tma_loads=len(re.findall(r"cp\.async\.bulk\.tensor\.2d\.shared", compiled.asm["ptx"])),
-        narrow_products=_narrow_products(str(compiled.asm["ttir"])),
+        narrow_products=_narrow_products(str(compiled.asm["ttgir" if variant.tile.kernel == "gluon" else "ttir"])),
     )
+
+
+def compile_call(call: KernelCall, architecture: str) -> Any:
+    """Return what Triton makes of a launch: `asm` with its intermediate forms and machine code, and `metadata`."""
+    options = {"num_warps": call.num_warps, "num_stages": call.num_stages, "enable_fp_fusion": False}
+    target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
+    return triton.compile(_source(call), target=target, options=options)
 
 
 def compile_all(wanted: Iterable[Variant], processes: int) -> list[CompiledKernel]:
@@ -239,38 +248,33 @@ def compile_all(wanted: Iterable[Variant], processes: int) -> list[CompiledKerne
 def _source(call: KernelCall) -> ASTSource:
     signature, constants, attributes = {}, {}, {}
     constexprs = {parameter.name for parameter in call.kernel.params if parameter.is_constexpr}
+    varying = {parameter.name for parameter in call.kernel.params if parameter.do_not_specialize}
     for place, name in enumerate(call.kernel.arg_names):
         value = call.arguments[name]
-        if name in constexprs or value is None or (isinstance(value, int) and value == 1):
+        is_known = name not in varying and isinstance(value, int)
+        if name in constexprs or value is None or (is_known and value == 1):
             signature[name], constants[name] = "constexpr", value
         else:
             signature[name] = _type_of(value)
-            if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
+            if isinstance(value, Tensor) or (is_known and value % 16 == 0):
                 attributes[(place,)] = [["tt.divisibility", 16]]
+    if call.kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        return GluonASTSource(call.kernel, signature, constants, attributes)
     return ASTSource(call.kernel, signature, constants, attributes)
 
 
 def _type_of(value: Any) -> str:
     if isinstance(value, Tensor):
         return "*" + TYPE_NAMES[value.dtype]
-    if isinstance(value, TensorDescriptor):
+    if hasattr(value, "block_shape"):
         block = ", ".join(map(str, value.block_shape))
-        return f"tensordesc<{TYPE_NAMES[value.base.dtype]}[{block}]>"
+        layout = f",{value.layout!r}" if hasattr(value, "layout") else ""  # Gluon's descriptors have one
+        return f"tensordesc<{TYPE_NAMES[value.base.dtype]}[{block}]{layout}>"
     if isinstance(value, float):
         return "fp32"
     return "i32" if -(2**31) <= value < 2**31 else "i64"
-
-
-def _resource_usage(cubin: bytes) -> tuple[int, int]:
-    """Return (registers, bytes of local memory) per thread."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        tool = triton.knobs.nvidia.cuobjdump.path
-        report = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    usage = re.search(r"REG:(\d+) STACK:(\d+)", report)
-    assert usage, report
-    return int(usage[1]), int(usage[2])
 
 
 def _matrix_unit(ptx: str) -> str:

@@ -3,7 +3,8 @@
 Nothing here waits for the device, reads a value back or allocates on the host in a way that a CUDA graph cannot
 capture. Under `TRITON_INTERPRET=1`, set before Triton is imported, the same kernels run on CPU tensors.
 
-Dims: `R` rows, `H` hidden, `V` vocabulary, `F` fields of a part, `M` row tiles; lower case `r`, `v`: a block.
+Dims: `R` rows, `H` hidden, `V` vocabulary, `F` fields of a part, `M` row tiles, `C` chunks of rows;
+lower case `r`, `v`: a block.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fastpref.errors import MissingDependencyError
+from fastpref.kernels import engine, forward_kernel
 from fastpref.kernels.engine import ExponentCache, ForwardRows, Head, RowScalars
 from fastpref.kernels.outputs import Partials
 from fastpref.kernels.partials import empty_partials
@@ -76,22 +78,28 @@ def forward_rows(
     from fastpref.kernels import triton_forward as kernels
 
     x_RH, head = launch.operands(x_RH, head)
+    launch = launch._replace(tile=forward_kernel.settle(launch.tile, head.weight_VH))
+    x_RH = forward_kernel.aligned(launch.tile, x_RH)
     num_rows, num_columns = x_RH.shape[0], head.weight_VH.shape[0]
-    mass_V = None if bound_R is None else x_RH.new_zeros(num_columns, dtype=torch.float32)
+    num_chunks = len(engine.row_chunks(num_rows))
+    mass_CV = None if bound_R is None else x_RH.new_empty(num_chunks, num_columns, dtype=torch.float32)
     cache = _new_cache(x_RH, num_columns) if with_cache else None
     if not num_rows or not num_columns:
-        return ForwardRows(empty_partials(fields, num_rows, x_RH.device), mass_V, cache)
+        return ForwardRows(
+            empty_partials(fields, num_rows, x_RH.device), None if mass_CV is None else mass_CV.zero_(), cache
+        )
     # Without a cap the total is no business of the kernel, see `_sums_of_logits`.
     reduced = tuple(field for field in fields if field != "total" or head.softcap is not None)
+    labels_R = labels_R.contiguous()
     parts = kernels.TileParts.empty(x_RH, num_columns, reduced, launch.tile)
     merged = Partials(fields, x_RH.new_empty(len(fields), num_rows, dtype=torch.float64))
-    num_row_tiles = -(-num_rows // launch.tile.rows)
-    mass_MV = None if mass_V is None else x_RH.new_empty(num_row_tiles, num_columns, dtype=torch.float32)
+    num_masses = -(-num_rows // launch.tile.mass_rows)
+    mass_MV = None if mass_CV is None else x_RH.new_empty(num_masses, num_columns, dtype=torch.float32)
     with launch.on_device():
-        kernels.forward_call(
+        forward_kernel.forward_call(launch.tile)(
             x_RH,
             head,
-            labels_R.contiguous(),
+            labels_R,
             parts,
             bound_R=None if bound_R is None else bound_R.contiguous(),
             mass_MV=mass_MV,
@@ -100,14 +108,14 @@ def forward_rows(
             use_tma=launch.can_use_tma(x_RH, head),
             num_sms=launch.num_sms,
         ).launch()
-        kernels.merge_call(parts, merged, launch.tile).launch()
-        if mass_V is not None and mass_MV is not None:
-            kernels.sum_call(mass_MV, mass_V).launch()
+        kernels.merge_call(parts, labels_R, merged, num_columns, launch.tile).launch()
+        if mass_CV is not None and mass_MV is not None:
+            kernels.sum_call(mass_MV, mass_CV, engine.CHUNK_ROWS // launch.tile.mass_rows, adds=False).launch()
     if "total" in fields and head.softcap is None:
         merged["total"] = _sums_of_logits(x_RH, head)
     if "size" in fields:
         merged["size"].fill_(num_columns)
-    return ForwardRows(merged, mass_V, cache)
+    return ForwardRows(merged, mass_CV, cache)
 
 
 def logit_gradient(
@@ -144,7 +152,7 @@ def logit_gradient(
             num_sms=launch.num_sms,
         ).launch()
         if covered_Nr is not None and covered_r is not None:
-            triton_forward.sum_call(covered_Nr, covered_r).launch()
+            triton_forward.sum_call(covered_Nr, covered_r.unsqueeze(0), num_tiles, adds=True).launch()
 
 
 def cached_logit_gradient(

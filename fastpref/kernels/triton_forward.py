@@ -26,15 +26,22 @@ from fastpref.kernels.outputs import LOGP_FIELDS, Partials
 from fastpref.kernels.tiles import CACHE_COLUMNS, Tile
 from fastpref.kernels.triton_common import (
     LOG2E,
+    ROW_LANES,
     KernelCall,
+    add_columns,
     count_programs,
     finish_logits,
+    fma,
+    join_columns,
     label_columns,
     multiply_tile,
     product_arguments,
     round_to,
+    row_maximum,
     split_columns,
+    subtract_from_rows,
     tile_position,
+    weighted_column_sums,
 )
 
 # The largest power of two that a column mass is scaled by; more would overflow to inf and make 0 * inf.
@@ -47,6 +54,8 @@ HIGHEST_EXPONENT = tl.constexpr(2.0**30)
 CACHE_V = tl.constexpr(CACHE_COLUMNS)
 # exp(gap) is 0 in fp32 below this; it keeps 0 * -inf out of the entropy.
 LOWEST_GAP = tl.constexpr(-700.0)
+# A maximum from here on is subtracted from its row first: times log2 e it would leave an `excess` of more than 1 / 16.
+LARGE_SHIFT = tl.constexpr(2.0**20)
 # Numbers that every tile leaves of a row: its maximum and its sum of exponentials.
 NUM_PARTS = tl.constexpr(2)
 # Fields that it leaves where they are wanted: each an argument `<field>_ptr` of both kernels, None = not wanted.
@@ -54,6 +63,39 @@ TILE_FIELDS = ("moment", "total")
 
 
 @triton.jit
+def base2_shift(shift_R):
+    """Return (shift2, excess): `exp(z - shift)` is `exp2(fma(z, log2 e, -shift2))` divided by `exp2(excess)`.
+
+    One instruction per logit, and as exact as the difference: `fma` rounds once, behind the subtraction, as the product
+    of the difference would be. What `shift2` lost when it was rounded is a factor of the whole row, known exactly.
+    """
+    shift2 = shift_R * LOG2E
+    return shift2, fma(shift_R, LOG2E, -shift2)
+
+
+@triton.jit
+def scale_to_bound(shift_R, bound_R, excess_R):
+    """Return `exp(shift - bound) / exp2(excess)`."""
+    # fp64, per row: the power may be large, and its rounding would be the error of every column.
+    power = tl.minimum((shift_R - bound_R).to(tl.float64) * LOG2E, HIGHEST_POWER)
+    power = tl.maximum(power, LOWEST_POWER) - excess_R
+    whole = tl.floor(power)
+    return tl.exp2((power - whole).to(tl.float32)) * tl.exp2(whole.to(tl.float32))
+
+
+@triton.jit
+def store_targets(target_ptrs, slices, column_of_label, SLICES: tl.constexpr):
+    """Store the logit of each row's label where the tile holds it."""
+    SLICE_V: tl.constexpr = slices[0].shape[1]
+    if tl.max(column_of_label, axis=0) >= 0:
+        target = tl.zeros(column_of_label.shape, dtype=tl.float32)
+        for i in tl.static_range(SLICES):
+            is_label = column_of_label[:, None] == (tl.arange(0, SLICE_V) + i * SLICE_V)[None, :]
+            target += tl.sum(tl.where(is_label, slices[i], 0.0), axis=1)
+        tl.store(target_ptrs, target, mask=column_of_label >= 0)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
 def _linear_logps_fwd_kernel(
     x_ref,
     w_ref,
@@ -108,33 +150,32 @@ def _linear_logps_fwd_kernel(
         rows = offs_r.to(tl.int64)
         offs_v = col0 + tl.arange(0, BLOCK_V)
         z = finish_logits(acc, offs_v, num_columns, bias_ptr, logit_scale, softcap)
-        z = tl.where((offs_v < num_columns)[None, :], z, float("-inf"))
-        column_of_label = label_columns(labels_ptr, offs_r, num_rows, col0, num_columns, BLOCK_V)
+        if col0 + BLOCK_V > num_columns:
+            z = tl.where((offs_v < num_columns)[None, :], z, float("-inf"))
         slices = split_columns(z, SLICES)
-
-        tile_max = tl.full((BLOCK_R,), float("-inf"), dtype=tl.float32)
-        for i in tl.static_range(SLICES):
-            tile_max = tl.maximum(tile_max, tl.max(slices[i], axis=1))
-        # Most tiles hold no row's label.
-        if tl.max(column_of_label, axis=0) >= 0:
-            target = tl.zeros((BLOCK_R,), dtype=tl.float32)
-            for i in tl.static_range(SLICES):
-                is_label = column_of_label[:, None] == (i * SLICE_V + tl.arange(0, SLICE_V))[None, :]
-                target += tl.sum(tl.where(is_label, slices[i], 0.0), axis=1)
-            tl.store(targets_ptr + rows, target, mask=column_of_label >= 0)
-
+        tile_max = row_maximum(slices, SLICES)
         shift = tl.where(tile_max == float("-inf"), 0.0, tile_max)
+        if total_ptr is not None:
+            total = tl.zeros((BLOCK_R, ROW_LANES), dtype=tl.float32)
+            for i in tl.static_range(SLICES):
+                mask_v = col0 + i * SLICE_V + tl.arange(0, SLICE_V) < num_columns
+                # Divided by a power of two: exact, and a sum of the largest floats does not overflow.
+                total += add_columns(tl.where(mask_v[None, :], slices[i], 0.0) * (1.0 / BLOCK_V))
+        column_of_label = label_columns(labels_ptr, offs_r, num_rows, col0, num_columns, BLOCK_V)
+        is_large = tl.abs(shift) >= LARGE_SHIFT
+        # Most tiles hold no row's label, and no logit is so large.
+        if tl.max(((column_of_label >= 0) | is_large).to(tl.int32), axis=0) != 0:
+            store_targets(targets_ptr + rows, slices, column_of_label, SLICES)
+            slices = subtract_from_rows(slices, tl.where(is_large, shift, 0.0), SLICES)
+        near_shift = tl.where(is_large, 0.0, shift)
+        shift2, excess = base2_shift(near_shift)
         if bound_ptr is not None:
             bound = tl.load(bound_ptr + offs_r, mask=mask_r, other=float("inf"))
-            # fp64, per row: the power may be large, and its rounding would be the error of every column.
-            power = tl.minimum((shift - bound).to(tl.float64) * LOG2E, HIGHEST_POWER)
-            power = tl.maximum(power, LOWEST_POWER)
-            whole = tl.floor(power)
-            to_bound = tl.exp2((power - whole).to(tl.float32)) * tl.exp2(whole.to(tl.float32))
+            to_bound = scale_to_bound(shift, bound, excess)
         if exponents_ptr is not None:
             power = shift.to(tl.float64) * LOG2E
             exponent = tl.ceil(power)
-            to_exponent = tl.exp2((power - exponent).to(tl.float32))
+            to_exponent = tl.exp2((power - exponent - excess).to(tl.float32))
             to_exponent = tl.where(tl.abs(exponent) < HIGHEST_EXPONENT, to_exponent, float("nan"))
             exponent = tl.where(tl.abs(exponent) < HIGHEST_EXPONENT, exponent, 0.0).to(tl.int32)
             num_groups = tl.cdiv(num_columns, CACHE_V)
@@ -142,45 +183,47 @@ def _linear_logps_fwd_kernel(
             exponent_ptrs = exponents_ptr + rows[:, None] * num_groups + offs_g[None, :]
             exponents = exponent[:, None] + tl.zeros((1, BLOCK_V // CACHE_V), dtype=tl.int32)
             tl.store(exponent_ptrs, exponents, mask=mask_r[:, None] & (offs_g < num_groups)[None, :])
-        total_exp = tl.zeros((BLOCK_R,), dtype=tl.float32)
-        moment = tl.zeros((BLOCK_R,), dtype=tl.float32)
-        total = tl.zeros((BLOCK_R,), dtype=tl.float32)
+        sums = tl.zeros((BLOCK_R, ROW_LANES), dtype=tl.float32)
+        moment = tl.zeros((BLOCK_R, ROW_LANES), dtype=tl.float32)
+        masses = ()
         for i in tl.static_range(SLICES):
-            slice_v = col0 + i * SLICE_V + tl.arange(0, SLICE_V)
-            mask_v = slice_v < num_columns
-            gap = slices[i] - shift[:, None]
-            p = tl.exp2(gap * LOG2E)
-            total_exp += tl.sum(p, axis=1)
+            p = tl.exp2(fma(slices[i], LOG2E, -shift2[:, None]))
+            sums += add_columns(p)
             if moment_ptr is not None:
-                moment += tl.sum(p * tl.maximum(gap, LOWEST_GAP), axis=1)
-            if total_ptr is not None:
-                # Divided by a power of two: exact, and a sum of the largest floats does not overflow.
-                total += tl.sum(tl.where(mask_v[None, :], slices[i], 0.0) * (1.0 / BLOCK_V), axis=1)
+                moment += add_columns(p * tl.maximum(slices[i] - near_shift[:, None], LOWEST_GAP))
             if bound_ptr is not None:
-                mass_ptrs = mass_ptr + row_tile.to(tl.int64) * num_columns + slice_v
-                tl.store(mass_ptrs, tl.sum(p * to_bound[:, None], axis=0), mask=mask_v)
+                masses += (weighted_column_sums(p, to_bound),)
             if exponents_ptr is not None:
+                slice_v = col0 + i * SLICE_V + tl.arange(0, SLICE_V)
                 value_ptrs = values_ptr + rows[:, None] * num_columns + slice_v[None, :]
                 values = round_to(p * to_exponent[:, None], tl.bfloat16)
-                tl.store(value_ptrs, values, mask=mask_r[:, None] & mask_v[None, :])
+                tl.store(value_ptrs, values, mask=mask_r[:, None] & (slice_v < num_columns)[None, :])
+        if bound_ptr is not None:
+            mass_V = tl.sum(join_columns(masses, SLICES), axis=0)
+            tl.store(mass_ptr + row_tile.to(tl.int64) * num_columns + offs_v, mass_V, mask=offs_v < num_columns)
+        # By division: a row of one certain token has a sum of exactly 1.
+        unit = tl.exp2(excess)
+        total_exp = tl.div_rn(tl.sum(sums, axis=1), unit)
         part_ptrs = parts_ptr + column_tile.to(tl.int64) * NUM_PARTS * num_rows + rows
         tl.store(part_ptrs, tile_max, mask=mask_r)
         tl.store(part_ptrs + num_rows, total_exp, mask=mask_r)
         place = column_tile.to(tl.int64) * num_rows + rows
         if moment_ptr is not None:
-            tl.store(moment_ptr + place, moment, mask=mask_r)
+            tl.store(moment_ptr + place, tl.sum(moment, axis=1) / unit, mask=mask_r)
         if total_ptr is not None:
-            tl.store(total_ptr + place, total, mask=mask_r)
+            tl.store(total_ptr + place, tl.sum(total, axis=1), mask=mask_r)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_columns", "num_parts"])
 def _merge_tiles_kernel(
     parts_ptr,
     moment_ptr,
     total_ptr,
     targets_ptr,
+    labels_ptr,
     merged_ptr,
     num_rows,
+    num_columns,
     num_parts,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -190,7 +233,8 @@ def _merge_tiles_kernel(
 ):
     """Merge the vocabulary tiles of BLOCK_R rows into fp64 partials; the order of additions depends on N alone.
 
-    MOMENT and TOTAL are the places of these fields among the partials.
+    MOMENT and TOTAL are the places of these fields among the partials. A target is there only where a tile owns the
+    label; else what its place holds is not read.
     """
     offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_r = offs_r < num_rows
@@ -224,7 +268,9 @@ def _merge_tiles_kernel(
     merged_ptrs = merged_ptr + rows
     tl.store(merged_ptrs, row_max.to(tl.float64), mask=mask_r)
     tl.store(merged_ptrs + num_rows, row_sum, mask=mask_r)
-    targets = tl.load(targets_ptr + rows, mask=mask_r, other=0.0)
+    labels = tl.load(labels_ptr + rows, mask=mask_r, other=-1)
+    is_here = (labels >= 0) & (labels < num_columns)
+    targets = tl.load(targets_ptr + rows, mask=is_here, other=float("nan"))
     tl.store(merged_ptrs + 2 * num_rows, targets.to(tl.float64), mask=mask_r)
     if moment_ptr is not None:
         tl.store(merged_ptrs + MOMENT * num_rows, moment, mask=mask_r)
@@ -232,18 +278,37 @@ def _merge_tiles_kernel(
         tl.store(merged_ptrs + TOTAL * num_rows, total * BLOCK_V, mask=mask_r)
 
 
-@triton.jit
-def _sum_parts_kernel(parts_ptr, sums_ptr, num_parts, num_sums, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Add `parts.sum(dim=0)` of [N, C] to `sums` [C], in an order that depends on N alone."""
-    offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+@triton.jit(do_not_specialize=["num_parts", "num_sums", "parts_per_group"])
+def _sum_parts_kernel(
+    parts_ptr,
+    sums_ptr,
+    num_parts,
+    num_sums,
+    parts_per_group,
+    ADDS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Sum the parts of each group, `parts` [N, C] to `sums` [G, C], in an order that depends on N alone.
+
+    ADDS: to what the sums hold already.
+    """
+    num_blocks = tl.cdiv(num_sums, BLOCK_C)
+    group = tl.program_id(0) // num_blocks
+    first = group * parts_per_group
+    offs_c = tl.program_id(0) % num_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < num_sums
     total = tl.zeros((BLOCK_C,), dtype=tl.float32)
-    for step in range(0, tl.cdiv(num_parts, BLOCK_N)):
+    height = min(parts_per_group, num_parts - first)
+    for step in range(0, tl.cdiv(height, BLOCK_N)):
         offs_n = step * BLOCK_N + tl.arange(0, BLOCK_N)
-        ptrs = parts_ptr + offs_n.to(tl.int64)[:, None] * num_sums + offs_c[None, :]
-        parts = tl.load(ptrs, mask=(offs_n < num_parts)[:, None] & mask_c[None, :], other=0.0)
+        ptrs = parts_ptr + (first + offs_n).to(tl.int64)[:, None] * num_sums + offs_c[None, :]
+        parts = tl.load(ptrs, mask=(offs_n < height)[:, None] & mask_c[None, :], other=0.0)
         total += tl.sum(parts, axis=0)
-    tl.store(sums_ptr + offs_c, tl.load(sums_ptr + offs_c, mask=mask_c, other=0.0) + total, mask=mask_c)
+    sums_ptrs = sums_ptr + group.to(tl.int64) * num_sums + offs_c
+    if ADDS:
+        total += tl.load(sums_ptrs, mask=mask_c, other=0.0)
+    tl.store(sums_ptrs, total, mask=mask_c)
 
 
 class TileParts(NamedTuple):
@@ -252,7 +317,7 @@ class TileParts(NamedTuple):
     Attributes:
         parts_N2R: [N, NUM_PARTS, R].
         extras: by field, [N, R]; "total" divided by BLOCK_V.
-        targets_R: [R], NaN unless a tile writes it.
+        targets_R: [R], written where a tile owns the label.
     """
 
     parts_N2R: Tensor
@@ -266,7 +331,7 @@ class TileParts(NamedTuple):
         return cls(
             x_RH.new_empty(shape[0], NUM_PARTS.value, shape[1], dtype=torch.float32),
             {name: x_RH.new_empty(*shape, dtype=torch.float32) for name in TILE_FIELDS if name in fields},
-            x_RH.new_full(shape[1:], float("nan"), dtype=torch.float32),
+            x_RH.new_empty(shape[1:], dtype=torch.float32),
         )
 
     def arguments(self) -> dict[str, Tensor | None]:
@@ -318,14 +383,16 @@ def forward_call(
     return KernelCall(_linear_logps_fwd_kernel, num_programs, arguments, tile.warps, tile.stages)
 
 
-def merge_call(parts: TileParts, merged: Partials, tile: Tile) -> KernelCall:
+def merge_call(parts: TileParts, labels_R: Tensor, merged: Partials, num_columns: int, tile: Tile) -> KernelCall:
     """Describe the launch that merges what `forward_call` leaves into the fields of `merged` that are made of it."""
     num_parts, _, num_rows = parts.parts_N2R.shape
     assert merged.fields[: len(LOGP_FIELDS)] == LOGP_FIELDS
     arguments = {
         **parts.arguments(),
+        "labels_ptr": labels_R,
         "merged_ptr": merged.values_FR,
         "num_rows": num_rows,
+        "num_columns": num_columns,
         "num_parts": num_parts,
         "BLOCK_N": 64,
         "BLOCK_R": 32,
@@ -335,15 +402,24 @@ def merge_call(parts: TileParts, merged: Partials, tile: Tile) -> KernelCall:
     return KernelCall(_merge_tiles_kernel, triton.cdiv(num_rows, 32), arguments, 4, 2)
 
 
-def sum_call(parts_NC: Tensor, sums_C: Tensor) -> KernelCall:
-    """Describe the launch that adds the parts, fp32 [N, C], to `sums_C`, fp32 [C]."""
+def sum_call(parts_NC: Tensor, sums_GC: Tensor, parts_per_group: int, *, adds: bool) -> KernelCall:
+    """Describe the launch that sums groups of adjacent parts, fp32 [N, C], into fp32 [G, C].
+
+    Args:
+        parts_NC: the parts; the last group may have fewer.
+        sums_GC: written, or with `adds` added to.
+        parts_per_group: parts of a group.
+        adds: whether the sums hold something.
+    """
     num_parts, num_sums = parts_NC.shape
     arguments = {
         "parts_ptr": parts_NC,
-        "sums_ptr": sums_C,
+        "sums_ptr": sums_GC,
         "num_parts": num_parts,
         "num_sums": num_sums,
+        "parts_per_group": parts_per_group,
+        "ADDS": adds,
         "BLOCK_N": 16,
         "BLOCK_C": 128,
     }
-    return KernelCall(_sum_parts_kernel, triton.cdiv(num_sums, 128), arguments, 4, 2)
+    return KernelCall(_sum_parts_kernel, sums_GC.shape[0] * triton.cdiv(num_sums, 128), arguments, 4, 2)

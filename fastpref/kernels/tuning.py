@@ -3,6 +3,9 @@
 `python -m fastpref.kernels.tuning tiles.json`. A tile whose results differ from PyTorch's is never written, however
 fast it is. Tiles change the last bits of results: use one table for all ranks and for the whole of a run.
 
+The Gluon kernel waits on barriers of its own, so an error in it may be a wait for ever: it runs in processes apart,
+under a deadline, and before it is timed it has a trial (`tile_trial`).
+
 Dims: `R` rows, `H` hidden, `V` vocabulary.
 """
 
@@ -10,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import math
 import statistics
 import time
@@ -19,7 +23,8 @@ import torch
 from torch import Tensor
 
 from fastpref.errors import ConfigError
-from fastpref.kernels import torch_tiles, triton_engine
+from fastpref.kernels import forward_kernel, tile_trial, torch_tiles, triton_engine
+from fastpref.kernels.apart import run_apart
 from fastpref.kernels.engine import Head
 from fastpref.kernels.outputs import LOGP_FIELDS, Partials
 from fastpref.kernels.partials import finish_rows
@@ -33,6 +38,8 @@ REPEATS = 7
 # equal inputs. In another order its tensor cores, which cut their sums off, move one by 6e-5 at H = 8192 (emulated:
 # docs/numerics.md), a wrong tile by whole units.
 AGREEMENT = 1e-3
+# A trial compiles some eight variants, a measurement one.
+TRIAL_SECONDS, MEASURE_SECONDS = 180.0, 60.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +99,42 @@ def tune(
 
 
 def measure(tile: Tile, dtype: torch.dtype, hidden_size: int) -> Measurement:
-    """Check and time one tile on the current GPU."""
+    """Check and time one tile on the current GPU; one of the Gluon kernel only after its trial."""
+    if tile.kernel != "gluon":
+        return _measure_here(tile, dtype, hidden_size)
+    device = torch.cuda.current_device()
+    error = forward_kernel.unavailable_reason() or _trial_error(tile, dtype, device)
+    if error is not None:
+        return Measurement(tile, math.inf, error)
+    try:
+        milliseconds, error = run_apart(_measure_on, device, tile, dtype, hidden_size, seconds=MEASURE_SECONDS)
+    except (TimeoutError, RuntimeError) as problem:
+        return Measurement(tile, math.inf, f"measured at H={hidden_size}: {problem}")
+    return Measurement(tile, milliseconds, error)
+
+
+@functools.cache
+def _trial_error(tile: Tile, dtype: torch.dtype, device: int) -> str | None:
+    """Return why a tile of the Gluon kernel must not be used; its trial takes place once, in a process of its own."""
+    try:
+        error = run_apart(_try_on, device, tile, dtype, seconds=TRIAL_SECONDS)
+    except (TimeoutError, RuntimeError) as problem:
+        error = str(problem)
+    return None if error is None else f"in its trial: {error}"
+
+
+def _try_on(device: int, tile: Tile, dtype: torch.dtype) -> str | None:
+    torch.cuda.set_device(device)
+    return tile_trial.disagreement(tile, dtype)
+
+
+def _measure_on(device: int, tile: Tile, dtype: torch.dtype, hidden_size: int) -> tuple[float, str | None]:
+    torch.cuda.set_device(device)
+    found = _measure_here(tile, dtype, hidden_size)
+    return found.milliseconds, found.error
+
+
+def _measure_here(tile: Tile, dtype: torch.dtype, hidden_size: int) -> Measurement:
     from triton.errors import TritonError
 
     # fp32 has no tensor core: a tenth of the work takes as long.

@@ -18,7 +18,7 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 
 from fastpref.kernels.outputs import Partials
 from fastpref.kernels.partials import merge_partials
-from fastpref.kernels.rows import gather_rows, scatter_rows
+from fastpref.kernels.rows import gather_rows, move_rows, scatter_rows
 
 
 def group_by_name(name: str | None) -> ProcessGroup | None:
@@ -121,7 +121,7 @@ class ExchangedRows(NamedTuple):
         first = int(firsts_P[group.rank()])
         mine = order_R[first : first + int(counts_P[group.rank()])]
         local_rows = rows[mine] - group.rank() * tokens_per_rank
-        return cls(local_rows.to(device), slots_R.to(device), width, group)
+        return cls(move_rows(local_rows, device), move_rows(slots_R, device), width, group)
 
     def gather(self, hidden_TH: Tensor) -> Tensor:
         """All-gather the rows of every rank's `hidden` [T/P, H]: [R, H] in `rows` order."""
@@ -155,4 +155,4 @@ def row_access(
     """Choose how the rows of `hidden` are read and their gradient written back."""
     if group is not None and sequence_parallel:
         return ExchangedRows.plan(rows, hidden.shape[0], hidden.device, group)
-    return LocalRows(rows.to(hidden.device, non_blocking=True), group)
+    return LocalRows(move_rows(rows, hidden.device), group)

@@ -10,7 +10,6 @@ import mmap
 import torch
 from torch import Tensor
 
-from fastpref.kernels.schedule import Block
 from fastpref.kernels.torch_tiles import product
 
 LAZY_BYTES = 2**20
@@ -37,7 +36,13 @@ class WeightGradient:
     """
 
     def __init__(
-        self, weight_VH: Tensor, main_grad_VH: Tensor | None, is_sparse: bool, unit: Tensor | None, dtype: torch.dtype
+        self,
+        weight_VH: Tensor,
+        main_grad_VH: Tensor | None,
+        is_sparse: bool,
+        is_one_tile: bool,
+        unit: Tensor | None,
+        dtype: torch.dtype,
     ) -> None:
         """Start with nothing.
 
@@ -45,6 +50,7 @@ class WeightGradient:
             weight_VH: the weight [V, H].
             main_grad_VH: [V, H] in the accumulation dtype, or None.
             is_sparse: some columns get no block.
+            is_one_tile: one product makes the whole sum of a block, and may then round it itself.
             unit: what the sums are to be multiplied with; None = 1.
             dtype: accumulation dtype.
         """
@@ -55,42 +61,50 @@ class WeightGradient:
             self.total_VH = zeros_like_untouched(weight_VH)
         else:
             self.total_VH = torch.empty(weight_VH.shape, dtype=weight_VH.dtype, device=weight_VH.device)
-        self._unit, self._dtype = unit, dtype
+        self._unit, self._dtype, self._is_one_tile = unit, dtype, is_one_tile
         self._scratch_vH: Tensor | None = None
 
-    def begin(self, block: Block) -> None:
-        """Open a block; its sum is made in place where the total is a plain range of the right dtype."""
-        self._columns = block.columns
-        self._is_in_place = (
-            isinstance(block.columns, slice) and self.total_VH.dtype == self._dtype and self._unit is None
-        )
-        self._has_summands = self._is_in_place and self._adds
-        if self._is_in_place:
-            self._sum_vH = self.total_VH[block.columns]
-            return
-        if self._scratch_vH is None:
-            self._scratch_vH = self.total_VH.new_empty(block.width, self.total_VH.shape[1], dtype=self._dtype)
-        self._sum_vH = self._scratch_vH[: block.width]
+    def begin(self, columns: slice | Tensor, width: int) -> None:
+        """Open a block of `width` columns, which index the vocabulary.
 
-    def add(self, d_z_rv: Tensor, x_rH: Tensor, picked: Tensor | None) -> None:
-        """Add one tile's `d_z.T @ x` to the picked columns (positions, None = all) of the block that is open."""
-        if picked is None:
-            product(d_z_rv.t(), x_rH, self._sum_vH, accumulate=self._has_summands)
-        else:
-            if not self._has_summands:
-                self._sum_vH.zero_()
-            picked_vH = self._sum_vH.new_empty(d_z_rv.shape[1], x_rH.shape[1])
-            product(d_z_rv.t(), x_rH, picked_vH)
-            self._sum_vH.index_add_(0, picked, picked_vH)
+        Its sum is made in place where the total is a plain range of the right dtype.
+        """
+        self._columns, self._has_summands = columns, False
+        self._sum_vH: Tensor | None = None
+        if isinstance(columns, slice) and self._unit is None and self.total_VH.dtype == self._dtype:
+            self._sum_vH, self._has_summands = self.total_VH[columns], self._adds
+        self._is_in_place, self._width = self._sum_vH is not None, width
+
+    def add(self, d_z_rv: Tensor, x_rH: Tensor) -> None:
+        """Add one tile's `d_z.T @ x` to the block that is open."""
+        if self._sum_vH is None:
+            self._sum_vH = self._place_for_sum(d_z_rv.dtype)
+        product(d_z_rv.t(), x_rH, self._sum_vH, accumulate=self._has_summands)
         self._has_summands = True
+
+    def _place_for_sum(self, operand: torch.dtype) -> Tensor:
+        """Return memory for the block's sum; in the total itself where one product rounds as the total wants it."""
+        rounds = self._is_one_tile and self._unit is None and not self._adds and operand == self.total_VH.dtype
+        if rounds and isinstance(self._columns, slice):
+            self._is_in_place = True
+            return self.total_VH[self._columns]
+        dtype = operand if rounds else self._dtype
+        if self._scratch_vH is None:
+            self._scratch_vH = self.total_VH.new_empty(self._width, self.total_VH.shape[1], dtype=dtype)
+        return self._scratch_vH[: self._width]
 
     def end(self) -> None:
         """Close the block: bring its sum into the total."""
         if self._is_in_place:
             return
+        assert self._sum_vH is not None
         if self._unit is not None:
             self._sum_vH *= self._unit
-        if self._adds:
-            self.total_VH[self._columns] += self._sum_vH
+        if isinstance(self._columns, slice):
+            part_vH = self.total_VH[self._columns]
+            part_vH.add_(self._sum_vH) if self._adds else part_vH.copy_(self._sum_vH)
+        elif self._adds:
+            # Every column is there once: no two additions meet.
+            self.total_VH.index_add_(0, self._columns, self._sum_vH)
         else:
-            self.total_VH[self._columns] = self._sum_vH.to(self.total_VH.dtype)
+            self.total_VH.index_copy_(0, self._columns, self._sum_vH.to(self.total_VH.dtype))

@@ -87,9 +87,9 @@ def run_native(given: Problem, coefficients_R: Tensor | None = None) -> Passes:
     out_RV, covered_R = torch.full((num_rows, num_columns), NAN), torch.zeros(num_rows)
     scalars = RowScalars(coefficients_R, results.row_max, results.row_sum)
     native.logit_gradient(given.x_RH.float(), head, given.labels_R, scalars, out_RV, covered_R)
-    assert forward.mass_V is not None and forward.cache is None
+    assert forward.mass_CV is not None and forward.cache is None
     outputs = {"token_logps": results.token_logps, **dict(zip(STATISTICS, results.statistics, strict=True))}
-    return Passes(outputs, out_RV, covered_R, forward.mass_V)
+    return Passes(outputs, out_RV, covered_R, forward.mass_CV[0])
 
 
 def run_torch(given: Problem, dtype: torch.dtype, order: Tensor | None = None) -> Passes:

@@ -4,12 +4,13 @@ import torch
 from torch import Tensor
 
 from fastpref import linear_logps
+from fastpref.kernels import active
 from fastpref.kernels.ops import FORWARD_OUTPUTS, linear_logps_fwd, unflatten
 from fastpref.testing.adversarial import HeadInputs
 
 
 def active_columns(inputs: HeadInputs, active_eps: float) -> tuple[Tensor, Tensor]:
-    """The set that a forward pass chooses, bool [C, V], and its summary."""
+    """The set that a forward pass chooses, bool [V], and what is said of it: share of columns, mass of the others."""
     labels_T = inputs.labels_SL.flatten()
     results = linear_logps_fwd(
         inputs.hidden_SLH.flatten(0, 1),
@@ -17,6 +18,7 @@ def active_columns(inputs: HeadInputs, active_eps: float) -> tuple[Tensor, Tenso
         inputs.bias_V,
         torch.arange(labels_T.shape[0]),
         labels_T,
+        weight_sum=None,
         main_grad=None,
         logit_scale=inputs.logit_scale,
         softcap=inputs.softcap,
@@ -29,7 +31,9 @@ def active_columns(inputs: HeadInputs, active_eps: float) -> tuple[Tensor, Tenso
         cache_bytes=0,
     )
     saved, report = unflatten(results, FORWARD_OUTPUTS)
-    return saved.is_active_CV, report.summary_2
+    found = active.summary(saved.num_active, report.cold_mass, labels_T.shape[0], inputs.weight_VH.shape[0])
+    assert int(saved.num_active) == int(saved.is_active_V.sum())
+    return saved.is_active_V, torch.stack([found["active_fraction"], found["cold_mass"]])
 
 
 def logits_and_slope(inputs: HeadInputs, x_RH: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,23 +47,21 @@ def logits_and_slope(inputs: HeadInputs, x_RH: Tensor) -> tuple[Tensor, Tensor]:
     return inputs.softcap * capped_RV, inputs.logit_scale * (1 - capped_RV**2)
 
 
-def formula(inputs: HeadInputs, coefficients_R: Tensor, is_active_CV: Tensor, chunk_rows: int) -> dict[str, Tensor]:
+def formula(inputs: HeadInputs, coefficients_R: Tensor, is_active_V: Tensor) -> dict[str, Tensor]:
     """What the active plan is to return, written without any code of the package, in fp64."""
     inputs = inputs.cast(torch.float64)
     x_RH, labels_R, weight_VH = inputs.hidden_SLH.flatten(0, 1), inputs.labels_SL.flatten(), inputs.weight_VH
     z_RV, slope_RV = logits_and_slope(inputs, x_RH)
     p_RV = z_RV.softmax(dim=1)
-    is_active_RV = is_active_CV.repeat_interleave(chunk_rows, dim=0)[: len(labels_R)]
     onehot_RV = torch.nn.functional.one_hot(labels_R, weight_VH.shape[0])
-    d_z_RV = torch.where(is_active_RV, coefficients_R[:, None] * (onehot_RV - p_RV) * slope_RV, 0.0)
-    is_cold_RV = (~is_active_RV).double()
-    mean_RH = (is_cold_RV @ weight_VH) / is_cold_RV.sum(dim=1, keepdim=True).clamp(min=1)
-    cold_R = (p_RV * is_cold_RV).sum(dim=1)
+    d_z_RV = torch.where(is_active_V, coefficients_R[:, None] * (onehot_RV - p_RV) * slope_RV, 0.0)
+    mean_H = weight_VH[~is_active_V].sum(dim=0) / max(int((~is_active_V).sum()), 1)
+    cold_R = p_RV[:, ~is_active_V].sum(dim=1)
     slope_R = torch.full_like(cold_R, inputs.logit_scale)
     if inputs.softcap is not None:
-        z_R = (x_RH * mean_RH).sum(dim=1) * inputs.logit_scale
+        z_R = x_RH @ mean_H * inputs.logit_scale
         slope_R = inputs.logit_scale * (1 - torch.tanh(z_R / inputs.softcap) ** 2)
-    d_x_RH = d_z_RV @ weight_VH - (coefficients_R * cold_R * slope_R)[:, None] * mean_RH
+    d_x_RH = d_z_RV @ weight_VH - (coefficients_R * cold_R * slope_R)[:, None] * mean_H
     return {"hidden": d_x_RH.view(inputs.hidden_SLH.shape), "weight": d_z_RV.t() @ x_RH, "bias": d_z_RV.sum(dim=0)}
 
 

@@ -74,7 +74,7 @@ def test_native_passes_without_rows_or_columns(num_rows: int, vocab_size: int, f
     forward = native.forward_rows(*given, fields=fields, bound_R=torch.zeros(num_rows), with_cache=False)
     expected = empty_partials(fields, num_rows, torch.device("cpu"))
     torch.testing.assert_close(forward.partials.values_FR, expected.values_FR, equal_nan=True, rtol=0, atol=0)
-    assert torch.equal(forward.mass_V, torch.zeros(vocab_size))
+    assert torch.equal(forward.mass_CV, torch.zeros(1, vocab_size))
     covered_R = torch.full((num_rows,), 0.5)
     scalars = RowScalars(*torch.ones(3, num_rows))
     native.logit_gradient(*given, scalars, torch.empty(num_rows, vocab_size), covered_R)
@@ -171,7 +171,7 @@ def test_forward_rows_mass_above_a_bound_that_tells_nothing(bound: float, build:
     """A column whose mass cannot be told must not seem cold."""
     given = problem(6, 8, 300)
     bound_R = torch.tensor([0.0, bound, 0.0, 0.0, 0.0, 0.0])
-    mass_V = native.forward_rows(*given, fields=LOGP_FIELDS, bound_R=bound_R, with_cache=False).mass_V
+    mass_V = native.forward_rows(*given, fields=LOGP_FIELDS, bound_R=bound_R, with_cache=False).mass_CV
     assert not mass_V.isfinite().any()
 
 

@@ -172,4 +172,4 @@ def test_forward_rows_of_fewer_statistics_has_the_same_bits(stats: tuple[str, ..
     lean = native.forward_rows(*given, fields=fields, bound_R=None, with_cache=False)
     for field in fields:
         torch.testing.assert_close(lean.partials[field], full.partials[field], rtol=0, atol=0, equal_nan=True)
-    assert lean.partials.fields == fields and lean.mass_V is None
+    assert lean.partials.fields == fields and lean.mass_CV is None

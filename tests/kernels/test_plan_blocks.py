@@ -9,42 +9,39 @@ import torch
 from head_oracle import assert_results_within_rule, flatten, peaked_inputs, run, tiles
 from plan_oracle import active_columns, coefficients, differentiate, formula, relative_error
 
-from fastpref.kernels import active, plans, schedule, torch_tiles
+from fastpref.kernels import plans, torch_tiles
+from fastpref.kernels.schedule import Columns
 from fastpref.kernels.tiles import CACHE_COLUMNS
 
 
 @contextmanager
-def layouts(chunk_rows: int = active.CHUNK_ROWS) -> Iterator[list[schedule.Schedule]]:
-    """Collect how backward passes are laid out where products have a multiple of 16 columns, as on a GPU."""
-    seen: list[schedule.Schedule] = []
+def layouts() -> Iterator[list[tuple[Columns, list[slice]]]]:
+    """Collect what backward passes visit where products have a multiple of 16 columns, as on a GPU."""
+    seen: list[tuple[Columns, list[slice]]] = []
 
-    def laid_out(*arguments) -> schedule.Schedule:
-        seen.append(schedule.schedule(*arguments))
-        return seen[-1]
+    class Seen(plans._Backward):
+        def __init__(self, *arguments) -> None:
+            super().__init__(*arguments)
+            seen.append((self.columns, self.blocks))
 
-    with (
-        tiles(multiple=16),
-        mock.patch.object(active, "CHUNK_ROWS", chunk_rows),
-        mock.patch.object(schedule, "CHUNK_ROWS", chunk_rows),
-        mock.patch.object(plans, "schedule", laid_out),
-    ):
+    with tiles(multiple=16), mock.patch.object(plans, "_Backward", Seen):
         yield seen
 
 
-@pytest.mark.parametrize("chunk_rows", [16, 70])
-def test_active_visits_a_multiple_of_columns(chunk_rows: int) -> None:
+def test_active_visits_a_multiple_of_columns() -> None:
     """What is visited beside the active columns gets its gradient and is no longer cold."""
     inputs, c_R = peaked_inputs(num_rows=70), coefficients(70)
-    with layouts(chunk_rows) as seen:
-        is_active_CV, _ = active_columns(inputs, 2**-6)
+    with layouts() as seen:
+        is_active_V, _ = active_columns(inputs, 2**-6)
         found = differentiate(inputs, c_R, backward="active", active_eps=2**-6)
-    (layout,) = seen
-    assert is_active_CV.any(dim=0).sum() % 16 and layout.is_active_CV[is_active_CV].all()
-    widths = [
-        block.width if part.picked is None else len(part.picked) for block, parts in layout.work for part in parts
-    ]
-    assert widths and not any(width % 16 for width in widths)
-    expected = formula(inputs, c_R.double(), layout.is_active_CV, chunk_rows)
+    ((columns, blocks),) = seen
+    num_active = int(is_active_V.sum())
+    assert num_active % 16 and columns.count == num_active + -num_active % 16
+    assert columns.ids_A[:num_active].tolist() == is_active_V.nonzero().squeeze(1).tolist()
+    assert len(set(columns.ids_A.tolist())) == columns.count
+    assert blocks and not any((block.stop - block.start) % 16 for block in blocks)
+    is_visited_V = torch.zeros(600, dtype=torch.bool).index_fill_(0, columns.ids_A, True)
+    expected = formula(inputs, c_R.double(), is_visited_V)
     for name, gradient in found.items():
         assert relative_error(gradient, expected[name]) < 1000 * torch.finfo(torch.float32).eps
 
@@ -53,7 +50,17 @@ def test_recompute_leaves_the_odd_columns_to_the_last_block() -> None:
     inputs = peaked_inputs()
     with layouts() as seen:
         assert_results_within_rule(flatten(*run(inputs, backward="recompute")), inputs)
-    assert [block.width for block, _ in seen[0].work] == [32] * 18 + [16, 8]
+    assert [block.stop - block.start for block in seen[0][1]] == [32] * 18 + [16, 8]
+
+
+@pytest.mark.parametrize("num_rows", [1, 1000, 8192, 16384, 65536, 10**6])
+@pytest.mark.parametrize("item_bytes", [2, 4])
+def test_a_backward_tile_on_a_device_keeps_to_its_memory(num_rows: int, item_bytes: int) -> None:
+    device = torch_tiles.DEVICE_TILES
+    height, width = device.backward(num_rows, item_bytes)
+    assert height == min(num_rows, device.bwd_rows) and width >= device.columns and not width % device.multiple
+    assert height * width * item_bytes <= max(device.bwd_bytes, device.bwd_rows * device.columns * item_bytes)
+    assert (height, width) == (8192, 16384) or (num_rows, item_bytes) != (8192, 2)
 
 
 def test_blocks_on_a_device_are_as_wide_as_its_kernels_like() -> None:

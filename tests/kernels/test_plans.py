@@ -1,6 +1,7 @@
 """The plans of the backward pass: which columns `active` keeps, its formula, what `cached` may cost, `main_grad`."""
 
 import math
+from collections.abc import Iterator
 from unittest import mock
 
 import pytest
@@ -9,7 +10,8 @@ from head_oracle import assert_results_within_rule, flatten, peaked_inputs, run,
 from plan_oracle import active_columns, coefficients, differentiate, formula, logits_and_slope, relative_error
 
 from fastpref import linear_logps
-from fastpref.kernels import active, schedule
+from fastpref.kernels import active, engine, native, torch_tiles
+from fastpref.kernels.outputs import LOGP_FIELDS
 from fastpref.kernels.weight_grad import zeros_like_untouched
 from fastpref.testing.adversarial import ADVERSARIAL, ragged_inputs
 from fastpref.testing.numerics import assert_within_rule, max_error
@@ -18,13 +20,19 @@ ENGINES = ["shipped", "tiled"]
 
 
 @pytest.fixture(params=ENGINES, autouse=True)
-def engine(request: pytest.FixtureRequest) -> None:
+def shape(request: pytest.FixtureRequest) -> Iterator[None]:
     """Every test on the engine that this machine chooses, and on small tiles of PyTorch operators."""
     if request.param == "shipped":
         yield
         return
     with tiles():
         yield
+
+
+@pytest.fixture
+def chunk_engine() -> engine.Engine:
+    """The engine behind `shape`."""
+    return native if native.supports(torch.float32) else torch_tiles
 
 
 VARIANTS = {
@@ -38,17 +46,17 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_active_leaves_out_at_most_its_tolerance(variant: str, active_eps: float) -> None:
     inputs = peaked_inputs()._replace(**VARIANTS[variant])
-    is_active_1V, summary = active_columns(inputs, active_eps)
+    is_active_V, summary = active_columns(inputs, active_eps)
     z_RV, _ = logits_and_slope(inputs.cast(torch.float64), inputs.hidden_SLH.flatten(0, 1).double())
-    cold_mass = float(z_RV.softmax(dim=1)[:, ~is_active_1V[0]].sum(dim=1).mean())
-    assert 0.02 < float(is_active_1V.double().mean()) < 0.9
-    share = float(is_active_1V.double().mean())
+    cold_mass = float(z_RV.softmax(dim=1)[:, ~is_active_V].sum(dim=1).mean())
+    assert 0.02 < float(is_active_V.double().mean()) < 0.9
+    share = float(is_active_V.double().mean())
     if share <= active.FLAT_SHARE:
         assert float(summary[0]) == share and cold_mass <= float(summary[1])
     else:
         assert summary.tolist() == [1.0, 0.0]
     assert 0 < cold_mass <= active_eps and float(summary[1]) <= active_eps
-    assert is_active_1V[0, inputs.labels_SL.flatten()].all()
+    assert is_active_V[inputs.labels_SL.flatten()].all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -56,7 +64,7 @@ def test_active_leaves_out_at_most_its_tolerance(variant: str, active_eps: float
 def test_active_gradients_equal_their_formula(variant: str, dtype: torch.dtype) -> None:
     """Up to the rounding of logits of size 100, which the mass of the cold columns shows."""
     inputs = peaked_inputs()._replace(**VARIANTS[variant]).cast(dtype)
-    expected = formula(inputs, coefficients(40).double(), active_columns(inputs, 2**-6)[0], 40)
+    expected = formula(inputs, coefficients(40).double(), active_columns(inputs, 2**-6)[0])
     found = differentiate(inputs, coefficients(40).to(dtype), backward="active", active_eps=2**-6)
     for name, gradient in found.items():
         assert relative_error(gradient, expected[name]) < 1000 * torch.finfo(dtype).eps
@@ -67,7 +75,7 @@ def test_active_gradients_equal_their_formula(variant: str, dtype: torch.dtype) 
 def test_active_gradients_of_16_bit_inputs_equal_their_formula(variant: str, dtype: torch.dtype) -> None:
     """By the rule, with PyTorch's own error on the exact gradient as yardstick."""
     inputs = peaked_inputs()._replace(**VARIANTS[variant]).cast(dtype)
-    expected = formula(inputs, coefficients(40).double(), active_columns(inputs, 2**-6)[0], 40)
+    expected = formula(inputs, coefficients(40).double(), active_columns(inputs, 2**-6)[0])
     yardstick = differentiate(inputs, coefficients(40), backend="reference")
     exact = differentiate(inputs.cast(torch.float64), coefficients(40).double(), backend="reference")
     found = differentiate(inputs, coefficients(40), backward="active", active_eps=2**-6)
@@ -83,8 +91,8 @@ def test_active_error_follows_its_tolerance(active_eps: float) -> None:
     found = differentiate(inputs, coefficients(200), backward="active", active_eps=active_eps)
     for name, factor in (("hidden", 2.0), ("weight", 1.0)):
         assert 0 < relative_error(found[name], exact[name]) < factor * active_eps
-    is_active_1V, _ = active_columns(inputs, active_eps)
-    assert not found["weight"][~is_active_1V[0]].any()
+    is_active_V, _ = active_columns(inputs, active_eps)
+    assert not found["weight"][~is_active_V].any()
 
 
 def test_active_is_the_default_of_16_bit_inputs_only() -> None:
@@ -99,26 +107,44 @@ def test_active_on_a_flat_distribution_is_exact() -> None:
     """An untrained model has no column that can be left out."""
     inputs = peaked_inputs()
     inputs = inputs._replace(hidden_SLH=inputs.hidden_SLH * 0.01)
-    is_active_1V, summary = active_columns(inputs, 2**-8)
-    assert is_active_1V.double().mean() > active.FLAT_SHARE
+    is_active_V, summary = active_columns(inputs, 2**-8)
+    assert is_active_V.double().mean() > active.FLAT_SHARE
     assert summary.tolist() == [1.0, 0.0]
     exact = differentiate(inputs, coefficients(40), backward="recompute")
     found = differentiate(inputs, coefficients(40), backward="active")
     assert all(torch.equal(found[name], exact[name]) for name in exact)
 
 
-def test_active_on_chunks_of_rows_with_their_own_sets() -> None:
+def test_active_of_several_chunks_is_one_set() -> None:
     inputs = peaked_inputs(num_rows=70)
     c_R = coefficients(70)
     c_R[20:30] = 0.0  # rows that take no part, across a bound of chunks
-    with mock.patch.object(active, "CHUNK_ROWS", 16), mock.patch.object(schedule, "CHUNK_ROWS", 16):
-        is_active_CV, _ = active_columns(inputs, 2**-5)
+    with mock.patch.object(engine, "CHUNK_ROWS", 16):
+        is_active_V, _ = active_columns(inputs, 2**-5)
         found = differentiate(inputs, c_R, backward="active", active_eps=2**-5)
-        assert is_active_CV.shape == (5, 600)
-        assert (is_active_CV.any(dim=0) != is_active_CV.all(dim=0)).any()
-        expected = formula(inputs, c_R.double(), is_active_CV, 16)
+    assert 0.02 < float(is_active_V.double().mean()) < active.FLAT_SHARE
+    expected = formula(inputs, c_R.double(), is_active_V)
     for name, gradient in found.items():
         assert relative_error(gradient, expected[name]) < 1000 * torch.finfo(torch.float32).eps
+
+
+def test_column_masses_are_those_of_each_chunk(chunk_engine: engine.Engine) -> None:
+    """A chunk's masses are those of a pass over its rows alone; the rows know nothing of chunks."""
+    inputs = peaked_inputs(num_rows=70)
+    x_RH, labels_R = inputs.hidden_SLH.flatten(0, 1), inputs.labels_SL.flatten()
+    head = engine.Head(inputs.weight_VH, None, 1.0, None)
+    z_RV = x_RH.double() @ inputs.weight_VH.double().t()
+    bound_R = (z_RV.logsumexp(dim=1) - torch.linspace(0.0, 2.0, 70)).float()
+    options = {"fields": LOGP_FIELDS, "with_cache": False}
+    with mock.patch.object(engine, "CHUNK_ROWS", 16):
+        found = chunk_engine.forward_rows(x_RH, head, labels_R, bound_R=bound_R, **options)
+    assert found.mass_CV.shape == (5, 600)
+    p_RV = (z_RV - bound_R.double()[:, None]).exp()
+    for at, top in enumerate(range(0, 70, 16)):
+        torch.testing.assert_close(found.mass_CV[at].double(), p_RV[top : top + 16].sum(0), rtol=1e-4, atol=1e-6)
+    whole = chunk_engine.forward_rows(x_RH, head, labels_R, bound_R=bound_R, **options)
+    assert whole.mass_CV.shape == (1, 600)
+    assert torch.equal(whole.partials.values_FR, found.partials.values_FR)
 
 
 def test_active_of_a_broken_row_touches_no_other() -> None:
@@ -156,31 +182,62 @@ def test_activity_is_reported_where_a_gradient_can_follow() -> None:
             assert result.active_fraction is None and result.cold_mass is None
 
 
+def select(mass_CV: torch.Tensor, labels: list[int], num_rows: int, active_eps: float) -> tuple[list[bool], float]:
+    """The chosen columns, and the mass of the others in all rows."""
+    is_label_V = active.mark_labels(torch.tensor(labels), mass_CV.shape[1])
+    found = active.select_active(mass_CV, is_label_V, num_rows, active_eps)
+    assert found.num_active.tolist() == [int(found.is_active_V.sum())]
+    return found.is_active_V.tolist(), float(found.cold_mass)
+
+
 def test_select_active_keeps_what_it_cannot_judge() -> None:
-    mass_V = torch.tensor([0.0005, float("nan"), 0.5, float("inf"), 0.0, 0.002, 0.0005])
-    is_active_V, cold = active.select_active(mass_V, torch.tensor([4, -100, 7]), 0.001)
-    assert is_active_V.tolist() == [False, True, True, True, True, True, False]
-    assert float(cold) == pytest.approx(0.001 / 3)
+    mass_1V = torch.tensor([[0.0005, float("nan"), 0.5, float("inf"), 0.0, 0.002, 0.0005]])
+    is_active, cold = select(mass_1V, [4, -100, 7], 3, 0.001)
+    assert is_active == [False, True, True, True, True, True, False]
+    assert cold == pytest.approx(0.001)
 
 
 def test_select_active_leaves_out_no_column_that_one_row_may_need() -> None:
     """One row of 1000 with probability 0.4 on a column that is no label: little on average, all for that row."""
-    mass_V = torch.tensor([0.4, 1e-4, 1e-5, 999.0])
-    is_active_V, _ = active.select_active(mass_V, torch.full((1000,), 3), 2**-8)
-    assert is_active_V.tolist() == [True, False, False, True]
+    is_active, _ = select(torch.tensor([[0.4, 1e-4, 1e-5, 999.0]]), [3], 1000, 2**-8)
+    assert is_active == [True, False, False, True]
+
+
+def test_select_active_judges_a_row_by_its_chunk() -> None:
+    """Each chunk alone says that no row needs the first column; their sum would not. One chunk needs the second."""
+    mass_2V = torch.tensor([[0.003, 0.0001, 1e-5, 999.0], [0.003, 0.3, float("nan"), 999.0]])
+    assert select(mass_2V, [3], 2000, 2**-8)[0] == [False, True, True, True]
 
 
 def test_select_active_of_no_columns() -> None:
-    nothing, cold = active.select_active(torch.empty(0), torch.empty(0, dtype=torch.int64), 0.1)
-    assert nothing.shape == (0,) and float(cold) == 0.0
+    assert select(torch.empty(1, 0), [0], 1, 0.1) == ([], 0.0)
 
 
-def test_lower_bounds_are_below_the_log_sum_exp_and_close() -> None:
+@pytest.mark.parametrize("num_rows", [1, 4, 300])
+def test_the_pilot_is_of_distinct_columns_labels_first(num_rows: int) -> None:
+    labels_R = torch.randint(-3, 603, (num_rows,), generator=torch.Generator().manual_seed(0))
+    is_label_V = active.mark_labels(labels_R, 600)
+    here = sorted({label for label in labels_R.tolist() if 0 <= label < 600})
+    assert is_label_V.nonzero().squeeze(1).tolist() == here
+    pilot = active.pilot_columns(is_label_V, num_rows).tolist()
+    assert len(pilot) == len(set(pilot)) == 10 + num_rows
+    others = [column for column in range(600) if column not in here]
+    assert pilot == (here + others)[: len(pilot)]
+
+
+def test_the_pilot_of_fewer_columns_is_all_of_them() -> None:
+    assert active.pilot_columns(active.mark_labels(torch.tensor([2]), 3), 500).tolist() == [2, 0, 1]
+    assert active.pilot_columns(active.mark_labels(torch.tensor([2]), 0), 500).tolist() == []
+
+
+def test_lower_bounds_are_below_the_log_sum_exp_and_close(chunk_engine: engine.Engine) -> None:
     inputs = peaked_inputs()._replace(**VARIANTS["scaled and capped"])
     x_RH, labels_R = inputs.hidden_SLH.flatten(0, 1), inputs.labels_SL.flatten()
-    head = active.Head(inputs.weight_VH, inputs.bias_V, inputs.logit_scale, inputs.softcap)
-    bounds_R = active.lower_bounds(x_RH, head, torch.cat([labels_R[1:], torch.tensor([600])]))
+    head = engine.Head(inputs.weight_VH, inputs.bias_V, inputs.logit_scale, inputs.softcap)
+    pilot_L = active.pilot_columns(active.mark_labels(labels_R, 600), 40)
+    bounds_R = active.lower_bounds(chunk_engine, x_RH, head, labels_R, pilot_L)
     z_RV, _ = logits_and_slope(inputs.cast(torch.float64), x_RH.double())
+    torch.testing.assert_close(bounds_R.double(), z_RV[:, pilot_L].logsumexp(dim=1), rtol=1e-5, atol=1e-5)
     gap_R = z_RV.logsumexp(dim=1) - bounds_R.double()
     assert float(gap_R.min()) > -1e-5 and float(gap_R.mean()) < math.log(600)
 

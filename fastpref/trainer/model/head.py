@@ -22,7 +22,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 from torch import Tensor
 
 from fastpref.errors import ConfigError
-from fastpref.kernels import linear_logps, plan_name
+from fastpref.kernels import linear_logps, plan_name, sum_weight
 from fastpref.trainer.model.chunks import unwrap, vocab_size_of
 from fastpref.trainer.model.context_parallel import sum_over_context_ranks
 from fastpref.trainer.model.request import PassRequest
@@ -68,6 +68,35 @@ class ActivityMeter:
         return [0.0] * 4 if total_4 is None else total_4.tolist()
 
 
+class WeightSum:
+    """The sum over the rows of a weight, which microbatches between two writes of the weight share.
+
+    Nobody can tell from a tensor that it was written to (optimizers write through `.data`), so the sum lives as long as
+    one run of the schedule: the optimizer comes after it, and `forget_weight_sums` ends it whichever way it ends. It is
+    computed at the first use, when an overlapped gather of the parameters has delivered this one.
+    """
+
+    def __init__(self) -> None:
+        self._weight: Tensor | None = None
+        self._num_rows = 0
+        self._sum_H: Tensor | None = None
+
+    def __deepcopy__(self, memo: dict[int, object]) -> WeightSum:
+        """That of a copied model: another weight."""
+        return WeightSum()
+
+    def of(self, weight_VH: Tensor, num_rows: int) -> Tensor:
+        """Returns the sum [H] of the first `num_rows` rows."""
+        if self._sum_H is None or weight_VH is not self._weight or num_rows != self._num_rows:
+            self._weight, self._num_rows = weight_VH, num_rows
+            self._sum_H = sum_weight(weight_VH[:num_rows])
+        return self._sum_H
+
+    def forget(self) -> None:
+        """Lets go of it: the weight may change."""
+        self._weight = self._sum_H = None
+
+
 class LogpsHead(ColumnParallelLinear):
     """A vocabulary projection that answers a `PassRequest` with per-sequence sums instead of logits."""
 
@@ -76,6 +105,7 @@ class LogpsHead(ColumnParallelLinear):
     vocab_size: int
     timer: DeviceTimer
     activity: ActivityMeter
+    weight_sum: WeightSum
 
     def forward(
         self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
@@ -107,7 +137,7 @@ class LogpsHead(ColumnParallelLinear):
         """The columns [S, K] of this rank's rows."""
         asked = request.head
         assert asked is not None, "a head is asked for rows"
-        weight_VH = self.weight if weight is None else weight
+        weight_VH = given_VH = self.weight if weight is None else weight
         main_grad_VH = _main_grad(weight_VH)
         if main_grad_VH is not None and options.overlaps_grad_reduce:
             weight_VH = _AddedToMainGrad.apply(weight_VH)
@@ -117,6 +147,8 @@ class LogpsHead(ColumnParallelLinear):
         num_real = min(max(self.vocab_size - vocab_start, 0), self.output_size_per_partition)
         if num_real < self.output_size_per_partition:
             weight_VH = weight_VH[:num_real]
+        has_gradient = torch.is_grad_enabled() and (input_.requires_grad or weight_VH.requires_grad)
+        is_shared = plan == "active" and has_gradient
         bias = None if self.bias is None else self.bias[:num_real]
         scores = linear_logps(
             input_.flatten(0, 1),
@@ -130,6 +162,7 @@ class LogpsHead(ColumnParallelLinear):
             vocab_start=min(vocab_start, self.vocab_size) if self.tp_group.size() > 1 else None,
             sequence_parallel=self.sequence_parallel,
             main_grad=None if main_grad_VH is None else main_grad_VH[:num_real],
+            weight_sum=self.weight_sum.of(given_VH, num_real) if is_shared else None,
             backward=options.backward,
             active_eps=options.active_eps,
             stats=request.token_stats + (ACTIVITY_STATS if plan == "active" else ()),
@@ -168,6 +201,13 @@ def head_of(model: torch.nn.Module) -> LogpsHead | None:
     """The scoring head of a model chunk; None on chunks without the last pipeline stage."""
     chunk = unwrap(model)
     return chunk.output_layer if chunk.post_process else None
+
+
+def forget_weight_sums(models: Sequence[torch.nn.Module]) -> None:
+    """Lets go of what heads remember of their weights; to be called when a step is over, or has ended in an error."""
+    for head in map(head_of, models):
+        if isinstance(head, LogpsHead):
+            head.weight_sum.forget()
 
 
 def read_activity(head: LogpsHead) -> dict[str, float]:
@@ -219,3 +259,4 @@ def install_heads(models: Sequence[torch.nn.Module], options: HeadOptions) -> No
         head.vocab_size = vocab_size_of(chunk)
         head.timer = DeviceTimer()
         head.activity = ActivityMeter()
+        head.weight_sum = WeightSum()

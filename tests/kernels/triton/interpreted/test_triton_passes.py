@@ -22,6 +22,7 @@ from fastpref.kernels import triton_engine
 from fastpref.kernels.engine import Head, RowScalars
 from fastpref.kernels.outputs import FIELDS, LOGP_FIELDS, STATISTICS, fields_of
 from fastpref.kernels.partials import finish_rows
+from fastpref.kernels.tiles import Tile
 from fastpref.testing.adversarial import bad_labels
 from fastpref.testing.numerics import assert_within_rule
 
@@ -54,7 +55,7 @@ def test_passes_on_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         given = given._replace(head=given.head._replace(weight_VH=given.head.weight_VH[:vocab_size]))
         found = triton_engine.forward_rows(*given[:3], fields=tuple(FIELDS), bound_R=bounds(num_rows), with_cache=True)
         assert found.partials.values_FR.shape == (len(FIELDS), num_rows)
-        assert found.mass_V is not None and torch.equal(found.mass_V, torch.zeros(vocab_size))
+        assert found.mass_CV is not None and torch.equal(found.mass_CV, torch.zeros(1, vocab_size))
         assert (found.partials["max"] == -INF).all() and found.partials["target"].isnan().all()
         out_RV, scalars = torch.empty(num_rows, vocab_size), RowScalars(*[torch.ones(num_rows)] * 3)
         triton_engine.logit_gradient(given.x_RH, given.head, given.labels_R, scalars, out_RV, torch.zeros(num_rows))
@@ -65,7 +66,7 @@ def test_forward_rows_gives_the_same_bits_with_and_without_extras(case: str) -> 
     given = problem(35, 40, 200, **CASES[case])
     plain = triton_engine.forward_rows(*given[:3], fields=LOGP_FIELDS, bound_R=None, with_cache=False)
     full = triton_engine.forward_rows(*given[:3], fields=tuple(FIELDS), bound_R=bounds(35), with_cache=given.can_cache)
-    assert plain.mass_V is None and plain.cache is None
+    assert plain.mass_CV is None and plain.cache is None
     for stats in ((), *((name,) for name in STATISTICS)):
         fields = fields_of(stats)
         few = triton_engine.forward_rows(*given[:3], fields=fields, bound_R=None, with_cache=False).partials
@@ -200,6 +201,37 @@ def test_forward_rows_contains_a_poisoned_row(poison: float) -> None:
     assert not (poison != poison and hits_R[7])
 
 
+def test_forward_rows_beside_a_row_of_enormous_logits_keeps_its_bits() -> None:
+    """Such a row leads its tile another way, as the label of a row does."""
+    given = problem(20, 16, 200)
+    options = {"fields": tuple(FIELDS), "bound_R": bounds(20), "with_cache": True}
+    before = triton_engine.forward_rows(*given[:3], **options)
+    given.x_RH[7] *= 1e30
+    labels_R = torch.where(torch.arange(20) == 8, 3, given.labels_R)
+    after = triton_engine.forward_rows(given.x_RH, given.head, labels_R, **options)
+    others = [r for r in range(20) if r not in (7, 8)]
+    for name in FIELDS:
+        assert torch.equal(after.partials[name][others].nan_to_num(7.0), before.partials[name][others].nan_to_num(7.0))
+    assert before.cache is not None and after.cache is not None
+    assert torch.equal(after.cache.values_RV[others], before.cache.values_RV[others])
+    assert torch.equal(after.partials["sum"][8], before.partials["sum"][8])
+
+
+@pytest.mark.parametrize(("columns", "slices"), [(64, 4), (128, 4), (64, 1), (256, 2), (256, 4)])
+def test_forward_rows_on_any_tile(columns: int, slices: int) -> None:
+    """Columns of a tile are summed over rows in as many steps as the width of its slices allows."""
+    tile = Tile(rows=32, columns=columns, hidden=16, group_rows=2, slices=slices, warps=4, stages=1)
+    given = problem(41, 16, 300, torch.bfloat16)
+    options = {"fields": tuple(FIELDS), "bound_R": bounds(41), "with_cache": False}
+    found = triton_engine.forward_rows(*given[:3], **options, tile=tile)
+    wide, narrow = run_torch(given, torch.float64), run_torch(given, torch.float32)
+    assert found.mass_CV is not None
+    assert_within_rule(found.mass_CV[0], narrow["mass"], wide["mass"])
+    rows = finish_rows(found.partials, torch.float32, ("entropy",))
+    assert_within_rule(rows.token_logps, narrow["token_logps"], wide["token_logps"])
+    assert_within_rule(rows.statistics[0], narrow["entropy"], wide["entropy"])
+
+
 def test_logit_gradient_of_dead_rows_is_exactly_zero() -> None:
     """Fault 3: whatever the row holds."""
     given, coefficients_R = problem(20, 16, 200), coefficients(20)
@@ -239,9 +271,23 @@ def test_passes_at_the_end_of_the_range_of_fp32() -> None:
     assert_within_rule(found.values["d_logits"], yardstick["d_logits"], wide["d_logits"], kind="gradient")
 
 
-def test_passes_of_certain_tokens_are_exact() -> None:
+@pytest.mark.parametrize("softcap", [2.0**10, 2.0**30])
+def test_passes_under_a_wide_cap(softcap: float) -> None:
+    """The only totals that the kernel makes; logits on both sides of 2^20."""
+    given = problem(20, 16, 200, softcap=softcap)
+    given.x_RH[::2] *= 2.0**24
+    wide, narrow = run_torch(given, torch.float64), run_torch(given, torch.float32)
+    fields = fields_of(("mean_logit",))
+    found = triton_engine.forward_rows(*given[:3], fields=fields, bound_R=None, with_cache=False)
+    rows = finish_rows(found.partials, torch.float32, ("mean_logit",))
+    assert_within_rule(rows.token_logps, narrow["token_logps"], wide["token_logps"])
+    assert_within_rule(rows.statistics[0], narrow["mean_logit"], wide["mean_logit"])
+
+
+@pytest.mark.parametrize("certain", [400.0, 12345.678, 2.0**21 + 1.0])
+def test_passes_of_certain_tokens_are_exact(certain: float) -> None:
     """A probability of 1 leaves a log-prob of 0 and a gradient of exactly 0."""
-    given = Problem(torch.eye(40), Head(torch.eye(40) * 400.0, None, 1.0, None), torch.arange(40))
+    given = Problem(torch.eye(40), Head(torch.eye(40) * certain, None, 1.0, None), torch.arange(40))
     found = run_triton(given).values
     assert (found["token_logps"] == 0).all() and (found["d_logits"] == 0).all() and (found["hits"] == 1).all()
 
@@ -252,8 +298,8 @@ def test_forward_rows_below_a_bad_bound_stays_finite() -> None:
     found = triton_engine.forward_rows(
         *given[:3], fields=LOGP_FIELDS, bound_R=torch.full((20,), -4000.0), with_cache=False
     )
-    assert found.mass_V is not None and not found.mass_V.isnan().any()
-    assert found.mass_V[5] > 1e30 and found.mass_V[6] == 0
+    assert found.mass_CV is not None and not found.mass_CV.isnan().any()
+    assert found.mass_CV[0, 5] > 1e30 and found.mass_CV[0, 6] == 0
 
 
 def test_passes_address_beyond_32_bits() -> None:
@@ -300,10 +346,12 @@ def logits_of(given: Problem) -> torch.Tensor:
     return given.x_RH.double() @ given.head.weight_VH.double().t() + given.head.bias_V.double()
 
 
-def test_forward_rows_cache_survives_a_large_common_offset() -> None:
-    given = biased((slice(None), 2.0**15))
+@pytest.mark.parametrize("offset", [2.0**15, -(2.0**19), 2.0**22])
+def test_passes_with_a_large_common_offset(offset: float) -> None:
+    """Whole logits, which fp32 holds exactly: every error is ours. From 2^20 on the maximum is subtracted first."""
+    given = biased((slice(None), offset))
     whole = given.head._replace(weight_VH=given.head.weight_VH.round())
-    given = given._replace(x_RH=given.x_RH.round(), head=whole, offset=2.0**15)
+    given = given._replace(x_RH=given.x_RH.round(), head=whole, offset=offset)
     found = assert_matches_torch(given)
     out_RV = torch.full((20, 200), NAN)
     assert found.cache is not None

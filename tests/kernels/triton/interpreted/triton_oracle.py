@@ -87,9 +87,9 @@ def run_triton(given: Problem, coefficients_R: Tensor | None = None) -> Results:
     d_logits_RV = torch.full((num_rows, num_columns), NAN, dtype=given.x_RH.dtype, device=device)
     covered_R = torch.zeros(num_rows, device=device)
     triton_engine.logit_gradient(given.x_RH, given.head, given.labels_R, scalars, d_logits_RV, covered_R)
-    assert forward.mass_V is not None
+    assert forward.mass_CV is not None
     values = dict(zip(OUTPUTS, (rows.token_logps, *rows.statistics), strict=True))
-    values |= {"mass": forward.mass_V, "covered": covered_R, "d_logits": d_logits_RV}
+    values |= {"mass": forward.mass_CV[0], "covered": covered_R, "d_logits": d_logits_RV}
     return Results(values, forward.cache, scalars)
 
 
