@@ -131,14 +131,15 @@ class _Backward:
         if kept.cache is not None:
             group = kept.cache.columns_per_group
             width = max(width // group, 1) * group
-        self.width = min(width, max(self.columns.count, 1))
+        self.width = min(width, max(self.columns.number, 1))
         self.blocks = self.columns.blocks(width, shape.multiple) if num_live else []
         self.unit = _operand_unit(coefficients_R, rows.x_RH.dtype)
         self.scalars = rows.scalars
         if self.unit is not None:
             self.scalars = rows.scalars._replace(coefficients=coefficients_R / self.unit)
         # Where columns are left out: the mass of those that are visited, by row, and the sum of their weights.
-        self.covered_R = self.visited_sum_H = None
+        self.covered_R: Tensor | None = None
+        self.visited_sum_H: Tensor | None = None
         if needs_rows and self.columns.ids_A is not None:
             self.covered_R = torch.zeros_like(coefficients_R)
 
@@ -188,7 +189,7 @@ class _Backward:
             cold_sum_H = sum_weight(self.head.weight_VH)
         if self.visited_sum_H is not None:
             cold_sum_H = cold_sum_H - self.visited_sum_H
-        scale = self.head.logit_scale / max(self.head.weight_VH.shape[0] - self.columns.count, 1)
+        scale = self.head.logit_scale / max(self.head.weight_VH.shape[0] - self.columns.number, 1)
         if self.head.softcap is not None:
             # The cap's slope at the mean of the cold logits, which the mean of the weights gives.
             z_R = (self.rows.x_RH.to(self.dtype) @ cold_sum_H) * scale

@@ -57,18 +57,18 @@ class Columns(NamedTuple):
 
     Attributes:
         ids_A: int64 [A], which ones; None = the whole vocabulary, in order.
-        count: A.
+        number: A.
         labels_R: int64, place of each live row's label among them; outside of [0, A) where it is not there.
     """
 
     ids_A: Tensor | None
-    count: int
+    number: int
     labels_R: Tensor
 
     def blocks(self, width: int, multiple: int = 1) -> list[slice]:
         """Cut them into blocks of at most `width`; where their number is no multiple, the odd ones are a last block."""
-        whole = self.count - self.count % multiple
-        edges = sorted({*range(0, whole, width), whole, self.count})
+        whole = self.number - self.number % multiple
+        edges = sorted({*range(0, whole, width), whole, self.number})
         return [slice(start, stop) for start, stop in pairwise(edges)]
 
     def ids(self, block: slice) -> slice | Tensor:

@@ -295,14 +295,14 @@ def _sum_parts_kernel(
     """
     num_blocks = tl.cdiv(num_sums, BLOCK_C)
     group = tl.program_id(0) // num_blocks
-    first = group * parts_per_group
+    first = group.to(tl.int64) * parts_per_group
     offs_c = tl.program_id(0) % num_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < num_sums
     total = tl.zeros((BLOCK_C,), dtype=tl.float32)
     height = min(parts_per_group, num_parts - first)
     for step in range(0, tl.cdiv(height, BLOCK_N)):
         offs_n = step * BLOCK_N + tl.arange(0, BLOCK_N)
-        ptrs = parts_ptr + (first + offs_n).to(tl.int64)[:, None] * num_sums + offs_c[None, :]
+        ptrs = parts_ptr + (first + offs_n)[:, None] * num_sums + offs_c[None, :]
         parts = tl.load(ptrs, mask=(offs_n < height)[:, None] & mask_c[None, :], other=0.0)
         total += tl.sum(parts, axis=0)
     sums_ptrs = sums_ptr + group.to(tl.int64) * num_sums + offs_c

@@ -36,9 +36,9 @@ def test_active_visits_a_multiple_of_columns() -> None:
         found = differentiate(inputs, c_R, backward="active", active_eps=2**-6)
     ((columns, blocks),) = seen
     num_active = int(is_active_V.sum())
-    assert num_active % 16 and columns.count == num_active + -num_active % 16
+    assert num_active % 16 and columns.number == num_active + -num_active % 16
     assert columns.ids_A[:num_active].tolist() == is_active_V.nonzero().squeeze(1).tolist()
-    assert len(set(columns.ids_A.tolist())) == columns.count
+    assert len(set(columns.ids_A.tolist())) == columns.number
     assert blocks and not any((block.stop - block.start) % 16 for block in blocks)
     is_visited_V = torch.zeros(600, dtype=torch.bool).index_fill_(0, columns.ids_A, True)
     expected = formula(inputs, c_R.double(), is_visited_V)
