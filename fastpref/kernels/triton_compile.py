@@ -208,12 +208,17 @@ def describe(variant: Variant) -> KernelCall:
     )
 
 
-def compile_variant(variant: Variant) -> CompiledKernel:
-    """Compile one variant to machine code and read it."""
+def build(variant: Variant) -> Any:
+    """Compile one variant; Triton's own object, which has every stage of the code in `asm`."""
     call = describe(variant)
     capability = int(variant.architecture.removeprefix("sm_"))
     options = {"num_warps": call.num_warps, "num_stages": call.num_stages, "enable_fp_fusion": False}
-    compiled = triton.compile(_source(call), target=GPUTarget("cuda", capability, 32), options=options)
+    return triton.compile(_source(call), target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def compile_variant(variant: Variant) -> CompiledKernel:
+    """Compile one variant to machine code and read it."""
+    compiled = build(variant)
     registers, spilled_bytes = resource_usage(compiled.asm["cubin"])
     return CompiledKernel(
         variant=variant,
