@@ -17,7 +17,9 @@ from fastpref.kernels.engine import ExponentCache, Head, RowScalars
 from fastpref.kernels.tiles import CACHE_COLUMNS, Tile
 from fastpref.kernels.triton_common import (
     LOG2E,
+    ROW_LANES,
     KernelCall,
+    add_columns,
     count_programs,
     finish_logits,
     label_columns,
@@ -81,35 +83,47 @@ def _logit_gradient_kernel(
         offs_r = row0 + tl.arange(0, BLOCK_R)
         mask_r = offs_r < num_rows
         rows = offs_r.to(tl.int64)
-        z = finish_logits(acc, col0 + tl.arange(0, BLOCK_V), num_columns, bias_ptr, logit_scale, softcap)
-        slices = split_columns(z, SLICES)
+        offs_v = col0 + tl.arange(0, BLOCK_V)
+        z = finish_logits(acc, offs_v, num_columns, bias_ptr, logit_scale, softcap)
         column_of_label = label_columns(labels_ptr, offs_r, num_rows, col0, num_columns, BLOCK_V)
         coefficient = tl.load(coefficients_ptr + rows, mask=mask_r, other=0.0)
-        row_max = tl.load(row_max_ptr + rows, mask=mask_r, other=float("inf"))
-        row_sum = tl.load(row_sum_ptr + rows, mask=mask_r, other=1.0)
         is_live = coefficient != 0.0
+        row_max = tl.where(is_live, tl.load(row_max_ptr + rows, mask=mask_r, other=0.0), 0.0)
+        # By selection, not by the coefficient's 0: a NaN in a dead row must reach no gradient.
+        row_sum = tl.where(is_live, tl.load(row_sum_ptr + rows, mask=mask_r, other=1.0), float("inf"))
         if logit_scale is not None:
             coefficient *= logit_scale
-        weight_of_p = -coefficient / row_sum
-        covered = tl.zeros((BLOCK_R,), dtype=tl.float32)
+        weight_of_p = (0.0 - coefficient) / row_sum
+        # Most tiles hold no row's label, and every row has a coefficient.
+        is_special = tl.max(((column_of_label >= 0) | ~is_live).to(tl.int32), axis=0) != 0
+        if is_special | (col0 + BLOCK_V > num_columns):
+            z = tl.where((offs_v < num_columns)[None, :], z, float("-inf"))
+            z = tl.where(is_live[:, None], z, 0.0)
+        slices = split_columns(z, SLICES)
+        covered = tl.zeros((BLOCK_R, ROW_LANES), dtype=tl.float32)
         for i in tl.static_range(SLICES):
             slice_v = col0 + i * SLICE_V + tl.arange(0, SLICE_V)
-            mask_v = slice_v < num_columns
             p = tl.exp2((slices[i] - row_max[:, None]) * LOG2E)
             if covered_ptr is not None:
-                covered += tl.sum(tl.where(mask_v[None, :], p, 0.0), axis=1)
-            is_label = column_of_label[:, None] == (i * SLICE_V + tl.arange(0, SLICE_V))[None, :]
-            gradient = p * weight_of_p[:, None] + tl.where(is_label, coefficient[:, None], 0.0)
+                covered += add_columns(p)
+            gradient = p * weight_of_p[:, None]
+            if is_special:
+                # Loaded anew: a compiler takes what it finds in registers out of the branch, into every tile.
+                column_of_label = label_columns(labels_ptr, offs_r, num_rows, col0, num_columns, BLOCK_V)
+                is_label = column_of_label[:, None] == (tl.arange(0, SLICE_V) + i * SLICE_V)[None, :]
+                of_label = tl.load(coefficients_ptr + rows, mask=column_of_label >= 0, other=0.0)
+                if logit_scale is not None:
+                    of_label *= logit_scale
+                gradient += tl.where(is_label, of_label[:, None], 0.0)
             if softcap is not None:
                 tanh_z = slices[i] / softcap
                 gradient *= 1.0 - tanh_z * tanh_z
-            # By selection, not by the coefficient's 0: a NaN in a dead row must reach no gradient.
-            gradient = tl.where(is_live[:, None], gradient, 0.0)
             out_ptrs = out_ptr + rows[:, None] * num_columns + slice_v[None, :]
-            tl.store(out_ptrs, round_to(gradient, out_ptr.dtype.element_ty), mask=mask_r[:, None] & mask_v[None, :])
+            mask = mask_r[:, None] & (slice_v < num_columns)[None, :]
+            tl.store(out_ptrs, round_to(gradient, out_ptr.dtype.element_ty), mask=mask)
         if covered_ptr is not None:
-            covered = tl.where(is_live, covered / row_sum, 0.0)
-            tl.store(covered_ptr + column_tile.to(tl.int64) * num_rows + rows, covered, mask=mask_r)
+            covered_ptrs = covered_ptr + column_tile.to(tl.int64) * num_rows + rows
+            tl.store(covered_ptrs, tl.sum(covered, axis=1) / row_sum, mask=mask_r)
 
 
 @triton.jit(do_not_specialize=["num_rows"])

@@ -189,15 +189,6 @@ def fma(x, y, z):
 
 
 @triton.jit
-def subtract_from_rows(slices, shift_R, SLICES: tl.constexpr):
-    """Return `slice - shift[:, None]` of each slice."""
-    results = ()
-    for i in tl.static_range(SLICES):
-        results += (slices[i] - shift_R[:, None],)
-    return results
-
-
-@triton.jit
 def round_to(values, dtype: tl.constexpr):
     """Convert fp32 values to `dtype`, to the nearest."""
     # The interpreter cuts bf16 off instead; so there it gets numbers that are already rounded, to nearest even.

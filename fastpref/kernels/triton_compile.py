@@ -214,9 +214,14 @@ def describe(variant: Variant) -> KernelCall:
     )
 
 
+def build(variant: Variant) -> Any:
+    """Compile one variant; Triton's own object, which has every stage of the code in `asm`."""
+    return compile_call(describe(variant), variant.architecture)
+
+
 def compile_variant(variant: Variant) -> CompiledKernel:
     """Compile one variant to machine code and read it."""
-    compiled = compile_call(describe(variant), variant.architecture)
+    compiled = build(variant)
     registers, spilled_bytes = resource_usage(compiled.asm["cubin"])
     return CompiledKernel(
         variant=variant,

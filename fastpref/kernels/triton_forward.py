@@ -39,7 +39,6 @@ from fastpref.kernels.triton_common import (
     round_to,
     row_maximum,
     split_columns,
-    subtract_from_rows,
     tile_position,
     weighted_column_sums,
 )
@@ -54,8 +53,8 @@ HIGHEST_EXPONENT = tl.constexpr(2.0**30)
 CACHE_V = tl.constexpr(CACHE_COLUMNS)
 # exp(gap) is 0 in fp32 below this; it keeps 0 * -inf out of the entropy.
 LOWEST_GAP = tl.constexpr(-700.0)
-# A maximum from here on is subtracted from its row first: times log2 e it would leave an `excess` of more than 1 / 16.
-LARGE_SHIFT = tl.constexpr(2.0**20)
+# Distinct logits are 64 apart from here on: whether to base 2 or e, no exponential but that of the maximum counts.
+LARGE_SHIFT = tl.constexpr(2.0**30)
 # Numbers that every tile leaves of a row: its maximum and its sum of exponentials.
 NUM_PARTS = tl.constexpr(2)
 # Fields that it leaves where they are wanted: each an argument `<field>_ptr` of both kernels, None = not wanted.
@@ -63,22 +62,26 @@ TILE_FIELDS = ("moment", "total")
 
 
 @triton.jit
-def base2_shift(shift_R):
-    """Return (shift2, excess): `exp(z - shift)` is `exp2(fma(z, log2 e, -shift2))` divided by `exp2(excess)`.
+def base2_scaling(shift_R):
+    """Return (slope, shift2, excess): `exp(z - shift)` is `exp2(fma(z, slope, -shift2)) / exp2(excess)`.
 
-    One instruction per logit, and as exact as the difference: `fma` rounds once, behind the subtraction, as the product
-    of the difference would be. What `shift2` lost when it was rounded is a factor of the whole row, known exactly.
+    One instruction per logit, and as exact as a difference: `fma` rounds once, behind the subtraction, where the
+    product of a difference would be rounded. What `shift2` loses, at most 64, is known exactly and the same factor for
+    the whole row. The slope is log2 e; for the largest shifts, whose product with it would overflow or lose more, it
+    is 1.
     """
-    shift2 = shift_R * LOG2E
-    return shift2, fma(shift_R, LOG2E, -shift2)
+    is_large = tl.abs(shift_R) >= LARGE_SHIFT
+    slope = tl.where(is_large, 1.0, LOG2E)
+    shift2 = shift_R * slope
+    return slope, shift2, tl.where(is_large, 0.0, fma(shift_R, slope, -shift2))
 
 
 @triton.jit
 def scale_to_bound(shift_R, bound_R, excess_R):
     """Return `exp(shift - bound) / exp2(excess)`."""
     # fp64, per row: the power may be large, and its rounding would be the error of every column.
-    power = tl.minimum((shift_R - bound_R).to(tl.float64) * LOG2E, HIGHEST_POWER)
-    power = tl.maximum(power, LOWEST_POWER) - excess_R
+    power = tl.minimum((shift_R - bound_R).to(tl.float64) * LOG2E - excess_R, HIGHEST_POWER)
+    power = tl.maximum(power, LOWEST_POWER)
     whole = tl.floor(power)
     return tl.exp2((power - whole).to(tl.float32)) * tl.exp2(whole.to(tl.float32))
 
@@ -87,12 +90,11 @@ def scale_to_bound(shift_R, bound_R, excess_R):
 def store_targets(target_ptrs, slices, column_of_label, SLICES: tl.constexpr):
     """Store the logit of each row's label where the tile holds it."""
     SLICE_V: tl.constexpr = slices[0].shape[1]
-    if tl.max(column_of_label, axis=0) >= 0:
-        target = tl.zeros(column_of_label.shape, dtype=tl.float32)
-        for i in tl.static_range(SLICES):
-            is_label = column_of_label[:, None] == (tl.arange(0, SLICE_V) + i * SLICE_V)[None, :]
-            target += tl.sum(tl.where(is_label, slices[i], 0.0), axis=1)
-        tl.store(target_ptrs, target, mask=column_of_label >= 0)
+    target = tl.zeros(column_of_label.shape, dtype=tl.float32)
+    for i in tl.static_range(SLICES):
+        is_label = column_of_label[:, None] == (tl.arange(0, SLICE_V) + i * SLICE_V)[None, :]
+        target += tl.sum(tl.where(is_label, slices[i], 0.0), axis=1)
+    tl.store(target_ptrs, target, mask=column_of_label >= 0)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -155,20 +157,11 @@ def _linear_logps_fwd_kernel(
         slices = split_columns(z, SLICES)
         tile_max = row_maximum(slices, SLICES)
         shift = tl.where(tile_max == float("-inf"), 0.0, tile_max)
-        if total_ptr is not None:
-            total = tl.zeros((BLOCK_R, ROW_LANES), dtype=tl.float32)
-            for i in tl.static_range(SLICES):
-                mask_v = col0 + i * SLICE_V + tl.arange(0, SLICE_V) < num_columns
-                # Divided by a power of two: exact, and a sum of the largest floats does not overflow.
-                total += add_columns(tl.where(mask_v[None, :], slices[i], 0.0) * (1.0 / BLOCK_V))
+        slope, shift2, excess = base2_scaling(shift)
         column_of_label = label_columns(labels_ptr, offs_r, num_rows, col0, num_columns, BLOCK_V)
-        is_large = tl.abs(shift) >= LARGE_SHIFT
-        # Most tiles hold no row's label, and no logit is so large.
-        if tl.max(((column_of_label >= 0) | is_large).to(tl.int32), axis=0) != 0:
+        # Most tiles hold no row's label.
+        if tl.max(column_of_label, axis=0) >= 0:
             store_targets(targets_ptr + rows, slices, column_of_label, SLICES)
-            slices = subtract_from_rows(slices, tl.where(is_large, shift, 0.0), SLICES)
-        near_shift = tl.where(is_large, 0.0, shift)
-        shift2, excess = base2_shift(near_shift)
         if bound_ptr is not None:
             bound = tl.load(bound_ptr + offs_r, mask=mask_r, other=float("inf"))
             to_bound = scale_to_bound(shift, bound, excess)
@@ -185,19 +178,24 @@ def _linear_logps_fwd_kernel(
             tl.store(exponent_ptrs, exponents, mask=mask_r[:, None] & (offs_g < num_groups)[None, :])
         sums = tl.zeros((BLOCK_R, ROW_LANES), dtype=tl.float32)
         moment = tl.zeros((BLOCK_R, ROW_LANES), dtype=tl.float32)
+        total = tl.zeros((BLOCK_R, ROW_LANES), dtype=tl.float32)
         masses = ()
         for i in tl.static_range(SLICES):
-            p = tl.exp2(fma(slices[i], LOG2E, -shift2[:, None]))
+            slice_v = col0 + i * SLICE_V + tl.arange(0, SLICE_V)
+            mask_v = slice_v < num_columns
+            p = tl.exp2(fma(slices[i], slope[:, None], -shift2[:, None]))
             sums += add_columns(p)
             if moment_ptr is not None:
-                moment += add_columns(p * tl.maximum(slices[i] - near_shift[:, None], LOWEST_GAP))
+                moment += add_columns(p * tl.maximum(slices[i] - shift[:, None], LOWEST_GAP))
+            if total_ptr is not None:
+                # Divided by a power of two: exact, and a sum of the largest floats does not overflow.
+                total += add_columns(tl.where(mask_v[None, :], slices[i], 0.0) * (1.0 / BLOCK_V))
             if bound_ptr is not None:
                 masses += (weighted_column_sums(p, to_bound),)
             if exponents_ptr is not None:
-                slice_v = col0 + i * SLICE_V + tl.arange(0, SLICE_V)
                 value_ptrs = values_ptr + rows[:, None] * num_columns + slice_v[None, :]
                 values = round_to(p * to_exponent[:, None], tl.bfloat16)
-                tl.store(value_ptrs, values, mask=mask_r[:, None] & (slice_v < num_columns)[None, :])
+                tl.store(value_ptrs, values, mask=mask_r[:, None] & mask_v[None, :])
         if bound_ptr is not None:
             mass_V = tl.sum(join_columns(masses, SLICES), axis=0)
             tl.store(mass_ptr + row_tile.to(tl.int64) * num_columns + offs_v, mass_V, mask=offs_v < num_columns)
