@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
@@ -31,9 +32,10 @@ TARGET = GPUTarget("cuda", 90, 32)
 PROPERTIES = SimpleNamespace(major=9, minor=0, multi_processor_count=132, name="a stand-in for a Hopper GPU")
 ENGINE = {"forward_rows": torch_tiles.forward_rows, "logit_gradient": None, "cached_logit_gradient": None}
 """Functions that launch, and what computes in their place; the values of a gradient decide nothing."""
-MOST_LOGITS = 2**30
-"""Logits of a call that PyTorch computes; for more than that a few columns have to do."""
+MOST_PRODUCTS = 6e10
+"""R * H * V of a call that PyTorch computes; for more than that a few columns have to do."""
 FEW_COLUMNS = 4096
+MANY = 2**28
 
 Note = Callable[[str], None]
 
@@ -72,6 +74,14 @@ def _in_memory(function: Callable[..., Any]) -> Callable[..., Any]:
         return function(*here, **options)
 
     return run
+
+
+def _zeros(zeros: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Zeros; where there are many, pages that nobody has touched, which are zeros as well."""
+    few, many = _in_memory(zeros), _in_memory(torch.empty)
+    return lambda *size, **kwargs: (many if math.prod(s for s in size if isinstance(s, int)) > MANY else few)(
+        *size, **kwargs
+    )
 
 
 def _here(value: Any) -> Any:
@@ -122,6 +132,7 @@ def _patches() -> Iterator[tuple[Any, str, Any]]:
             yield torch, constructor.__name__, _in_memory(constructor)
     for name in ("to", "new_empty", "new_zeros", "new_full", "new_ones", "new_tensor"):
         yield Tensor, name, _in_memory(getattr(Tensor, name))
+    yield torch, "zeros", _zeros(torch.zeros)
     yield Tensor, "pin_memory", lambda tensor: tensor
     yield torch, "compile", lambda model=None, **_: model if model is not None else lambda wrapped: wrapped
 
@@ -159,7 +170,7 @@ def _recorded(
 
 def _few_columns(x_RH: Tensor, head: Any) -> Any:
     """The head, or a few columns of it where all of them are too many to compute with."""
-    if x_RH.shape[0] * head.weight_VH.shape[0] * max(x_RH.shape[1] // 512, 1) <= MOST_LOGITS:
+    if x_RH.shape[0] * head.weight_VH.numel() <= MOST_PRODUCTS:
         return head
     bias_V = None if head.bias_V is None else head.bias_V[:FEW_COLUMNS]
     return head._replace(weight_VH=head.weight_VH[:FEW_COLUMNS], bias_V=bias_V)
