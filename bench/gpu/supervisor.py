@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from bench.gpu.folder import Folder
+from bench.gpu.folder import BROKEN_DEVICE, Folder
 from bench.workloads import ROOT
 
 GRACE_S = 15.0
@@ -42,6 +42,8 @@ def supervise(
         if ended == "done":
             return
         killed = folder.give_up_started(f"{ended}; {_last_line(log)}")
+        if killed is None and ended == _ended_with(BROKEN_DEVICE):
+            continue  # the row that lost the device is there, and a new process gets the device anew
         if killed is None:
             print(f"part {part}: {ended} between two rows; {log} says why: {_last_line(log)}", flush=True)
             return
@@ -64,7 +66,11 @@ def _run_once(folder: Folder, command: list[str], log: Path, limit: Limit) -> st
                 time.sleep(POLL_S)
         finally:
             end_session(child)
-    return "done" if child.returncode == 0 else f"its process ended with code {child.returncode}"
+    return "done" if child.returncode == 0 else _ended_with(child.returncode)
+
+
+def _ended_with(code: int) -> str:
+    return f"its process ended with code {code}"
 
 
 def end_session(child: subprocess.Popen[bytes]) -> None:

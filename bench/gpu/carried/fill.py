@@ -57,7 +57,7 @@ def target_build(wheel: Path | None) -> Build:
 
 
 def fill(cache: Path, variants: Mapping[str, str], build: Build, processes: int) -> Iterator[Entry]:
-    """Compile what is not there yet, and yield each entry as it is done.
+    """Compile what is not there yet, and yield each entry as it is done; `error` where one cannot be compiled.
 
     Args:
         cache: the folder; `MANIFEST` in it says what is there.
@@ -72,8 +72,12 @@ def fill(cache: Path, variants: Mapping[str, str], build: Build, processes: int)
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         pending = {pool.submit(_compile, str(cache), text, build.key): text for text in wanted}
         for future in as_completed(pending):
-            name, parts, seconds = future.result()
             text = pending[future]
+            try:
+                name, parts, seconds = future.result()
+            except Exception as error:  # a tile that no device could run either, say; the others are still wanted
+                yield {"specialization": text, "origin": variants[text], "error": f"{type(error).__name__}: {error}"}
+                continue
             entries[name] = {"specialization": text, "origin": variants[text], "seconds": seconds, **parts}
             _write_manifest(cache, build, entries)
             yield entries[name] | {"name": name}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 from collections.abc import Iterator
@@ -110,6 +112,7 @@ def _tiles(found: Variants) -> None:
     """The tuner's candidates at the H of the plan."""
     (hidden,) = next(step.arguments for step in plan.COMMANDS[2] if step.name == "tiles")
     for tile in CANDIDATES.get("sm_90/16", TABLE["sm_90/16"]):
+        # Its measurements launch what its check has launched.
         with (
             stand_in(partial(found.add, f"tile {tile.rows}x{tile.columns}"), {HIDDEN: hidden}),
             mock.patch.object(tuning, "_median_milliseconds", return_value=0.0),
@@ -121,14 +124,7 @@ class _Recorder:
     """Runs every test on the stand-in and keeps what it launches; its outcome means nothing."""
 
     def __init__(self, found: Variants) -> None:
-        self.found, self.scope = found, None
-
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Before the tests' own conftest asks for a device."""
-        torch_cuda = mock.patch.object(torch.cuda, "is_available", lambda: True)
-        torch_cuda.start()
-        mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: (9, 0)).start()
+        self.found = found
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Iterator[None]:
@@ -147,26 +143,17 @@ class _Recorder:
                 return (yield)
         except NothingNewError:
             return None
-        except BaseException as error:
+        except Exception as error:  # values of the stand-in, or something that it has not; the next test may launch
             self.found.incomplete[item.name] = f"{type(error).__name__}: {error}".splitlines()[0]
             return None
 
 
 def _tests(found: Variants) -> None:
-    try:
-        pytest.main(
-            [
-                "-v",
-                "--durations=8",
-                "-p",
-                "no:cacheprovider",
-                "-p",
-                "no:xdist",
-                "--no-header",
-                "--no-summary",
-                str(ROOT / "tests/gpu"),
-            ],
-            plugins=[_Recorder(found)],
-        )
-    finally:
-        mock.patch.stopall()
+    options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--no-header", "--no-summary"]
+    # The tests' own conftest asks for a device before the first of them runs.
+    with (
+        mock.patch.object(torch.cuda, "is_available", lambda: True),
+        mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: (9, 0)),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
+        pytest.main([*options, str(ROOT / "tests" / "gpu")], plugins=[_Recorder(found)])

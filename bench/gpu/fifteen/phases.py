@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
 from bench.gpu import clock
+from bench.gpu.folder import is_broken
 from bench.measure import Row
 
 PHASES = (
@@ -46,22 +48,30 @@ class Event(NamedTuple):
 
 def profile(run: Callable[[], object], device: torch.device) -> Row:
     """Return where the time of one call goes; `reason` in its place where nothing can be profiled here."""
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    if device.type != "cuda":
+        return {"reason": "no profile: a CPU has no kernels to tell apart"}
     try:
         taken_ms = clock.time_ms(run, device)
-        with torch.profiler.profile(activities=activities) as profiler:
-            run()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-        events = [
-            Event(event.key, "CPU" not in str(event.device_type), float(event.self_device_time_total), int(event.count))
-            for event in profiler.key_averages()
-        ]
+        events = profiled(run, [ProfilerActivity.CPU, ProfilerActivity.CUDA])
     except (RuntimeError, AttributeError, ImportError) as error:
-        return {"reason": f"no profile: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
+        if is_broken(error):
+            raise
+        return {"reason": f"no profile: {type(error).__name__}: {error}".splitlines()[0]}
     if not any(event.is_kernel for event in events):
         return {"reason": "no profile: the profiler has seen no kernel; CUPTI may be missing or not permitted"}
     return by_phase(events) | {"taken_ms": round(taken_ms, 3)}
+
+
+def profiled(run: Callable[[], object], activities: Sequence[ProfilerActivity]) -> list[Event]:
+    """Return what PyTorch's profiler counts in one call."""
+    with torch.profiler.profile(activities=activities) as profiler:
+        run()
+        if ProfilerActivity.CUDA in activities:
+            torch.cuda.synchronize()
+    return [
+        Event(each.key, each.device_type != DeviceType.CPU, float(each.self_device_time_total), int(each.count))
+        for each in profiler.key_averages()
+    ]
 
 
 def by_phase(events: Iterable[Event]) -> Row:
