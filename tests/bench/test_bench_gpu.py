@@ -193,7 +193,9 @@ def test_shorten_keeps_the_end_of_a_log(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("share", [0.05, 0.3])
 def test_with_activity_reaches_a_share_of_active_columns(share: float) -> None:
     case = inputs.build_on("v2048-h64-r64", torch.device("cpu"), torch.float32)
+    case.weight_VH.requires_grad_()  # as an earlier pass leaves it
     found, active = speed.with_activity(case, share)
+    assert not found.ref_logps_S.requires_grad
     assert active == pytest.approx(share, rel=speed.CLOSE_ENOUGH)
     softmax_RV = torch.softmax(found.hidden_SLH.flatten(0, 1)[found.rows_R].double() @ found.weight_VH.double().t(), 1)
     above = (softmax_RV.amax(0) > 2**-8).double().mean()

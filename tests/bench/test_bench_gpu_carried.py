@@ -170,7 +170,10 @@ def test_target_build_refuses_a_wheel_of_another_version(tmp_path: Path, monkeyp
     other = Build("0.1", {LIBRARY: "x"})
     monkeypatch.setattr(fill, "build_at", lambda place: other)
     monkeypatch.setattr(fill, "installed_build", lambda: Build("0.2", {LIBRARY: "x"}))
-    with pytest.raises(ValueError, match=r"is Triton 0\.1, here is 0\.2, and they differ in version; put Triton 0\.1"):
+    with pytest.raises(
+        ValueError,
+        match=r"is Triton 0\.1, here is 0\.2, and they differ in version; put that Triton in front: .* triton==0\.1",
+    ):
         fill.target_build(tmp_path / "triton.whl")
 
 

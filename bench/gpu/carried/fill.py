@@ -51,7 +51,7 @@ def target_build(wheel: Path | None) -> Build:
     if other:
         raise ValueError(
             f"{wheel.name} is Triton {build.version}, here is {here.version}, and they differ in {', '.join(other[:3])}"
-            f"; put Triton {build.version} for this Python in front: unpack its wheel and name the folder in PYTHONPATH"
+            f"; put that Triton in front: pip install --no-deps --target DIR triton=={build.version}; PYTHONPATH=DIR"
         )
     return build
 
@@ -127,6 +127,8 @@ def _compile(cache: str, specialization: str, build_key: str) -> tuple[str, dict
         compiler.get_cache_key = original
     entry = entry_name(build_key, **parts)
     assert (Path(cache) / entry).is_dir(), f"Triton did not put {name} where its key says"
+    for file in (Path(cache) / entry).glob("*.source"):
+        file.unlink()  # for readers; the index may name what is not there
     return entry, parts, round(time.monotonic() - start, 1)
 
 

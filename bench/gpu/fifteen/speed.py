@@ -80,7 +80,8 @@ def with_activity(case: Case, share: float) -> tuple[Case, float]:
             break
         low, high = (middle, high) if active > share else (low, middle)
     # What the old reference says of other logits would leave no row a gradient.
-    wide = with_reference(found.to(found.hidden_SLH.device, torch.float32))
+    with torch.no_grad():  # the weight asks for a gradient since its first pass
+        wide = with_reference(found.to(found.hidden_SLH.device, torch.float32))
     return replace(found, ref_logps_S=wide.ref_logps_S), active
 
 
