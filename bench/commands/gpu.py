@@ -169,7 +169,7 @@ def gpu_cache(
             click.echo(f"{launches.name_of(text)} | {origin}")
         return
     start = time.monotonic()
-    for count, entry in enumerate(fill.fill(cache, wanted, build, processes or os.cpu_count() or 1), 1):
+    for count, entry in enumerate(fill.fill(cache, wanted, build, processes or len(os.sched_getaffinity(0))), 1):
         name = launches.name_of(entry["specialization"])
         click.echo(
             f"{count}: {name} | {entry['origin']}: {entry['seconds']} s, {time.monotonic() - start:.0f} s so far"

@@ -123,6 +123,7 @@ def _patches() -> Iterator[tuple[Any, str, Any]]:
         ("get_device_properties", lambda device=None: PROPERTIES),
         ("get_device_name", lambda device=None: PROPERTIES.name),
         ("is_current_stream_capturing", lambda: False),
+        ("current_stream", lambda device=None: mock.MagicMock()),
         ("synchronize", lambda device=None: None),
         ("empty_cache", lambda: None),
         ("device", lambda device: contextlib.nullcontext()),

@@ -89,11 +89,11 @@ COMMANDS: dict[int, tuple[Step, ...]] = {
         Step(name="device", run="tools:device", reserve_s=8),
         Step(name="correct", run="correct:check", reserve_s=24, arguments=(SMALL,)),
         *_heads(MAIN, {"ours-active": 14}),
-        *(step for workload in OTHER_HIDDEN for step in _heads(workload, {"ours-active": 10})),
         *(
             Step(name=f"phases at {share:.0%} active", run="speed:phases", reserve_s=14, arguments=(MAIN, share))
             for share in SHARES
         ),
+        *(step for workload in OTHER_HIDDEN for step in _heads(workload, {"ours-active": 10})),
         *_heads(WIDE, {"ours-active": 15, "ours-exact": 7, **PEERS}),
         *_heads(MAIN, {"ours-exact": 9, **{name: COMPILED_BEFORE * kept for name, kept in PEERS.items()}}),
         *_heads(MAIN, {"ours-cached": 5}),

@@ -42,7 +42,7 @@ def device(context: Context) -> Row:
 
 def tests(context: Context) -> Row:
     """Run `tests/gpu` on all cores."""
-    command = sanity.tests_command(os.cpu_count() or 1)
+    command = sanity.tests_command(len(os.sched_getaffinity(0)))
     return sanity.run_logged(command, context.log, TESTS_SHARE * context.left())
 
 
