@@ -19,6 +19,7 @@ from bench.gpu.fifteen import command, phases, plan, rehearsal, speed, summary
 from bench.gpu.fifteen.phases import Event, by_phase
 from bench.gpu.fifteen.plan import Step
 from bench.gpu.folder import Folder
+from bench.gpu.parts import DRY_WORKLOADS, Session
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -167,6 +168,18 @@ def test_a_step_that_dies_hangs_or_loses_the_device_stops_no_other(
     assert {file.name for file in out.iterdir()} == {"command-1.json", "summary-1.md", "log-1.txt"}
     text = (out / "summary-1.md").read_text()
     assert "| killer | failed |" in text and "| right | ok |" in text
+
+
+def test_a_dry_run_measures_what_is_one_and_the_same_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads of all sizes are the dry workload; other shares and other implementations are not the same."""
+    called = []
+    monkeypatch.setattr(speed, "head", lambda context, *job: called.append(job) or {"job": len(called)})
+    jobs = [(plan.MAIN, "ours-active"), (plan.WIDE, "ours-active"), (plan.WIDE, "ours-exact")]
+    steps = [Step(name=f"{name} on {w}", run="speed:head", reserve_s=9.0, arguments=(w, name)) for w, name in jobs]
+    folder = command.open_folder(1, tmp_path / "out", 60.0, {}, tmp_path)
+    command.run_in_this_process(folder, 1, steps, Session(is_dry=True))
+    assert [row["job"] for row in folder.rows("command-1.json").values()] == [1, 1, 2]
+    assert called == [(DRY_WORKLOADS[0], "ours-active"), (DRY_WORKLOADS[0], "ours-exact")]
 
 
 def test_end_session_ends_what_the_process_has_started(tmp_path: Path) -> None:

@@ -35,8 +35,9 @@ ENGINE = {"forward_rows": torch_tiles.forward_rows, "logit_gradient": torch_tile
 ENGINE_WITHOUT_VALUES = ("cached_logit_gradient",)
 MOST_GRADIENTS = 2**22
 """Elements of a gradient that PyTorch computes; they decide nothing either, but that a small test goes on."""
-MOST_PRODUCTS = 6e10
-"""R * H * V of a call that PyTorch computes; for more than that a few columns have to do."""
+MOST_PRODUCTS, FEW_PRODUCTS = 6e10, 3e9
+"""R * H * V of a call that PyTorch computes; for more than that a few columns have to do. The second is for calls that
+keep nothing of each column, masses or exponentials: what follows them reads no more than their shapes."""
 FEW_COLUMNS = 4096
 MANY = 2**28
 
@@ -167,16 +168,18 @@ def _recorded(
         shadows, shadow_kwargs = tree_map_only(Tensor, lambda tensor: _shadow(tensor, hidden), (args, kwargs))
         launch(*shadows, **({"tile": tile} if tile is not None else {}), **shadow_kwargs)
         if compute is torch_tiles.forward_rows:
-            return compute(args[0], _few_columns(args[0], args[1]), *args[2:], **kwargs)
+            keeps_columns = kwargs.get("bound_R") is not None or bool(kwargs.get("with_cache"))
+            head = _few_columns(args[0], args[1], MOST_PRODUCTS if keeps_columns else FEW_PRODUCTS)
+            return compute(args[0], head, *args[2:], **kwargs)
         is_small = args[0].shape[0] * args[1].weight_VH.shape[0] <= MOST_GRADIENTS if compute is not None else False
         return compute(*args, **kwargs) if is_small and compute is not None else None
 
     return run
 
 
-def _few_columns(x_RH: Tensor, head: Any) -> Any:
+def _few_columns(x_RH: Tensor, head: Any, most_products: float) -> Any:
     """The head, or a few columns of it where all of them are too many to compute with."""
-    if x_RH.shape[0] * head.weight_VH.numel() <= MOST_PRODUCTS:
+    if x_RH.shape[0] * head.weight_VH.numel() <= most_products:
         return head
     bias_V = None if head.bias_V is None else head.bias_V[:FEW_COLUMNS]
     return head._replace(weight_VH=head.weight_VH[:FEW_COLUMNS], bias_V=bias_V)

@@ -41,7 +41,11 @@ def run_steps(folder: Folder, command: int, steps: Sequence[Step], make_row: Mak
 
 
 def run_in_this_process(folder: Folder, command: int, steps: Sequence[Step], session: Session) -> None:
-    """Run the steps; what each of them compiled and what it found in the cache is part of its row."""
+    """Run the steps; what each of them compiled and what it found in the cache is part of its row.
+
+    Dry, where heads of all sizes are one and the same, each is measured once.
+    """
+    dry_rows: dict[tuple[object, ...], Row] = {}
 
     def make_row(step: Step) -> Row:
         end = time.monotonic() + plan.allowed_s(steps, step.name, folder.left())
@@ -52,9 +56,14 @@ def run_in_this_process(folder: Folder, command: int, steps: Sequence[Step], ses
             note=partial(folder.note, plan.rows_file(command), step.name),
             left=lambda: end - time.monotonic(),
         )
+        job = (step.run, *step.arguments)
+        if job in dry_rows:
+            return dict(dry_rows[job])
         with _count_compilations() as counted:
-            row = step.function()(context, *step.arguments)
-        return row | counted
+            row = step.function()(context, *step.arguments) | counted
+        if session.is_dry:
+            dry_rows[job] = dict(row)
+        return row
 
     dry = [_dry(step) for step in steps] if session.is_dry else steps
     run_steps(folder, command, dry, make_row)
