@@ -3,6 +3,8 @@
     python -m bench head --workload gemma3-270m    one row per implementation, stored as it is done
     python -m bench table                          the Markdown tables, from the stored rows
     python -m bench plot                           the figures, from the stored rows
+    python -m bench gpu                            what matters most on a GPU, in fifteen minutes; --rehearse
+    python -m bench gpu-cache, gpu-carry           a Triton cache filled without a GPU; what travels to one, in MiB
     python -m bench h100                           everything on a GPU that is there for half an hour (`bench.gpu`)
     pytest bench/suite                             the same registry under pytest-benchmark
 

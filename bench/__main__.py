@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from bench.commands import demo, h100, head, integrations, output, save, steps, train, worker
+from bench.commands import demo, gpu, h100, head, integrations, output, save, steps, train, worker
 
 
 @click.group()
@@ -31,6 +31,11 @@ for command in (
     output.plot,
     h100.h100,
     h100.h100_part,
+    gpu.gpu,
+    gpu.gpu_part,
+    gpu.gpu_forward,
+    gpu.gpu_cache,
+    gpu.gpu_carry,
     worker.worker,
 ):
     main.add_command(command)

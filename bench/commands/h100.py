@@ -38,7 +38,7 @@ def h100(part: str, out: Path, dry: bool) -> None:
     if not dry and not torch.cuda.is_available():
         raise click.UsageError("PyTorch sees no CUDA device; --dry runs the same code on a CPU with tiny shapes")
     for number in PARTS if part == "all" else [int(part)]:
-        folder = Folder(out, BUDGETS_S[number], _attributes(command_line()))
+        folder = Folder(out, BUDGETS_S[number], attributes(command_line()))
         if dry:
             PARTS[number](folder, Session(is_dry=True))
         else:
@@ -64,11 +64,11 @@ def h100_part(part: int, out: Path, seconds: float) -> None:
     if part > 1 and tiles.exists():
         os.environ.setdefault("FASTPREF_TILES", str(tiles))
     gpu = {"gpu": torch.cuda.get_device_name()}
-    folder = Folder(out, seconds, _attributes(f"python -m bench h100 --part {part}") | gpu)
+    folder = Folder(out, seconds, attributes(f"python -m bench h100 --part {part}") | gpu)
     run_to_exit_code(lambda: PARTS[part](folder, Session(is_dry=False)))
 
 
-def _attributes(command: str) -> dict[str, object]:
+def attributes(command: str) -> dict[str, object]:
     """What every row says about where it comes from; the device itself is the child's alone."""
     from bench.measure import PACKAGES, surroundings
 

@@ -1,5 +1,8 @@
 """`python -m bench h100`: everything worth knowing from a GPU that is there for half an hour, in one command.
 
+`fifteen` is the short form, `python -m bench gpu`, of the same folder, heads and checks; `carried` what is made for it
+where there is no GPU.
+
 Design decisions:
 - Three parts, each a process with a deadline of its own: is it right (`sanity`), how fast is the head beside its peers
   (`heads`), how fast are steps of the trainer (`steps`). `--part` takes one.

@@ -34,17 +34,30 @@ class Folder:
         path: the folder.
         seconds: until the deadline.
         attributes: what every row gets: machine, versions, command.
+        marks: where the row that is under way is named for who watches; None = in the folder.
+        stored: called after every change of a row.
+        clock: seconds from any start.
     """
 
-    def __init__(self, path: Path, seconds: float, attributes: Row) -> None:
+    def __init__(
+        self,
+        path: Path,
+        seconds: float,
+        attributes: Row,
+        *,
+        marks: Path | None = None,
+        stored: Callable[[Folder], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.path, self.attributes = path, attributes
-        self._deadline = time.monotonic() + seconds
-        self._started = path / "started.json"
+        self._clock, self._stored = clock, stored
+        self._deadline = clock() + seconds
+        self._started = (marks or path) / "started.json"
         path.mkdir(parents=True, exist_ok=True)
 
     def left(self) -> float:
         """Seconds until the deadline."""
-        return self._deadline - time.monotonic()
+        return self._deadline - self._clock()
 
     def rows(self, file: str) -> dict[str, Row]:
         """Rows by name; none where the file is not there."""
@@ -60,6 +73,12 @@ class Folder:
         partial = self.path / f"{file}.tmp"
         partial.write_text(json.dumps(self.rows(file) | {name: row | self.attributes}, indent=1) + "\n", "utf-8")
         partial.replace(self.path / file)
+        if self._stored is not None:
+            self._stored(self)
+
+    def note(self, file: str, name: str, row: Row) -> None:
+        """Store what is known of a row that is under way; it stays if its process dies."""
+        self.store(file, name, {"status": "begun"} | row)
 
     def measure(self, file: str, name: str, reserve_s: float, run: Callable[[], Row]) -> None:
         """Make one row, unless it is there or there is no time; whatever goes wrong becomes the row.
@@ -79,15 +98,15 @@ class Folder:
             print(f"{file} {name}: no time left, {self.left():.0f} s of at least {reserve_s:.0f}", flush=True)
             return
         self._started.write_text(json.dumps({"file": file, "name": name}), encoding="utf-8")
-        start, broken = time.monotonic(), None
+        start, broken = self._clock(), None
         try:
             row = {"status": "ok"} | run()
         except Exception as error:  # peers raise what they like, and none of it may stop the others
             traceback.print_exc()
             message = (str(error).splitlines() or ["no message"])[0]
-            row = {"status": "failed", "reason": f"{type(error).__name__}: {message}"}
+            row = self._noted(file, name) | {"status": "failed", "reason": f"{type(error).__name__}: {message}"}
             broken = error if is_broken(error) else None
-        row["took_s"] = round(time.monotonic() - start, 1)
+        row["took_s"] = round(self._clock() - start, 1)
         self.store(file, name, row)
         self._started.unlink()
         print(f"{file} {name}: {row['status']} {row.get('reason', '')} ({row['took_s']} s)", flush=True)
@@ -102,9 +121,22 @@ class Folder:
         if not self._started.exists():
             return None
         started = json.loads(self._started.read_text(encoding="utf-8"))
-        self.store(started["file"], started["name"], {"status": "failed", "reason": reason})
+        row = self._noted(started["file"], started["name"]) | {"took_s": round(self.seconds_in_row(), 1)}
+        self.store(started["file"], started["name"], row | {"status": "failed", "reason": reason})
         self._started.unlink()
         return started["name"]
+
+    def _noted(self, file: str, name: str) -> Row:
+        """Return what `note` has left of a row that did not come to its end."""
+        row = self.rows(file).get(name, {})
+        return row if row.get("status") == "begun" else {}
+
+    def row_under_way(self) -> str | None:
+        """Return the name of the present row; None between rows."""
+        try:
+            return json.loads(self._started.read_text(encoding="utf-8"))["name"]
+        except (FileNotFoundError, ValueError):  # a mark that is being written
+            return None
 
     def seconds_in_row(self) -> float:
         """How long the present row has been under way; 0 between rows."""

@@ -109,7 +109,7 @@ def measure(prepared: Prepared, name: str, repeats: int = REPEATS) -> Row:
         kind: round(clock.extra_peak_mib(partial(run, case, case.hidden_SLH, case.weight_VH), device), 1)
         for kind, run in passes.items()
     }
-    row["times_ms"] = {kind: _time_in_turns(case, kind, name, run, repeats) for kind, run in passes.items()}
+    row["times_ms"] = {kind: time_in_turns(case, kind, name, run, repeats) for kind, run in passes.items()}
     return row
 
 
@@ -139,7 +139,7 @@ def bare_products(kind: str, case: Case, hidden_SLH: Tensor, weight_VH: Tensor) 
         _ = z_RV.t() @ x_RH
 
 
-def _time_in_turns(case: Case, kind: str, name: str, run: Pass, repeats: int) -> dict[str, list[float]]:
+def time_in_turns(case: Case, kind: str, name: str, run: Pass, repeats: int) -> dict[str, list[float]]:
     """Times in ms of a pass, of the anchor's and of the bare products, after one turn that warms up."""
     device = case.hidden_SLH.device
     passes: dict[str, Pass] = {BARE: partial(bare_products, kind)}

@@ -49,20 +49,27 @@ def build_on(name: str, device: torch.device, dtype: torch.dtype, backend: str =
     """
     if name.removesuffix("-real") in MODELS and name.endswith("-real"):
         return replace(build(name.removesuffix("-real")).to(device, dtype), name=name, backend=backend)
-    model, shape = re.fullmatch(r"(.+)-r(\d+)(?:-f(\d+))?", name), re.fullmatch(r"v(\d+)-h(\d+)-r(\d+)", name)
-    if shape:
-        vocab, hidden, rows = map(int, shape.groups())
-        shares = None
-    elif model and model[1] in SHAPES:
-        (hidden, vocab), rows = SHAPES[model[1]], int(model[2])
-        shares = None if model[3] is None else int(model[3]) / 100
-    else:
-        names = ", ".join(f"{model}-r<R>[-f<percent>]" for model in SHAPES)
-        raise ValueError(f"workload must be one of {names}, v<V>-h<H>-r<R> or <model>-real; got {name!r}")
+    hidden, vocab, rows, shares = sizes_of(name)
     length, responses = layout(rows, shares)
     weight_VH, hidden_SLH, labels_SL = draw_head(vocab, hidden, length, responses, device)
     case = Case(name, hidden_SLH, weight_VH, labels_SL, torch.zeros(len(responses), dtype=torch.float32), backend)
     return with_reference(case).to(device, dtype)
+
+
+def sizes_of(name: str) -> tuple[int, int, int, float | None]:
+    """Return H, V, R and the share of response (None = those of real pairs) of a workload that is drawn.
+
+    Raises:
+        ValueError: no such name.
+    """
+    model, shape = re.fullmatch(r"(.+)-r(\d+)(?:-f(\d+))?", name), re.fullmatch(r"v(\d+)-h(\d+)-r(\d+)", name)
+    if shape:
+        vocab, hidden, rows = map(int, shape.groups())
+        return hidden, vocab, rows, None
+    if model and model[1] in SHAPES:
+        return *SHAPES[model[1]], int(model[2]), None if model[3] is None else int(model[3]) / 100
+    names = ", ".join(f"{model}-r<R>[-f<percent>]" for model in SHAPES)
+    raise ValueError(f"workload must be one of {names}, v<V>-h<H>-r<R> or <model>-real; got {name!r}")
 
 
 def layout(num_rows: int, share: float | None = None) -> tuple[int, list[int]]:

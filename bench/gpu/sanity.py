@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import re
@@ -60,22 +61,26 @@ def device_report(device: torch.device) -> Row:
 
 def run_tests(out: Path, limit_s: float) -> Row:
     """Run `tests/gpu`: every kernel by the numeric rule on a grid, 250 repeats bit for bit, addresses, graphs."""
-    command = [*_pytest(), "tests/gpu", f"--junitxml={out / 'gpu-tests.xml'}"]
-    if importlib.util.find_spec("xdist") is not None and torch.cuda.is_available():
-        command += ["-n", str(WORKERS)]
-    return _run(command, out / "gpu-tests.log", min(limit_s, TEST_LIMIT_S))
+    command = tests_command(WORKERS, f"--junitxml={out / 'gpu-tests.xml'}")
+    return run_logged(command, out / "gpu-tests.log", min(limit_s, TEST_LIMIT_S))
 
 
-def run_sanitizer(out: Path, limit_s: float) -> Row:
-    """Run some of the tests under compute-sanitizer's memcheck."""
+def tests_command(workers: int, *options: str) -> list[str]:
+    """Return the command that runs `tests/gpu`, in so many processes where pytest-xdist and a GPU are there."""
+    can_share = importlib.util.find_spec("xdist") is not None and torch.cuda.is_available()
+    return [*_pytest(), "tests/gpu", *options, *(["-n", str(workers)] if can_share else [])]
+
+
+def run_sanitizer(out: Path, limit_s: float, log: Path | None = None) -> Row:
+    """Run some of the tests under compute-sanitizer's memcheck; to a log of its own unless one is given."""
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         return {"status": "missing", "reason": "compute-sanitizer is not on the PATH; it comes with the CUDA toolkit"}
     command = [tool, "--tool=memcheck", "--error-exitcode=9", *_pytest(), "tests/gpu", "-k", SANITIZED]
-    return _run(command, out / "compute-sanitizer.log", min(limit_s, SANITIZER_LIMIT_S))
+    return run_logged(command, log or out / "compute-sanitizer.log", min(limit_s, SANITIZER_LIMIT_S))
 
 
-def tune(out: Path, limit_s: float) -> Row:
+def tune(out: Path, limit_s: float, hidden_sizes: tuple[int, ...] = HIDDEN_SIZES) -> Row:
     """Measure the tiles of the 16-bit kernels and write the table of the fastest to `tiles.json`."""
     if not torch.cuda.is_available():
         return {"status": "missing", "reason": "tuning measures on a GPU, and PyTorch sees none"}
@@ -87,7 +92,7 @@ def tune(out: Path, limit_s: float) -> Row:
         ]
 
     # The last H that is begun takes as long as those before it.
-    table = tuning.tune(str(out / "tiles.json"), HIDDEN_SIZES, widths=(16,), seconds=limit_s / 3, report=note)
+    table = tuning.tune(str(out / "tiles.json"), hidden_sizes, widths=(16,), seconds=limit_s / 3, report=note)
     return {"measured": measured, "table": {key: [vars(tile) for tile in tiles] for key, tiles in table.items()}}
 
 
@@ -109,24 +114,25 @@ def _pytest() -> list[str]:
     return [sys.executable, "-m", "pytest", "-vv", "-p", "no:cacheprovider", "-rs"]
 
 
-def _run(command: list[str], log: Path, limit_s: float) -> Row:
-    """Run a command to a log; "wrong" where it fails, with its last line."""
+def run_logged(command: list[str], log: Path, limit_s: float) -> Row:
+    """Run a command whose output is added to a log as it comes; "wrong" where it fails, with its last line."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     environment.pop("TRITON_INTERPRET", None)
-    try:
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=limit_s
-        )
-    except subprocess.TimeoutExpired as error:
-        output = (error.stdout or b"").decode(errors="replace")
-        log.write_text(output, encoding="utf-8")
+    with log.open("ab") as file:
+        start = file.tell()
+        code = None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            # In the session of the part, which ends with all that is in it.
+            code = subprocess.run(
+                command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False, timeout=limit_s
+            ).returncode
+    output = log.read_bytes()[start:].decode(errors="replace")
+    if code is None:
         counts = ", ".join(f"{len(re.findall(word, output))} {word}" for word in ("PASSED", "FAILED"))
         return {"status": "failed", "reason": f"not done within {limit_s:.0f} s; {counts} by then", "log": log.name}
-    log.write_text(done.stdout + done.stderr, encoding="utf-8")
-    summary = _summary(done.stdout)
-    if done.returncode:
-        return {"status": "wrong", "reason": f"code {done.returncode}: {summary}", "log": log.name}
-    return {"summary": summary, "log": log.name}
+    if code:
+        return {"status": "wrong", "reason": f"code {code}: {_summary(output)}", "log": log.name}
+    return {"summary": _summary(output), "log": log.name}
 
 
 def _summary(output: str) -> str:
