@@ -40,17 +40,15 @@ from fastpref.kernels.triton_common import (
     product_arguments,
     row_maximum,
     split_columns,
-    subtract_from_rows,
     tile_position,
 )
 from fastpref.kernels.triton_forward import (
     CACHE_V,
     HIGHEST_EXPONENT,
-    LARGE_SHIFT,
     LOWEST_GAP,
     NUM_PARTS,
     TileParts,
-    base2_shift,
+    base2_scaling,
     scale_to_bound,
 )
 
@@ -167,17 +165,14 @@ def reduce_tile(acc, half_tile, column_tile, outputs, SLICES: gl.constexpr):
 
     tile_max = row_maximum(slices, SLICES)
     shift = gl.where(tile_max == float("-inf"), 0.0, tile_max)
+    slope, shift2, excess = base2_scaling(shift)
     if total_ptr is not None:
         total = row_total(slices, col0, num_columns, BLOCK_V, SLICES)
         gl.store(total_ptr + place, gl.convert_layout(total, ROWS), mask=mask_r)
     column_of_label = label_columns(labels_ptr, offs_r, num_rows, col0, num_columns, BLOCK_V)
-    is_large = gl.abs(shift) >= LARGE_SHIFT
-    # Most tiles hold no row's label, and no logit is so large.
-    if gl.max(((column_of_label >= 0) | is_large).to(gl.int32), axis=0) != 0:
+    # Most tiles hold no row's label.
+    if gl.max(column_of_label, axis=0) >= 0:
         store_targets(targets_ptr + r, slices, column_of_label, SLICES)
-        slices = subtract_from_rows(slices, gl.where(is_large, shift, 0.0), SLICES)
-    near_shift = gl.where(is_large, 0.0, shift)
-    shift2, excess = base2_shift(near_shift)
     if bound_ptr is not None:
         bound = gl.load(bound_ptr + offs_r, mask=mask_r, other=float("inf"))
         to_bound = scale_to_bound(shift, bound, excess)
@@ -191,10 +186,10 @@ def reduce_tile(acc, half_tile, column_tile, outputs, SLICES: gl.constexpr):
     moments = ()
     masses = ()
     for i in gl.static_range(SLICES):
-        p = gl.exp2(fma(slices[i], LOG2E, -shift2[:, None]))
+        p = gl.exp2(fma(slices[i], slope[:, None], -shift2[:, None]))
         sums += (add_columns(p),)
         if moment_ptr is not None:
-            moments += (add_columns(p * gl.maximum(slices[i] - near_shift[:, None], LOWEST_GAP)),)
+            moments += (add_columns(p * gl.maximum(slices[i] - shift[:, None], LOWEST_GAP)),)
         if bound_ptr is not None:
             masses += (weighted_column_sums(p, to_bound),)
         if exponents_ptr is not None:
@@ -244,12 +239,11 @@ def store_targets(target_ptrs, slices, column_of_label, SLICES: gl.constexpr):
     SLICE_V: gl.constexpr = slices[0].shape[1]
     ROWS: gl.constexpr = column_of_label.type.layout
     COLUMNS: gl.constexpr = gl.SliceLayout(0, slices[0].type.layout)
-    if gl.max(column_of_label, axis=0) >= 0:
-        target = gl.zeros(column_of_label.shape, gl.float32, layout=ROWS)
-        for i in gl.static_range(SLICES):
-            is_label = column_of_label[:, None] == (gl.arange(0, SLICE_V, layout=COLUMNS) + i * SLICE_V)[None, :]
-            target += gl.sum(gl.where(is_label, slices[i], 0.0), axis=1)
-        gl.store(target_ptrs, target, mask=column_of_label >= 0)
+    target = gl.zeros(column_of_label.shape, gl.float32, layout=ROWS)
+    for i in gl.static_range(SLICES):
+        is_label = column_of_label[:, None] == (gl.arange(0, SLICE_V, layout=COLUMNS) + i * SLICE_V)[None, :]
+        target += gl.sum(gl.where(is_label, slices[i], 0.0), axis=1)
+    gl.store(target_ptrs, target, mask=column_of_label >= 0)
 
 
 @gluon.jit

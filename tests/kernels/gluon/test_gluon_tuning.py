@@ -54,7 +54,7 @@ def test_trial_finds_planted_errors(error: str, emulated: dict[str, Any]) -> Non
     [
         (("unit = gl.exp2(excess)", "unit = gl.exp2(excess) * (1 + (bound_ptr is not None) / 1e5)"), "without masses"),
         (("(p * to_exponent[:, None])", "(p * to_exponent[:, None] * 1.02)"), "cached exponentials"),
-        (("slices[i] - near_shift[:, None]", "slices[i] * 0.99 - near_shift[:, None]"), "moment differs"),
+        (("slices[i] - shift[:, None]", "slices[i] * 0.99 - shift[:, None]"), "moment differs"),
     ],
 )  # fmt: skip
 def test_trial_says_what_is_wrong(edit: tuple[str, str], message: str, emulated: dict[str, Any]) -> None:
