@@ -17,6 +17,9 @@ NEXT_VERSION := 0.19.2
 NEXT := $(abspath $(VENV))/megatron-$(NEXT_VERSION)
 # Most tests keep one core busy, and those of ranks that hang or die wait: three processes share two cores, file by file.
 TEST_WORKERS ?= 3
+# What PyTorch 2.11 for CUDA brings; the CPU set-up has a newer one.
+TRITON_OLD_VERSION := 3.6.0
+TRITON_OLD := $(abspath $(VENV))/triton-$(TRITON_OLD_VERSION)
 NEXT_TESTS := test_conftest.py trainer/ranks/test_platform.py trainer/model/test_model.py trainer/test_dpo_trainer.py \
   $(addprefix trainer/model/test_weights.py::, test_export_of_import_is_identical test_export_on_two_ranks_is_identical) \
   trainer/saves/test_resume.py parallel/test_resume_layouts.py trainer/saves/test_async_save.py parallel/test_async_save_ranks.py \
@@ -48,7 +51,7 @@ PYTEST := $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadsc
 # With an NVIDIA driver pip takes the CUDA build of torch that fits it; otherwise the pinned CPU set-up.
 CONSTRAINTS := $(if $(shell command -v nvidia-smi),requirements/gpu-constraints.txt,requirements/cpu-constraints.txt)
 
-.PHONY: demo test faults fuzz kill-matrix soak test-megatron-next test-te lint types env clean parity parity-te parity-trl \
+.PHONY: demo test faults fuzz kill-matrix soak test-megatron-next test-te test-triton-3.6 lint types env clean parity parity-te parity-trl \
   parity-zero3 test-zero3 deepspeed
 
 env: $(READY)
@@ -100,6 +103,13 @@ test-megatron-next: $(READY) $(NEXT)
 
 $(NEXT): | $(READY)
 	$(BIN)/pip install --quiet --no-deps --ignore-requires-python --target $@ megatron-core==$(NEXT_VERSION)
+
+# The machine code of the Triton kernels, once more by the compiler of GPU machines.
+test-triton-3.6: $(READY) $(TRITON_OLD)
+	PYTHONPATH=$(TRITON_OLD) $(BIN)/python -m pytest --triton-version $(TRITON_OLD_VERSION) tests/kernels/triton/test_epilogue.py
+
+$(TRITON_OLD): | $(READY)
+	$(BIN)/pip install --quiet --no-deps --target $@ triton==$(TRITON_OLD_VERSION)
 
 # Models of Transformer Engine's layers: old with old and new with new, then a part on old with new.
 test-te: $(READY) $(NEXT) $(TE)$(TE_OLDEST) $(TE)$(TE_NEWEST) $(TE_NEEDS)

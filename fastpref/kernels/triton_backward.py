@@ -17,9 +17,7 @@ from fastpref.kernels.engine import ExponentCache, Head, RowScalars
 from fastpref.kernels.tiles import CACHE_COLUMNS, Tile
 from fastpref.kernels.triton_common import (
     LOG2E,
-    ROW_LANES,
     KernelCall,
-    add_columns,
     count_programs,
     finish_logits,
     label_columns,
@@ -100,12 +98,12 @@ def _logit_gradient_kernel(
             z = tl.where((offs_v < num_columns)[None, :], z, float("-inf"))
             z = tl.where(is_live[:, None], z, 0.0)
         slices = split_columns(z, SLICES)
-        covered = tl.zeros((BLOCK_R, ROW_LANES), dtype=tl.float32)
+        covered = tl.zeros((BLOCK_R,), dtype=tl.float32)
         for i in tl.static_range(SLICES):
             slice_v = col0 + i * SLICE_V + tl.arange(0, SLICE_V)
             p = tl.exp2((slices[i] - row_max[:, None]) * LOG2E)
             if covered_ptr is not None:
-                covered += add_columns(p)
+                covered += tl.sum(p, axis=1)
             gradient = p * weight_of_p[:, None]
             if is_special:
                 # Loaded anew: a compiler takes what it finds in registers out of the branch, into every tile.
@@ -123,7 +121,7 @@ def _logit_gradient_kernel(
             tl.store(out_ptrs, round_to(gradient, out_ptr.dtype.element_ty), mask=mask)
         if covered_ptr is not None:
             covered_ptrs = covered_ptr + column_tile.to(tl.int64) * num_rows + rows
-            tl.store(covered_ptrs, tl.sum(covered, axis=1) / row_sum, mask=mask_r)
+            tl.store(covered_ptrs, covered / row_sum, mask=mask_r)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
