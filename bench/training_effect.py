@@ -123,8 +123,8 @@ def split_pairs(plan: Plan, folder: Path) -> Row:
     if len(kept) < max(FEWEST_PAIRS, plan.pairs):
         raise click.ClickException(
             f"{plan.data}: {len(kept)} of {len(lines)} pairs have a prompt of at most {longest_prompt} tokens and two "
-            f"answers that differ within {plan.max_length}; at least {max(FEWEST_PAIRS, plan.pairs)} are needed: "
-            "choose another file or raise --max-length"
+            f"answers that differ within {plan.max_length} tokens of both; at least {max(FEWEST_PAIRS, plan.pairs)} are "
+            "needed: choose another file or raise --max-length"
         )
     random.Random(0).shuffle(kept)
     num_held_out = round(HELD_OUT_SHARE * len(kept))
@@ -365,28 +365,35 @@ def add_distances(content: Row, plan: Plan, work: Path) -> None:
 
     A run in bf16 is left out: what it exports is rounded by more than a run of small steps travels.
     """
-    done = [name for name in RUNS if name in content["runs"] and not RUNS[name].bf16]
-    there = [name for name in done if (work / name / "weights").exists()]
-    for name in there:
+    start = Path(plan.model)
+    weights = {name: work / name / "weights" for name in RUNS if name in content["runs"] and not RUNS[name].bf16}
+    there = {name: folder for name, folder in weights.items() if folder.exists()}
+    for name, folder in there.items():
         if name not in content["travelled"]:
-            content["travelled"][name] = distance(Path(plan.model), work / name / "weights")
-    for first, second in compared(there):
+            content["travelled"][name] = distance(start, folder, start)
+    for first, second in compared([*there]):
         if f"{first} {second}" not in content["apart"]:
-            content["apart"][f"{first} {second}"] = distance(work / first / "weights", work / second / "weights")
+            content["apart"][f"{first} {second}"] = distance(there[first], there[second], start)
 
 
-def distance(first: Path, second: Path) -> Row:
+def distance(first: Path, second: Path, start: Path) -> Row:
     """L2 distances between two model directories: over all weights, those of the head, and the others.
 
-    Embeddings that are the head as well count as the head.
+    Embeddings that are the head as well count as the head. `still_rows` is the share of the head's rows that `second`
+    has as `start` has them, `still` the distance over these rows alone.
     """
-    one, other = _files(first), _files(second)
+    one, other, initial = _files(first), _files(second), _files(start)
     head = "lm_head.weight" if "lm_head.weight" in one else "model.embed_tokens.weight"
-    squares = {"head": 0.0, "others": 0.0}
+    squares, still_rows = {"head": 0.0, "others": 0.0, "still": 0.0}, 0.0
     for name in one:
-        difference = _tensor(one[name], name) - _tensor(other[name], name)
-        squares["head" if name == head else "others"] += float(difference.square().sum())
-    return {name: _short(square**0.5) for name, square in {"all": sum(squares.values()), **squares}.items()}
+        weight = _tensor(other[name], name)
+        square = (_tensor(one[name], name) - weight).square()
+        squares["head" if name == head else "others"] += float(square.sum())
+        if name == head:
+            is_still_V = (_tensor(initial[name], name) == weight).all(1)
+            squares["still"], still_rows = float(square[is_still_V].sum()), float(is_still_V.double().mean())
+    squares["all"] = squares["head"] + squares["others"]
+    return {name: _short(square**0.5) for name, square in squares.items()} | {"still_rows": _short(still_rows)}
 
 
 def _files(folder: Path) -> dict[str, Path]:
