@@ -17,11 +17,11 @@ import random
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import torch
@@ -32,6 +32,10 @@ from bench.commands.shared import command_line, store
 from bench.measure import Row, surroundings
 from fastpref.data import DataConfig, PreferenceDataset, load_dataset, load_tokenizer, read_pairs
 from fastpref.losses import DPOConfig
+
+if TYPE_CHECKING:
+    from fastpref.checkpoint.reference_cache import ReferenceCache
+    from fastpref.trainer import RunConfig
 
 HELD_OUT_SHARE = 0.2
 PROMPT_SHARE = 0.75
@@ -123,8 +127,8 @@ def split_pairs(plan: Plan, folder: Path) -> Row:
     if len(kept) < max(FEWEST_PAIRS, plan.pairs):
         raise click.ClickException(
             f"{plan.data}: {len(kept)} of {len(lines)} pairs have a prompt of at most {longest_prompt} tokens and two "
-            f"answers that differ within {plan.max_length} tokens of both; at least {max(FEWEST_PAIRS, plan.pairs)} are "
-            "needed: choose another file or raise --max-length"
+            f"answers that differ within {plan.max_length} tokens of both; {max(FEWEST_PAIRS, plan.pairs)} are needed: "
+            "choose another file or raise --max-length"
         )
     random.Random(0).shuffle(kept)
     num_held_out = round(HELD_OUT_SHARE * len(kept))
@@ -148,7 +152,7 @@ def _data_config(plan: Plan, **settings: Any) -> DataConfig:
     return DataConfig(max_length=plan.max_length, **settings)
 
 
-def run_config(plan: Plan, run: Run, work: Path, name: str) -> Any:
+def run_config(plan: Plan, run: Run, work: Path, name: str) -> RunConfig:
     """The `RunConfig` of a run in the folder `work`, which holds the pairs."""
     from fastpref.checkpoint.directory import finished_steps
     from fastpref.trainer import ModelConfig, ReferenceConfig, RunConfig, TrainingArguments
@@ -248,8 +252,6 @@ def _short(value: float) -> float:
 
 def held_out_margins(plan: Plan, run: Run, work: Path, name: str) -> list[float]:
     """Reward margin of every held-out pair under the weights that a run ended with, by the op's exact forward pass."""
-    from dataclasses import replace
-
     from fastpref.checkpoint.reference_cache import ReferenceCache
     from fastpref.trainer import ModelConfig, ReferenceConfig, RunConfig, TrainingArguments
     from fastpref.trainer.build import precompute_reference
@@ -273,7 +275,7 @@ def held_out_margins(plan: Plan, run: Run, work: Path, name: str) -> list[float]
     return [_short(margin) for margin in _margins(scores, start, dataset)]
 
 
-def _margins(policy: Any, reference: Any, dataset: PreferenceDataset) -> list[float]:
+def _margins(policy: ReferenceCache, reference: ReferenceCache, dataset: PreferenceDataset) -> list[float]:
     """The loss's beta * (log-ratio of the chosen answer - that of the rejected one), by pair."""
     ratios_N2 = (policy.read(dataset).double() - reference.read(dataset).double())[:, :2]
     return (DPOConfig().beta * (ratios_N2[:, 0] - ratios_N2[:, 1])).tolist()
@@ -331,8 +333,11 @@ def _results(
         return
     with ThreadPoolExecutor(at_once) as pool:
         futures = {pool.submit(train, name): name for name in names}
-        for future in as_completed(futures):
-            yield futures[future], future.exception() or future.result()
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.exception() or future.result()
+        finally:  # after Ctrl-C no other run begins
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _open(file: Path, plan: Plan, work: Path) -> Row:
@@ -365,35 +370,48 @@ def add_distances(content: Row, plan: Plan, work: Path) -> None:
 
     A run in bf16 is left out: what it exports is rounded by more than a run of small steps travels.
     """
-    start = Path(plan.model)
     weights = {name: work / name / "weights" for name in RUNS if name in content["runs"] and not RUNS[name].bf16}
     there = {name: folder for name, folder in weights.items() if folder.exists()}
+    if not there:
+        return
+    seen_ids = _token_ids(plan, work)
     for name, folder in there.items():
         if name not in content["travelled"]:
-            content["travelled"][name] = distance(start, folder, start)
+            content["travelled"][name] = distance(Path(plan.model), folder, seen_ids)
     for first, second in compared([*there]):
         if f"{first} {second}" not in content["apart"]:
-            content["apart"][f"{first} {second}"] = distance(there[first], there[second], start)
+            content["apart"][f"{first} {second}"] = distance(there[first], there[second], seen_ids)
 
 
-def distance(first: Path, second: Path, start: Path) -> Row:
-    """L2 distances between two model directories: over all weights, those of the head, and the others.
+def _token_ids(plan: Plan, work: Path) -> list[int]:
+    """Tokens that occur in the pairs that the runs train on."""
+    dataset = load_dataset(work / "train.jsonl", load_tokenizer(plan.model), _data_config(plan))
+    return sorted({token for pair in dataset for token in (*pair.chosen_input_ids, *pair.rejected_input_ids)})
 
-    Embeddings that are the head as well count as the head. `still_rows` is the share of the head's rows that `second`
-    has as `start` has them, `still` the distance over these rows alone.
+
+def distance(first: Path, second: Path, seen_ids: Sequence[int]) -> Row:
+    """L2 distances between two model directories, over parts of the weights.
+
+    Args:
+        first: one directory.
+        second: the other, of equal shapes.
+        seen_ids: rows of the head that are a part of their own.
+
+    Returns:
+        The distance over `all` weights, the `seen` and the `unseen` rows of the head, and all `others`. Embeddings that
+        are the head as well count as the head.
     """
-    one, other, initial = _files(first), _files(second), _files(start)
+    one, other = _files(first), _files(second)
     head = "lm_head.weight" if "lm_head.weight" in one else "model.embed_tokens.weight"
-    squares, still_rows = {"head": 0.0, "others": 0.0, "still": 0.0}, 0.0
+    squares = {"seen": 0.0, "unseen": 0.0, "others": 0.0}
     for name in one:
-        weight = _tensor(other[name], name)
-        square = (_tensor(one[name], name) - weight).square()
-        squares["head" if name == head else "others"] += float(square.sum())
+        square = (_tensor(one[name], name) - _tensor(other[name], name)).square()
         if name == head:
-            is_still_V = (_tensor(initial[name], name) == weight).all(1)
-            squares["still"], still_rows = float(square[is_still_V].sum()), float(is_still_V.double().mean())
-    squares["all"] = squares["head"] + squares["others"]
-    return {name: _short(square**0.5) for name, square in squares.items()} | {"still_rows": _short(still_rows)}
+            squares["seen"] = float(square[[*seen_ids]].sum())
+            squares["unseen"] = float(square.sum()) - squares["seen"]
+        else:
+            squares["others"] += float(square.sum())
+    return {name: _short(square**0.5) for name, square in {"all": sum(squares.values()), **squares}.items()}
 
 
 def _files(folder: Path) -> dict[str, Path]:

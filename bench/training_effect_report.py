@@ -13,18 +13,23 @@ from bench.measure import Row
 from bench.training_effect import BASE, RUNS, compared
 
 OPEN = "<!-- tables: python -m bench training-effect --into docs/numerics.md -->"
-STYLES = {
-    "seed-1": ("#8d99ae", "v", 1.3),
-    "seed-2": ("#b7b7a4", "^", 1.3),
-    "bf16": ("#8d6a9f", "D", 1.3),
-    BASE: ("#1d3557", "s", 2.4),
-    "active-8": ("#2a9d8f", "o", 1.6),
-    "active-6": ("#c1121f", "o", 1.6),
+STYLES: dict[str, dict[str, Any]] = {
+    "seed-1": {"color": "#8d99ae", "marker": "v", "linewidth": 1.3},
+    "seed-2": {"color": "#c2b8a3", "marker": "^", "linewidth": 1.3},
+    "bf16": {"color": "#8d6a9f", "marker": "D", "linewidth": 1.3},
+    BASE: {"color": "#1d3557", "marker": "s", "linewidth": 4.5, "alpha": 0.35},
+    "active-8": {"color": "#2a9d8f", "marker": "o", "linewidth": 1.8},
+    "active-6": {"color": "#c1121f", "marker": "o", "linewidth": 1.4, "linestyle": (0, (3, 2))},
 }
-"""(colour, marker, line width) of each run, in the order of drawing."""
+"""How each run is drawn, in this order: what agrees lies upon each other."""
 SEEDS = "exact, other orders"
-PARTS = {"all": "all weights", "head": "head", "moved": "head, rows that moved", "others": "other weights"}
-"""Weights that are compared; a row that `moved` did so in the second of two runs."""
+PARTS = {
+    "all": "all weights",
+    "others": "all but the head",
+    "seen": "head, tokens of the pairs",
+    "unseen": "head, other tokens",
+}
+"""Weights that are compared; the pairs are those that the runs train on."""
 WINDOW = 20
 """Steps that a point of a smoothed curve is the mean of."""
 
@@ -52,8 +57,8 @@ def runs_table(content: Row) -> str:
     last = max(content["plan"]["steps"] // 4, 1)
     lines = [
         f"| run | loss, last {last} steps | margin, last {last} steps | held-out loss | held-out accuracy "
-        "| held-out margin | active | weights travelled | head rows never moved |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| held-out margin | active | weights travelled |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, run in _done(content).items():
         curves, ends = run["curves"], {metric: values[-1] for metric, values in run["evaluations"].items()}
@@ -66,7 +71,6 @@ def runs_table(content: Row) -> str:
             f"{ends['margin']:.3f}",
             f"{fmean(curves['active_fraction']):.1%}" if "active_fraction" in curves else "",
             f"{content['travelled'][name]['all']:.3f}" if name in content["travelled"] else "",
-            f"{content['travelled'][name]['still_rows']:.1%}" if name in content["travelled"] else "",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -112,9 +116,7 @@ def _compare(content: Row, first: str, second: str, are_seeds: bool) -> dict[str
     apart, travelled = content["apart"].get(f"{first} {second}"), content["travelled"].get(first)
     distances: dict[str, float | None] = dict.fromkeys(PARTS)
     if apart and travelled:
-        moved = max(apart["head"] ** 2 - apart["still"] ** 2, 0.0) ** 0.5
-        of = {"all": "all", "head": "head", "moved": "head", "others": "others"}
-        distances = {part: (apart | {"moved": moved})[part] / travelled[of[part]] for part in PARTS}
+        distances = {part: apart[part] / travelled[part] for part in PARTS}
     return {
         "loss": None if are_seeds else fmean(steps),
         "held_out_loss": abs(one["evaluations"]["loss"][-1] - other["evaluations"]["loss"][-1]),
@@ -143,11 +145,10 @@ def draw(content: Row, file: Path) -> None:
     (loss, margin, held_out), (step, pairs, weights) = panels
     for name in (name for name in STYLES if name in content["runs"]):
         run = content["runs"][name]
-        colour, marker, width = STYLES[name]
-        style = {"color": colour, "linewidth": width, "label": RUNS[name].title}
-        loss.plot(*_smoothed(run["curves"]["loss"]), **style)
-        margin.plot(*_smoothed(run["curves"]["margin"]), **style)
-        held_out.plot(run["evaluations"]["step"], run["evaluations"]["loss"], marker=marker, markersize=5, **style)
+        style = STYLES[name] | {"markersize": 5, "label": RUNS[name].title}
+        for panel, curve in ((loss, "loss"), (margin, "margin")):
+            panel.plot(*_smoothed(run["curves"][curve]), **style | {"marker": ""})
+        held_out.plot(run["evaluations"]["step"], run["evaluations"]["loss"], **style)
     _draw_steps(step, content)
     _draw_pairs(pairs, content)
     _draw_weights(weights, content)
@@ -176,13 +177,13 @@ def _draw_steps(panel: Any, content: Row) -> None:
         apart = [
             abs(a - b) for a, b in zip(content["runs"][name]["curves"]["loss"], base["curves"]["loss"], strict=True)
         ]
-        colour, _, width = STYLES[name]
-        panel.plot(*_smoothed(apart), color=colour, linewidth=width)
+        panel.plot(*_smoothed(apart), **STYLES[name] | {"marker": "", "linestyle": "-"})
     if base and same:
         losses = base["curves"]["loss"]
         between = fmean(abs(after - before) for before, after in pairwise(losses))
         panel.axhline(between, color="#6c757d", linestyle=":", linewidth=1)
-        panel.annotate("from one step to the next", (1, between), fontsize=8, color="#6c757d", va="bottom")
+        at = {"xy": (0.02, between), "xycoords": panel.get_yaxis_transform(), "va": "bottom"}
+        panel.annotate("change of the loss from one step to the next", fontsize=8, color="#6c757d", **at)
         panel.set_yscale("log")
     _dress(panel, f"Loss of a step, difference from exact, mean of {WINDOW}", "step")
 
@@ -191,9 +192,9 @@ def _draw_pairs(panel: Any, content: Row) -> None:
     """Margins of the held-out pairs against those of `BASE`."""
     base = content["runs"].get(BASE)
     for name in (name for name in STYLES if name in content["runs"] and name != BASE) if base else ():
-        colour, marker, _ = STYLES[name]
+        style = {"color": STYLES[name]["color"], "marker": STYLES[name]["marker"]}
         found = content["runs"][name]["held_out_margins"]
-        panel.scatter(base["held_out_margins"], found, color=colour, marker=marker, s=22, alpha=0.85, linewidths=0)
+        panel.scatter(base["held_out_margins"], found, s=22, alpha=0.8, linewidths=0, **style)
     if base:
         corner = min(base["held_out_margins"]), min(base["held_out_margins"])
         panel.axline(corner, slope=1, color="#1d3557", linewidth=0.8, alpha=0.6, zorder=0)
@@ -203,15 +204,18 @@ def _draw_pairs(panel: Any, content: Row) -> None:
 def _draw_weights(panel: Any, content: Row) -> None:
     """Distance of the final weights over the distance travelled."""
     found = comparisons(content)
-    colours = {RUNS[name].title: colour for name, (colour, *_) in STYLES.items()}
+    colours = {RUNS[name].title: style["color"] for name, style in STYLES.items()}
     known = {title: cells for title, cells in found.items() if cells["all"] is not None}
     width = 0.8 / max(len(known), 1)
     for place, (title, cells) in enumerate(known.items()):
-        colour = colours.get(title.removesuffix(f" and {RUNS[BASE].title}"), STYLES["seed-1"][0])
+        colour = colours.get(title.removesuffix(f" and {RUNS[BASE].title}"), STYLES["seed-1"]["color"])
         at = [index + (place - (len(known) - 1) / 2) * width for index in range(len(PARTS))]
         bars = panel.bar(at, [cells[part] for part in PARTS], 0.94 * width, color=colour)
         panel.bar_label(bars, fmt="{:.2g}", fontsize=8, padding=2)
-    panel.set_xticks(range(len(PARTS)), PARTS.values())
+    panel.set_xticks(range(len(PARTS)), [title.replace(", ", ",\n") for title in PARTS.values()])
+    if known:
+        panel.set_yscale("log")
+        panel.set_ylim(bottom=0.3 * min(cells[part] or 1.0 for cells in known.values() for part in PARTS))
     _dress(panel, "Final weights: distance from exact / distance travelled", "")
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import operator
 import shutil
+import threading
 from pathlib import Path
 from statistics import fmean
 
@@ -20,7 +21,7 @@ from bench import __main__ as cli
 from bench import training_effect
 from bench.train import write_tiny_model
 from bench.training_effect import Plan, compared, distance, measure_runs, split_pairs
-from bench.training_effect_report import OPEN, SEEDS, comparisons, draw, tables
+from bench.training_effect_report import OPEN, PARTS, SEEDS, comparisons, draw, tables
 from bench.workloads import ROOT
 
 PAIRS = str(ROOT / "examples" / "data" / "demo_eval.jsonl")
@@ -124,6 +125,23 @@ def test_a_run_goes_on_from_its_checkpoint(model: str, tmp_path: Path, monkeypat
     assert cut["runs"]["exact"]["held_out_margins"] == whole["runs"]["exact"]["held_out_margins"]
 
 
+def test_no_other_run_begins_after_an_interrupt() -> None:
+    begun, may_end = [], threading.Event()
+
+    def train(name: str) -> dict:
+        begun.append(name)
+        if name != "first":
+            may_end.wait(10)
+        return {}
+
+    results = training_effect._results(["first", "second", "third", "fourth"], 2, train)
+    assert next(results) == ("first", {})
+    threading.Timer(0.2, may_end.set).start()
+    with pytest.raises(KeyboardInterrupt):
+        results.throw(KeyboardInterrupt())
+    assert may_end.is_set() and "fourth" not in begun
+
+
 def test_runs_of_another_plan_are_not_mixed(model: str, tmp_path: Path) -> None:
     measure_runs(plan_of(model), [], 1, tmp_path / "work", tmp_path / "rows.json", operator.call)
     with pytest.raises(training_effect.click.ClickException, match=r"rows.json holds runs of another plan"):
@@ -132,20 +150,17 @@ def test_runs_of_another_plan_are_not_mixed(model: str, tmp_path: Path) -> None:
         measure_runs(plan_of(model, steps=9), [], 1, tmp_path / "work", tmp_path / "new.json", operator.call)
 
 
-def test_distance_is_that_of_all_weights_of_the_head_and_of_its_rows_that_stood_still(tmp_path: Path) -> None:
+def test_distance_is_that_of_all_weights_and_of_parts_of_the_head(tmp_path: Path) -> None:
     head, norm = "model.embed_tokens.weight", "model.norm.weight"
     models = {
-        "start": {head: torch.zeros(4, 2), norm: torch.ones(3, dtype=torch.bfloat16)},
-        "one": {head: torch.ones(4, 2), norm: torch.tensor([1.0, 1.0, 2.0])},
-        "two": {head: torch.tensor([[0.0, 0.0], [0.0, 3.0], [0.0, 0.0], [0.0, 0.0]]), norm: torch.ones(3)},
+        "one": {head: torch.zeros(4, 2), norm: torch.ones(3, dtype=torch.bfloat16)},
+        "two": {head: torch.tensor([[1.0, 2.0], [0.0, 3.0], [0.0, 0.0], [4.0, 0.0]]), norm: torch.tensor([1.0, 1, 3])},
     }
     for name, tensors in models.items():
         (tmp_path / name).mkdir()
         save_file(tensors, tmp_path / name / "model.safetensors")
-    found = distance(tmp_path / "one", tmp_path / "two", tmp_path / "start")
-    assert found == pytest.approx(
-        {"all": 12**0.5, "head": 11**0.5, "others": 1.0, "still": 6**0.5, "still_rows": 0.75}, rel=1e-6
-    )
+    found = distance(tmp_path / "one", tmp_path / "two", [0, 3])
+    assert found == pytest.approx({"all": 34**0.5, "seen": 21**0.5, "unseen": 3.0, "others": 2.0}, rel=1e-6)
 
 
 def test_seeds_are_compared_with_each_other_and_all_with_exact() -> None:
@@ -176,7 +191,7 @@ def content_of(runs: dict[str, tuple[list[float], list[float]]]) -> dict:
             for name, (losses, margins) in runs.items()
         },
     }
-    parts = {"all": 0.5, "head": 0.5, "others": 0.4, "still": 0.3, "still_rows": 0.25}
+    parts = {"all": 0.5, "others": 0.4, "seen": 0.3, "unseen": 0.2}
     content["travelled"] = {name: {part: 2 * value for part, value in parts.items()} for name in runs}
     content["apart"] = {" ".join(pair): parts for pair in compared([*runs])}
     return content
@@ -194,15 +209,7 @@ def test_comparisons_are_means_by_hand() -> None:
     found = comparisons(content_of(RUNS))
     active, seeds = found["active, 2^-8 and exact"], found[SEEDS]
     assert active == pytest.approx(
-        {
-            "loss": 0.01,
-            "held_out_loss": 0.04,
-            "held_out_margin": 0.0,
-            "all": 0.5,
-            "head": 0.5,
-            "moved": 0.4,
-            "others": 0.5,
-        }
+        {"loss": 0.01, "held_out_loss": 0.04, "held_out_margin": 0.0, **dict.fromkeys(PARTS, 0.5)}
     )
     # exact and seed-1, exact and seed-2, seed-1 and seed-2
     assert seeds["loss"] is None
