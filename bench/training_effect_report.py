@@ -48,7 +48,7 @@ def tables(content: Row) -> str:
         f"{pairs['answer_tokens']:.0f} of answer on average). {machine}; `{content['command']}`."
     )
     missing = [RUNS[name].title for name in RUNS if name not in content["runs"] and not RUNS[name].bf16]
-    note = f"\nNot done yet: {', '.join(missing)}.\n" if missing else ""
+    note = f"\nNot done yet: {'; '.join(missing)}.\n" if missing else ""
     return "\n".join([head, note, runs_table(content), "", comparisons_table(content)]) + "\n"
 
 
