@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from bench.commands import demo, gpu, h100, head, integrations, output, save, steps, train, worker
+from bench.commands import demo, gpu, h100, head, integrations, output, save, steps, train, training_effect, worker
 
 
 @click.group()
@@ -24,6 +24,7 @@ for command in (
     save.save_ranks,
     train.train,
     train.train_table,
+    training_effect.training_effect,
     integrations.dropin,
     demo.demo,
     output.table,

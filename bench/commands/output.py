@@ -60,6 +60,11 @@ def plot(images: Path, out: Path) -> None:
 
         ranks.draw(json.loads(stored.read_text(encoding="utf-8")), images / "bench-head-tp.png")
         click.echo(images / "bench-head-tp.png")
+    if (stored := out / "training-effect-smollm2-135m.json").exists():
+        from bench import training_effect_report
+
+        training_effect_report.draw(json.loads(stored.read_text(encoding="utf-8")), images / "training-effect.png")
+        click.echo(images / "training-effect.png")
     if (stored := out / "machine.json").exists():
         heads = [report.read_rows(file) for file in sorted(out.glob("head-*.json"))]
         draw_heads_roofline(heads, json.loads(stored.read_text(encoding="utf-8")), images / "bench-roofline.png")

@@ -24,6 +24,8 @@ WORKERS = {
     "measure_import": "bench.save",
     "measure_export": "bench.save",
     "run_row": "bench.train",
+    "score_start": "bench.training_effect",
+    "train_run": "bench.training_effect",
     "gemm_rate": "bench.measure",
 }
 
