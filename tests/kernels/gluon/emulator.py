@@ -342,9 +342,12 @@ class Program:
 
         self._do("copy", barrier, buffer, number=count, action=begin)
 
-    def _multiply(self, rows: Slot, columns: Slot, acc: Any, is_async: bool) -> Accumulator:
+    def _multiply(self, rows: Slot, columns: Slot, acc: Any, use_acc: Any, is_async: bool) -> Accumulator:
         acc = acc if isinstance(acc, Accumulator) else Accumulator(acc)
         assert is_async
+        if not use_acc:
+            assert not acc.running
+            acc.values = block(torch.zeros_like(acc.values))
         self._do("multiply", rows, columns, action=lambda: acc.running.append((rows, columns)))
         return acc
 

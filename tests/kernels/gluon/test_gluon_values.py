@@ -177,6 +177,8 @@ ERRORS = {
     "rows beyond the last one are written": ("reduce_tile", ("offs_r < num_rows", "offs_r < num_rows + 8")),
     "both halves are the first rows": ("consume", ("row_tile * HALVES + HALF", "row_tile * HALVES")),
     "the second half's rows are loaded twice": ("produce", ("row0 + HALF_R", "row0")),
+    "products add to those of the tile before": ("multiply", ("use_acc=k > 0", "use_acc=True")),
+    "only the last step of H counts": ("multiply", ("use_acc=k > 0", "use_acc=k < 0")),
     "the last step of H is left out": (GLUON, ("gl.cdiv(hidden_size, BLOCK_H)", "hidden_size // BLOCK_H")),
     "masses are not weighted": ("reduce_tile", ("sums(p, to_bound)", "sums(p, to_bound * 0 + 1)")),
     "a slice is left out": ("row_sum", ("range(1, SLICES)", "range(2, SLICES)")),
