@@ -54,6 +54,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--te-version", help="run nothing unless this version of Transformer Engine runs, over tests/te_stub"
     )
+    parser.addoption("--triton-version", help="run nothing unless this version of Triton is the one imported")
 
 
 def hear_signals() -> None:
@@ -70,6 +71,16 @@ def pytest_configure(config: pytest.Config) -> None:
         require_transformer_engine(engine)
     if megatron is not None:
         require_megatron(megatron)
+    if config.getoption("triton_version") is not None:
+        require_triton(config.getoption("triton_version"))
+
+
+def require_triton(wanted: str) -> None:
+    import triton
+
+    if triton.__version__ != wanted:
+        found = f"{triton.__version__} in {triton.__path__[0]}"
+        raise pytest.UsageError(f"--triton-version: the tests must run on {wanted}, got {found}; set PYTHONPATH")
 
 
 def require_megatron(wanted: str) -> None:
