@@ -147,7 +147,7 @@ def consume(
 def reduce_tile(acc, half_tile, column_tile, outputs, SLICES: gl.constexpr):
     """Write what half a tile leaves of its rows, as `triton_forward` does; a None pointer leaves its part out.
 
-    Returns the tile's logits: what is left in the registers of its product.
+    Returns what is left in the registers of its product: numbers without a meaning.
     """
     bias_ptr, labels_ptr, bound_ptr, parts_ptr, moment_ptr, total_ptr, targets_ptr, mass_ptr = outputs[:8]
     values_ptr, exponents_ptr, num_rows, num_columns, logit_scale, softcap = outputs[8:]
@@ -215,6 +215,10 @@ def reduce_tile(acc, half_tile, column_tile, outputs, SLICES: gl.constexpr):
     if moment_ptr is not None:
         moment = gl.convert_layout(row_sum(moments, SLICES), ROWS) / unit
         gl.store(moment_ptr + place, moment, mask=mask_r)
+    if exponents_ptr is not None:
+        # A cache's addresses take the registers of what is not read again.
+        PRODUCT: gl.constexpr = acc.type.layout
+        z = gl.zeros([HALF_R, BLOCK_V], gl.float32, layout=PRODUCT)
     return z
 
 
