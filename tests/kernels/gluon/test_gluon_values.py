@@ -225,7 +225,7 @@ ERRORS = {
     "the last step of H is left out": (GLUON, ("gl.cdiv(hidden_size, BLOCK_H)", "hidden_size // BLOCK_H")),
     "masses are not weighted": ("reduce_tile", ("sums(p, to_bound)", "sums(p, to_bound * 0 + 1)")),
     "a slice is left out": ("row_sum", ("range(1, SLICES)", "range(2, SLICES)")),
-    "labels of a slice are those of the first": ("store_targets", ("+ i * SLICE_V)", "+ 0 * SLICE_V)")),
+    "labels of a slice are those of the first": ("store_targets", ("- i * SLICE_V", "- 0 * SLICE_V")),
     "threads give the half that they keep": (
         "add_halves",
         ("where(is_second, low, high)", "where(is_second, high, low)"),
