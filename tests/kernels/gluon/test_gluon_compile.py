@@ -109,16 +109,20 @@ def row_reductions(ttgir: str) -> dict[str, list[str]]:
 
     Without the rows that a warp has: two warpgroups of four warps have them elsewhere than eight warps.
     """
-    layouts = dict(re.findall(r"^(#\w+) = (.*)$", ttgir, re.MULTILINE))
+    layouts: dict[str, str] = {}
+    for alias, text in re.findall(r"^(#\w+) = (.*)$", ttgir, re.MULTILINE):
+        layouts[alias] = _written_out(text, layouts)
     found: dict[str, list[str]] = {}
     for name, shape, layout in REDUCTION.findall(ttgir):
-        for alias, text in layouts.items():
-            layout = re.sub(re.escape(alias) + r"\b", lambda _, text=text: text, layout)
         if name in ROW_RESULTS:
-            found.setdefault(name, []).append(
-                f"{shape} {_of_two_dimensions(re.sub(r'warp = .*?[]][]], ', '', layout))}"
-            )
+            by_lanes = re.sub(r"warp = .*?[]][]], ", "", _written_out(layout, layouts))
+            found.setdefault(name, []).append(f"{shape} {_of_two_dimensions(by_lanes)}")
     return found
+
+
+def _written_out(text: str, layouts: dict[str, str]) -> str:
+    """Layouts in place of their names."""
+    return re.sub(r"#\w+", lambda match: layouts.get(match[0], match[0]), text)
 
 
 def _of_two_dimensions(layout: str) -> str:
