@@ -106,7 +106,8 @@ $(NEXT): | $(READY)
 
 # The machine code of the Triton kernels, once more by the compiler of GPU machines.
 test-triton-3.6: $(READY) $(TRITON_OLD)
-	PYTHONPATH=$(TRITON_OLD) $(BIN)/python -m pytest --triton-version $(TRITON_OLD_VERSION) tests/kernels/triton/test_epilogue.py
+	PYTHONPATH=$(TRITON_OLD) $(BIN)/python -m pytest --triton-version $(TRITON_OLD_VERSION) \
+	  tests/kernels/triton/test_epilogue.py tests/kernels/gluon/test_gluon_compile.py
 
 $(TRITON_OLD): | $(READY)
 	$(BIN)/pip install --quiet --no-deps --target $@ triton==$(TRITON_OLD_VERSION)

@@ -98,20 +98,17 @@ def produce(x_ref, w_ref, low, high, columns, ring, tiles, STAGES: gl.constexpr,
 
 
 @gluon.jit
-def multiply(rows, columns, ring, step, num_steps, STAGES: gl.constexpr):
+def multiply(acc, rows, columns, ring, step, num_steps, STAGES: gl.constexpr):
     """Return the product of one warpgroup's half of a tile, fp32, whose first step is number `step` of the program.
 
+    It is written over `acc`, whose values do not matter: the first step does not add to them.
     A buffer is given back one step late, when the product that read it is known to be over; the last at the end.
     """
     full, empty = ring
-    HALF_R: gl.constexpr = rows.shape[1]
-    BLOCK_V: gl.constexpr = columns.shape[1]
-    PRODUCT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_V, 16])
-    acc = gl.zeros([HALF_R, BLOCK_V], gl.float32, layout=PRODUCT)
     for k in range(num_steps):
         s = slot(step + k, STAGES)
         mbarrier.wait(full.index(s), phase(step + k, STAGES))
-        acc = warpgroup_mma(rows.index(s), columns.index(s).permute((1, 0)), acc, is_async=True)
+        acc = warpgroup_mma(rows.index(s), columns.index(s).permute((1, 0)), acc, use_acc=k > 0, is_async=True)
         acc = warpgroup_mma_wait(1, deps=[acc])
         mbarrier.arrive(empty.index(slot(step + k + STAGES - 1, STAGES)), pred=k > 0)
     acc = warpgroup_mma_wait(0, deps=[acc])
@@ -133,17 +130,25 @@ def consume(
 ):
     """Multiply and reduce half HALF of the rows of every tile of this program."""
     num_tiles, num_row_tiles, num_column_tiles, num_steps = tiles
+    HALF_R: gl.constexpr = rows.shape[1]
+    BLOCK_V: gl.constexpr = columns.shape[1]
+    PRODUCT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_V, 16])
+    # The registers of all products: none sets them to 0.
+    acc = gl.zeros([HALF_R, BLOCK_V], gl.float32, layout=PRODUCT)
     step = 0
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
         row_tile, column_tile = tile_position(tile, num_row_tiles, num_column_tiles, GROUP_R)
-        acc = multiply(rows, columns, ring, step, num_steps, STAGES)
+        acc = multiply(acc, rows, columns, ring, step, num_steps, STAGES)
         step += num_steps
-        reduce_tile(acc, row_tile * HALVES + HALF, column_tile, outputs, SLICES)
+        acc = reduce_tile(acc, row_tile * HALVES + HALF, column_tile, outputs, SLICES)
 
 
 @gluon.jit
 def reduce_tile(acc, half_tile, column_tile, outputs, SLICES: gl.constexpr):
-    """Write what half a tile leaves of its rows, as `triton_forward` does; a None pointer leaves its part out."""
+    """Write what half a tile leaves of its rows, as `triton_forward` does; a None pointer leaves its part out.
+
+    Returns what is left in the registers of its product: numbers without a meaning.
+    """
     bias_ptr, labels_ptr, bound_ptr, parts_ptr, moment_ptr, total_ptr, targets_ptr, mass_ptr = outputs[:8]
     values_ptr, exponents_ptr, num_rows, num_columns, logit_scale, softcap = outputs[8:]
     HALF_R: gl.constexpr = acc.shape[0]
@@ -210,6 +215,11 @@ def reduce_tile(acc, half_tile, column_tile, outputs, SLICES: gl.constexpr):
     if moment_ptr is not None:
         moment = gl.convert_layout(row_sum(moments, SLICES), ROWS) / unit
         gl.store(moment_ptr + place, moment, mask=mask_r)
+    if exponents_ptr is not None:
+        # A cache's addresses take the registers of what is not read again.
+        PRODUCT: gl.constexpr = acc.type.layout
+        z = gl.zeros([HALF_R, BLOCK_V], gl.float32, layout=PRODUCT)
+    return z
 
 
 @gluon.jit
@@ -241,7 +251,8 @@ def store_targets(target_ptrs, slices, column_of_label, SLICES: gl.constexpr):
     COLUMNS: gl.constexpr = gl.SliceLayout(0, slices[0].type.layout)
     target = gl.zeros(column_of_label.shape, gl.float32, layout=ROWS)
     for i in gl.static_range(SLICES):
-        is_label = column_of_label[:, None] == (gl.arange(0, SLICE_V, layout=COLUMNS) + i * SLICE_V)[None, :]
+        # The row's number is moved, not the columns': the compiler keeps those in registers through the whole kernel.
+        is_label = (column_of_label - i * SLICE_V)[:, None] == gl.arange(0, SLICE_V, layout=COLUMNS)[None, :]
         target += gl.sum(gl.where(is_label, slices[i], 0.0), axis=1)
     gl.store(target_ptrs, target, mask=column_of_label >= 0)
 

@@ -21,7 +21,7 @@ from fastpref.kernels import gluon_forward
 from fastpref.kernels.engine import Head
 from fastpref.kernels.triton_forward import TileParts
 
-BLIND = ("reduce_tile", ("    bias_ptr, labels_ptr, bound_ptr", "    return None\n    bias_ptr, labels_ptr, bound_ptr"))
+BLIND = ("reduce_tile", ("    bias_ptr, labels_ptr, bound_ptr", "    return acc\n    bias_ptr, labels_ptr, bound_ptr"))
 BUFFERS = ("low", "high", "columns")
 
 

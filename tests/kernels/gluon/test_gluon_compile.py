@@ -83,9 +83,11 @@ def test_the_machine_code_stays_within_the_recorded_budget(flags: str) -> None:
     assert found.spilled_bytes <= budget["spilled_bytes"]
 
 
-def test_default_variants_do_not_spill() -> None:
+def test_recorded_budgets_are_within_the_limits() -> None:
+    """What the device was promised for Triton's kernel; the variants of every step spill nothing."""
     for version, budgets in BUDGETS.items():
-        assert budgets["-"]["spilled_bytes"] == budgets["mass"]["spilled_bytes"] == 0, version
+        for flags, limit in (("-", 870), ("mass", 1400)):
+            assert budgets[flags]["instructions"] <= limit and budgets[flags]["spilled_bytes"] == 0, (version, flags)
 
 
 def test_a_buffer_is_given_back_by_all_four_warps() -> None:
@@ -107,16 +109,20 @@ def row_reductions(ttgir: str) -> dict[str, list[str]]:
 
     Without the rows that a warp has: two warpgroups of four warps have them elsewhere than eight warps.
     """
-    layouts = dict(re.findall(r"^(#\w+) = (.*)$", ttgir, re.MULTILINE))
+    layouts: dict[str, str] = {}
+    for alias, text in re.findall(r"^(#\w+) = (.*)$", ttgir, re.MULTILINE):
+        layouts[alias] = _written_out(text, layouts)
     found: dict[str, list[str]] = {}
     for name, shape, layout in REDUCTION.findall(ttgir):
-        for alias, text in layouts.items():
-            layout = re.sub(re.escape(alias) + r"\b", lambda _, text=text: text, layout)
         if name in ROW_RESULTS:
-            found.setdefault(name, []).append(
-                f"{shape} {_of_two_dimensions(re.sub(r'warp = .*?[]][]], ', '', layout))}"
-            )
+            by_lanes = re.sub(r"warp = .*?[]][]], ", "", _written_out(layout, layouts))
+            found.setdefault(name, []).append(f"{shape} {_of_two_dimensions(by_lanes)}")
     return found
+
+
+def _written_out(text: str, layouts: dict[str, str]) -> str:
+    """Layouts in place of their names."""
+    return re.sub(r"#\w+", lambda match: layouts.get(match[0], match[0]), text)
 
 
 def _of_two_dimensions(layout: str) -> str:
