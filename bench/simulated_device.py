@@ -244,6 +244,7 @@ class SimulatedDevice(TorchDispatchMode):
         elif "device" in inner_kwargs:
             inner_kwargs["device"] = "cpu" if has_numbers else "meta"
         inner_kwargs.pop("pin_memory", None)
+        func, inner_args, inner_kwargs = _on_cpu(func, inner_args, inner_kwargs)
         result = func(*inner_args, **inner_kwargs)
         if not has_numbers:
             for one in changed:
@@ -275,6 +276,15 @@ class SimulatedDevice(TorchDispatchMode):
             # All three extents: those of the operands, whose shared one counts twice.
             is_product = min(min(one.shape) for one in given if one.dim() == 2) >= THIN
         self._note(name, num_bytes, is_sync=name in WAITS or _indexes_badly(name, args), is_product=is_product)
+
+
+def _on_cpu(func: Any, args: Any, kwargs: Any) -> tuple[Any, Any, Any]:
+    """Return what a CPU has instead of a product with a dtype of its own: one of operands in that dtype."""
+    if func not in (torch.ops.aten.mm.dtype, torch.ops.aten.mm.dtype_out):
+        return func, args, kwargs
+    first, second, dtype = args
+    plain = torch.ops.aten.mm.default if func is torch.ops.aten.mm.dtype else torch.ops.aten.mm.out
+    return plain, (first.to(dtype), second.to(dtype)), kwargs
 
 
 def _changed(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
