@@ -50,6 +50,14 @@ WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_
 WAITS += ("equal", "repeat_interleave", "is_nonzero")
 MATRIX_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "addmm_")
 
+_ATEN = torch.ops.aten
+WIDE_PRODUCTS = {
+    _ATEN.mm.dtype: _ATEN.mm.default,
+    _ATEN.mm.dtype_out: _ATEN.mm.out,
+    _ATEN.addmm.dtype: _ATEN.addmm.default,
+    _ATEN.addmm.dtype_out: _ATEN.addmm.out,
+}
+
 
 class Event(NamedTuple):
     """Something that the device does or is waited for.
@@ -280,11 +288,11 @@ class SimulatedDevice(TorchDispatchMode):
 
 def _on_cpu(func: Any, args: Any, kwargs: Any) -> tuple[Any, Any, Any]:
     """Return what a CPU has instead of a product with a dtype of its own: one of operands in that dtype."""
-    if func not in (torch.ops.aten.mm.dtype, torch.ops.aten.mm.dtype_out):
+    if func not in WIDE_PRODUCTS:
         return func, args, kwargs
-    first, second, dtype = args
-    plain = torch.ops.aten.mm.default if func is torch.ops.aten.mm.dtype else torch.ops.aten.mm.out
-    return plain, (first.to(dtype), second.to(dtype)), kwargs
+    num_tensors = 3 if "addmm" in func.name() else 2
+    dtype = args[num_tensors]
+    return WIDE_PRODUCTS[func], (*(one.to(dtype) for one in args[:num_tensors]), *args[num_tensors + 1 :]), kwargs
 
 
 def _changed(func: Any, args: Any, kwargs: Any) -> list[Tensor]:

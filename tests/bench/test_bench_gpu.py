@@ -112,7 +112,9 @@ def test_rehearsal_finds_a_peer_that_the_registry_has_not(
 def test_the_larger_vocabulary_comes_first_with_every_peer_that_can_be_carried() -> None:
     heads = [step for step in plan.COMMANDS[1] if step.run == "speed:head"]
     assert [step.arguments for step in heads[:2]] == [(plan.LARGE, "ours-active"), (plan.LARGE, "ours-exact")]
-    kept = {name for workload, name in (step.arguments for step in heads if not step.is_extra) if workload == plan.LARGE}
+    kept = {
+        name for workload, name in (step.arguments for step in heads if not step.is_extra) if workload == plan.LARGE
+    }
     assert kept == {"ours-active", "ours-exact", *plan.PEERS}
     assert {step.arguments[1] for step in heads if step.is_extra} == set(plan.HEAVY_PEERS)
     wanted = {"naive-rows", "cce-kernel", "liger-ce", "torch-lce", "trl", "liger-ce-scaled", "quack"}

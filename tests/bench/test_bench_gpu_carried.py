@@ -170,14 +170,20 @@ def test_a_filled_cache_is_found_by_the_launching_code_of_another_build(
     wanted = {text: origin for text, origin in variants.origins.items() if "_sum_parts_kernel" in text}
     entries = list(fill.fill(tmp_path / "cache", wanted, target, 1))
     manifest = fill.read_manifest(tmp_path / "cache")
-    assert list(manifest["entries"]) == [entry["name"] for entry in entries] and manifest["version"] == triton.__version__
+    assert (
+        list(manifest["entries"]) == [entry["name"] for entry in entries] and manifest["version"] == triton.__version__
+    )
     assert list(fill.fill(tmp_path / "cache", wanted, target, 1)) == [], "compiled again"
     kept = {file.suffix for entry in entries for file in (tmp_path / "cache" / entry["name"]).iterdir()}
     assert kept == {".json", ".cubin"}, "intermediate code would travel"
 
     monkeypatch.setattr(install, "installed_build", lambda: third)
     row = install.install(tmp_path / "cache", tmp_path / "there")
-    assert row["status"] == "ok" and row["entries"] == len(entries) and "another build of the same version" in row["reason"]
+    assert (
+        row["status"] == "ok"
+        and row["entries"] == len(entries)
+        and "another build of the same version" in row["reason"]
+    )
     (tmp_path / "cache").rename(tmp_path / "gone")
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "there")}
     environment.pop("TRITON_INTERPRET", None)

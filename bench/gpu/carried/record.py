@@ -16,8 +16,8 @@ import torch
 import torch._dynamo  # first: what it imports reads what is replaced here
 import triton
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_map_only
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_flatten, tree_map_only
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
