@@ -15,6 +15,7 @@ from unittest import mock
 import torch
 import torch._dynamo  # first: what it imports reads what is replaced here
 import triton
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map_only
@@ -23,7 +24,7 @@ from triton.runtime import driver
 
 from bench.simulated_device import DEVICE, DeviceTensor, SimulatedDevice, simulated
 from fastpref.kernels import torch_tiles, triton_engine, tuning
-from fastpref.kernels.engine import ForwardRows
+from fastpref.kernels.engine import ForwardRows, Head, operand_dtype
 from fastpref.kernels.triton_common import KernelCall
 
 CAPABILITY = (9, 0)
@@ -153,8 +154,10 @@ def _forward_rows(found: ForwardRows, *args: Any, tile: Any = None, **kwargs: An
             to.inner.copy_(values)
 
 
-def _logit_gradient(found: None, *args: Any) -> None:
-    torch_tiles.logit_gradient(*args)
+def _logit_gradient(found: None, x_rH: Tensor, head: Head, *others: Any) -> None:
+    # A CPU has no product of 16-bit operands in fp32.
+    head = head._replace(weight_VH=head.weight_VH.to(operand_dtype(head.weight_VH)))
+    torch_tiles.logit_gradient(x_rH.to(operand_dtype(x_rH)), head, *others)
 
 
 ENGINE: dict[str, Callable[..., None] | None] = {"forward_rows": _forward_rows, "logit_gradient": _logit_gradient}
