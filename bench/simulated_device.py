@@ -50,6 +50,14 @@ WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_
 WAITS += ("equal", "repeat_interleave", "is_nonzero")
 MATRIX_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "addmm_")
 
+_ATEN = torch.ops.aten
+WIDE_PRODUCTS = {
+    _ATEN.mm.dtype: _ATEN.mm.default,
+    _ATEN.mm.dtype_out: _ATEN.mm.out,
+    _ATEN.addmm.dtype: _ATEN.addmm.default,
+    _ATEN.addmm.dtype_out: _ATEN.addmm.out,
+}
+
 
 class Event(NamedTuple):
     """Something that the device does or is waited for.
@@ -244,6 +252,7 @@ class SimulatedDevice(TorchDispatchMode):
         elif "device" in inner_kwargs:
             inner_kwargs["device"] = "cpu" if has_numbers else "meta"
         inner_kwargs.pop("pin_memory", None)
+        func, inner_args, inner_kwargs = _on_cpu(func, inner_args, inner_kwargs)
         result = func(*inner_args, **inner_kwargs)
         if not has_numbers:
             for one in changed:
@@ -275,6 +284,15 @@ class SimulatedDevice(TorchDispatchMode):
             # All three extents: those of the operands, whose shared one counts twice.
             is_product = min(min(one.shape) for one in given if one.dim() == 2) >= THIN
         self._note(name, num_bytes, is_sync=name in WAITS or _indexes_badly(name, args), is_product=is_product)
+
+
+def _on_cpu(func: Any, args: Any, kwargs: Any) -> tuple[Any, Any, Any]:
+    """Return what a CPU has instead of a product with a dtype of its own: one of operands in that dtype."""
+    if func not in WIDE_PRODUCTS:
+        return func, args, kwargs
+    num_tensors = 3 if "addmm" in func.name() else 2
+    dtype = args[num_tensors]
+    return WIDE_PRODUCTS[func], (*(one.to(dtype) for one in args[:num_tensors]), *args[num_tensors + 1 :]), kwargs
 
 
 def _changed(func: Any, args: Any, kwargs: Any) -> list[Tensor]:

@@ -160,7 +160,7 @@ def gpu_cache(
     click.echo(f"for Triton {build.version}" + (f", {wheel.name}" if wheel else ", the build of this Python"))
     found = launches.collect()
     for name, reason in found.incomplete.items():
-        click.echo(f"{name} ended on the stand-in by {reason[:100]}; what it launches after that is not known")
+        click.echo(f"{name} ended on the simulated device by {reason[:100]}; what it launches after that is not known")
     names = [launches.name_of(text) for text in found.origins]
     wanted = fill.limited(found.origins, match, most, names)
     click.echo(f"{len(wanted)} of {len(found.origins)} variants")

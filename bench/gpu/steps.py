@@ -10,6 +10,7 @@ Dims: T tokens, S sequences, R response rows, H hidden, V vocabulary.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from bench.gpu.inputs import real_shares
 from bench.measure import Row, status_mib
+from bench.workloads import BULK, popularity
 from checks.tiny import TINY_LLAMA, pair_of
 from fastpref import SequenceLogps
 from fastpref.data import PreferenceDataset, TokenizedPair
@@ -55,9 +57,8 @@ LLAMA_1B = {
     "tie_word_embeddings": False,
 }
 """Shape of Llama-3.2-1B, with a head of its own."""
-STEEPNESS, LEVEL = 1.57, 100.0
-"""Logits fall as `-STEEPNESS * ln(1 + id)`: 5 % of 128,256 columns then hold all but 2^-8 of every row; with the labels
-of a microbatch about as many are active as on real text."""
+LEVEL = 100.0
+"""How far the channel that decides the logits outweighs the others, over the square root of H."""
 TOLERANCES = {torch.bfloat16: 3e-2, torch.float32: 1e-3}
 """Relative, of log-probs and gradient norm: other kernels for other rows, in 16 bits."""
 COMPARED = ("logps/chosen", "logps/rejected", "grad_norm")
@@ -104,7 +105,7 @@ class Sizes:
 
 
 DRY = Sizes(
-    model=TINY_LLAMA | {"vocab_size": 2048}, num_pairs=4, microbatch_pairs=2, length=24, pack_length=96, bf16=False
+    model=TINY_LLAMA | {"vocab_size": 32768}, num_pairs=4, microbatch_pairs=2, length=24, pack_length=96, bf16=False
 )
 FULL = Sizes(model=LLAMA_1B)
 
@@ -217,13 +218,15 @@ def sharpen(model: Any) -> None:
     """Let the head of random weights prefer low ids, as a trained one does.
 
     The first channel of the embedding outweighs everything that the layers add to it, so that after the last norm it is
-    sqrt(H) at every token, and the head's first channel decides.
+    sqrt(H) at every token, and the head's first channel decides. Its logits are those of `workloads.popularity`, with
+    what drawn activations have in peaks, 1 - `BULK` of the mass, at id 0: `expected_active` is then their rule, too.
     """
     embedding_VH, head_VH = model.embedding.word_embeddings.weight, model.output_layer.weight
     width = head_VH.shape[1] ** 0.5
     embedding_VH[:, 0] = LEVEL * width
-    ids_V = torch.arange(1, head_VH.shape[0] + 1, dtype=torch.int64, device=head_VH.device)
-    head_VH[:, 0] = -STEEPNESS / width * ids_V.log()
+    logits_V = popularity(head_VH.shape[0], head_VH.device)
+    logits_V[0] = logits_V[1:].logsumexp(dim=0) + math.log((1 - BULK) / BULK)
+    head_VH[:, 0] = logits_V / width
 
 
 @contextmanager
@@ -245,8 +248,10 @@ def naive_head() -> Iterator[None]:
 
 
 def random_pairs(sizes: Sizes) -> list[TokenizedPair]:
-    """Pairs of random tokens with the shares of response of real ones, `num_pairs` of them."""
+    """Pairs of tokens drawn by their popularity, with the shares of response of real ones, `num_pairs` of them."""
     generator = torch.Generator().manual_seed(0)
+    weights_V = popularity(sizes.model["vocab_size"]).softmax(dim=0)
+    weights_V[0] = 0.0
     shares, pairs = real_shares(), []
     for pair_id in range(sizes.num_pairs):
         chosen_share, rejected_share = shares[pair_id * len(shares) // sizes.num_pairs]
@@ -255,9 +260,7 @@ def random_pairs(sizes: Sizes) -> list[TokenizedPair]:
         share = max(chosen_share, rejected_share)
         prompt = max(round(total * (1 - share)), 2)
         answers = [max(round(prompt * side / (1 - side)), 1) for side in (chosen_share, rejected_share)]
-        ids = torch.randint(
-            1, sizes.model["vocab_size"], (prompt + sum(answers),), generator=generator, dtype=torch.int64
-        ).tolist()
+        ids = torch.multinomial(weights_V, prompt + sum(answers), replacement=True, generator=generator).tolist()
         pairs.append(pair_of(pair_id, ids[:prompt], ids[prompt : prompt + answers[0]], ids[prompt + answers[0] :]))
     return pairs
 

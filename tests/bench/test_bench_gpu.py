@@ -101,6 +101,26 @@ def test_rehearsal_finds_what_cannot_be_imported(clock: rehearsal.Clock, monkeyp
     assert "'device' cannot be run: AttributeError" in fault
 
 
+def test_rehearsal_finds_a_peer_that_the_registry_has_not(
+    clock: rehearsal.Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed(monkeypatch, 1, f"trl on {plan.MAIN}", arguments=(plan.MAIN, "trl-of-old"))
+    (fault,) = rehearsal.faults(clock)
+    assert "the registry has no 'trl-of-old' for a GPU" in fault
+
+
+def test_the_larger_vocabulary_comes_first_with_every_peer_that_can_be_carried() -> None:
+    heads = [step for step in plan.COMMANDS[1] if step.run == "speed:head"]
+    assert [step.arguments for step in heads[:2]] == [(plan.LARGE, "ours-active"), (plan.LARGE, "ours-exact")]
+    kept = {
+        name for workload, name in (step.arguments for step in heads if not step.is_extra) if workload == plan.LARGE
+    }
+    assert kept == {"ours-active", "ours-exact", *plan.PEERS}
+    assert {step.arguments[1] for step in heads if step.is_extra} == set(plan.HEAVY_PEERS)
+    wanted = {"naive-rows", "cce-kernel", "liger-ce", "torch-lce", "trl", "liger-ce-scaled", "quack"}
+    assert wanted <= {*plan.PEERS, *plan.HEAVY_PEERS}
+
+
 def test_rehearsal_finds_rows_too_large_to_come_back(clock: rehearsal.Clock) -> None:
     clock["commands"]["1"]["steps"]["device"]["kib"] = 17 * 1024
     (fault,) = rehearsal.faults(clock)
@@ -108,7 +128,7 @@ def test_rehearsal_finds_rows_too_large_to_come_back(clock: rehearsal.Clock) -> 
 
 
 def test_rehearsal_finds_a_start_that_leaves_too_little(clock: rehearsal.Clock) -> None:
-    clock["commands"]["1"]["start_s"] = 40.0
+    clock["commands"]["1"]["start_s"] = 60.0
     assert ["s are kept for start" in fault for fault in rehearsal.faults(clock)] == [True]
 
 
@@ -174,7 +194,7 @@ def test_a_dry_run_measures_what_is_one_and_the_same_once(tmp_path: Path, monkey
     """Heads of all sizes are the dry workload; other shares and other implementations are not the same."""
     called = []
     monkeypatch.setattr(speed, "head", lambda context, *job: called.append(job) or {"job": len(called)})
-    jobs = [(plan.MAIN, "ours-active"), (plan.WIDE, "ours-active"), (plan.WIDE, "ours-exact")]
+    jobs = [(plan.MAIN, "ours-active"), (plan.LARGE, "ours-active"), (plan.LARGE, "ours-exact")]
     steps = [Step(name=f"{name} on {w}", run="speed:head", reserve_s=9.0, arguments=(w, name)) for w, name in jobs]
     folder = command.open_folder(1, tmp_path / "out", 60.0, {}, tmp_path)
     command.run_in_this_process(folder, 1, steps, Session(is_dry=True))
@@ -205,7 +225,7 @@ def test_shorten_keeps_the_end_of_a_log(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("share", [0.05, 0.3])
 def test_with_activity_reaches_a_share_of_active_columns(share: float) -> None:
-    case = inputs.build_on("v2048-h64-r64", torch.device("cpu"), torch.float32)
+    case = inputs.build_on("v16384-h64-r64", torch.device("cpu"), torch.float32)
     case.weight_VH.requires_grad_()  # as an earlier pass leaves it
     found, active = speed.with_activity(case, share)
     assert not found.ref_logps_S.requires_grad

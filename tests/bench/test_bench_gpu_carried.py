@@ -14,10 +14,11 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 from bench.gpu.carried import fill, install, launches, sizes  # noqa: E402
 from bench.gpu.carried.keys import LIBRARY, Build, build_at  # noqa: E402
-from bench.gpu.carried.stand_in import stand_in  # noqa: E402
+from bench.gpu.carried.record import recorded  # noqa: E402
 from fastpref.kernels import triton_engine  # noqa: E402
 from fastpref.kernels.engine import Head  # noqa: E402
 from fastpref.kernels.outputs import LOGP_FIELDS  # noqa: E402
+from fastpref.kernels.partials import finish_rows  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 INSTALLED = Path(triton.__file__).parents[1]
@@ -83,20 +84,51 @@ def test_collect_finds_what_the_active_plan_launches(variants: launches.Variants
     assert set(variants.origins.values()) == {"ours-active on v4096-h64-r64"} and not variants.incomplete
 
 
-def test_stand_in_specialises_on_true_sizes_and_alignments() -> None:
+def test_recorded_specialises_on_true_sizes_and_alignments() -> None:
     """An odd H has no tensor copies; a tensor that begins off a multiple of 16 bytes is not said to begin at one."""
     found: list[dict] = []
-    x_RH, weight_VH = torch.randn(8, 24).bfloat16(), torch.randn(100, 24).bfloat16()
-    labels = torch.zeros(9, dtype=torch.int64)
-    with stand_in(lambda text: found.append(json.loads(text)), {24: 33}):
+    with recorded(lambda text: found.append(json.loads(text))):
+        x_RH, weight_VH = (torch.randn(size, 33, dtype=torch.bfloat16, device="cuda") for size in (8, 100))
+        labels, head = torch.zeros(9, dtype=torch.int64, device="cuda"), Head(weight_VH, None, 1.0, None)
         for labels_R in (labels[:8], labels[1:]):
-            head = Head(weight_VH, None, 1.0, None)
             triton_engine.forward_rows(x_RH, head, labels_R, fields=LOGP_FIELDS, bound_R=None, with_cache=False)
-    assert x_RH.device.type == "cpu" and not torch.cuda.is_available()
+        assert x_RH.device.type == "cuda" and torch.cuda.is_available()
+    assert torch.zeros(1).device.type == "cpu" and not torch.cuda.is_available()
     forwards = [one for one in found if one["name"].endswith("fwd_kernel")]
     assert [bool(attributes_of(one, "labels_ptr")) for one in forwards] == [True, False]
     assert forwards[0]["signature"]["w_ref"] == "*bf16" and forwards[0]["signature"]["hidden_size"] == "i32"
     assert not attributes_of(forwards[0], "hidden_size") and attributes_of(forwards[0], "parts_ptr")
+
+
+def test_recorded_gives_results_their_numbers() -> None:
+    """So that code that reads them goes on as on a device: log-probs of the formula, masses and a cache."""
+    x_RH, weight_VH, labels_R = torch.randn(8, 32).bfloat16(), torch.randn(200, 32).bfloat16(), torch.arange(8) * 20
+    with recorded(lambda text: None):
+        given = x_RH.to("cuda"), Head(weight_VH.to("cuda"), None, 1.0, None), labels_R.to("cuda")
+        bound_R = torch.zeros(8, dtype=torch.float32, device="cuda")
+        found = triton_engine.forward_rows(*given, fields=LOGP_FIELDS, bound_R=bound_R, with_cache=True)
+        logps_R = finish_rows(found.partials, torch.float32).token_logps.cpu()
+        assert found.cache is not None and found.mass_CV is not None
+        exponents_RV = found.cache.exponents_RN.repeat_interleave(found.cache.columns_per_group, dim=1)[:, :200].cpu()
+        values_RV, mass_V = found.cache.values_RV.cpu(), found.mass_CV.cpu()[0]
+    z_RV = x_RH.double() @ weight_VH.double().t()
+    expected_R = torch.log_softmax(z_RV, dim=1).gather(1, labels_R[:, None]).squeeze(1)
+    torch.testing.assert_close(logps_R.double(), expected_R, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mass_V.double(), z_RV.exp().sum(0), rtol=1e-4, atol=0.0)
+    torch.testing.assert_close(values_RV.double() * 2.0 ** exponents_RV.double(), z_RV.exp(), rtol=2**-8, atol=1e-30)
+
+
+def test_collect_finds_what_the_tuner_leaves_to_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Gluon kernel's trial, with and without masses, statistics and a cache, and its measurement."""
+    (tile,) = (tile for tile in launches.CANDIDATES["sm_90/16"] if tile.kernel == "gluon" and tile.group_rows == 16)
+    monkeypatch.setattr(launches, "CANDIDATES", {"sm_90/16": (tile,)})
+    found = launches.collect([], has_tests=False)
+    content = [json.loads(text) for text in found.origins]
+    gluon = [one for one in content if one["name"].endswith("gluon_forward.linear_logps_kernel")]
+    optional = ("mass_ptr", "values_ptr", "bias_ptr", "softcap")
+    given = {tuple(one["signature"][name] != "constexpr" for name in optional) for one in gluon}
+    assert {(True, True, False, False), (False, False, False, False), (True, False, True, True)} <= given, given
+    assert set(found.origins.values()) == {"tile 128x256 of gluon"}
 
 
 def attributes_of(content: dict, argument: str) -> list:
@@ -111,12 +143,12 @@ import json, sys
 from unittest import mock
 from triton import knobs
 from triton.runtime import cache, driver
-from bench.gpu.carried import launches, stand_in
+from bench.gpu.carried import launches, record
 cache.triton_key = lambda: sys.argv[1]
-driver.set_active(stand_in.StandInDriver())
+driver.set_active(record.HopperDriver())
 found = []
 knobs.compilation.listener = lambda *, src, cache_hit, **_: found.append((src.name, cache_hit))
-with mock.patch.object(stand_in, "_jit_hook", lambda note: mock.MagicMock()):
+with mock.patch.object(record, "_jit_hook", lambda note: mock.MagicMock()):
     from triton.runtime.jit import JITFunction
     run = JITFunction.run
     def warm(self, *args, grid, warmup, **kwargs):
@@ -136,16 +168,22 @@ def test_a_filled_cache_is_found_by_the_launching_code_of_another_build(
     target = here._replace(files=here.files | {LIBRARY: "0" * 64})
     third = here._replace(files=here.files | {LIBRARY: "1" * 64})
     wanted = {text: origin for text, origin in variants.origins.items() if "_sum_parts_kernel" in text}
-    (entry,) = fill.fill(tmp_path / "cache", wanted, target, 1)
+    entries = list(fill.fill(tmp_path / "cache", wanted, target, 1))
     manifest = fill.read_manifest(tmp_path / "cache")
-    assert list(manifest["entries"]) == [entry["name"]] and manifest["version"] == triton.__version__
+    assert (
+        list(manifest["entries"]) == [entry["name"] for entry in entries] and manifest["version"] == triton.__version__
+    )
     assert list(fill.fill(tmp_path / "cache", wanted, target, 1)) == [], "compiled again"
-    kept = {file.suffix for file in (tmp_path / "cache" / entry["name"]).iterdir()}
+    kept = {file.suffix for entry in entries for file in (tmp_path / "cache" / entry["name"]).iterdir()}
     assert kept == {".json", ".cubin"}, "intermediate code would travel"
 
     monkeypatch.setattr(install, "installed_build", lambda: third)
     row = install.install(tmp_path / "cache", tmp_path / "there")
-    assert row["status"] == "ok" and row["entries"] == 1 and "another build of the same version" in row["reason"]
+    assert (
+        row["status"] == "ok"
+        and row["entries"] == len(entries)
+        and "another build of the same version" in row["reason"]
+    )
     (tmp_path / "cache").rename(tmp_path / "gone")
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "there")}
     environment.pop("TRITON_INTERPRET", None)

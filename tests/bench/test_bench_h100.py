@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner
 
 from bench import __main__ as cli
-from bench import activity, workloads
+from bench import activity, oracle, workloads
 from bench.gpu import clock, heads, inputs, parts, sanity, summary, supervisor
 from bench.gpu.folder import BROKEN_DEVICE, DeviceBrokenError, Folder, is_broken
 from bench.gpu.plots import draw_all
@@ -50,11 +50,17 @@ def test_h100_dry_runs_every_part(dry: Path) -> None:
         kinds = ["both"] if name == "naive-pairs" else list(heads.PRODUCTS)
         assert list(row["times_ms"]) == kinds == list(row["extra_peak_mib"])
         assert all({name, heads.ANCHOR, BARE} == set(times) for times in row["times_ms"].values())
-        assert row["errors"]["d_weight"]["relative_l2"] < 1e-2 and row["commit"] and row["command"]
+        # Naive logits are in bf16, as in its peers; ours have no more roundings than operands and the gradient.
+        most = oracle.LIMITS_16["d_weight"] if name.startswith("naive") else 2.0**-8
+        assert row["errors"]["d_weight"]["relative_l2"] < most, name
+        assert row["commit"] and row["command"]
     steps = rows(dry, "steps.json")
     assert {row["status"] for row in steps.values()} == {"ok"}, steps
     assert list(steps) == ["naive", "fused", "active", "packed", "shared", "cached"]
-    assert steps["fused"]["active_fraction"] is None and 0.3 < steps["packed"]["active_fraction"] < 0.75
+    assert steps["fused"]["active_fraction"] is None
+    law = workloads.expected_active(steps["packed"]["shape"]["vocab"], activity.ACTIVE_EPS)
+    for name in ("active", "packed", "shared"):
+        assert steps[name]["active_fraction"] == pytest.approx(law, rel=0.2), name
     assert steps["cached"]["flops"] == pytest.approx(0.75 * steps["shared"]["flops"])
 
 

@@ -115,38 +115,24 @@ class Counting(NamedTuple):
 @pytest.fixture
 def compiled_keys() -> Iterator[Counting]:
     """A driver for a device that is not there, and a compiler that only notes what it is asked for."""
-    from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    class Driver:
-        def get_current_target(self) -> object:
-            return GPUTarget("cuda", 90, 32)
-
-        def get_current_device(self) -> int:
-            return 0
-
-        def get_current_stream(self, device: int) -> int:
-            return 0
+    from bench.gpu.carried.record import HopperDriver
 
     counting = Counting({})
 
     def note(kernel: object, key: str, *_: object) -> None:
         counting.keys.setdefault(kernel.__name__, set()).add(key)
 
-    with mock.patch.object(driver, "_active", Driver()), mock.patch.object(JITFunction, "_do_compile", note):
+    with mock.patch.object(driver, "_active", HopperDriver()), mock.patch.object(JITFunction, "_do_compile", note):
         yield counting
 
 
 def ask_for_kernel(call: object) -> None:
-    call.kernel.run(
-        **call.arguments,
-        grid=(call.num_programs,),
-        warmup=True,
-        num_warps=call.num_warps,
-        num_stages=call.num_stages,
-        enable_fp_fusion=False,
-    )
+    from bench.gpu.carried import record
+
+    record.ask_for_kernel(call)
 
 
 EDGES = [1, 2, 15, 16, 17, 127, 128, 129, 4095, 4096, 4097, 8192]

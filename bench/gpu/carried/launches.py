@@ -1,4 +1,4 @@
-"""Which kernel variants a device will ask for: what the two commands and `tests/gpu` launch on a stand-in for it."""
+"""Which kernel variants a device will ask for: what the two commands and `tests/gpu` launch on a simulated one."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,19 +15,16 @@ from unittest import mock
 import pytest
 import torch
 
+from bench.device_counts import Masses
 from bench.gpu import heads, inputs
-from bench.gpu.carried.stand_in import stand_in
+from bench.gpu.carried.record import CAPABILITY, recorded
 from bench.gpu.fifteen import plan
 from bench.gpu.parts import DTYPE
 from bench.implementations import IMPLEMENTATIONS
 from bench.workloads import IGNORE, ROOT, Case
-from fastpref.kernels import tuning
+from fastpref.kernels import tile_trial, tuning
 from fastpref.kernels.tiles import CANDIDATES, TABLE
 
-HIDDEN = 24
-"""Elements of H that are computed with, whatever the JIT is told: the cut of the vocabulary decides, not its values."""
-SLOPE = 1.2
-"""Logits fall by rank, so that some columns are active and most are not."""
 STALE = 24
 """A test ends when so many launches in a row have brought no variant that is new."""
 
@@ -53,7 +51,7 @@ class NothingNewError(Exception):
 
 
 def collect(jobs: list[tuple[str, str]] | None = None, *, has_tests: bool = True, has_tiles: bool = True) -> Variants:
-    """Run all launching code on the stand-in.
+    """Run all launching code on the simulated device.
 
     Args:
         jobs: (workload, implementation) of heads; None = those of the plan.
@@ -80,51 +78,59 @@ def name_of(specialization: str) -> str:
     shape = "x".join(str(value) for value in content["constant_vals"] if isinstance(value, int) and value > 1)
     pointers = sum(str(kind).startswith(("*", "tensordesc")) for kind in content["signature"].values())
     dtype = next((kind for kind in content["signature"].values() if "16" in str(kind) or "fp32" in str(kind)), "")
+    dtype = re.sub(r",NVMMASharedLayout\(.*?\)(?=>)", "", dtype)
     return f"{content['name'].rsplit('.', 1)[1].strip('_')} {dtype} {pointers} tensors {shape}"
 
 
 def _head(found: Variants, workload: str, name: str) -> None:
     """All passes of one implementation on a workload of the plan."""
-    case, hidden = narrow_case(workload)
-    with stand_in(partial(found.add, f"{name} on {workload}"), {HIDDEN: hidden}):
-        for run in heads.passes_of(IMPLEMENTATIONS[name]).values():
-            run(case, case.hidden_SLH, case.weight_VH)
-
-
-def narrow_case(workload: str) -> tuple[Case, int]:
-    """Return a workload's rows and vocabulary with few elements of H, and its true hidden size."""
     hidden, vocab, rows, share = inputs.sizes_of(workload)
     length, responses = inputs.layout(rows, share)
-    generator = torch.Generator().manual_seed(0)
-    draw = {"generator": generator, "dtype": torch.float32}
-    weight_VH = torch.randn(vocab, HIDDEN, **draw) * 0.1
-    hidden_SLH = torch.randn(len(responses), length, HIDDEN, **draw)
-    weight_VH[:, 0] = -SLOPE * torch.arange(1, vocab + 1, dtype=torch.float32).log()
-    hidden_SLH[..., 0] = 1.0
-    labels_SL = (torch.rand(len(responses), length, **draw) * vocab).long()
+    masses = Masses(vocab)
+    labels_SL = masses.labels(len(responses) * length).view(len(responses), length)
     for sequence, response in enumerate(responses):
         labels_SL[sequence, : length - response] = IGNORE
-    case = Case(workload, hidden_SLH, weight_VH, labels_SL, torch.zeros(len(responses), dtype=torch.float32))
-    return case.to(torch.device("cpu"), DTYPE), hidden
+    with recorded(partial(found.add, f"{name} on {workload}"), masses.fill) as device:
+        case = Case(
+            name=workload,
+            hidden_SLH=device.nothing(*labels_SL.shape, hidden, dtype=DTYPE),
+            weight_VH=device.nothing(vocab, hidden, dtype=DTYPE),
+            labels_SL=device.put(labels_SL),
+            ref_logps_S=device.put(torch.zeros(len(responses), dtype=torch.float32, device="cpu")),
+        )
+        for run in heads.passes_of(IMPLEMENTATIONS[name]).values():
+            run(case, case.hidden_SLH, case.weight_VH)
 
 
 def _tiles(found: Variants) -> None:
     """The tuner's candidates at the H of the plan."""
     (hidden,) = next(step.arguments for step in plan.COMMANDS[2] if step.name == "tiles")
     for tile in CANDIDATES.get("sm_90/16", TABLE["sm_90/16"]):
-        # Its measurements launch what its check has launched.
-        with (
-            stand_in(partial(found.add, f"tile {tile.rows}x{tile.columns}"), {HIDDEN: hidden}),
-            mock.patch.object(tuning, "_median_milliseconds", return_value=0.0),
-        ):
-            tuning.measure(tile, torch.bfloat16, HIDDEN)
+        origin = f"tile {tile.rows}x{tile.columns}" + (f" of {tile.kernel}" if tile.kernel != "triton" else "")
+        with recorded(partial(found.add, origin)), _short_trials():
+            tuning.measure(tile, DTYPE, hidden)
+
+
+@contextlib.contextmanager
+def _short_trials() -> Iterator[None]:
+    """Trials that launch everything once, whatever earlier ones have found."""
+    tuning._trial_error.cache_clear()
+    with mock.patch.multiple(tile_trial, SEEDS=1, REPEATS=2):
+        yield
+    tuning._trial_error.cache_clear()
 
 
 class _Recorder:
-    """Runs every test on the stand-in and keeps what it launches; its outcome means nothing."""
+    """Runs every test, its fixtures included, on the simulated device; its outcome means nothing."""
 
     def __init__(self, found: Variants) -> None:
         self.found = found
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> Iterator[None]:
+        """What a test's fixtures launch."""
+        with recorded(partial(self.found.add, item.name)):
+            return (yield)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Iterator[None]:
@@ -139,11 +145,11 @@ class _Recorder:
                 raise NothingNewError
 
         try:
-            with stand_in(note):
+            with recorded(note):
                 return (yield)
         except NothingNewError:
             return None
-        except Exception as error:  # values of the stand-in, or something that it has not; the next test may launch
+        except Exception as error:  # numbers that are not there, say; the next test may launch
             self.found.incomplete[item.name] = f"{type(error).__name__}: {error}".splitlines()[0]
             return None
 
@@ -153,7 +159,8 @@ def _tests(found: Variants) -> None:
     # The tests' own conftest asks for a device before the first of them runs.
     with (
         mock.patch.object(torch.cuda, "is_available", lambda: True),
-        mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: (9, 0)),
+        mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: CAPABILITY),
+        _short_trials(),
         contextlib.redirect_stdout(io.StringIO()),
     ):
         pytest.main([*options, str(ROOT / "tests" / "gpu")], plugins=[_Recorder(found)])

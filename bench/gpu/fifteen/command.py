@@ -100,7 +100,7 @@ def shorten(log: Path) -> None:
 
 def _dry(step: Step) -> Step:
     """The same step on the dry workload, with no time kept for it."""
-    workloads = {plan.SMALL, plan.MAIN, plan.WIDE, *plan.OTHER_HIDDEN}
+    workloads = {plan.SMALL, plan.MAIN, plan.LARGE, *plan.OTHER_HIDDEN}
     arguments = tuple(DRY_WORKLOADS[0] if value in workloads else value for value in step.arguments)
     return replace(step, arguments=arguments, reserve_s=0.0)
 

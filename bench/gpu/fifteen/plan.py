@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from bench.gpu.parts import OURS
+from bench.gpu.parts import LARGE, MAIN, OURS
 from bench.measure import Row
 
 COMMAND_S = 300.0
@@ -18,22 +18,22 @@ MOST_FILES, MOST_FILE_BYTES = 8, 16 * 2**20
 """What comes back from a borrowed machine."""
 
 SMALL = "llama3.1-8b-r1024"
-MAIN = "llama3.1-8b-r8192"
-WIDE = "v262144-h4096-r8192"
-"""The main head with twice the vocabulary, where a fused head gains most."""
 OTHER_HIDDEN = ("v128256-h2048-r8192", "v262144-h640-r8192")
 SHARES = (0.05, 0.10, 0.30)
 """Of the columns that are active."""
 PEERS = {
     "naive-rows": 7.0,
-    "liger-ce-scaled": 9.0,
     "cce-kernel": 13.0,
     "liger-ce": 13.0,
-    "trl": 7.0,
     "torch-lce": 9.0,
-    "quack": 9.0,
+    "trl": 7.0,
 }
-"""Most telling first, and the seconds that are kept for each, compilers included; one that is not there takes none."""
+"""What can be carried, most telling first, and the seconds that are kept for each, compilers included; one that is not
+there takes none."""
+COMPILED_PEERS = {"megatron-fused": 30.0}
+"""PyTorch's compiler takes most of it, so these run on the main head alone."""
+HEAVY_PEERS = {"liger-ce-scaled": 12.0, "quack": 12.0}
+"""Their compiler is too large to be carried: nothing is kept for them, they run where the machine has it."""
 COMPILED_BEFORE = 0.7
 """Of these seconds on the next workload."""
 
@@ -78,25 +78,27 @@ def log_file(command: int) -> str:
     return f"log-{command}.txt"
 
 
-def _heads(workload: str, seconds: Mapping[str, float]) -> Iterator[Step]:
+def _heads(workload: str, seconds: Mapping[str, float], *, is_extra: bool = False) -> Iterator[Step]:
     """A step per implementation; the first one makes the inputs and what is right for them, too."""
     for name, reserve_s in seconds.items():
-        yield Step(name=f"{name} on {workload}", run="speed:head", reserve_s=reserve_s, arguments=(workload, name))
+        step = Step(name=f"{name} on {workload}", run="speed:head", reserve_s=reserve_s, arguments=(workload, name))
+        yield replace(step, is_extra=is_extra)
 
 
 COMMANDS: dict[int, tuple[Step, ...]] = {
     1: (
         Step(name="device", run="tools:device", reserve_s=8),
         Step(name="correct", run="correct:check", reserve_s=24, arguments=(SMALL,)),
+        *_heads(LARGE, {"ours-active": 15, "ours-exact": 7, **PEERS}),
         *_heads(MAIN, {"ours-active": 14}),
         *(
             Step(name=f"phases at {share:.0%} active", run="speed:phases", reserve_s=14, arguments=(MAIN, share))
             for share in SHARES
         ),
+        *_heads(MAIN, {"ours-exact": 7, **{name: COMPILED_BEFORE * kept for name, kept in PEERS.items()}}),
+        *_heads(MAIN, {"ours-cached": 5, **COMPILED_PEERS}),
         *(step for workload in OTHER_HIDDEN for step in _heads(workload, {"ours-active": 10})),
-        *_heads(WIDE, {"ours-active": 15, "ours-exact": 7, **PEERS}),
-        *_heads(MAIN, {"ours-exact": 9, **{name: COMPILED_BEFORE * kept for name, kept in PEERS.items()}}),
-        *_heads(MAIN, {"ours-cached": 5}),
+        *(step for workload in (MAIN, LARGE) for step in _heads(workload, HEAVY_PEERS, is_extra=True)),
         Step(name="other heads", run="speed:others", reserve_s=10, is_extra=True),
     ),
     2: (

@@ -18,6 +18,7 @@ from bench.gpu.fifteen import plan
 from bench.gpu.fifteen.command import open_folder, run_steps
 from bench.gpu.fifteen.plan import Step
 from bench.gpu.folder import Folder
+from bench.implementations import names_on
 from bench.measure import Row
 
 CLOCK = Path(__file__).parent / "clock.json"
@@ -78,6 +79,8 @@ def _step_faults(command: int, steps: Sequence[Step], recorded: Clock, seconds: 
             step.function()
         except (ImportError, AttributeError) as error:
             yield f"command {command}: {step.name!r} cannot be run: {type(error).__name__}: {error}"
+        if step.run == "speed:head" and step.arguments[1] not in names_on("cuda"):
+            yield f"command {command}: {step.name!r}: the registry has no {step.arguments[1]!r} for a GPU"
         taken = recorded["steps"].get(step.name, {"s": 0.0})["s"]
         if taken > step.reserve_s and not step.is_extra:
             yield (

@@ -38,8 +38,9 @@ def prepared(session: Session, workload: str) -> heads.Prepared:
 
 def head(context: Context, workload: str, name: str) -> Row:
     """Check, weigh and time one implementation; ours with a profile of the passes."""
-    if name not in IMPLEMENTATIONS:
-        return {"status": "missing", "reason": f"the registry has no {name}"}
+    missing = IMPLEMENTATIONS[name].unavailable(context.session.device)
+    if missing is not None:  # before inputs are made for it
+        return {"status": "missing", "reason": missing}
     here = prepared(context.session, workload)
     row = heads.measure(here, name, context.session.repeats)
     if row.get("status", "ok") == "ok" and IMPLEMENTATIONS[name].is_ours:
