@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from fastpref.kernels import active, checks
+from fastpref.kernels import active, checks, plan_options
 from fastpref.kernels.engine import Head
 from fastpref.kernels.engines import resolve_backend
 from fastpref.kernels.ops import ForwardOptions, Operands, Settings
@@ -137,7 +137,7 @@ def linear_logps(
     checks.check_choice("backend", backend, checks.BACKENDS)
     backend = resolve_backend(backend, hidden)
     checks.check_main_grad(main_grad, hidden, weight, backend)
-    plan = checks.resolve_plan(backward, backend, hidden, softcap, active_eps, cache_bytes, stats)
+    plan = plan_options.resolve_plan(backward, backend, hidden, softcap, active_eps, cache_bytes, stats)
     checks.check_weight_sum(weight_sum, hidden, backward, plan.name)
     group = checks.check_parallel(hidden, weight, tp_group, vocab_start, sequence_parallel, backend)
     for name, ids in (("labels", labels), ("nll_labels", nll_labels)):
@@ -189,7 +189,7 @@ def _fused_rows(
     settings: Settings,
     main_grad: Tensor | None,
     statistics: tuple[str, ...],
-    plan: checks.BackwardPlan,
+    plan: plan_options.BackwardPlan,
     stats: Sequence[str],
 ) -> tuple[RowOutputs, dict[str, Tensor]]:
     """Score rows by the fused operator; also what it leaves out, where asked and where a gradient can follow.
