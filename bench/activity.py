@@ -62,8 +62,8 @@ def expected_share(case: Case) -> tuple[str, float | None]:
     for line in _measured():
         if model and (line["workload"], line["rows"], line["active_eps"]) == (model[1], rows, ACTIVE_EPS):
             return "the measured model", line["active_fraction"]
-    is_drawn = re.search(r"(^|-)r\d+(-f\d+)?$", case.name) is not None
-    if not is_drawn or rows < LEAST_ROWS or vocab < LEAST_VOCAB:
+    is_of_rule = re.search(r"(^|-)r\d+(-f\d+)?$", case.name) is not None
+    if not is_of_rule or rows < LEAST_ROWS or vocab < LEAST_VOCAB:
         return "nothing", None
     return "the rule", expected_active(vocab, ACTIVE_EPS)
 
