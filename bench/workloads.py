@@ -262,7 +262,7 @@ def popularity(vocab: int, device: str | torch.device = "cpu") -> Tensor:
 def expected_active(vocab: int, active_eps: float) -> float:
     """The rule for the active part of a vocabulary: all but the least popular columns that hold `active_eps` together.
 
-    It rests on two models (V = 49,152 and 262,144), 387 to 1669 rows and tolerances of 2^-5 to 2^-11, and does not
+    It rests on two models (V = 49,152 and 262,144), 387 to 1614 rows and tolerances of 2^-5 to 2^-11, and does not
     depend on the rows; beyond them it is a guess. docs/benchmarks.md has it beside what was measured.
 
     Args:
