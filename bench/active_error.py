@@ -2,6 +2,8 @@
 
     python -m bench.active_error gemma3-270m smollm2-135m random-init       about 5 minutes on two cores
 
+Each workload is stored as soon as it is done, beside what is stored of others.
+
 The exact plan differs from fp64 by 1e-6 of the gradient, far less than what is measured here.
 
 Dims: R rows, S sequences.
@@ -20,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bench.workloads import Case, build
+from bench.workloads import NAMES, Case, build
 from fastpref import SequenceLogps, __version__, linear_logps
 
 RESULTS = Path(__file__).parent / "results" / "active_error.json"
@@ -97,6 +99,20 @@ def table(lines: list[dict]) -> str:
     return "\n".join([header, "|---|---|---|---|---|---|---|", *rows])
 
 
+def store(path: Path, name: str, lines: list[dict]) -> None:
+    """Write the lines of a workload to a file; those of others stay in it, in the order of `NAMES`."""
+    others = json.loads(path.read_text())["lines"] if path.exists() else []
+    kept = [line for line in others if line["workload"] != name]
+    row = {
+        "benchmark": "active_error",
+        "command": shlex.join(["python", "-m", "bench.active_error", *sys.argv[1:]]),
+        "versions": {"fastpref": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "lines": sorted([*kept, *lines], key=lambda line: NAMES.index(line["workload"])),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(row, indent=2) + "\n")
+
+
 def main() -> None:
     """Measure, print and write JSON; or write the table of what is stored."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -112,15 +128,8 @@ def main() -> None:
         stored = table(json.loads(options.out.read_text())["lines"])
         options.into.write_text(f"{before}{OPEN}\n{stored}\n{CLOSE}{rest.split(CLOSE)[1]}")
         return
-    lines = [line for name in options.workloads for share in options.shares for line in measure(name, share)]
-    row = {
-        "benchmark": "active_error",
-        "command": shlex.join(["python", "-m", "bench.active_error", *sys.argv[1:]]),
-        "versions": {"fastpref": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        "lines": lines,
-    }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(row, indent=2) + "\n")
+    for name in options.workloads:
+        store(options.out, name, [line for share in options.shares for line in measure(name, share)])
 
 
 if __name__ == "__main__":

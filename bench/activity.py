@@ -31,7 +31,7 @@ ALIKE = (0.8, 1.2)
 LEAST_ROWS, LEAST_VOCAB = 96, 16_384
 SHAPES = {
     "gemma3-270m": (262_144, 640, (387, 1576)),
-    "smollm2-135m": (49_152, 576, (411, 1669)),
+    "smollm2-135m": (49_152, 576, (397, 1614)),
     "V = 131,072": (131_072, 512, (96, 512, 4096)),
     "V = 32,768": (32_768, 512, (512, 4096)),
 }
@@ -62,8 +62,8 @@ def expected_share(case: Case) -> tuple[str, float | None]:
     for line in _measured():
         if model and (line["workload"], line["rows"], line["active_eps"]) == (model[1], rows, ACTIVE_EPS):
             return "the measured model", line["active_fraction"]
-    is_drawn = re.search(r"(^|-)r\d+(-f\d+)?$", case.name) is not None
-    if not is_drawn or rows < LEAST_ROWS or vocab < LEAST_VOCAB:
+    is_of_rule = re.search(r"(^|-)r\d+(-f\d+)?$", case.name) is not None
+    if not is_of_rule or rows < LEAST_ROWS or vocab < LEAST_VOCAB:
         return "nothing", None
     return "the rule", expected_active(vocab, ACTIVE_EPS)
 

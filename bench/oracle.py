@@ -15,7 +15,12 @@ from bench.workloads import Case, softmax_blocks
 from fastpref.testing.numerics import FACTORS, SLACK_EPS
 
 LIMITS = {"logps": 1e-4, "d_hidden": 3e-3, "d_weight": 5e-4}
-"""Largest relative L2 error of approximate plans and of peers, inputs in fp32."""
+"""Largest relative L2 error of approximate plans and of peers, inputs in fp32: what is promised on text."""
+DRAWN_LIMITS = LIMITS | {"d_hidden": 2.0**-8}
+"""The same on drawn activations. Their law has the number of active columns of real ones, not the directions of their
+weights: drawn independently, cold weights have less in common that their mean could stand for, and of few rows the 5 %
+that make most of the error are a handful. So rows are held to what the default tolerance says: a part of the gradient
+is lost no larger than the part of the probability that is left out."""
 LIMITS_16 = {"logps": 1e-2, "d_hidden": 3e-2, "d_weight": 3e-2}
 """Inputs in 16 bits. Logits rounded to bf16 put a token's log-prob, 2 to 3 nats, off by 0.03; PyTorch's whole bf16
 pipeline has 1.6e-2 in dX and 1.3e-2 in dW on real activations."""
@@ -97,7 +102,14 @@ def errors(result: HeadResult, expected: dict[str, Tensor]) -> Errors:
     return found
 
 
-def verdict(found: Errors, naive: Errors | None, *, is_exact: bool, dtype: torch.dtype = torch.float32) -> str | None:
+def verdict(
+    found: Errors,
+    naive: Errors | None,
+    *,
+    is_exact: bool,
+    dtype: torch.dtype = torch.float32,
+    is_drawn: bool = False,
+) -> str | None:
     """Say what is wrong, or None.
 
     Args:
@@ -105,8 +117,9 @@ def verdict(found: Errors, naive: Errors | None, *, is_exact: bool, dtype: torch
         naive: errors of naive PyTorch on the same rows, the yardstick of the numeric rule.
         is_exact: hold gradients to the numeric rule (`fastpref.testing.numerics`); else to the relative `LIMITS`.
         dtype: of the inputs and gradients; log-probs are in fp32.
+        is_drawn: whether the activations are drawn; for fp32.
     """
-    limits = LIMITS if dtype == torch.float32 else LIMITS_16
+    limits = LIMITS_16 if dtype != torch.float32 else DRAWN_LIMITS if is_drawn else LIMITS
     for name, error in found.items():
         if is_exact and naive is not None:
             factor = FACTORS["output" if name == "logps" else "gradient"]
@@ -115,5 +128,5 @@ def verdict(found: Errors, naive: Errors | None, *, is_exact: bool, dtype: torch
             if not error["max"] <= allowed:
                 return f"{name}: largest error {error['max']:.2e} exceeds {allowed:.2e} of the numeric rule"
         elif not error["relative_l2"] <= limits[name]:
-            return f"{name}: relative error {error['relative_l2']:.2e} exceeds {limits[name]:.0e}"
+            return f"{name}: relative error {error['relative_l2']:.2e} exceeds {limits[name]:.1e}"
     return None

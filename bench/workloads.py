@@ -103,8 +103,7 @@ class Case:
     @property
     def folder(self) -> Path:
         """Where what costs much to make is kept; what belongs to another law of drawing is not found there."""
-        is_drawn = self.name.startswith("synthetic-")
-        return CACHE / (f"{self.name}-{SLOPE}-{CURVE}-{SPREAD}-{PEAK}" if is_drawn else self.name)
+        return CACHE / (f"{self.name}-{SLOPE}-{CURVE}-{SPREAD}-{PEAK}" if is_drawn(self.name) else self.name)
 
     @property
     def shape(self) -> dict[str, int]:
@@ -159,6 +158,11 @@ def build(name: str) -> Case:
         cached.parent.mkdir(parents=True, exist_ok=True)
         torch.save(_hidden_states(model_dir), cached)
     return _finish(name, weight_VH, *torch.load(cached))
+
+
+def is_drawn(name: str) -> bool:
+    """Tell whether `build` draws the activations of a workload after the law of real ones."""
+    return name.startswith("synthetic-")
 
 
 def softmax_blocks(hidden_RH: Tensor, weight_VH: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -258,7 +262,7 @@ def popularity(vocab: int, device: str | torch.device = "cpu") -> Tensor:
 def expected_active(vocab: int, active_eps: float) -> float:
     """The rule for the active part of a vocabulary: all but the least popular columns that hold `active_eps` together.
 
-    It rests on two models (V = 49,152 and 262,144), 387 to 1669 rows and tolerances of 2^-5 to 2^-11, and does not
+    It rests on two models (V = 49,152 and 262,144), 387 to 1614 rows and tolerances of 2^-5 to 2^-11, and does not
     depend on the rows; beyond them it is a guess. docs/benchmarks.md has it beside what was measured.
 
     Args:

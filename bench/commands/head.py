@@ -16,7 +16,7 @@ from bench.commands.shared import command_line, out_option, store, threads_optio
 from bench.implementations import IMPLEMENTATIONS, names_on
 from bench.measure import Row, ceilings, check, in_child, probe, surroundings, time_in_turns
 from bench.oracle import verdict
-from bench.workloads import build
+from bench.workloads import build, is_drawn
 
 SWEEPS = {
     "vocab": [f"synthetic-v{2**power}-r512-f50" for power in range(14, 21)],
@@ -117,7 +117,9 @@ def _measure_one(workload: str, name: str, ours: str, repeats: int, naive_errors
     try:
         row = run(check, workload, name)
         reason = row["activity"].get("reason")
-        reason = reason or verdict(row["errors"], naive_errors, is_exact=implementation.is_exact)
+        reason = reason or verdict(
+            row["errors"], naive_errors, is_exact=implementation.is_exact, is_drawn=is_drawn(workload)
+        )
         if reason is not None:
             return row | {"status": "wrong", "reason": reason}
         if not repeats:

@@ -1,8 +1,8 @@
 """The fused op: log-probabilities of sequences from hidden states and the vocabulary projection."""
 
 from fastpref.kernels.api import linear_logps
-from fastpref.kernels.checks import plan_name
 from fastpref.kernels.outputs import SequenceLogps
+from fastpref.kernels.plan_options import plan_name
 from fastpref.kernels.weight_sum import sum_weight
 
 __all__ = ["SequenceLogps", "linear_logps", "plan_name", "sum_weight"]

@@ -26,8 +26,10 @@ from fastpref.kernels.vocab_parallel import merge_bounds
 
 # With more active columns than this share, gathering them costs more than leaving the cold ones out saves.
 FLAT_SHARE = 0.75
-# Columns of the pilot of the lower bound: a part of all that are there, and as many again for labels, at least so many.
-PILOT_SHARE, MAX_PILOT, MIN_LABELS = 1 / 64, 4096, 2048
+# Columns of the pilot of the lower bound: a part of all that are there, and one more for so many rows, at most as many
+# again or 2048, for labels: on text so many are not among the lowest ids. In small vocabularies at least one for each
+# of up to 2048 rows, so that no label is cut off. A tighter bound would leave more out (docs/experiments.md).
+PILOT_SHARE, MAX_PILOT, ROWS_PER_LABEL, MAX_LABELS = 1 / 64, 4096, 4, 2048
 
 
 def mark_labels(labels_R: Tensor, num_columns: int) -> Tensor:
@@ -48,7 +50,8 @@ def pilot_columns(is_label_V: Tensor, num_rows: int) -> Tensor:
     """
     num_columns, multiple = is_label_V.shape[0], tile_shape(is_label_V.device).multiple
     first = min(int(num_columns * PILOT_SHARE) + 1, MAX_PILOT)
-    num_pilots = -(-(first + min(num_rows, max(first, MIN_LABELS))) // multiple) * multiple
+    filled = first + min(num_rows // ROWS_PER_LABEL, max(first, MAX_LABELS))
+    num_pilots = -(-max(filled, min(num_rows, MAX_LABELS)) // multiple) * multiple
     return is_label_V.view(torch.uint8).argsort(descending=True, stable=True)[:num_pilots]
 
 

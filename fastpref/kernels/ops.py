@@ -4,16 +4,15 @@
 - Everything that depends on values (rows per rank, live rows, active columns) happens inside, so compiled callers stay
   one graph.
 - `hidden` itself is saved, not its rows: it is alive anyway, and an in-place change before backward is then an error.
-- Operators take and return flat tuples. The named tuples here are the one list of what is in them: schemas are made
-  from them, and everybody but the dispatcher sees names.
+- The named tuples here are the one list of what goes in and out: schemas are made from them (`registration`).
 
 Dims: `R` rows, `H` hidden, `V` vocabulary, `N` groups of columns, `K` statistics.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, get_type_hints
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +24,7 @@ from fastpref.kernels.engines import engine_for
 from fastpref.kernels.outputs import fields_of
 from fastpref.kernels.partials import finish_rows
 from fastpref.kernels.plans import Kept, Wanted, backward_rows, caches
+from fastpref.kernels.registration import register, unflatten
 from fastpref.kernels.schedule import live_rows
 from fastpref.kernels.vocab_parallel import group_by_name, merge_shards, row_access
 
@@ -147,65 +147,6 @@ class Gradients(NamedTuple):
 
 FORWARD_INPUTS, FORWARD_OUTPUTS = (Operands, Settings, ForwardOptions), (Saved, Report)
 BACKWARD_INPUTS = (Upstream, Wanted, Saved, Operands, Settings)
-_SCHEMA_TYPES: dict[Any, str] = {
-    Tensor: "Tensor",
-    Tensor | None: "Tensor?",
-    bool: "bool",
-    int: "SymInt",
-    float: "float",
-    float | None: "float?",
-    str: "str",
-    str | None: "str?",
-    Sequence[str]: "str[]",
-}
-
-
-def unflatten(values: Sequence[Any], groups: Iterable[Any]) -> list[Any]:
-    """Cut a flat tuple into named ones, in this order."""
-    named, start = [], 0
-    for group in groups:
-        stop = start + len(group._fields)
-        named.append(group(*values[start:stop]))
-        start = stop
-    return named
-
-
-def _operator(
-    name: str,
-    body: Callable[..., tuple[Tensor, ...]],
-    fake: Callable[..., tuple[Tensor, ...]],
-    inputs: Sequence[Any],
-    outputs: Sequence[Any],
-    mutated: str | None = None,
-) -> torch.library.CustomOpDef:
-    """Register an operator whose body, and whose fake, take named tuples.
-
-    Args:
-        name: in the namespace of the package.
-        body: runs as if autocast was off: its dtypes are its own business, forward and backward.
-        fake: describes its results.
-        inputs: the named tuples, in order.
-        outputs: the same of its results, all of them tensors.
-        mutated: the input that it writes to; never None.
-    """
-
-    def run(*values: Any) -> tuple[Tensor, ...]:
-        with torch.autocast(values[0].device.type, enabled=False):
-            return body(*unflatten(values, inputs))
-
-    kinds = {field: _SCHEMA_TYPES[kind] for group in inputs for field, kind in get_type_hints(group).items()}
-    if mutated is not None:
-        kinds[mutated] = "Tensor(a!)"
-    arguments = ", ".join(f"{kind} {field}" for field, kind in kinds.items())
-    results = ", ".join("Tensor" for group in outputs for _ in group._fields)
-    operator = torch.library.custom_op(
-        f"fastpref::{name}",
-        run,
-        mutates_args=() if mutated is None else (mutated,),
-        schema=f"({arguments}) -> ({results})",
-    )
-    operator.register_fake(lambda *values: fake(*unflatten(values, inputs)))
-    return operator
 
 
 def _score(operands: Operands, settings: Settings, options: ForwardOptions) -> tuple[Tensor, ...]:
@@ -329,11 +270,11 @@ def _fake_gradients(
     )
 
 
-linear_logps_fwd = _operator("linear_logps_fwd", _score, _fake_score, FORWARD_INPUTS, FORWARD_OUTPUTS)
+linear_logps_fwd = register("linear_logps_fwd", _score, _fake_score, FORWARD_INPUTS, FORWARD_OUTPUTS)
 # Two operators over one function: one that only computes, which alone can have a derivative to refuse, and one that
 # changes `main_grad`.
-linear_logps_bwd = _operator("linear_logps_bwd", _differentiate, _fake_gradients, BACKWARD_INPUTS, (Gradients,))
-linear_logps_bwd_into = _operator(
+linear_logps_bwd = register("linear_logps_bwd", _differentiate, _fake_gradients, BACKWARD_INPUTS, (Gradients,))
+linear_logps_bwd_into = register(
     "linear_logps_bwd_into", _differentiate, _fake_gradients, (*BACKWARD_INPUTS, Buffer), (Gradients,), "main_grad"
 )
 

@@ -14,7 +14,9 @@ Dims: `R` rows, `C` chunks of rows, `H` hidden, `V` vocabulary, `F` fields of a 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -74,9 +76,34 @@ def cache_columns(device: torch.device) -> int:
     return tile_shape(device).columns
 
 
+# The flags below are the process's, and autograd runs each GPU's backward pass in a thread of its own.
+_FLAGS_LOCK = threading.Lock()
+
+
+@contextmanager
+def _parts_in_fp32(dtype: torch.dtype) -> Iterator[None]:
+    """Keep the parts of a sum in fp32 where a GPU's library cuts a product with 16-bit output along that sum.
+
+    By default PyTorch lets it round each part to the output's dtype. Restores what the process allows.
+    """
+    flags = torch.backends.cuda.matmul
+    name = f"allow_{'bf16' if dtype == torch.bfloat16 else 'fp16'}_reduced_precision_reduction"
+    with _FLAGS_LOCK:
+        is_allowed, may_cut = getattr(flags, name), getattr(flags, f"{name}_split_k")
+        setattr(flags, name, (False, may_cut))
+        try:
+            yield
+        finally:
+            setattr(flags, name, (is_allowed, may_cut))
+
+
 def product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
-    """`out (+)= a @ b`, summed in the dtype of `out`."""
-    if a.dtype == out.dtype:
+    """`out (+)= a @ b`, summed in the dtype of `out`; for 16 bits, on GPUs only, in fp32 and rounded once."""
+    if out.dtype.itemsize == 2 and out.device.type != "cpu":
+        assert not accumulate, "a sum in 16 bits is rounded once only where one product makes it"
+        with _parts_in_fp32(out.dtype):
+            torch.mm(a, b, out=out)
+    elif a.dtype == out.dtype:
         torch.addmm(out, a, b, out=out) if accumulate else torch.mm(a, b, out=out)
     elif accumulate:
         torch.addmm(out, a, b, out_dtype=out.dtype, out=out)

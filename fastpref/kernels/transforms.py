@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastpref.kernels import ops
+from fastpref.kernels.registration import unflatten
 
 
 def score_rows(
@@ -36,7 +37,7 @@ def score_rows(
                 "main_grad is a buffer that a backward pass adds to, which torch.func has no rule for; leave it out"
             )
         score = _Forward.apply
-    saved, report = ops.unflatten(score(*operands, *settings, *options), ops.FORWARD_OUTPUTS)
+    saved, report = unflatten(score(*operands, *settings, *options), ops.FORWARD_OUTPUTS)
     return saved, report
 
 
@@ -51,7 +52,7 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        saved, _ = ops.unflatten(output, ops.FORWARD_OUTPUTS)
+        saved, _ = unflatten(output, ops.FORWARD_OUTPUTS)
         ctx.mark_non_differentiable(*(result for result in output if result is not saved.token_logps_R))
         ops.save_for_backward(ctx, inputs, output)
 

@@ -5,7 +5,8 @@ from torch import Tensor
 
 from fastpref import linear_logps
 from fastpref.kernels import active
-from fastpref.kernels.ops import FORWARD_OUTPUTS, linear_logps_fwd, unflatten
+from fastpref.kernels.ops import FORWARD_OUTPUTS, linear_logps_fwd
+from fastpref.kernels.registration import unflatten
 from fastpref.testing.adversarial import HeadInputs
 
 

@@ -15,10 +15,10 @@ from fastpref.kernels.ops import (
     linear_logps_bwd,
     linear_logps_bwd_into,
     linear_logps_fwd,
-    unflatten,
 )
 from fastpref.kernels.outputs import STATISTICS
 from fastpref.kernels.plans import Wanted
+from fastpref.kernels.registration import unflatten
 from fastpref.kernels.rows import check_rows, derive_rows
 from fastpref.testing.adversarial import ADVERSARIAL, HeadInputs, ragged_inputs
 

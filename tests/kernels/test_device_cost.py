@@ -13,6 +13,7 @@ import torch
 from bench.device_counts import Call, count
 from bench.simulated_device import SimulatedDevice, simulated
 from fastpref.kernels import active, ops, rows, torch_tiles
+from fastpref.kernels.registration import unflatten
 from fastpref.kernels.tiles import CACHE_COLUMNS
 
 triton = pytest.importorskip("triton")
@@ -93,7 +94,7 @@ def replaced_body(wrap: Callable) -> "mock._patch_dict":
     operator, run = ops.linear_logps_fwd._opoverload, ops.linear_logps_fwd._init_fn
 
     def planted(*values: object) -> object:
-        return wrap(lambda _, *rest: run(*values))(ops.unflatten(values, ops.FORWARD_INPUTS)[0])
+        return wrap(lambda _, *rest: run(*values))(unflatten(values, ops.FORWARD_INPUTS)[0])
 
     return mock.patch.dict(simulated_device.OPERATORS, {operator: planted})
 
