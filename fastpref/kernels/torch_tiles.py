@@ -41,8 +41,8 @@ class TileShape(NamedTuple):
         columns: vocabulary columns of a forward tile, and the fewest of a backward block.
         multiple: number of which the columns of backward products are a multiple wherever they can be. A GPU's matrix
             units take operands whose rows begin at multiples of 16 bytes; others go a slower way.
-        bwd_bytes: memory of a backward tile, and of a block of the weight, in the operands' dtype; blocks are as wide as
-            both have room for. 0 = blocks of `columns`.
+        bwd_bytes: memory of a backward tile, and of a block of the weight, in the operands' dtype; a block is as wide
+            as both have room for. 0 = blocks of `columns`.
     """
 
     block_rows: int

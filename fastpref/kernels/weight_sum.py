@@ -39,9 +39,10 @@ def sum_weight(weight: Tensor) -> Tensor:
         return weight.sum(dim=0, dtype=dtype)
     # A product is PyTorch's fastest way on a CPU; 16-bit weights are widened in parts that stay in the cache.
     sum_1H, operand = weight.new_zeros(1, weight.shape[1], dtype=dtype), operand_dtype(weight)
-    for weight_vH in weight.split(tile_shape(weight.device).columns * 8) if weight.shape[0] else ():
-        ones_1v = weight_vH.new_ones(1, weight_vH.shape[0], dtype=operand)
-        sum_1H = torch.addmm(sum_1H, ones_1v, weight_vH.to(operand))
+    with torch.autocast("cpu", enabled=False):
+        for weight_vH in weight.split(tile_shape(weight.device).columns * 8) if weight.shape[0] else ():
+            ones_1v = weight_vH.new_ones(1, weight_vH.shape[0], dtype=operand)
+            sum_1H = torch.addmm(sum_1H, ones_1v, weight_vH.to(operand))
     return sum_1H[0]
 
 
@@ -64,7 +65,8 @@ def check_weight_sum(weight_sum: Tensor | None, hidden: Tensor, backward: str, p
     if weight_sum.dtype != dtype or weight_sum.shape != hidden.shape[-1:] or weight_sum.requires_grad:
         raise ValueError(
             f"weight_sum must be {dtype} [{hidden.shape[-1]}] without grad, got {tuple(weight_sum.shape)} in "
-            f"{weight_sum.dtype}{' with grad' if weight_sum.requires_grad else ''}; pass what sum_weight(weight) returns"
+            f"{weight_sum.dtype}{' with grad' if weight_sum.requires_grad else ''}; pass what sum_weight(weight) "
+            "returns"
         )
     require_device("weight_sum", weight_sum, hidden)
 
@@ -82,7 +84,7 @@ def check_is_current(weight_sum: Tensor | None, weight: Tensor, group: ProcessGr
         size_H = torch.linalg.vector_norm(weight, ord=1, dim=0, dtype=torch.float64)
         # A sum in the accumulation dtype, in whatever order, is within a few roundings of the terms' sizes.
         is_off_H = ~((weight_sum - exact_H).abs() <= 16 * torch.finfo(weight_sum.dtype).eps * size_H)
-        is_stale += is_off_H.logical_and_(exact_H.isfinite()).any()
+        is_stale = is_off_H.logical_and_(exact_H.isfinite()).any().long()
     if group is not None:
         dist.all_reduce(is_stale, group=group)
     if is_stale:

@@ -38,6 +38,7 @@ def test_a_sum_under_autocast_is_that_of_the_weight_as_it_is_given() -> None:
     sum_H = sum_weight(INPUTS.weight_VH)
     options = {"backward": "active", "debug": True}
     with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(sum_weight(INPUTS.weight_VH), sum_H)
         given = (INPUTS.hidden_SLH.bfloat16(), INPUTS.weight_VH, INPUTS.labels_SL)
         linear_logps(*given, weight_sum=sum_H, **options)
         with pytest.raises(ValueError, match="is not the sum of this weight's rows"):
