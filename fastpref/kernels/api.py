@@ -26,6 +26,7 @@ from fastpref.kernels.reference import RowOutputs, reference_rows
 from fastpref.kernels.rows import check_rows, derive_rows, gather_rows, rows_on_device, segment_sum
 from fastpref.kernels.transforms import score_rows
 from fastpref.kernels.vocab_parallel import shard_start, vocabulary_size
+from fastpref.kernels.weight_sum import check_is_current, check_weight_sum
 
 
 def linear_logps(
@@ -83,8 +84,8 @@ def linear_logps(
         main_grad: [V_local, H] in fp32 (fp64 for fp64 inputs): the backward pass adds the weight's gradient to it in
             place, unrounded, and `weight` gets None (Megatron's gradient accumulation fusion).
         weight_sum: [H], what `sum_weight(weight)` returns, for "active", whose backward pass otherwise reads all of
-            `weight` once to know it. One computed before the weight was last written to, through `.data` too, gives
-            wrong gradients of `hidden`; `debug` finds out.
+            `weight` once to know it; under autocast too that of `weight` as it is given. One computed before the weight
+            was last written to, through `.data` too, gives wrong gradients of `hidden`; `debug` finds out.
         backend: "triton" (GPU), "torch" (tiled, any device; on a CPU with native passes where they are built),
             "reference" (holds the logits); "auto" = "triton" on a GPU that has it, else "torch".
         backward: which logits the backward pass looks at, and where it has them from:
@@ -131,6 +132,7 @@ def linear_logps(
     """
     checks.check_stats(stats)
     checks.check_scalars(logit_scale, softcap, ignore_index)
+    given_weight = weight
     hidden, weight, bias = _autocast(hidden, weight, bias)
     checks.check_model_tensors(hidden, weight, bias)
     checks.check_layout(hidden, cu_seqlens, rows, cu_rows, sequence_parallel)
@@ -138,7 +140,7 @@ def linear_logps(
     backend = resolve_backend(backend, hidden)
     checks.check_main_grad(main_grad, hidden, weight, backend)
     plan = plan_options.resolve_plan(backward, backend, hidden, softcap, active_eps, cache_bytes, stats)
-    checks.check_weight_sum(weight_sum, hidden, backward, plan.name)
+    check_weight_sum(weight_sum, hidden, backward, plan.name)
     group = checks.check_parallel(hidden, weight, tp_group, vocab_start, sequence_parallel, backend)
     for name, ids in (("labels", labels), ("nll_labels", nll_labels)):
         if ids is not None or name == "labels":
@@ -147,7 +149,7 @@ def linear_logps(
         num_ids = weight.shape[0] if group is None else vocabulary_size(weight, group)
         for name, ids in (("labels", labels), ("nll_labels", nll_labels)):
             checks.check_ids(name, ids, num_ids, ignore_index)
-        checks.check_weight_sum_is_current(weight_sum, weight)
+        check_is_current(weight_sum, given_weight, group)
 
     labels_T = labels.reshape(-1)
     nll_labels_T = None if nll_labels is None else nll_labels.reshape(-1)

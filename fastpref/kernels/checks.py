@@ -73,8 +73,12 @@ def check_scalars(logit_scale: float, softcap: float | None, ignore_index: int) 
         raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
 
 
-def _require_tensor(name: str, value: object) -> None:
-    """Check that there is a tensor, and that its elements are where its shape says."""
+def require_tensor(name: str, value: object) -> None:
+    """Check that there is a tensor, and that its elements are where its shape says.
+
+    Raises:
+        TypeError: no tensor, or one that keeps its numbers elsewhere.
+    """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if torch.compiler.is_compiling():
@@ -105,10 +109,15 @@ def _require_like(name: str, tensor: Tensor, hidden: Tensor) -> None:
             f"{name} and hidden must have one dtype, got {tensor.dtype} and {hidden.dtype}; cast one of them, "
             f"e.g. {name}.to(hidden.dtype)"
         )
-    _require_device(name, tensor, hidden)
+    require_device(name, tensor, hidden)
 
 
-def _require_device(name: str, tensor: Tensor, hidden: Tensor) -> None:
+def require_device(name: str, tensor: Tensor, hidden: Tensor) -> None:
+    """Check that a tensor is where `hidden` is.
+
+    Raises:
+        ValueError: it is elsewhere.
+    """
     if tensor.device != hidden.device:
         raise ValueError(f"{name} must be on the device of hidden, {hidden.device}, got {tensor.device}; move it there")
 
@@ -120,8 +129,8 @@ def check_model_tensors(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> 
         TypeError: no plain dense tensor, no floating dtype, or unequal dtypes.
         ValueError: shapes or devices that do not fit, or no numbers at all.
     """
-    _require_tensor("hidden", hidden)
-    _require_tensor("weight", weight)
+    require_tensor("hidden", hidden)
+    require_tensor("weight", weight)
     if hidden.dtype not in FLOAT_DTYPES:
         raise TypeError(f"hidden must be float32, bfloat16, float16 or float64, got {hidden.dtype}")
     if hidden.is_meta and not isinstance(hidden, FakeTensor):
@@ -135,7 +144,7 @@ def check_model_tensors(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> 
             "pass the projection as nn.Linear stores it, not its transpose"
         )
     if bias is not None:
-        _require_tensor("bias", bias)
+        require_tensor("bias", bias)
         _require_like("bias", bias, hidden)
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"bias must be [V] with V = {weight.shape[0]} as in weight, got shape {tuple(bias.shape)}")
@@ -150,7 +159,7 @@ def check_main_grad(main_grad: Tensor | None, hidden: Tensor, weight: Tensor, ba
     """
     if main_grad is None:
         return
-    _require_tensor("main_grad", main_grad)
+    require_tensor("main_grad", main_grad)
     if backend == "reference":
         raise ValueError(
             "main_grad is filled by the fused backward pass, which backend='reference' has not; leave it out"
@@ -160,51 +169,9 @@ def check_main_grad(main_grad: Tensor | None, hidden: Tensor, weight: Tensor, ba
             f"main_grad must have the shape of weight, {tuple(weight.shape)}, in fp32 (fp64 for fp64 inputs), got "
             f"{tuple(main_grad.shape)} in {main_grad.dtype}"
         )
-    _require_device("main_grad", main_grad, hidden)
+    require_device("main_grad", main_grad, hidden)
     if not weight.requires_grad:
         raise ValueError("main_grad takes the gradient of weight, which has requires_grad=False; leave it out")
-
-
-def check_weight_sum(weight_sum: Tensor | None, hidden: Tensor, backward: str, plan: str) -> None:
-    """Check the sum over the rows of the weight.
-
-    Raises:
-        TypeError: no tensor.
-        ValueError: a plan that does not use it, or shape, dtype or device that do not fit.
-    """
-    if weight_sum is None:
-        return
-    _require_tensor("weight_sum", weight_sum)
-    if plan != "active":
-        raise ValueError(
-            f"weight_sum is used by backward='active' only, got backward={backward!r} with {hidden.dtype}, which is "
-            f"{plan!r}; leave it out"
-        )
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    if weight_sum.dtype != dtype or weight_sum.shape != hidden.shape[-1:] or weight_sum.requires_grad:
-        raise ValueError(
-            f"weight_sum must be {dtype} [{hidden.shape[-1]}] without grad, got {tuple(weight_sum.shape)} in "
-            f"{weight_sum.dtype}; pass what sum_weight(weight) returns"
-        )
-    _require_device("weight_sum", weight_sum, hidden)
-
-
-def check_weight_sum_is_current(weight_sum: Tensor | None, weight: Tensor) -> None:
-    """Compare a sum with the weight it is to be of; waits for the device.
-
-    Raises:
-        ValueError: it is that of other numbers.
-    """
-    if weight_sum is None:
-        return
-    exact_H, size_H = weight.double().sum(dim=0), weight.double().abs().sum(dim=0)
-    # A sum in the accumulation dtype, in whatever order, is within a few roundings of the terms' sizes.
-    is_off_H = ~((weight_sum - exact_H).abs() <= 16 * torch.finfo(weight_sum.dtype).eps * size_H)
-    if is_off_H.logical_and_(exact_H.isfinite()).any():
-        raise ValueError(
-            "weight_sum is not the sum of this weight's rows; the weight was written to since, or is another one: "
-            "compute it anew by sum_weight(weight)"
-        )
 
 
 def check_labels(name: str, labels: Tensor | None, hidden: Tensor, num_slices: int) -> None:
@@ -214,7 +181,7 @@ def check_labels(name: str, labels: Tensor | None, hidden: Tensor, num_slices: i
         TypeError: no int64 tensor (a tensor that requires grad is never int64).
         ValueError: shape or device that does not fit.
     """
-    _require_tensor(name, labels)
+    require_tensor(name, labels)
     assert labels is not None
     if labels.dtype != torch.int64:
         raise TypeError(f"{name} must be int64 token ids without grad, got {labels.dtype}; use {name}.long()")
@@ -224,7 +191,7 @@ def check_labels(name: str, labels: Tensor | None, hidden: Tensor, num_slices: i
             f"{name} must have one label per token, shape {shape}, got {tuple(labels.shape)}; labels are already "
             "shifted, and sequence parallelism cuts only hidden, in equal slices (pad the tokens to fit)"
         )
-    _require_device(name, labels, hidden)
+    require_device(name, labels, hidden)
 
 
 def check_ids(name: str, ids: Tensor | None, num_ids: int, ignore_index: int) -> None:
@@ -307,7 +274,7 @@ def check_layout(
     ):
         if tensor is None:
             continue
-        _require_tensor(name, tensor)
+        require_tensor(name, tensor)
         if tensor.dtype not in dtypes:
             raise TypeError(f"{name} must be {' or '.join(str(d) for d in dtypes)}, got {tensor.dtype}")
         if tensor.dim() != 1 or (name != "rows" and not tensor.numel()):

@@ -127,7 +127,7 @@ class _Backward:
         self.dtype = accumulation_dtype(head.weight_VH.dtype)
         self.columns = _choose_columns(rows, head, kept)
         shape, num_live = tile_shape(head.weight_VH.device), rows.x_RH.shape[0]
-        self.height, width = shape.backward(num_live, rows.x_RH.element_size())
+        self.height, width = shape.backward(num_live, rows.x_RH.shape[1], rows.x_RH.element_size())
         if kept.cache is not None:
             group = kept.cache.columns_per_group
             width = max(width // group, 1) * group
@@ -233,8 +233,8 @@ def backward_rows(
     Returns:
         RowGradients; `weight_VH` is `main_grad_VH` where that was given.
 
-    Memory: the gradients, a tile of logits (two with a softcap), a block of the weight and of its gradient; a tile on a
-    device is `TileShape.bwd_bytes`.
+    Memory: the gradients, a tile of logits (two with a softcap), a block of the weight and of its gradient; on a device
+    a tile and a block of the weight are `TileShape.bwd_bytes` each.
     """
     run = _Backward(engine, rows, head, kept, wanted.d_hidden)
     weight_VH, blocks = head.weight_VH, run.blocks

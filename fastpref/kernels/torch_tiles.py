@@ -43,8 +43,8 @@ class TileShape(NamedTuple):
         columns: vocabulary columns of a forward tile, and the fewest of a backward block.
         multiple: number of which the columns of backward products are a multiple wherever they can be. A GPU's matrix
             units take operands whose rows begin at multiples of 16 bytes; others go a slower way.
-        bwd_bytes: memory of a backward tile in the operands' dtype, which widens its block where few rows leave room;
-            0 = blocks of `columns`.
+        bwd_bytes: memory of a backward tile, and of a block of the weight, in the operands' dtype; a block is as wide
+            as both have room for. 0 = blocks of `columns`.
     """
 
     block_rows: int
@@ -53,10 +53,10 @@ class TileShape(NamedTuple):
     multiple: int = 1
     bwd_bytes: int = 0
 
-    def backward(self, num_rows: int, item_bytes: int) -> tuple[int, int]:
+    def backward(self, num_rows: int, hidden_size: int, item_bytes: int) -> tuple[int, int]:
         """Return the rows and columns of a backward tile for `num_rows` of them and operands of `item_bytes`."""
         height = max(min(self.bwd_rows, num_rows), 1)
-        width = self.bwd_bytes // (height * item_bytes) // self.multiple * self.multiple
+        width = self.bwd_bytes // (max(height, hidden_size) * item_bytes) // self.multiple * self.multiple
         return height, max(width, self.columns)
 
 

@@ -1,5 +1,7 @@
 """What the tiled backend allocates, and that it uses nothing it has not written."""
 
+from unittest import mock
+
 import pytest
 import torch
 from head_oracle import tiles
@@ -61,3 +63,14 @@ def test_frozen_weight_needs_no_memory_for_its_gradient() -> None:
     assert gradients.weight_VH is None
     assert gradients.bias_V is None
     assert watch.numel < inputs.weight_VH.numel()
+
+
+def test_few_rows_copy_no_more_of_the_weight() -> None:
+    """A tile of two rows has room for every column, their weights have not: a second copy of the head's was made."""
+    x_RH, weight_VH, ones_R = torch.randn(2, 32), torch.randn(600, 32), torch.ones(2)
+    kept = Kept(is_active_V=torch.arange(600) < 400, num_active=torch.tensor([400]), weight_sum_H=torch.zeros(32))
+    shape = torch_tiles.TileShape(block_rows=8, bwd_rows=16, columns=32, bwd_bytes=64 * 32 * 4)
+    with tiles(), mock.patch.object(torch_tiles, "CPU_TILES", shape), LargestResult() as watch:
+        rows = live_rows(x_RH, torch.tensor([3, 5]), RowScalars(ones_R, ones_R, ones_R))
+        backward_rows(torch_tiles, rows, Head(weight_VH, None, 1.0, None), kept, Wanted(True, False, False))
+    assert watch.numel <= 64 * 32

@@ -54,13 +54,21 @@ def test_recompute_leaves_the_odd_columns_to_the_last_block() -> None:
 
 
 @pytest.mark.parametrize("num_rows", [1, 1000, 8192, 16384, 65536, 10**6])
+@pytest.mark.parametrize("hidden_size", [1, 4096, 16384])
 @pytest.mark.parametrize("item_bytes", [2, 4])
-def test_a_backward_tile_on_a_device_keeps_to_its_memory(num_rows: int, item_bytes: int) -> None:
+def test_a_backward_tile_on_a_device_keeps_to_its_memory(num_rows: int, hidden_size: int, item_bytes: int) -> None:
+    """So do the block of the weight and, twice as large in 16 bits, that of its gradient."""
     device = torch_tiles.DEVICE_TILES
-    height, width = device.backward(num_rows, item_bytes)
+    height, width = device.backward(num_rows, hidden_size, item_bytes)
     assert height == min(num_rows, device.bwd_rows) and width >= device.columns and not width % device.multiple
     assert height * width * item_bytes <= max(device.bwd_bytes, device.bwd_rows * device.columns * item_bytes)
-    assert (height, width) == (8192, 16384) or (num_rows, item_bytes) != (8192, 2)
+    assert hidden_size * width * item_bytes <= max(device.bwd_bytes, hidden_size * device.columns * item_bytes)
+
+
+def test_a_usual_backward_tile_on_a_device() -> None:
+    device = torch_tiles.DEVICE_TILES
+    assert device.backward(8192, 4096, 2) == (8192, 16384)
+    assert device.backward(512, 4096, 2) == (512, 32768)
 
 
 def test_blocks_on_a_device_are_as_wide_as_its_kernels_like() -> None:

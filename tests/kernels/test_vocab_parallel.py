@@ -7,7 +7,7 @@ from head_oracle import peaked_inputs
 from shard_oracle import SIZES, assert_equals_one_rank, rank_slice, score
 from torch import Tensor
 
-from fastpref import linear_logps
+from fastpref import linear_logps, sum_weight
 from fastpref.testing.adversarial import ADVERSARIAL, IGNORE, HeadInputs, ragged_inputs
 from fastpref.testing.workers import RankPool
 
@@ -229,6 +229,39 @@ def test_active_columns_of_each_shard(rank_pool_2: RankPool, sizes: tuple[int, i
         assert 0 < (found - truth).norm() < 2 * (one_rank - truth).norm()
     assert sum(float(rank["summary"][1]) for rank in ranks) <= 2**-6
     assert 0 < max(float(rank["summary"][0]) for rank in ranks) < 0.75
+
+
+def summed_on_rank(inputs: HeadInputs, sizes: tuple[int, ...], sequence_parallel: bool) -> tuple[bool, list[str]]:
+    """Whether sums that are handed over change no bit, and what is said where that of the last rank is stale."""
+    group, rank = dist.group.WORLD, dist.get_rank()
+    start = sum(sizes[:rank])
+    hidden, layout = rank_slice(inputs, sequence_parallel)
+    weight_VH = inputs.weight_VH[start : start + sizes[rank]]
+    options = {"tp_group": group, "sequence_parallel": sequence_parallel, "backward": "active", "active_eps": 2**-6}
+    options |= {"softcap": inputs.softcap, "debug": True} | layout
+
+    def gradient(weight_sum: Tensor | None) -> Tensor:
+        leaf = hidden.clone().requires_grad_()
+        linear_logps(leaf, weight_VH, weight_sum=weight_sum, **options).logps.sum().backward()
+        return leaf.grad
+
+    is_same = torch.equal(gradient(None), gradient(sum_weight(weight_VH)))
+    messages = []
+    for stale in (2 * sum_weight(weight_VH), None if rank == 0 else 2 * sum_weight(weight_VH)):
+        try:
+            gradient(stale)
+        except ValueError as error:
+            messages.append(str(error))
+    return is_same, messages
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["", "sequence_parallel"])
+def test_sums_of_shards(rank_pool_2: RankPool, sequence_parallel: bool) -> None:
+    """Twice the sum of a shard without columns is its sum; a rank that went on alone would wait for the other."""
+    inputs = peaked_inputs(num_sequences=4)._replace(softcap=40.0)
+    for is_same, messages in rank_pool_2.run(summed_on_rank, inputs, (0, 600), sequence_parallel):
+        assert is_same and len(messages) == 2
+        assert all("weight_sum is not the sum of this weight's rows on 1 of 2 ranks" in one for one in messages)
 
 
 def compiled_on_rank(inputs: HeadInputs) -> tuple[Tensor, Tensor]:
