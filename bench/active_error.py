@@ -22,11 +22,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bench.pages import replace_in
 from bench.workloads import NAMES, Case, build
 from fastpref import SequenceLogps, __version__, linear_logps
 
 RESULTS = Path(__file__).parent / "results" / "active_error.json"
-OPEN, CLOSE = "<!-- table: python -m bench.active_error --into docs/numerics.md -->", "<!-- end of table -->"
+OPEN = "<!-- table: python -m bench.active_error --into docs/numerics.md -->"
 BETA = 0.1
 TOLERANCES = tuple(2.0**-power for power in range(5, 12))
 
@@ -124,9 +125,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     if options.into is not None:
-        before, rest = options.into.read_text().split(OPEN)
-        stored = table(json.loads(options.out.read_text())["lines"])
-        options.into.write_text(f"{before}{OPEN}\n{stored}\n{CLOSE}{rest.split(CLOSE)[1]}")
+        replace_in(options.into, table(json.loads(options.out.read_text())["lines"]), OPEN)
         return
     for name in options.workloads:
         store(options.out, name, [line for share in options.shares for line in measure(name, share)])

@@ -19,12 +19,13 @@ from typing import Any
 
 import torch
 
+from bench.pages import replace_in
 from bench.workloads import ROOT, Case, draw_head, expected_active
 from fastpref import linear_logps
 
 MEASURED = ROOT / "bench" / "results" / "active_error.json"
 RESULTS = ROOT / "bench" / "results" / "activity.json"
-OPEN, CLOSE = "<!-- table: python -m bench.activity --into docs/benchmarks.md -->", "<!-- end of activity -->"
+OPEN = "<!-- table: python -m bench.activity --into docs/benchmarks.md -->"
 ACTIVE_EPS = 2.0**-8
 ALIKE = (0.8, 1.2)
 """Active columns of drawn activations over those that are expected, at least and at most."""
@@ -129,8 +130,7 @@ def main() -> None:
         row = {"benchmark": "activity", "active_eps": ACTIVE_EPS, "torch": torch.__version__, "lines": draw_points()}
         RESULTS.write_text(json.dumps(row, indent=2) + "\n", encoding="utf-8")
     text = table(json.loads(RESULTS.read_text(encoding="utf-8"))["lines"])
-    before, rest = options.into.read_text(encoding="utf-8").split(OPEN)
-    options.into.write_text(f"{before}{OPEN}\n{text}\n{CLOSE}{rest.split(CLOSE)[1]}", encoding="utf-8")
+    replace_in(options.into, text, OPEN)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Count what a call of `linear_logps` costs a GPU beside its products, without one: syncs, launches, bytes.
 
-    python -m bench.device_counts --as after        counts, and stores them beside what is stored
+    python -m bench.device_counts                           counts today's code, and stores it beside `before`
+    python -m bench.device_counts --into docs/gpu-run.md    put the stored table between the marks of this page
 
 Dims: `R` rows, `S` sequences, `H` hidden, `V` vocabulary, `C` chunks of rows.
 """
@@ -16,12 +17,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bench.pages import replace_in
 from bench.simulated_device import SimulatedDevice, simulated
 from fastpref import linear_logps
 from fastpref.kernels.triton_common import KernelCall
 
 RESULTS = Path(__file__).parent / "results" / "device_counts.json"
-OPEN, CLOSE = "<!-- table: python -m bench.device_counts --into docs/gpu-run.md -->", "<!-- end of table -->"
+OPEN = "<!-- table: python -m bench.device_counts --into docs/gpu-run.md -->"
 NUM_SEQUENCES = 16
 SHARED_SHARE, OWN_SHARE = 0.08, 0.02
 """Parts of the columns that are active in every chunk of rows, and in one alone (drawn, so some meet)."""
@@ -162,13 +164,14 @@ def main() -> None:
     """Count, print and store; or write the table of what is stored."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--as", dest="name", choices=("before", "after"), default="after", help="under which name")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="where they are stored")
     parser.add_argument("--into", type=Path, help="count nothing; put the stored table between the marks of this page")
     options = parser.parse_args()
     stored = json.loads(options.out.read_text()) if options.out.exists() else {}
     if options.into is not None:
-        before, rest = options.into.read_text().split(OPEN)
-        options.into.write_text(f"{before}{OPEN}\n{table(stored)}\n{CLOSE}{rest.split(CLOSE)[1]}")
+        if missing := {"before", "after"} - stored.keys():
+            parser.error(f"{options.out} has no counts {' and '.join(sorted(missing))}; make them with --as NAME first")
+        replace_in(options.into, table(stored), OPEN)
         return
     lines = [measure(name, is_old=options.name == "before") for name in CASES]
     for line in lines:

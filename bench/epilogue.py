@@ -15,13 +15,13 @@ from pathlib import Path
 
 import triton
 
-from bench.report import replace_tables
+from bench.pages import replace_in
 from fastpref.kernels.machine_code import count_epilogue, disassemble, resource_usage
 from fastpref.kernels.tiles import TABLE
 from fastpref.kernels.triton_compile import Variant, build
 
 RESULTS = Path(__file__).parent / "results" / "epilogue.json"
-OPEN, CLOSE = "<!-- table: python -m bench.epilogue --into docs/gpu-run.md -->", "<!-- end of tables -->"
+OPEN = "<!-- table: python -m bench.epilogue --into docs/gpu-run.md -->"
 KERNELS = {
     "forward": ("forward", ()),
     "forward with column masses": ("forward", ("mass",)),
@@ -74,8 +74,7 @@ def main() -> None:
     parser.add_argument("--into", type=Path, help="count nothing; put the stored table between the marks of this page")
     options = parser.parse_args()
     if options.into is not None:
-        page = options.into.read_text(encoding="utf-8")
-        options.into.write_text(replace_tables(page, table(stored()), OPEN), encoding="utf-8")
+        replace_in(options.into, table(stored()), OPEN)
         return
     kept = [line for line in stored() if (line.code, line.triton) != ("now", triton.__version__)]
     lines = [*kept, *map(count, KERNELS)]

@@ -13,7 +13,7 @@ from bench.measure import Row
 BUSY_LOAD = 2.5
 """Load average above which a row says that others used the machine: the measuring process alone makes 2 at most."""
 BARE_TARGET, FALLBACK_TARGET = 1.7, 1.1
-OPEN, CLOSE = "<!-- tables: python -m bench table --into docs/benchmarks.md -->", "<!-- end of tables -->"
+OPEN = "<!-- tables: python -m bench table --into docs/benchmarks.md -->"
 HEADER = (
     "| implementation | time, s | x bare product | GFLOP/s | time / ours | extra peak, MiB | peak / ours "
     "| error dX | error dW | load |\n|---|---|---|---|---|---|---|---|---|---|"
@@ -39,18 +39,6 @@ def ratio(row: Row, name: str, over: str) -> float:
 def paired_ratio(taken: Iterable[float], over: Iterable[float]) -> float:
     """Median of the ratios within each turn: a machine that is slower for a while is so for both sides of a pair."""
     return median(first / second for first, second in zip(taken, over, strict=False))
-
-
-def replace_tables(document: str, tables: str, mark: str = OPEN) -> str:
-    """Put tables between `mark` and `CLOSE`, the two marks of a document.
-
-    Raises:
-        ValueError: the document has not exactly one pair of marks.
-    """
-    if document.count(mark) != 1 or document.count(CLOSE) != 1:
-        raise ValueError(f"the document must have one line {mark!r} and one {CLOSE!r}")
-    before, rest = document.split(mark)
-    return f"{before}{mark}\n\n{tables}\n{CLOSE}{rest.split(CLOSE)[1]}"
 
 
 def table(workload: str, rows: dict[str, Row]) -> str:

@@ -21,9 +21,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bench.pages import replace_in
+
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = (ROOT / "tests", ROOT / "tests" / "kernels" / "triton" / "interpreted")
-OPEN, CLOSE = "<!-- table: python -m checks.tensor_cores --into docs/numerics.md -->", "<!-- end of tensor cores -->"
+OPEN = "<!-- table: python -m checks.tensor_cores --into docs/numerics.md -->"
 SHAPES = ((35, 200, 300), (96, 1027, 2049), (16, 4096, 600))
 """R, H, V."""
 DTYPES = ("bf16", "fp16")
@@ -86,8 +88,7 @@ def main() -> None:
     if options.into is None:
         print(text)
     else:
-        before, rest = options.into.read_text(encoding="utf-8").split(OPEN)
-        options.into.write_text(f"{before}{OPEN}\n{text}\n{CLOSE}{rest.split(CLOSE)[1]}", encoding="utf-8")
+        replace_in(options.into, text, OPEN)
     if any(max(line.device.values()) > 1.0 for line in lines) or any(ratio <= 1.0 for _, ratio in errors):
         sys.exit("the rule does not tell right kernels from those with an error: see the table")
 

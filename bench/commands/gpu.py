@@ -7,9 +7,11 @@ import os
 import sys
 import tempfile
 import time
+import zipfile
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from bench.commands.shared import command_line
 from bench.workloads import ROOT
@@ -30,7 +32,13 @@ carried_option = click.option(
     type=click.Path(path_type=Path),
     help="The folder.  [default: runs/gpu; of a rehearsal one that is removed]",
 )
-@click.option("--seconds", default=300.0, show_default=True, help="It ends by itself before so many have passed.")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    default=300.0,
+    show_default=True,
+    help="It ends by itself before so many have passed.",
+)
 @carried_option
 @click.option("--rehearse", is_flag=True, help="Both commands without a GPU: what no longer fits, then tiny shapes.")
 @click.option("--record", is_flag=True, help="Make the seconds of a run in --out the recorded clock.")
@@ -42,9 +50,14 @@ def gpu(number: int | None, out: Path | None, seconds: float, carried: Path, reh
     if sum((number is not None, rehearse, record)) != 1:
         raise click.UsageError("give one of --command 1, --command 2, --rehearse and --record")
     if rehearse:
+        if out is not None and out.is_dir() and any(out.iterdir()):
+            raise click.UsageError(f"{out} is not empty, and what a rehearsal leaves means nothing; name a new folder")
         with tempfile.TemporaryDirectory() as scratch:
             _rehearse(out or Path(scratch) / "gpu", seconds, carried)
     elif record:
+        source = click.get_current_context().get_parameter_source
+        if ignored := [name for name in ("seconds", "carried") if source(name) is ParameterSource.COMMANDLINE]:
+            raise click.UsageError(f"--record reads --out alone; leave out --{', --'.join(ignored)}")
         _record(out or DEFAULT_OUT)
     else:
         assert number is not None
@@ -156,13 +169,18 @@ def gpu_cache(
     """
     from bench.gpu.carried import fill, launches
 
-    build = fill.target_build(wheel)
+    try:
+        build = fill.target_build(wheel)
+    except (ValueError, RuntimeError, FileNotFoundError, zipfile.BadZipFile) as error:
+        raise click.ClickException(str(error)) from None
     click.echo(f"for Triton {build.version}" + (f", {wheel.name}" if wheel else ", the build of this Python"))
     found = launches.collect()
     for name, reason in found.incomplete.items():
         click.echo(f"{name} ended on the simulated device by {reason[:100]}; what it launches after that is not known")
     names = [launches.name_of(text) for text in found.origins]
     wanted = fill.limited(found.origins, match, most, names)
+    if not wanted:
+        raise click.BadParameter(f"no variant's name or origin contains {match!r}", param_hint="--match")
     click.echo(f"{len(wanted)} of {len(found.origins)} variants")
     if is_listed:
         for text, origin in wanted.items():
@@ -171,9 +189,8 @@ def gpu_cache(
     start = time.monotonic()
     for count, entry in enumerate(fill.fill(cache, wanted, build, processes or len(os.sched_getaffinity(0))), 1):
         name = launches.name_of(entry["specialization"])
-        click.echo(
-            f"{count}: {name} | {entry['origin']}: {entry['seconds']} s, {time.monotonic() - start:.0f} s so far"
-        )
+        outcome = entry.get("error") or f"{entry['seconds']} s"
+        click.echo(f"{count}: {name} | {entry['origin']}: {outcome}, {time.monotonic() - start:.0f} s so far")
     mib = sum(file.stat().st_size for file in cache.rglob("*") if file.is_file()) / 2**20
     click.echo(f"{cache}: {len(fill.read_manifest(cache)['entries'])} variants, {mib:.1f} MiB")
 

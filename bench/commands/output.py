@@ -10,6 +10,7 @@ import click
 from bench import report
 from bench.commands.head import SWEEPS
 from bench.commands.shared import out_option
+from bench.pages import replace_in
 from bench.plots import draw, draw_bars, draw_heads_roofline
 from bench.workloads import MODELS, NAMES, ROOT
 
@@ -24,10 +25,7 @@ def table(into: Path | None, out: Path) -> None:
     if into is None:
         click.echo(tables)
     else:
-        into.write_text(
-            report.replace_tables(into.read_text(encoding="utf-8"), tables),
-            encoding="utf-8",
-        )
+        replace_in(into, tables, report.OPEN)
 
 
 @click.command()
@@ -37,7 +35,7 @@ def readme(out: Path) -> None:
     from bench.readme import OPEN, headline, table
 
     for file, make in ((ROOT / "README.md", headline), (ROOT / "docs" / "results.md", table)):
-        file.write_text(report.replace_tables(file.read_text(encoding="utf-8"), make(out), OPEN), encoding="utf-8")
+        replace_in(file, make(out), OPEN)
 
 
 @click.command()

@@ -86,11 +86,11 @@ def train(
 @out_option
 def train_table(into: Path | None, out: Path) -> None:
     """Markdown tables of what `train` has measured so far, one for each --name."""
-    from bench.report import replace_tables
+    from bench.pages import replace_in
     from bench.train_report import OPEN, tables
 
     text = tables(out)
     if into is None:
         click.echo(text)
     else:
-        into.write_text(replace_tables(into.read_text(encoding="utf-8"), text, OPEN), encoding="utf-8")
+        replace_in(into, text, OPEN)

@@ -94,10 +94,9 @@ def _measure_dry(names: tuple[str, ...], data: str | None, out: Path) -> dict[st
 
 
 def _write_tables(file: Path, document: Path) -> None:
-    from bench.report import replace_tables
+    from bench.pages import replace_in
     from bench.training_effect_report import OPEN, tables
 
     if not file.exists():
         raise click.UsageError(f"{file} is not there: train first, or name its folder with --out")
-    text = tables(json.loads(file.read_text(encoding="utf-8")))
-    document.write_text(replace_tables(document.read_text(encoding="utf-8"), text, OPEN), encoding="utf-8")
+    replace_in(document, tables(json.loads(file.read_text(encoding="utf-8"))), OPEN)

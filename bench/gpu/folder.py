@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import click
 import torch
 
 from bench.measure import Row
@@ -21,6 +22,10 @@ LOST = ("CUDA error", "illegal memory access", "misaligned address", "launch fai
 """What PyTorch and Triton say when the device answers nothing any more."""
 BROKEN_DEVICE = 75
 """Exit code of such a process."""
+
+
+class ResultsError(click.ClickException):
+    """The folder of results cannot be written or read."""
 
 
 class DeviceBrokenError(RuntimeError):
@@ -53,16 +58,28 @@ class Folder:
         self._clock, self._stored = clock, stored
         self._deadline = clock() + seconds
         self._started = (marks or path) / "started.json"
-        path.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ResultsError(f"{path} cannot be made ({error.strerror}); name another folder by --out") from None
+        if not os.access(path, os.W_OK):
+            raise ResultsError(f"{path} cannot be written to; name another folder by --out")
 
     def left(self) -> float:
         """Seconds until the deadline."""
         return self._deadline - self._clock()
 
     def rows(self, file: str) -> dict[str, Row]:
-        """Rows by name; none where the file is not there."""
+        """Rows by name; none where the file is not there.
+
+        Raises:
+            ResultsError: the file is no JSON.
+        """
         path = self.path / file
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        try:
+            return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        except ValueError as error:
+            raise ResultsError(f"{path} is damaged ({error}); move it away, or name another folder by --out") from None
 
     def has(self, file: str, name: str) -> bool:
         """Whether a row is there to stay."""

@@ -18,7 +18,7 @@ from bench.gpu import inputs, supervisor
 from bench.gpu.fifteen import command, phases, plan, rehearsal, speed, summary
 from bench.gpu.fifteen.phases import Event, by_phase
 from bench.gpu.fifteen.plan import Step
-from bench.gpu.folder import Folder
+from bench.gpu.folder import Folder, ResultsError
 from bench.gpu.parts import DRY_WORKLOADS, Session
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -300,6 +300,34 @@ def test_gpu_without_a_gpu_points_to_the_rehearsal(tmp_path: Path) -> None:
     assert result.exit_code == 2 and "--rehearse runs the same plan without one" in result.output
     result = CliRunner().invoke(cli.main, ["gpu"])
     assert result.exit_code == 2 and "give one of --command 1" in result.output
+
+
+def refused(*arguments: str) -> str:
+    result = CliRunner().invoke(cli.main, list(arguments))
+    assert result.exit_code != 0 and isinstance(result.exception, SystemExit), result.exception
+    return result.output
+
+
+def test_gpu_refuses_what_it_could_not_use(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert "not in the range" in refused("gpu", "--command", "1", "--seconds", "-3")
+    assert "leave out --seconds, --carried" in refused("gpu", "--record", "--seconds", "9", "--carried", str(tmp_path))
+    assert "name a new folder" in refused("gpu", "--rehearse", "--out", str(tmp_path))
+    assert "name another folder by --out" in refused("gpu", "--record", "--out", str(tmp_path / "file"))
+    (tmp_path / "command-1.json").write_text('{"device": ')
+    assert "command-1.json is damaged" in refused("gpu", "--record", "--out", str(tmp_path))
+
+
+def test_watch_finds_a_damaged_file_before_it_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "supervise", lambda *args: pytest.fail("started"))
+    (tmp_path / "command-1.json").write_text("")
+    with pytest.raises(ResultsError, match="damaged"):
+        command.watch(1, tmp_path, 300.0, None, {})
+
+
+def test_watch_without_time_leaves_a_summary(tmp_path: Path) -> None:
+    summary = command.watch(1, tmp_path, 0.0, None, {}).read_text(encoding="utf-8")
+    assert "Not begun: device, correct, " in summary
 
 
 def test_watch_watches_the_steps_of_a_command_with_the_rule_of_the_plan(

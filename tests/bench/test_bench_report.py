@@ -1,11 +1,12 @@
 """Tables and figures say what the rows say."""
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from bench import demo, plots, readme, report
+from bench import demo, pages, plots, readme, report
 from bench.commands.shared import RESULTS
 from bench.implementations import names_on
 from bench.workloads import NAMES
@@ -74,22 +75,53 @@ def test_table_compares_exact_with_naive_and_with_the_fallback(workload: str, ex
 
 
 def test_replace_tables_keeps_the_text_around() -> None:
-    document = f"before\n{report.OPEN}\nold\n{report.CLOSE}\nafter\n"
-    replaced = report.replace_tables(document, "new\n")
-    assert replaced == f"before\n{report.OPEN}\n\nnew\n\n{report.CLOSE}\nafter\n"
-    assert report.replace_tables(replaced, "new\n") == replaced
+    document = f"before\n{report.OPEN}\nold\n{pages.CLOSE}\nafter\n"
+    replaced = pages.replace_tables(document, "new\n", report.OPEN)
+    assert replaced == f"before\n{report.OPEN}\n\nnew\n\n{pages.CLOSE}\nafter\n"
+    assert pages.replace_tables(replaced, "new\n", report.OPEN) == replaced
 
 
 def test_replace_tables_without_marks_raises() -> None:
-    with pytest.raises(ValueError, match="must have one line"):
-        report.replace_tables("text", "new")
+    for text in ("text", f"{pages.CLOSE}\n{report.OPEN}\n", f"{report.OPEN}\n{report.OPEN}\n{pages.CLOSE}\n"):
+        with pytest.raises(ValueError, match="must have one line"):
+            pages.replace_tables(text, "new", report.OPEN)
+
+
+def test_replace_in_says_which_page_has_no_place(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    with pytest.raises(SystemExit, match=r"page\.md: .*No such file"):
+        pages.replace_in(page, "new", report.OPEN)
+    page.write_text("text")
+    with pytest.raises(SystemExit, match=r"page\.md: .*must have one line"):
+        pages.replace_in(page, "new", report.OPEN)
+    assert page.read_text() == "text"
+
+
+@pytest.mark.parametrize(
+    ("module", "page", "arguments"),
+    [
+        ("active_error", "numerics.md", []),
+        ("activity", "benchmarks.md", ["--stored"]),
+        ("device_counts", "gpu-run.md", []),
+        ("epilogue", "gpu-run.md", []),
+    ],
+)
+def test_pages_hold_the_stored_tables(
+    module: str, page: str, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = DOCUMENT.with_name(page).read_text(encoding="utf-8")
+    copy = tmp_path / page
+    copy.write_text(text, encoding="utf-8")
+    monkeypatch.setattr("sys.argv", [module, "--into", str(copy), *arguments])
+    importlib.import_module(f"bench.{module}").main()
+    assert copy.read_text(encoding="utf-8") == text
 
 
 def test_document_holds_the_tables_of_the_stored_rows() -> None:
     files = [(name, RESULTS / f"head-{name}.json") for name in NAMES]
     tables = "\n".join(report.table(name, report.read_rows(file)) for name, file in files if file.exists())
     document = DOCUMENT.read_text(encoding="utf-8")
-    assert report.replace_tables(document, tables) == document
+    assert pages.replace_tables(document, tables, report.OPEN) == document
 
 
 @pytest.mark.parametrize("axis", ["vocab", "rows", "fraction"])
@@ -126,7 +158,7 @@ def test_draw_bars_writes_a_picture(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("file", "make"), [("README.md", readme.headline), ("docs/results.md", readme.table)])
 def test_documents_hold_the_tables_of_the_stored_results(file: str, make: Callable[[Path], str]) -> None:
     document = (DOCUMENT.parents[1] / file).read_text(encoding="utf-8")
-    assert report.replace_tables(document, make(RESULTS), readme.OPEN) == document
+    assert pages.replace_tables(document, make(RESULTS), readme.OPEN) == document
 
 
 def test_ratio_is_that_of_the_median_turn() -> None:

@@ -15,7 +15,7 @@ pytest.importorskip("trl", reason="the other trainer of this benchmark is TRL (e
 from transformers import LlamaForCausalLM  # noqa: F401
 
 from bench import __main__ as cli
-from bench import report, train, train_report, train_rows
+from bench import pages, train, train_report, train_rows
 from bench.commands.shared import RESULTS
 from bench.measure import gemm_rate
 from bench.train_rows import Plan
@@ -68,9 +68,9 @@ def test_train_bench_times_rows_that_answer_as_trl(tmp_path: Path) -> None:
     # What is recomputed has the bits of what is kept.
     assert runs["padded-recomputed"]["steps"] == runs["padded"]["steps"]
     document = tmp_path / "page.md"
-    document.write_text(f"before\n{train_report.OPEN}\nold\n{report.CLOSE}\nafter\n")
+    document.write_text(f"before\n{train_report.OPEN}\nold\n{pages.CLOSE}\nafter\n")
     CliRunner().invoke(cli.main, ["train-table", "--out", str(tmp_path), "--into", str(document)])
-    table = document.read_text().removeprefix(f"before\n{train_report.OPEN}").removesuffix(f"{report.CLOSE}\nafter\n")
+    table = document.read_text().removeprefix(f"before\n{train_report.OPEN}").removesuffix(f"{pages.CLOSE}\nafter\n")
     assert table.strip() and table.strip() in result.output
 
 
@@ -162,7 +162,7 @@ def test_order_pairs_times_neighbours_of_average_length(model: Path, tmp_path: P
 
 def test_page_holds_what_was_measured() -> None:
     document = (ROOT / "docs" / "trainer-benchmark.md").read_text(encoding="utf-8")
-    assert report.replace_tables(document, train_report.tables(RESULTS), train_report.OPEN) == document
+    assert pages.replace_tables(document, train_report.tables(RESULTS), train_report.OPEN) == document
 
 
 def test_settings_say_what_becomes_of_activations() -> None:

@@ -2,20 +2,21 @@
 
 from pathlib import Path
 
+from bench.pages import CLOSE
 from checks import tensor_cores as check
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "numerics.md"
 
 
 def cells(page: str) -> list[list[str]]:
-    stored = page.split(check.OPEN)[1].split(check.CLOSE)[0]
+    stored = page.split(check.OPEN)[1].split(CLOSE)[0]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in stored.splitlines() if "---" not in line]
 
 
 def test_table_has_a_row_per_run_and_per_error() -> None:
     ratios = dict.fromkeys(check.RESULTS, 0.25)
     text = check.table([check.Line("a run", ratios, ratios | {"mass": 6.74})], [("an error", 1234.4)])
-    rows = cells(f"{check.OPEN}\n{text}\n{check.CLOSE}")
+    rows = cells(f"{check.OPEN}\n{text}\n{CLOSE}")
     assert ["a run", *["0.25"] * 6, "6.74", "0.25"] in rows and ["an error", "1234"] in rows
 
 

@@ -81,6 +81,7 @@ def watch(command: int, out: Path, seconds: float, cache: Path | None, attribute
     """
     with tempfile.TemporaryDirectory(prefix="fastpref-gpu-") as scratch:
         folder = open_folder(command, out, seconds - plan.END_S, attributes, Path(scratch))
+        summary.write(command, folder)  # is there whatever happens, and a damaged folder is found before time is spent
         os.environ.setdefault(CACHE_VARIABLE, str(Path(tempfile.gettempdir()) / "fastpref-triton-cache"))
         if cache is not None:
             report = install.install(cache, Path(os.environ[CACHE_VARIABLE]))

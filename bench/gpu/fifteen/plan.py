@@ -15,7 +15,7 @@ COMMAND_S = 300.0
 END_S = 4.0
 """Of them: for the process to end in."""
 MOST_FILES, MOST_FILE_BYTES = 8, 16 * 2**20
-"""What comes back from a borrowed machine."""
+"""What comes back from the machine."""
 
 SMALL = "llama3.1-8b-r1024"
 OTHER_HIDDEN = ("v128256-h2048-r8192", "v262144-h640-r8192")
