@@ -39,7 +39,9 @@ def test_hub_is_offline() -> None:
 @pytest.mark.parametrize("wanted", [None, FOUND.partition("+")[0], "0.0.1"])
 def test_megatron_version_is_required(pytestconfig: pytest.Config, wanted: str | None) -> None:
     plugin = pytestconfig.pluginmanager.get_plugin(CONFTEST)
-    config = SimpleNamespace(getoption={"megatron_version": wanted, "te_version": None}.__getitem__)
+    config = SimpleNamespace(
+        getoption={"megatron_version": wanted, "te_version": None, "triton_version": None}.__getitem__
+    )
     if wanted != "0.0.1":
         plugin.pytest_configure(config)
         return
@@ -71,7 +73,9 @@ def test_transformer_engine_is_required(
     monkeypatch.setattr(transformer_engine, "import_failure", "a reason")
     monkeypatch.setattr(transformer_engine, "layer_implementation", lambda wanted: layers)
     plugin = pytestconfig.pluginmanager.get_plugin(CONFTEST)
-    config = SimpleNamespace(getoption={"megatron_version": None, "te_version": "2.9.0"}.__getitem__)
+    config = SimpleNamespace(
+        getoption={"megatron_version": None, "te_version": "2.9.0", "triton_version": None}.__getitem__
+    )
     if message is None:
         plugin.pytest_configure(config)
         return

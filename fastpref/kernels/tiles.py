@@ -87,7 +87,7 @@ _ANY_32 = Tile(rows=64, columns=128, hidden=16, group_rows=16, slices=2, warps=8
 TABLE: dict[str, tuple[Tile, ...]] = {
     "sm_90/16": (_HOPPER_16,),
     "sm_90/32": (_ANY_32,),
-    "sm_100/16": (dataclasses.replace(_HOPPER_16, columns=128),),
+    "sm_100/16": (dataclasses.replace(_HOPPER_16, columns=128, slices=1),),
     "sm_100/32": (_ANY_32,),
     # 163 KiB of shared memory on an A100 ...
     "sm_80/16": (dataclasses.replace(_SMALL_16, hidden=64, stages=4),),

@@ -5,7 +5,7 @@ import torch
 from head_oracle import tiles
 from torch import Tensor
 
-from fastpref import SequenceLogps, linear_logps
+from fastpref import SequenceLogps, linear_logps, sum_weight
 from fastpref.kernels.ops import (
     FORWARD_INPUTS,
     FORWARD_OUTPUTS,
@@ -132,6 +132,7 @@ def operator_arguments(plan: str, with_bias: bool) -> tuple:
         bias=torch.randn(97, requires_grad=True) if with_bias else None,
         rows=rows,
         labels_R=inputs.labels_SL.flatten()[rows],
+        weight_sum=sum_weight(inputs.weight_VH.detach()) if plan == "active" and with_bias else None,
     )
     softcap = 4.0 if with_bias and plan != "cached" else None
     settings = Settings(logit_scale=0.5, softcap=softcap, group_name=None, sequence_parallel=False, backend="torch")
@@ -152,7 +153,7 @@ def test_backward_operators_are_registered_correctly(plan: str) -> None:
     arguments = operator_arguments(plan, True)
     operands, settings, _ = unflatten(arguments, FORWARD_INPUTS)
     saved, _ = unflatten([values.detach() for values in linear_logps_fwd(*arguments)], FORWARD_OUTPUTS)
-    operands = Operands(*(values.detach() for values in operands))
+    operands = Operands(*(None if values is None else values.detach() for values in operands))
     for wanted in (Wanted(True, True, True), Wanted(False, True, False)):
         inputs = (torch.ones_like(saved.token_logps_R), *wanted, *saved, *operands, *settings)
         torch.library.opcheck(linear_logps_bwd, inputs)

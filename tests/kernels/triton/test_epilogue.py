@@ -13,7 +13,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import triton
 from row_results import product_layouts, row_results
 
-from bench.epilogue import CLOSE, KERNELS, OPEN, Line, count, stored, table
+from bench.epilogue import KERNELS, OPEN, Line, count, stored, table
+from bench.pages import CLOSE
 from fastpref.kernels.tiles import TABLE, Tile
 from fastpref.kernels.triton_compile import Variant, build
 

@@ -113,5 +113,6 @@ def test_compile_variant_counts_narrow_products() -> None:
 def test_triton_compile_prints_a_table() -> None:
     command = [sys.executable, "-m", "fastpref.kernels.triton_compile", "--representative", "--match", "sum sm_90 bf16"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
-    header, row = result.stdout.strip().splitlines()
-    assert header.startswith("variant") and re.match(r"sum sm_90 bf16 .* -  ", row)
+    header, *rows = result.stdout.strip().splitlines()
+    assert header.startswith("variant") and len(rows) == 2
+    assert re.match(r"sum sm_90 bf16 .* -  ", rows[0]) and re.match(r"sum sm_90 bf16 .* adds  ", rows[1])

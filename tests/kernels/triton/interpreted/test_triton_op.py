@@ -44,8 +44,9 @@ def test_linear_logps_of_active_columns() -> None:
 
 @pytest.mark.parametrize("options", [{"backward": "active", "active_eps": 2**-5}, {"backward": "recompute"}])
 def test_linear_logps_with_a_multiple_of_columns(options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    """600 columns, or an odd number of active ones, in products of a multiple of 16, give what any width gives."""
+    """600 columns, or an odd number of active ones, in products of a multiple of 16, are as exact as in any width."""
     inputs = peaked_inputs()
+    _, exact = run(inputs, "triton", backward="recompute")
     _, expected = run(inputs, "triton", **options)
     real, widths = triton_engine.logit_gradient, []
 
@@ -59,6 +60,7 @@ def test_linear_logps_with_a_multiple_of_columns(options: dict, monkeypatch: pyt
         _, found = run(inputs, "triton", **options)
     assert sum(widths) < 450 if is_active else sum(widths) == 600
     assert {width % 16 for width in widths} == ({0} if is_active else {0, 8})
-    for name, gradient in found.items():
-        error = (gradient - expected[name]).norm() / expected[name].norm()
-        assert error <= (2**-5 if is_active else 1e-6), f"{name}: {error}"
+    for name in exact:
+        # The pilot has a multiple of columns, too, so a few other columns may be active.
+        error, usual = ((each[name] - exact[name]).norm() / exact[name].norm() for each in (found, expected))
+        assert error <= (1.05 * usual if is_active else 1e-6), f"{name}: {error}, usually {usual}"
