@@ -16,6 +16,7 @@ Dims: `R` rows, `H` hidden, `V` vocabulary.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 from unittest import mock
@@ -57,6 +58,9 @@ WIDE_PRODUCTS = {
     _ATEN.addmm.dtype: _ATEN.addmm.default,
     _ATEN.addmm.dtype_out: _ATEN.addmm.out,
 }
+
+# What makes tensors on a device by name.
+FACTORIES = ("tensor", "zeros", "ones", "empty", "empty_like", "full", "arange")
 
 
 class Event(NamedTuple):
@@ -337,7 +341,10 @@ def _size(tensor: Tensor) -> int:
 @contextlib.contextmanager
 def simulated(device: SimulatedDevice, *, is_capturing: bool = False) -> Iterator[None]:
     """Let the op run on `device`, its Triton engine as on an H100; `is_capturing`: into a CUDA graph."""
+    # On a CPU platform for Megatron these make CPU tensors whatever device is asked for.
+    factories = {name: inspect.unwrap(getattr(torch, name)) for name in FACTORIES}
     with (
+        mock.patch.multiple(torch, **factories),
         mock.patch.object(torch.cuda, "_lazy_init", lambda: None),
         mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: is_capturing),
         mock.patch.object(checks, "TRANSPARENT_TENSORS", (*checks.TRANSPARENT_TENSORS, DeviceTensor)),
