@@ -60,7 +60,10 @@ def test_linear_logps_with_a_multiple_of_columns(options: dict, monkeypatch: pyt
         _, found = run(inputs, "triton", **options)
     assert sum(widths) < 450 if is_active else sum(widths) == 600
     assert {width % 16 for width in widths} == ({0} if is_active else {0, 8})
-    for name in exact:
-        # The pilot has a multiple of columns, too, so a few other columns may be active.
-        error, usual = ((each[name] - exact[name]).norm() / exact[name].norm() for each in (found, expected))
-        assert error <= (1.05 * usual if is_active else 1e-6), f"{name}: {error}, usually {usual}"
+    is_visited_V = (found["weight"] != 0).any(dim=1)
+    missed = (found["weight"] - exact["weight"])[is_visited_V].norm() / exact["weight"].norm()
+    assert missed <= 1e-4, f"columns that are visited are off by {missed}"
+    # The pilot has a multiple of columns, too, so a few other columns are left out of the gradient of the rows.
+    error, usual = ((each["hidden"] - exact["hidden"]).norm() / exact["hidden"].norm() for each in (found, expected))
+    assert error <= (2 * usual if is_active else 1e-6), f"{error}, usually {usual}"
+    assert is_active or is_visited_V.all()
