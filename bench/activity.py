@@ -1,6 +1,7 @@
 """Whether as many columns are active in drawn activations as on real text: checked before a head is timed on them.
 
-    python -m bench.activity --into docs/benchmarks.md       minutes on two cores; --stored draws nothing
+    python -m bench.activity                             draw, count, store; minutes on two cores
+    python -m bench.activity --into docs/benchmarks.md   put the stored table between the marks of this page
 
 What is expected: where a real model was measured at as many rows (`bench.active_error`), its share; else the rule of
 `workloads.expected_active`. Of fewer than 96 rows or 16,384 columns the rule says nothing, of real activations nothing
@@ -121,16 +122,17 @@ def _measured() -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Draw and store; write the table of what is stored."""
+    """Draw and store, or write the table of what is stored."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--into", type=Path, required=True, help="the page whose table is written")
-    parser.add_argument("--stored", action="store_true", help="draw nothing: take what is stored")
+    parser.add_argument("--into", type=Path, help="draw nothing; put the stored table between the marks of this page")
     options = parser.parse_args()
-    if not options.stored:
-        row = {"benchmark": "activity", "active_eps": ACTIVE_EPS, "torch": torch.__version__, "lines": draw_points()}
-        RESULTS.write_text(json.dumps(row, indent=2) + "\n", encoding="utf-8")
-    text = table(json.loads(RESULTS.read_text(encoding="utf-8"))["lines"])
-    replace_in(options.into, text, OPEN)
+    if options.into is not None:
+        replace_in(options.into, table(json.loads(RESULTS.read_text(encoding="utf-8"))["lines"]), OPEN)
+        return
+    lines = draw_points()
+    row = {"benchmark": "activity", "active_eps": ACTIVE_EPS, "torch": torch.__version__, "lines": lines}
+    RESULTS.write_text(json.dumps(row, indent=2) + "\n", encoding="utf-8")
+    print(table(lines))
 
 
 if __name__ == "__main__":

@@ -25,11 +25,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import torch
-from safetensors import safe_open
-from torch import Tensor
 
 from bench.commands.shared import command_line, store
 from bench.measure import Row, surroundings
+from bench.weight_distance import distance
 from fastpref.data import DataConfig, PreferenceDataset, load_dataset, load_tokenizer, read_pairs
 from fastpref.losses import DPOConfig
 
@@ -377,10 +376,10 @@ def add_distances(content: Row, plan: Plan, work: Path) -> None:
     seen_ids = _token_ids(plan, work)
     for name, folder in there.items():
         if name not in content["travelled"]:
-            content["travelled"][name] = distance(Path(plan.model), folder, seen_ids)
+            content["travelled"][name] = _distance(Path(plan.model), folder, seen_ids)
     for first, second in compared([*there]):
         if f"{first} {second}" not in content["apart"]:
-            content["apart"][f"{first} {second}"] = distance(there[first], there[second], seen_ids)
+            content["apart"][f"{first} {second}"] = _distance(there[first], there[second], seen_ids)
 
 
 def _token_ids(plan: Plan, work: Path) -> list[int]:
@@ -389,41 +388,5 @@ def _token_ids(plan: Plan, work: Path) -> list[int]:
     return sorted({token for pair in dataset for token in (*pair.chosen_input_ids, *pair.rejected_input_ids)})
 
 
-def distance(first: Path, second: Path, seen_ids: Sequence[int]) -> Row:
-    """L2 distances between two model directories, over parts of the weights.
-
-    Args:
-        first: one directory.
-        second: the other, of equal shapes.
-        seen_ids: rows of the head that are a part of their own.
-
-    Returns:
-        The distance over `all` weights, the `seen` and the `unseen` rows of the head, and all `others`. Embeddings that
-        are the head as well count as the head.
-    """
-    one, other = _files(first), _files(second)
-    head = "lm_head.weight" if "lm_head.weight" in one else "model.embed_tokens.weight"
-    squares = {"seen": 0.0, "unseen": 0.0, "others": 0.0}
-    for name in one:
-        square = (_tensor(one[name], name) - _tensor(other[name], name)).square()
-        if name == head:
-            squares["seen"] = float(square[[*seen_ids]].sum())
-            squares["unseen"] = float(square.sum()) - squares["seen"]
-        else:
-            squares["others"] += float(square.sum())
-    return {name: _short(square**0.5) for name, square in {"all": sum(squares.values()), **squares}.items()}
-
-
-def _files(folder: Path) -> dict[str, Path]:
-    """The file of every weight of a model directory."""
-    found = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as opened:
-            found |= dict.fromkeys(opened.keys(), file)
-    return found
-
-
-def _tensor(file: Path, name: str) -> Tensor:
-    with safe_open(file, "pt") as opened:
-        tensor: Tensor = opened.get_tensor(name)
-    return tensor.double()
+def _distance(first: Path, second: Path, seen_ids: Sequence[int]) -> dict[str, float]:
+    return {part: _short(value) for part, value in distance(first, second, seen_ids).items()}

@@ -103,6 +103,8 @@ def _rehearse(out: Path, seconds: float, carried: Path) -> None:
     if faults:
         raise SystemExit(1)
     click.echo("both commands fit")
+    for lack in sizes.unprepared(carried):
+        click.echo(f"not prepared: {lack}")
 
 
 def _record(out: Path) -> None:

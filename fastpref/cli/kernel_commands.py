@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from fastpref.cli.printing import show
@@ -59,7 +61,16 @@ def inspect(is_all: bool, match: str, processes: int) -> None:
     wanted = [variant for variant in wanted if match in variant.name]
     if not wanted:
         raise click.BadParameter(f"no variant's name contains {match!r}", param_hint="--match")
-    show(resource_table(triton_compile.compile_all(wanted, processes)))
+    console = Console(stderr=True)
+    compiled = track(
+        triton_compile.compile_all(wanted, processes),
+        "compiling",
+        total=len(wanted),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    show(resource_table(compiled))
 
 
 @kernels.command()

@@ -29,7 +29,6 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from fastpref.kernels.engine import ExponentCache, Head
 from fastpref.kernels.tiles import GLUON_HALVES, Tile
 from fastpref.kernels.triton_common import (
-    LOG2E,
     KernelCall,
     add_columns,
     count_programs,
@@ -42,15 +41,9 @@ from fastpref.kernels.triton_common import (
     split_columns,
     tile_position,
 )
-from fastpref.kernels.triton_forward import (
-    CACHE_V,
-    HIGHEST_EXPONENT,
-    LOWEST_GAP,
-    NUM_PARTS,
-    TileParts,
-    base2_scaling,
-    scale_to_bound,
-)
+from fastpref.kernels.triton_exponentials import LOWEST_GAP, base2_scaling, exponent_of, scale_to_bound
+from fastpref.kernels.triton_forward import CACHE_V
+from fastpref.kernels.triton_parts import NUM_PARTS, TileParts
 
 # Triton 3.6 has the older name only.
 async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -299,16 +292,6 @@ def store_masses(mass_ptr, masses_GV, half_tile, col0, num_columns, has_rows):
     offs_v = col0 + gl.arange(0, mass_V.shape[0], layout=COLUMNS)
     mass_ptrs = mass_ptr + half_tile.to(gl.int64) * num_columns + offs_v
     gl.store(mass_ptrs, mass_V, mask=(offs_v < num_columns) & has_rows)
-
-
-@gluon.jit
-def exponent_of(shift, excess):
-    """Return what takes exponentials to a cache's unit, and the unit's exponent; NaN and 0 where it has none."""
-    power = shift.to(gl.float64) * LOG2E
-    exponent = gl.ceil(power)
-    has_one = gl.abs(exponent) < HIGHEST_EXPONENT
-    to_exponent = gl.where(has_one, gl.exp2((power - exponent - excess).to(gl.float32)), float("nan"))
-    return to_exponent, gl.where(has_one, exponent, 0.0).to(gl.int32)
 
 
 @gluon.jit(do_not_specialize=["num_rows", "hidden_size"])

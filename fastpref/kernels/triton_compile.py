@@ -30,7 +30,7 @@ from fastpref.kernels.outputs import FIELDS, LOGP_FIELDS, Partials
 from fastpref.kernels.tiles import CACHE_COLUMNS, CANDIDATES, TABLE, Tile, select_tile
 from fastpref.kernels.triton_backward import cached_gradient_call, logit_gradient_call
 from fastpref.kernels.triton_common import KernelCall
-from fastpref.kernels.triton_forward import TILE_FIELDS, TileParts, merge_call, sum_call
+from fastpref.kernels.triton_parts import TILE_FIELDS, TileParts, merge_call, sum_call
 
 # Architectures of the table, and the shared memory that a program can have there.
 SHARED_BYTES = {"sm_80": 166_912, "sm_86": 101_376, "sm_90": 232_448, "sm_100": 232_448}
@@ -241,13 +241,13 @@ def compile_call(call: KernelCall, architecture: str) -> Any:
     return triton.compile(_source(call), target=target, options=options)
 
 
-def compile_all(wanted: Iterable[Variant], processes: int) -> list[CompiledKernel]:
-    """Compile variants in `processes` fresh processes; in the order given."""
-    wanted = list(wanted)
+def compile_all(wanted: Iterable[Variant], processes: int) -> Iterator[CompiledKernel]:
+    """Compile variants in `processes` fresh processes; each as it is done, in the order given."""
     if processes == 1:
-        return [compile_variant(variant) for variant in wanted]
+        yield from map(compile_variant, wanted)
+        return
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        return list(pool.map(compile_variant, wanted))
+        yield from pool.map(compile_variant, wanted)
 
 
 def _source(call: KernelCall) -> ASTSource:

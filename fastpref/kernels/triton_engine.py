@@ -75,7 +75,7 @@ def forward_rows(
     if with_cache and head.softcap is not None:
         raise ValueError("with_cache=True cannot serve a softcap: its slope needs the logits; use backward='recompute'")
     launch = _Launch.of(x_RH, head, tile)
-    from fastpref.kernels import triton_forward as kernels
+    from fastpref.kernels.triton_parts import TileParts, merge_call, sum_call
 
     x_RH, head = launch.operands(x_RH, head)
     launch = launch._replace(tile=forward_kernel.settle(launch.tile, head.weight_VH))
@@ -91,7 +91,7 @@ def forward_rows(
     # Without a cap the total is no business of the kernel, see `_sums_of_logits`.
     reduced = tuple(field for field in fields if field != "total" or head.softcap is not None)
     labels_R = labels_R.contiguous()
-    parts = kernels.TileParts.empty(x_RH, num_columns, reduced, launch.tile)
+    parts = TileParts.empty(x_RH, num_columns, reduced, launch.tile)
     merged = Partials(fields, x_RH.new_empty(len(fields), num_rows, dtype=torch.float64))
     num_masses = -(-num_rows // launch.tile.mass_rows)
     mass_MV = None if mass_CV is None else x_RH.new_empty(num_masses, num_columns, dtype=torch.float32)
@@ -108,9 +108,9 @@ def forward_rows(
             use_tma=launch.can_use_tma(x_RH, head),
             num_sms=launch.num_sms,
         ).launch()
-        kernels.merge_call(parts, labels_R, merged, num_columns, launch.tile).launch()
+        merge_call(parts, labels_R, merged, num_columns, launch.tile).launch()
         if mass_CV is not None and mass_MV is not None:
-            kernels.sum_call(mass_MV, mass_CV, engine.CHUNK_ROWS // launch.tile.mass_rows, adds=False).launch()
+            sum_call(mass_MV, mass_CV, engine.CHUNK_ROWS // launch.tile.mass_rows, adds=False).launch()
     if "total" in fields and head.softcap is None:
         merged["total"] = _sums_of_logits(x_RH, head)
     if "size" in fields:
@@ -132,7 +132,8 @@ def logit_gradient(
         ValueError: tensors on the CPU without the interpreter.
     """
     launch = _Launch.of(x_rH, head)
-    from fastpref.kernels import triton_backward, triton_forward
+    from fastpref.kernels.triton_backward import logit_gradient_call
+    from fastpref.kernels.triton_parts import sum_call
 
     if not out_rv.numel():
         return
@@ -140,7 +141,7 @@ def logit_gradient(
     num_tiles = -(-out_rv.shape[1] // launch.tile.columns)
     covered_Nr = None if covered_r is None else covered_r.new_empty(num_tiles, covered_r.shape[0])
     with launch.on_device():
-        triton_backward.logit_gradient_call(
+        logit_gradient_call(
             x_rH,
             head,
             labels_r.contiguous(),
@@ -152,7 +153,7 @@ def logit_gradient(
             num_sms=launch.num_sms,
         ).launch()
         if covered_Nr is not None and covered_r is not None:
-            triton_forward.sum_call(covered_Nr, covered_r.unsqueeze(0), num_tiles, adds=True).launch()
+            sum_call(covered_Nr, covered_r.unsqueeze(0), num_tiles, adds=True).launch()
 
 
 def cached_logit_gradient(

@@ -1,31 +1,26 @@
 """The forward pass in Triton: a product whose tiles are reduced to a few numbers per row before they leave the chip.
 
 - One program per multiprocessor walks over tiles of [rows, vocabulary columns]. A tile leaves its maximum, its sum of
-  exponentials and, where it owns the label, its logit; a second kernel merges the tiles of a row, first to last.
+  exponentials and, where it owns the label, its logit; a second kernel merges the tiles of a row (`triton_parts`).
 - The cut of the vocabulary depends on dtype and H alone and no sum crosses rows, so a row's bits do not depend on what
   else is in the batch. No atomics: every word has one writer.
 - After the product a tile is taken in slices of columns: epilogues over whole tiles spill registers.
 - Kernels compile without contraction of `a * b + c`, so that the backward kernel meets the very logits of this one.
 
-Dims: `R` rows, `H` hidden, `V` vocabulary, `N` vocabulary tiles, `M` row tiles, `F` fields of a part.
+Dims: `R` rows, `H` hidden, `V` vocabulary, `M` row tiles.
 """
 # mypy: disable-error-code="no-untyped-def, assignment"
 # Parameters of device functions are tensors of Triton's own language and have no Python types.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastpref.kernels.engine import ExponentCache, Head
-from fastpref.kernels.outputs import LOGP_FIELDS, Partials
 from fastpref.kernels.tiles import CACHE_COLUMNS, Tile
 from fastpref.kernels.triton_common import (
-    LOG2E,
     ROW_LANES,
     KernelCall,
     add_columns,
@@ -42,48 +37,11 @@ from fastpref.kernels.triton_common import (
     tile_position,
     weighted_column_sums,
 )
+from fastpref.kernels.triton_exponentials import LOWEST_GAP, base2_scaling, exponent_of, scale_to_bound
+from fastpref.kernels.triton_parts import NUM_PARTS, TileParts
 
-# The largest power of two that a column mass is scaled by; more would overflow to inf and make 0 * inf.
-HIGHEST_POWER = tl.constexpr(126.0)
-# 2 to the power of it is 0 in fp32, that of -inf would be NaN as it is computed.
-LOWEST_POWER = tl.constexpr(-300.0)
-# Exponents of the cache are int32; a logit beyond this has none and makes its cached row NaN, never plausible.
-HIGHEST_EXPONENT = tl.constexpr(2.0**30)
 # Exponents are stored by narrower groups than tiles, so that a cache does not depend on the tile that wrote it.
 CACHE_V = tl.constexpr(CACHE_COLUMNS)
-# exp(gap) is 0 in fp32 below this; it keeps 0 * -inf out of the entropy.
-LOWEST_GAP = tl.constexpr(-700.0)
-# Distinct logits are 64 apart from here on: whether to base 2 or e, no exponential but that of the maximum counts.
-LARGE_SHIFT = tl.constexpr(2.0**30)
-# Numbers that every tile leaves of a row: its maximum and its sum of exponentials.
-NUM_PARTS = tl.constexpr(2)
-# Fields that it leaves where they are wanted: each an argument `<field>_ptr` of both kernels, None = not wanted.
-TILE_FIELDS = ("moment", "total")
-
-
-@triton.jit
-def base2_scaling(shift_R):
-    """Return (slope, shift2, excess): `exp(z - shift)` is `exp2(fma(z, slope, -shift2)) / exp2(excess)`.
-
-    One instruction per logit, and as exact as a difference: `fma` rounds once, behind the subtraction, where the
-    product of a difference would be rounded. What `shift2` loses, at most 64, is known exactly and the same factor for
-    the whole row. The slope is log2 e; for the largest shifts, whose product with it would overflow or lose more, it
-    is 1.
-    """
-    is_large = tl.abs(shift_R) >= LARGE_SHIFT
-    slope = tl.where(is_large, 1.0, LOG2E)
-    shift2 = shift_R * slope
-    return slope, shift2, tl.where(is_large, 0.0, fma(shift_R, slope, -shift2))
-
-
-@triton.jit
-def scale_to_bound(shift_R, bound_R, excess_R):
-    """Return `exp(shift - bound) / exp2(excess)`."""
-    # fp64, per row: the power may be large, and its rounding would be the error of every column.
-    power = tl.minimum((shift_R - bound_R).to(tl.float64) * LOG2E - excess_R, HIGHEST_POWER)
-    power = tl.maximum(power, LOWEST_POWER)
-    whole = tl.floor(power)
-    return tl.exp2((power - whole).to(tl.float32)) * tl.exp2(whole.to(tl.float32))
 
 
 @triton.jit
@@ -166,11 +124,7 @@ def _linear_logps_fwd_kernel(
             bound = tl.load(bound_ptr + offs_r, mask=mask_r, other=float("inf"))
             to_bound = scale_to_bound(shift, bound, excess)
         if exponents_ptr is not None:
-            power = shift.to(tl.float64) * LOG2E
-            exponent = tl.ceil(power)
-            to_exponent = tl.exp2((power - exponent - excess).to(tl.float32))
-            to_exponent = tl.where(tl.abs(exponent) < HIGHEST_EXPONENT, to_exponent, float("nan"))
-            exponent = tl.where(tl.abs(exponent) < HIGHEST_EXPONENT, exponent, 0.0).to(tl.int32)
+            to_exponent, exponent = exponent_of(shift, excess)
             num_groups = tl.cdiv(num_columns, CACHE_V)
             offs_g = column_tile * (BLOCK_V // CACHE_V) + tl.arange(0, BLOCK_V // CACHE_V)
             exponent_ptrs = exponents_ptr + rows[:, None] * num_groups + offs_g[None, :]
@@ -212,135 +166,6 @@ def _linear_logps_fwd_kernel(
             tl.store(total_ptr + place, tl.sum(total, axis=1), mask=mask_r)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_columns", "num_parts"])
-def _merge_tiles_kernel(
-    parts_ptr,
-    moment_ptr,
-    total_ptr,
-    targets_ptr,
-    labels_ptr,
-    merged_ptr,
-    num_rows,
-    num_columns,
-    num_parts,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    MOMENT: tl.constexpr,
-    TOTAL: tl.constexpr,
-):
-    """Merge the vocabulary tiles of BLOCK_R rows into fp64 partials; the order of additions depends on N alone.
-
-    MOMENT and TOTAL are the places of these fields among the partials. A target is there only where a tile owns the
-    label; else what its place holds is not read.
-    """
-    offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    mask_r = offs_r < num_rows
-    rows = offs_r.to(tl.int64)
-    row_max = tl.full((BLOCK_R,), float("-inf"), dtype=tl.float32)
-    for step in range(0, tl.cdiv(num_parts, BLOCK_N)):
-        offs_n = step * BLOCK_N + tl.arange(0, BLOCK_N)
-        mask = (offs_n < num_parts)[:, None] & mask_r[None, :]
-        ptrs = parts_ptr + offs_n.to(tl.int64)[:, None] * NUM_PARTS * num_rows + rows[None, :]
-        row_max = tl.maximum(row_max, tl.max(tl.load(ptrs, mask=mask, other=float("-inf")), axis=0))
-    shift = tl.where(row_max == float("-inf"), 0.0, row_max)
-    row_sum = tl.zeros((BLOCK_R,), dtype=tl.float64)
-    moment = tl.zeros((BLOCK_R,), dtype=tl.float64)
-    total = tl.zeros((BLOCK_R,), dtype=tl.float64)
-    for step in range(0, tl.cdiv(num_parts, BLOCK_N)):
-        offs_n = step * BLOCK_N + tl.arange(0, BLOCK_N)
-        mask = (offs_n < num_parts)[:, None] & mask_r[None, :]
-        ptrs = parts_ptr + offs_n.to(tl.int64)[:, None] * NUM_PARTS * num_rows + rows[None, :]
-        gap = tl.load(ptrs, mask=mask, other=float("-inf")) - shift[None, :]
-        factor = tl.exp2(gap * LOG2E).to(tl.float64)
-        sums = tl.load(ptrs + num_rows, mask=mask, other=0.0).to(tl.float64)
-        row_sum += tl.sum(factor * sums, axis=0)
-        place = offs_n.to(tl.int64)[:, None] * num_rows + rows[None, :]
-        if moment_ptr is not None:
-            moments = tl.load(moment_ptr + place, mask=mask, other=0.0).to(tl.float64)
-            moment += tl.sum(factor * (moments + tl.maximum(gap, LOWEST_GAP).to(tl.float64) * sums), axis=0)
-        if total_ptr is not None:
-            total += tl.sum(tl.load(total_ptr + place, mask=mask, other=0.0).to(tl.float64), axis=0)
-    # tl.max skips NaN, the sum does not.
-    row_max = tl.where((row_sum != row_sum) & (row_max != float("inf")), float("nan"), row_max)
-    merged_ptrs = merged_ptr + rows
-    tl.store(merged_ptrs, row_max.to(tl.float64), mask=mask_r)
-    tl.store(merged_ptrs + num_rows, row_sum, mask=mask_r)
-    labels = tl.load(labels_ptr + rows, mask=mask_r, other=-1)
-    is_here = (labels >= 0) & (labels < num_columns)
-    targets = tl.load(targets_ptr + rows, mask=is_here, other=float("nan"))
-    tl.store(merged_ptrs + 2 * num_rows, targets.to(tl.float64), mask=mask_r)
-    if moment_ptr is not None:
-        tl.store(merged_ptrs + MOMENT * num_rows, moment, mask=mask_r)
-    if total_ptr is not None:
-        tl.store(merged_ptrs + TOTAL * num_rows, total * BLOCK_V, mask=mask_r)
-
-
-@triton.jit(do_not_specialize=["num_parts", "num_sums", "parts_per_group"])
-def _sum_parts_kernel(
-    parts_ptr,
-    sums_ptr,
-    num_parts,
-    num_sums,
-    parts_per_group,
-    ADDS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """Sum the parts of each group, `parts` [N, C] to `sums` [G, C], in an order that depends on N alone.
-
-    ADDS: to what the sums hold already.
-    """
-    num_blocks = tl.cdiv(num_sums, BLOCK_C)
-    group = tl.program_id(0) // num_blocks
-    first = group.to(tl.int64) * parts_per_group
-    offs_c = tl.program_id(0) % num_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask_c = offs_c < num_sums
-    total = tl.zeros((BLOCK_C,), dtype=tl.float32)
-    height = min(parts_per_group, num_parts - first)
-    for step in range(0, tl.cdiv(height, BLOCK_N)):
-        offs_n = step * BLOCK_N + tl.arange(0, BLOCK_N)
-        ptrs = parts_ptr + (first + offs_n)[:, None] * num_sums + offs_c[None, :]
-        parts = tl.load(ptrs, mask=(offs_n < height)[:, None] & mask_c[None, :], other=0.0)
-        total += tl.sum(parts, axis=0)
-    sums_ptrs = sums_ptr + group.to(tl.int64) * num_sums + offs_c
-    if ADDS:
-        total += tl.load(sums_ptrs, mask=mask_c, other=0.0)
-    tl.store(sums_ptrs, total, mask=mask_c)
-
-
-class TileParts(NamedTuple):
-    """What the vocabulary tiles leave of the rows, fp32.
-
-    Attributes:
-        parts_N2R: [N, NUM_PARTS, R].
-        extras: by field, [N, R]; "total" divided by BLOCK_V.
-        targets_R: [R], written where a tile owns the label.
-    """
-
-    parts_N2R: Tensor
-    extras: dict[str, Tensor]
-    targets_R: Tensor
-
-    @classmethod
-    def empty(cls, x_RH: Tensor, num_columns: int, fields: tuple[str, ...], tile: Tile) -> TileParts:
-        """Return memory for the parts that these fields are merged from."""
-        shape = (triton.cdiv(num_columns, tile.columns), x_RH.shape[0])
-        return cls(
-            x_RH.new_empty(shape[0], NUM_PARTS.value, shape[1], dtype=torch.float32),
-            {name: x_RH.new_empty(*shape, dtype=torch.float32) for name in TILE_FIELDS if name in fields},
-            x_RH.new_empty(shape[1:], dtype=torch.float32),
-        )
-
-    def arguments(self) -> dict[str, Tensor | None]:
-        """Return the kernels' arguments."""
-        return {
-            "parts_ptr": self.parts_N2R,
-            **{f"{name}_ptr": self.extras.get(name) for name in TILE_FIELDS},
-            "targets_ptr": self.targets_R,
-        }
-
-
 def forward_call(
     x_RH: Tensor,
     head: Head,
@@ -379,45 +204,3 @@ def forward_call(
     }
     num_programs = count_programs(x_RH.shape[0], head.weight_VH.shape[0], tile, num_sms)
     return KernelCall(_linear_logps_fwd_kernel, num_programs, arguments, tile.warps, tile.stages)
-
-
-def merge_call(parts: TileParts, labels_R: Tensor, merged: Partials, num_columns: int, tile: Tile) -> KernelCall:
-    """Describe the launch that merges what `forward_call` leaves into the fields of `merged` that are made of it."""
-    num_parts, _, num_rows = parts.parts_N2R.shape
-    assert merged.fields[: len(LOGP_FIELDS)] == LOGP_FIELDS
-    arguments = {
-        **parts.arguments(),
-        "labels_ptr": labels_R,
-        "merged_ptr": merged.values_FR,
-        "num_rows": num_rows,
-        "num_columns": num_columns,
-        "num_parts": num_parts,
-        "BLOCK_N": 64,
-        "BLOCK_R": 32,
-        "BLOCK_V": tile.columns,
-        **{name.upper(): merged.fields.index(name) if name in parts.extras else None for name in TILE_FIELDS},
-    }
-    return KernelCall(_merge_tiles_kernel, triton.cdiv(num_rows, 32), arguments, 4, 2)
-
-
-def sum_call(parts_NC: Tensor, sums_GC: Tensor, parts_per_group: int, *, adds: bool) -> KernelCall:
-    """Describe the launch that sums groups of adjacent parts, fp32 [N, C], into fp32 [G, C].
-
-    Args:
-        parts_NC: the parts; the last group may have fewer.
-        sums_GC: written, or with `adds` added to.
-        parts_per_group: parts of a group.
-        adds: whether the sums hold something.
-    """
-    num_parts, num_sums = parts_NC.shape
-    arguments = {
-        "parts_ptr": parts_NC,
-        "sums_ptr": sums_GC,
-        "num_parts": num_parts,
-        "num_sums": num_sums,
-        "parts_per_group": parts_per_group,
-        "ADDS": adds,
-        "BLOCK_N": 16,
-        "BLOCK_C": 128,
-    }
-    return KernelCall(_sum_parts_kernel, sums_GC.shape[0] * triton.cdiv(num_sums, 128), arguments, 4, 2)

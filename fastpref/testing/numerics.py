@@ -72,13 +72,15 @@ def yardstick_product(x_RH: Tensor, weight_VH: Tensor) -> Tensor:
 
 @contextmanager
 def _full_precision() -> Iterator[None]:
-    """No tf32 in products of fp32, no 16-bit sums where a GPU cuts a product of 16 bits along H."""
+    """No tf32 in products of fp32; of 16 bits no sums in 16 bits, within a GPU's product or where it is cut along H."""
     flags = torch.backends.cuda.matmul
-    names = ("allow_tf32", "allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
-    before = {name: getattr(flags, name) for name in names}
+    reductions = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
+    # Such a flag is set with a second one, whether products may be cut at all.
+    before = {name: (getattr(flags, name), getattr(flags, f"{name}_split_k")) for name in reductions}
+    before |= {name: getattr(flags, name) for name in ("allow_tf32", "allow_fp16_accumulation")}
     try:
-        for name in names:
-            setattr(flags, name, False)
+        for name, value in before.items():
+            setattr(flags, name, (False, value[1]) if isinstance(value, tuple) else False)
         yield
     finally:
         for name, value in before.items():

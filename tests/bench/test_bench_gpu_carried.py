@@ -230,5 +230,9 @@ def test_sizes_add_up_and_say_what_is_too_much(tmp_path: Path) -> None:
     parts = sizes.weigh(tmp_path)
     assert parts["peer.whl"] == 3.0 and parts["cache"] == 1.0 and 4 < parts["tree"] < 40
     assert sizes.fault(parts) is None and f"{parts['tree'] + 4:7.1f} MiB" in sizes.table(parts)
+    assert sizes.unprepared(tmp_path) == []
+    (tmp_path / "wheels" / "peer.whl").unlink()
+    (lack,) = sizes.unprepared(tmp_path)
+    assert lack.startswith(f"{tmp_path / 'wheels'} is empty") and len(sizes.unprepared(tmp_path / "new")) == 2
     found = sizes.fault(parts | {"peer.whl": 70.0})
     assert found is not None and "at most 60 may; the largest part beside the tree is peer.whl (70.0 MiB)" in found

@@ -20,8 +20,9 @@ from transformers import LlamaForCausalLM  # noqa: F401
 from bench import __main__ as cli
 from bench import training_effect
 from bench.train import write_tiny_model
-from bench.training_effect import Plan, compared, distance, measure_runs, split_pairs
+from bench.training_effect import Plan, compared, measure_runs, split_pairs
 from bench.training_effect_report import OPEN, PARTS, SEEDS, comparisons, draw, tables
+from bench.weight_distance import distance
 from bench.workloads import ROOT
 
 PAIRS = str(ROOT / "examples" / "data" / "demo_eval.jsonl")

@@ -171,12 +171,14 @@ def test_ragged_numbers_of_rows_compile_nothing_anew(compiled_keys: Counting, ba
     }
 
 
-@pytest.mark.parametrize("name", ["_linear_logps_fwd_kernel", "_merge_tiles_kernel"])
-def test_a_size_that_is_compiled_for_is_found(compiled_keys: Counting, name: str) -> None:
+@pytest.mark.parametrize(
+    ("module", "name"), [("triton_forward", "_linear_logps_fwd_kernel"), ("triton_parts", "_merge_tiles_kernel")]
+)
+def test_a_size_that_is_compiled_for_is_found(compiled_keys: Counting, module: str, name: str) -> None:
     """The planted error: a kernel that is compiled for divisors of the number of rows, as all of them once were."""
-    triton_forward = pytest.importorskip("fastpref.kernels.triton_forward")
-    specialized = triton.jit(getattr(triton_forward, name).fn)
-    with mock.patch.object(triton_forward, name, specialized):
+    kernels = pytest.importorskip(f"fastpref.kernels.{module}")
+    specialized = triton.jit(getattr(kernels, name).fn)
+    with mock.patch.object(kernels, name, specialized):
         run_ragged(EDGES)
     numbers = {name: len(keys) for name, keys in compiled_keys.keys.items()}
     assert numbers.pop(name) > max(numbers.values())

@@ -45,5 +45,15 @@ def fault(parts: dict[str, float]) -> str | None:
     )
 
 
+def unprepared(carried: Path) -> list[str]:
+    """Say which part of what travels is not there yet, and what is without it."""
+    needs = {
+        WHEELS: "peers that the machine has not got become rows that say so",
+        CACHE: "kernels are compiled there, 10 to 30 seconds of a core each",
+    }
+    has = {name: (carried / name).is_dir() and any((carried / name).iterdir()) for name in needs}
+    return [f"{carried / name} is empty: {lack}" for name, lack in needs.items() if not has[name]]
+
+
 def _mib(files: Iterable[Path]) -> float:
     return round(sum(file.stat().st_size for file in files if file.is_file()) / 2**20, 2)

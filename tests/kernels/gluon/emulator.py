@@ -21,12 +21,20 @@ from typing import Any
 
 import torch
 import triton.language as tl
+from emulated_values import Block, Descriptor, Pointer, block, exclusive_or, fmax, largest, load, store
 
-from fastpref.kernels import gluon_forward, triton_backward, triton_common, triton_forward
+from fastpref.kernels import (
+    gluon_forward,
+    triton_backward,
+    triton_common,
+    triton_exponentials,
+    triton_forward,
+    triton_parts,
+)
 from fastpref.kernels.tiles import Tile
 from fastpref.kernels.triton_common import KernelCall
 
-MODULES = (triton_common, triton_forward, triton_backward, gluon_forward)
+MODULES = (triton_common, triton_exponentials, triton_parts, triton_forward, triton_backward, gluon_forward)
 GLUON, TRITON = "linear_logps_kernel", "_linear_logps_fwd_kernel"
 # Small tiles, so that a few rows and columns cross many; a half has the 16 rows of a matrix instruction.
 TILE = Tile(rows=32, columns=64, hidden=16, group_rows=2, slices=4, warps=8, stages=3, kernel="gluon")
@@ -54,97 +62,6 @@ def _compiled(function: Any, edit: tuple[str, str] | None) -> CodeType:
 
 class Deadlock(AssertionError):
     """Nobody can go on."""
-
-
-class Block(torch.Tensor):
-    """A tensor with the few methods that are spelled differently in a kernel."""
-
-    type = property(lambda self: SimpleNamespace(layout=None))
-
-    def to(self, dtype: torch.dtype, bitcast: bool = False) -> torch.Tensor:
-        return self.view(dtype) if bitcast else super().to(dtype)
-
-    def split(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self[..., 0], self[..., 1]
-
-
-def block(values: Any) -> Block:
-    return torch.as_tensor(values).as_subclass(Block)
-
-
-@dataclass
-class Pointer:
-    """Places in memory; one outside of a tensor that no mask hides is an error."""
-
-    memory: torch.Tensor
-    """1-D: all that lies between a tensor's first and last element."""
-    places: Any = 0
-
-    @classmethod
-    def to(cls, tensor: torch.Tensor) -> "Pointer":
-        extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        return cls(tensor.as_strided((extent if tensor.numel() else 0,), (1,)))
-
-    @property
-    def dtype(self) -> Any:
-        return SimpleNamespace(element_ty=self.memory.dtype)
-
-    def __add__(self, offsets: Any) -> "Pointer":
-        return Pointer(self.memory, self.places + offsets)
-
-    def chosen(self, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        places, mask = torch.broadcast_tensors(plain(self.places), plain(mask))
-        outside = mask & ((places < 0) | (places >= len(self.memory)))
-        assert not outside.any(), f"place {places[outside].flatten()[0]} of a tensor of {len(self.memory)}"
-        return places, mask
-
-
-def plain(values: Any) -> torch.Tensor:
-    return torch.as_tensor(values).as_subclass(torch.Tensor)
-
-
-def load(pointer: Pointer, mask: torch.Tensor, other: float) -> Block:
-    places, mask = pointer.chosen(mask)
-    loaded = pointer.memory[torch.where(mask, places, 0).long()]
-    return block(torch.where(mask, loaded, torch.tensor(other, dtype=loaded.dtype)))
-
-
-def store(pointer: Pointer, values: Any, mask: torch.Tensor) -> None:
-    places, mask = pointer.chosen(mask)
-    values = plain(values).to(pointer.memory.dtype).expand(places.shape)
-    pointer.memory[places[mask].long()] = values[mask]
-
-
-def largest(values: torch.Tensor, axis: int) -> Block:
-    """`tl.max` passes over NaN."""
-    if values.is_floating_point():
-        values = torch.where(values.isnan(), -math.inf, values)
-    return values.amax(dim=axis)
-
-
-@dataclass
-class Descriptor:
-    """What the copy engine reads."""
-
-    tensor: torch.Tensor
-    block_shape: list[int]
-    layout: Any = None
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.tensor.dtype
-
-    @property
-    def block_type(self) -> Any:
-        return SimpleNamespace(nbytes=math.prod(self.block_shape) * self.tensor.itemsize)
-
-    def load(self, corner: list[Any]) -> Block:
-        """A block; what lies outside counts as 0."""
-        row, column = (int(place) for place in corner)
-        found = torch.zeros(self.block_shape, dtype=self.dtype)
-        inside = self.tensor[row : row + self.block_shape[0], column : column + self.block_shape[1]]
-        found[: inside.shape[0], : inside.shape[1]] = inside
-        return found.as_subclass(Block)
 
 
 @dataclass
@@ -254,7 +171,7 @@ class Program:
             where=torch.where,
             max=largest,
             sum=lambda values, axis: values.sum(dim=axis),
-            maximum=_fmax,
+            maximum=fmax,
             minimum=lambda left, right: torch.fmin(left, torch.as_tensor(right, dtype=left.dtype)),
             exp2=torch.exp2,
             floor=torch.floor,
@@ -264,7 +181,7 @@ class Program:
             fma=lambda a, b, c: (a.double() * torch.as_tensor(b, dtype=torch.float32).double() + c).float(),
             div_rn=torch.div,
             join=lambda left, right: torch.stack((left, right), dim=-1),
-            xor_sum=_exclusive_or,
+            xor_sum=exclusive_or,
             dot=lambda a, b, acc, input_precision: acc + (a.float() @ b.float()),
             convert_layout=lambda values, layout: values,
             SliceLayout=lambda *_: None,
@@ -468,16 +385,6 @@ def emulate(call: KernelCall, seed: int = 0, edits: dict[str, tuple[str, str]] |
     """Do what `call.launch()` does on a device, programs one after the other."""
     for number in range(call.num_programs):
         Program(number, call.num_programs, seed + number, edits).run(call)
-
-
-def _fmax(left: torch.Tensor, right: Any) -> torch.Tensor:
-    """`tl.maximum`, which passes over NaN."""
-    return torch.fmax(left, torch.as_tensor(right, dtype=left.dtype))
-
-
-def _exclusive_or(values: torch.Tensor, axis: int, keep_dims: bool) -> torch.Tensor:
-    first, second = values.unbind(dim=axis)
-    return (first ^ second).unsqueeze(axis)
 
 
 def _argument(value: Any) -> Any:

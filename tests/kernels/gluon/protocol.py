@@ -19,7 +19,7 @@ from emulator import TILE, Event, Program
 
 from fastpref.kernels import gluon_forward
 from fastpref.kernels.engine import Head
-from fastpref.kernels.triton_forward import TileParts
+from fastpref.kernels.triton_parts import TileParts
 
 BLIND = ("reduce_tile", ("    bias_ptr, labels_ptr, bound_ptr", "    return acc\n    bias_ptr, labels_ptr, bound_ptr"))
 BUFFERS = ("low", "high", "columns")

@@ -23,7 +23,7 @@ from fastpref.kernels.engine import ForwardRows
 from fastpref.kernels.outputs import FIELDS, LOGP_FIELDS
 from fastpref.kernels.partials import finish_rows
 from fastpref.kernels.tiles import Tile
-from fastpref.kernels.triton_forward import LARGE_SHIFT
+from fastpref.kernels.triton_exponentials import LARGE_SHIFT
 from fastpref.testing.adversarial import bad_labels
 from fastpref.testing.numerics import assert_within_rule
 

@@ -37,7 +37,7 @@ TILE = TABLE["sm_90/16"][0]
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_compiled_kernels_stay_within_the_recorded_limits() -> None:
-    rows = compile_all(representative_variants(), processes=min(2, os.cpu_count() or 1))
+    rows = [*compile_all(representative_variants(), processes=min(2, os.cpu_count() or 1))]
     assert not faults(rows, SPILL_LIMITS), "\n".join(faults(rows, SPILL_LIMITS))
 
 

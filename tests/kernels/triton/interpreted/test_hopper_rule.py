@@ -139,19 +139,29 @@ def test_yardstick_of_16_bits_on_a_device_is_its_own_product() -> None:
     """And with sums in fp32 throughout, whatever the process allows; on the CPU the operands are widened."""
     flags, seen = torch.backends.cuda.matmul, []
     real = torch.mm
+    bf16, fp16 = (f"allow_{name}_reduced_precision_reduction" for name in ("bf16", "fp16"))
+
+    def settings() -> list[bool]:
+        names = (bf16, fp16, f"{bf16}_split_k", f"{fp16}_split_k", "allow_tf32", "allow_fp16_accumulation")
+        return [getattr(flags, name) for name in names]
 
     def mm(*operands: Tensor, **options: object) -> Tensor:
-        seen.append((options, flags.allow_bf16_reduced_precision_reduction, flags.allow_tf32))
+        seen.append((options, settings()))
         return real(*operands, **options)
 
-    before = flags.allow_bf16_reduced_precision_reduction
+    before = settings()
+    setattr(flags, bf16, (False, False))
+    flags.allow_tf32 = flags.allow_fp16_accumulation = True
+    chosen = settings()
     with mock.patch.object(torch, "mm", mm):
         on_device = yardstick_product(*(torch.ones(3, 8, dtype=torch.bfloat16, device="meta") for _ in range(2)))
         assert on_device.dtype == torch.float32
         yardstick_product(*(torch.ones(3, 8, device="meta") for _ in range(2)))
         on_cpu = yardstick_product(*(torch.ones(3, 8, dtype=torch.bfloat16) for _ in range(2)))
-    assert seen == [({"out_dtype": torch.float32}, False, False)]
+    assert seen == [({"out_dtype": torch.float32}, [False, False, False, True, False, False])]
     assert on_cpu.dtype == torch.float32 and on_cpu.eq(8.0).all()
-    assert flags.allow_bf16_reduced_precision_reduction == before
+    assert settings() == chosen != before
+    setattr(flags, bf16, (before[0], before[2]))
+    flags.allow_tf32, flags.allow_fp16_accumulation = before[4:]
     with pytest.raises(TypeError, match="must have one dtype"):
         yardstick_product(torch.ones(3, 8), torch.ones(3, 8, dtype=torch.bfloat16))
