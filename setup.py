@@ -11,10 +11,13 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 SOURCES = "csrc/cpu"
+KERNELS = ("forward_rows", "logit_gradient", "quantise_rows")
 # Kernels are compiled once per instruction set, into a namespace of its own; the name chooses nothing but the object.
 BUILDS = {
-    "avx512_bf16": ["-mavx512f", "-mavx512bf16", "-mavx512bw", "-mavx2", "-mfma", "-mf16c"],
-    "avx512": ["-mavx512f", "-mavx2", "-mfma", "-mf16c"],
+    "avx512_bf16": ["-mavx512f", "-mavx512bw", "-mavx512vnni", "-mavx512bf16", "-mavx2", "-mfma", "-mf16c"],
+    "avx512_vnni": ["-mavx512f", "-mavx512bw", "-mavx512vnni", "-mavx2", "-mfma", "-mf16c"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx2", "-mfma", "-mf16c"],
+    "avx_vnni": ["-mavxvnni", "-mavx2", "-mfma", "-mf16c"],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
 }
 FLAGS = [
@@ -47,7 +50,7 @@ class BuildEngine(build_ext):
         """Build the one library of this package."""
         objects = self.compiler.compile([f"{SOURCES}/dispatch.cpp"], self.build_temp, extra_postargs=FLAGS)
         for build, flags in BUILDS.items():
-            kernels = [f"{SOURCES}/forward_rows.cpp", f"{SOURCES}/logit_gradient.cpp"]
+            kernels = [f"{SOURCES}/{name}.cpp" for name in KERNELS]
             output_dir = f"{self.build_temp}/{build}"
             objects += self.compiler.compile(kernels, output_dir, depends=ext.depends, extra_postargs=FLAGS + flags)
         self.compiler.link_shared_object(objects, self.get_ext_fullpath(ext.name), target_lang="c++")
@@ -66,7 +69,7 @@ def engine() -> list[Extension]:
     if not sys.platform.startswith("linux") or platform.machine() not in ("x86_64", "AMD64"):
         return []
     headers = [f"{SOURCES}/{name}.h" for name in ("abi", "simd", "tile")]
-    kernels = [f"{SOURCES}/{name}.cpp" for name in ("dispatch", "forward_rows", "logit_gradient")]
+    kernels = [f"{SOURCES}/{name}.cpp" for name in ("dispatch", *KERNELS)]
     return [Extension("fastpref.kernels.libfastpref_cpu", kernels, depends=headers, language="c++", optional=True)]
 
 

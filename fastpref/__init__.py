@@ -7,14 +7,14 @@ losses are in `fastpref.losses`; the Megatron-Core trainer is in `fastpref.train
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-__all__ = ["SequenceLogps", "__version__", "linear_logps", "sum_weight"]
+__all__ = ["ScreenedHead", "SequenceLogps", "__version__", "linear_logps", "screen_weight", "sum_weight"]
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from fastpref import errors as errors
     from fastpref import kernels as kernels
-    from fastpref.kernels import SequenceLogps, linear_logps, sum_weight
+    from fastpref.kernels import ScreenedHead, SequenceLogps, linear_logps, screen_weight, sum_weight
 else:
     # Not for type checkers, which would then take every misspelt name for one that is found at run time.
 

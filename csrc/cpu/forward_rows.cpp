@@ -17,8 +17,9 @@ static int64_t columns_per_chunk(int64_t V) {
   return max_of(MIN_CHUNK_COLUMNS, ceil_div(ceil_div(V, MAX_CHUNKS), TILE_COLUMNS) * TILE_COLUMNS);
 }
 
-static int64_t columns_per_packing(int64_t H, int64_t chunk_columns) {
-  return min_of(chunk_columns, max_of(1, PACKED_FLOATS / (H * TILE_COLUMNS)) * TILE_COLUMNS);
+static int64_t columns_per_packing(const Product& product, int64_t chunk_columns) {
+  const int64_t num_floats = product.dtype == INT8 ? words_of(product.hidden_size) : product.hidden_size;
+  return min_of(chunk_columns, max_of(1, PACKED_FLOATS / (num_floats * TILE_COLUMNS)) * TILE_COLUMNS);
 }
 
 // What a pass computes beside log-probabilities: bits of the template parameter EXTRAS.
@@ -124,7 +125,7 @@ struct Pass {
       : args(forward),
         chunk_columns(columns_per_chunk(forward.product.num_columns)),
         num_chunks(ceil_div(forward.product.num_columns, chunk_columns)),
-        packed_columns(columns_per_packing(forward.product.hidden_size, chunk_columns)),
+        packed_columns(columns_per_packing(forward.product, chunk_columns)),
         x_panels(nullptr),
         parts() {}
 };
@@ -167,14 +168,14 @@ static void run_rows(const Pass& pass, const Packing& packing, int64_t first, in
 template <int EXTRAS>
 static void run_chunk(const Pass& pass, const Packing& packing, int64_t chunk, RowState<EXTRAS>* states) {
   const Product& product = pass.args.product;
-  const int64_t R = product.num_rows, H = product.hidden_size;
+  const int64_t R = product.num_rows;
   const int64_t start = chunk * pass.chunk_columns, stop = min_of(start + pass.chunk_columns, product.num_columns);
   for (int64_t r = 0; r < R; r++) reset(states[r], EXTRAS & MASS ? pass.args.bound[r] : 0.0f);
   for (int64_t first = start; first < stop; first += pass.packed_columns) {
     const int64_t end = min_of(first + pass.packed_columns, stop);
     for (int64_t column = first; column < end; column += TILE_COLUMNS) {
       const int64_t place = column - first;
-      packing.panels[place / TILE_COLUMNS] = pack_weight_panel(product, column, packing.weight + panel_floats(H, place));
+      packing.panels[place / TILE_COLUMNS] = pack_weight_panel(product, column, packing.weight + panel_floats(product, place));
       pack_bias_panel(product, column, packing.bias + place);
     }
     if constexpr (EXTRAS & MASS) {
@@ -222,14 +223,15 @@ static void merge_row(const Pass& pass, int64_t r) {
 template <int EXTRAS>
 static int run_pass(const ForwardArgs& args) {
   Pass pass(args);
-  const int64_t R = args.product.num_rows, H = args.product.hidden_size;
+  const Product& product = args.product;
+  const int64_t R = product.num_rows;
   const int64_t num_threads = max_of(1, min_of(args.num_threads, pass.num_chunks));
   // Whole cache lines each: packed columns with bias, mass and panels, then the rows' running results.
-  const int64_t weight_floats = panel_floats(H, pass.packed_columns), panel_size = sizeof(Panel) / sizeof(float);
+  const int64_t weight_floats = panel_floats(product, pass.packed_columns), panel_size = sizeof(Panel) / sizeof(float);
   const int64_t num_panels = pass.packed_columns / TILE_COLUMNS;
   const int64_t packing_floats = ceil_div(weight_floats + 2 * pass.packed_columns + num_panels * panel_size, 16) * 16;
   const int64_t state_floats = R * static_cast<int64_t>(sizeof(RowState<EXTRAS>) / sizeof(float));
-  Buffer x_memory(panel_floats(H, R)), x_panels(ceil_div(R, TILE_ROWS) * panel_size);
+  Buffer x_memory(panel_floats(product, R)), x_panels(ceil_div(R, TILE_ROWS) * panel_size);
   const int64_t num_parts = pass.num_chunks * R;
   int64_t num_wanted = 0;
   for (const double* field : args.partials) num_wanted += field != nullptr;
@@ -250,7 +252,7 @@ static int run_pass(const ForwardArgs& args) {
     RowState<EXTRAS>* states = reinterpret_cast<RowState<EXTRAS>*>(own + packing_floats);
 #pragma omp for schedule(dynamic)
     for (int64_t top = 0; top < R; top += TILE_ROWS) {
-      pass.x_panels[top / TILE_ROWS] = pack_x_panel(args.product, top, x_memory.data + panel_floats(H, top));
+      pass.x_panels[top / TILE_ROWS] = pack_x_panel(product, top, x_memory.data + panel_floats(product, top));
     }
 #pragma omp for schedule(dynamic)
     for (int64_t chunk = 0; chunk < pass.num_chunks; chunk++) {

@@ -34,12 +34,12 @@ static float differentiate(const Row& row, float softcap, float* z) {
 static void run_columns(const GradientArgs& args, const Panel* x_panels, int64_t first, int64_t stop, float* packing,
                         float* sums_R) {
   const Product& product = args.product;
-  const int64_t R = product.num_rows, V = product.num_columns, H = product.hidden_size;
+  const int64_t R = product.num_rows, V = product.num_columns;
   float bias[CHUNK_COLUMNS];
   Panel panels[CHUNK_COLUMNS / TILE_COLUMNS];
   for (int64_t column = first; column < stop; column += TILE_COLUMNS) {
     const int64_t place = column - first;
-    panels[place / TILE_COLUMNS] = pack_weight_panel(product, column, packing + panel_floats(H, place));
+    panels[place / TILE_COLUMNS] = pack_weight_panel(product, column, packing + panel_floats(product, place));
     pack_bias_panel(product, column, bias + place);
   }
   alignas(64) float tile[TILE_ROWS * TILE_COLUMNS];
@@ -72,11 +72,11 @@ static void run_columns(const GradientArgs& args, const Panel* x_panels, int64_t
 
 int logit_gradient(const GradientArgs& args) {
   const Product& product = args.product;
-  const int64_t R = product.num_rows, V = product.num_columns, H = product.hidden_size;
+  const int64_t R = product.num_rows, V = product.num_columns;
   const int64_t num_chunks = ceil_div(V, CHUNK_COLUMNS);
   const int64_t num_threads = max_of(1, min_of(args.num_threads, num_chunks));
-  const int64_t packing_floats = panel_floats(H, CHUNK_COLUMNS), panel_size = sizeof(Panel) / sizeof(float);
-  Buffer x_memory(panel_floats(H, R)), x_buffer(ceil_div(R, TILE_ROWS) * panel_size);
+  const int64_t packing_floats = panel_floats(product, CHUNK_COLUMNS), panel_size = sizeof(Panel) / sizeof(float);
+  Buffer x_memory(panel_floats(product, R)), x_buffer(ceil_div(R, TILE_ROWS) * panel_size);
   Buffer packings(num_threads * packing_floats), sums(num_chunks * R);
   if (!x_memory.data || !x_buffer.data || !packings.data || !sums.data) return 1;
   Panel* x_panels = reinterpret_cast<Panel*>(x_buffer.data);
@@ -84,7 +84,7 @@ int logit_gradient(const GradientArgs& args) {
   {
 #pragma omp for schedule(dynamic)
     for (int64_t top = 0; top < R; top += TILE_ROWS) {
-      x_panels[top / TILE_ROWS] = pack_x_panel(product, top, x_memory.data + panel_floats(H, top));
+      x_panels[top / TILE_ROWS] = pack_x_panel(product, top, x_memory.data + panel_floats(product, top));
     }
 #pragma omp for schedule(dynamic)
     for (int64_t chunk = 0; chunk < num_chunks; chunk++) {

@@ -10,8 +10,12 @@
 
 #if defined(__AVX512BF16__)
 #define FASTPREF_ISA avx512_bf16
+#elif defined(__AVX512VNNI__)
+#define FASTPREF_ISA avx512_vnni
 #elif defined(__AVX512F__)
 #define FASTPREF_ISA avx512
+#elif defined(__AVXVNNI__)
+#define FASTPREF_ISA avx_vnni
 #else
 #define FASTPREF_ISA avx2
 #endif
@@ -21,6 +25,7 @@ namespace FASTPREF_ISA {
 #if defined(__AVX512F__)
 
 typedef __m512 Vec;
+typedef __m512i Words;    // 32-bit lanes
 typedef __m256i HalfVec;  // 16-bit lanes
 constexpr int LANES = 16;
 constexpr int TILE_ROWS = 14, TILE_VECS = 2;  // 28 of 32 registers accumulate
@@ -56,10 +61,36 @@ static inline Vec interleave_high(Vec a, Vec b) {
   const __m512i from = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
   return _mm512_permutex2var_ps(a, from, b);
 }
+static inline Vec max_keeping_nan(Vec a, Vec b) {
+  return _mm512_mask_mov_ps(_mm512_max_ps(a, b), _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), a);
+}
+static inline Words bits(Vec a) { return _mm512_castps_si512(a); }
+static inline Vec of_bits(Words a) { return _mm512_castsi512_ps(a); }
+static inline Words broadcast_word(int32_t a) { return _mm512_set1_epi32(a); }
+static inline Words exclusive_or(Words a, Words b) { return _mm512_xor_si512(a, b); }
+static inline Words either(Words a, Words b) { return _mm512_or_si512(a, b); }
+static inline Words both(Words a, Words b) { return _mm512_and_si512(a, b); }
+static inline Words low_byte(Words a, int shift) {
+  return _mm512_slli_epi32(_mm512_and_si512(a, _mm512_set1_epi32(0xff)), static_cast<unsigned>(shift));
+}
+static inline Vec to_float(Words a) { return _mm512_cvtepi32_ps(a); }
+static inline Words to_nearest(Vec a) { return _mm512_cvtps_epi32(a); }  // ties to even
+// sum + u0 s0 + u1 s1 + u2 s2 + u3 s3 in each lane, bytes of u unsigned, those of s signed.
+static inline Words dot_bytes(Words sum, Words u, Words s) {
+#if defined(__AVX512VNNI__)
+  return _mm512_dpbusd_epi32(sum, u, s);
+#else
+  const Words even = _mm512_set1_epi32(0x00ff00ff);
+  const Words low = _mm512_madd_epi16(_mm512_and_si512(u, even), _mm512_srai_epi16(_mm512_slli_epi16(s, 8), 8));
+  const Words high = _mm512_madd_epi16(_mm512_srli_epi16(u, 8), _mm512_srai_epi16(s, 8));
+  return _mm512_add_epi32(sum, _mm512_add_epi32(low, high));
+#endif
+}
 
 #else
 
 typedef __m256 Vec;
+typedef __m256i Words;
 typedef __m128i HalfVec;
 constexpr int LANES = 8;
 constexpr int TILE_ROWS = 6, TILE_VECS = 2;  // 12 of 16 registers accumulate
@@ -87,6 +118,30 @@ static inline Vec interleave_low(Vec a, Vec b) {
 }
 static inline Vec interleave_high(Vec a, Vec b) {
   return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x31);
+}
+static inline Vec max_keeping_nan(Vec a, Vec b) {
+  return _mm256_blendv_ps(_mm256_max_ps(a, b), a, _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+}
+static inline Words bits(Vec a) { return _mm256_castps_si256(a); }
+static inline Vec of_bits(Words a) { return _mm256_castsi256_ps(a); }
+static inline Words broadcast_word(int32_t a) { return _mm256_set1_epi32(a); }
+static inline Words exclusive_or(Words a, Words b) { return _mm256_xor_si256(a, b); }
+static inline Words either(Words a, Words b) { return _mm256_or_si256(a, b); }
+static inline Words both(Words a, Words b) { return _mm256_and_si256(a, b); }
+static inline Words low_byte(Words a, int shift) {
+  return _mm256_slli_epi32(_mm256_and_si256(a, _mm256_set1_epi32(0xff)), shift);
+}
+static inline Vec to_float(Words a) { return _mm256_cvtepi32_ps(a); }
+static inline Words to_nearest(Vec a) { return _mm256_cvtps_epi32(a); }
+static inline Words dot_bytes(Words sum, Words u, Words s) {
+#if defined(__AVXVNNI__)
+  return _mm256_dpbusd_avx_epi32(sum, u, s);
+#else
+  const Words even = _mm256_set1_epi32(0x00ff00ff);
+  const Words low = _mm256_madd_epi16(_mm256_and_si256(u, even), _mm256_srai_epi16(_mm256_slli_epi16(s, 8), 8));
+  const Words high = _mm256_madd_epi16(_mm256_srli_epi16(u, 8), _mm256_srai_epi16(s, 8));
+  return _mm256_add_epi32(sum, _mm256_add_epi32(low, high));
+#endif
 }
 
 #endif

@@ -8,6 +8,8 @@
 // them as bf16 tensors and backward widened, so the numbers decide and not the dtype: a logit is multiplied in pairs if
 // all numbers of its row and of its column are narrow, that is bf16 numbers. That depends on no neighbour either.
 //
+// INT8 numbers are multiplied in fours, into sums of integers that are exact, and then by the two scales.
+//
 // Dims: R rows, H hidden, V vocabulary. Rows are packed in panels of TILE_ROWS (the last one narrower), columns in
 // panels of TILE_COLUMNS (the last one filled up with zeros); a panel holds its rows or columns innermost, [H, width].
 #pragma once
@@ -40,6 +42,7 @@ struct Buffer {
   Buffer& operator=(const Buffer&) = delete;
 };
 
+// The numbers of any dtype but INT8.
 static inline Vec load_widened(const void* values, int64_t offset, int64_t dtype) {
   if (dtype == FP32) return load(static_cast<const float*>(values) + offset);
   const HalfVec half = load_half(static_cast<const uint16_t*>(values) + offset);
@@ -71,13 +74,18 @@ static inline void transpose(Vec* rows) {
 }
 
 struct Panel {
-  float* wide;      // [H, width]
+  float* wide;      // [H, width]; of INT8 [ceil(H / 4), width] words, the bytes of columns with 128 added
   float* pairs;     // [ceil(H / 2), width], two bf16 numbers in each; filled in where `narrow` is not 0
+                    // of INT8 [2, width]: scales, and for rows integers that take the 128 out of their sums again
   uint32_t narrow;  // bit i: row or column i holds bf16 numbers only
 };
 
 static inline int64_t pairs_of(int64_t H) { return HAS_PAIRS ? ceil_div(H, 2) : 0; }
-static inline int64_t panel_floats(int64_t H, int64_t width) { return (H + pairs_of(H)) * width; }
+static inline int64_t words_of(int64_t H) { return ceil_div(H, 4); }
+static inline int64_t panel_floats(const Product& product, int64_t width) {
+  const int64_t H = product.hidden_size;
+  return (product.dtype == INT8 ? words_of(H) + 2 : H + pairs_of(H)) * width;
+}
 
 static inline uint32_t bits_of(float a) {
   uint32_t bits;
@@ -97,8 +105,62 @@ static void pack_pairs(const Panel& panel, int64_t H, int64_t width) {
   }
 }
 
+// `count` bytes of INT8 rows, at most as many as a vector holds, then zeros.
+static inline Vec load_bytes(const void* values, int64_t offset, int64_t count) {
+  const char* place = static_cast<const char*>(values) + offset;
+  if (count >= 4 * LANES) return load(reinterpret_cast<const float*>(place));
+  float part[LANES] = {};
+  __builtin_memcpy(part, place, static_cast<size_t>(count));
+  return load(part);
+}
+
+static Panel pack_weight_bytes(const Product& product, int64_t first, float* memory) {
+  const int64_t H = product.hidden_size, num_words = words_of(H);
+  const Panel panel = {memory, memory + num_words * TILE_COLUMNS, 0};
+  const Words flip = broadcast_word(static_cast<int32_t>(0x80808080u));
+  for (int64_t group = 0; group < TILE_COLUMNS; group += LANES) {
+    const int64_t num_columns = min_of(LANES, product.num_columns - first - group);
+    for (int64_t k = 0; k < num_words; k += LANES) {
+      Vec rows[LANES];
+      for (int i = 0; i < LANES; i++) {
+        const int64_t offset = (first + group + i) * product.weight_stride + 4 * k;
+        rows[i] = i < num_columns ? load_bytes(product.weight, offset, H - 4 * k) : broadcast(0.0f);
+      }
+      transpose(rows);
+      for (int64_t i = 0; i < min_of(LANES, num_words - k); i++) {
+        store(panel.wide + (k + i) * TILE_COLUMNS + group, of_bits(exclusive_or(bits(rows[i]), flip)));
+      }
+    }
+    for (int64_t i = 0; i < LANES; i++) {
+      panel.pairs[group + i] = i < num_columns ? product.weight_scales[first + group + i] : 0.0f;
+    }
+  }
+  return panel;
+}
+
+static Panel pack_x_bytes(const Product& product, int64_t first, float* memory) {
+  const int64_t H = product.hidden_size, num_words = words_of(H);
+  const int64_t num_rows = min_of(TILE_ROWS, product.num_rows - first);
+  const Panel panel = {memory, memory + num_words * num_rows, 0};
+  for (int64_t i = 0; i < num_rows; i++) {
+    const int8_t* row = static_cast<const int8_t*>(product.x) + (first + i) * product.x_stride;
+    int32_t sum = 0;
+    for (int64_t k = 0; k < H; k++) sum += row[k];
+    for (int64_t k = 0; k < num_words; k++) {
+      float word = 0.0f;
+      __builtin_memcpy(&word, row + 4 * k, static_cast<size_t>(min_of(4, H - 4 * k)));
+      panel.wide[k * num_rows + i] = word;
+    }
+    const int32_t correction = -128 * sum;
+    panel.pairs[i] = product.x_scales[first + i];
+    __builtin_memcpy(panel.pairs + num_rows + i, &correction, sizeof(correction));
+  }
+  return panel;
+}
+
 // Pack columns [first, first + TILE_COLUMNS) of the logits, that is rows of the weight.
 static Panel pack_weight_panel(const Product& product, int64_t first, float* memory) {
+  if (product.dtype == INT8) return pack_weight_bytes(product, first, memory);
   const int64_t H = product.hidden_size;
   Panel panel = {memory, memory + H * TILE_COLUMNS, 0};
   for (int64_t group = 0; group < TILE_COLUMNS; group += LANES) {
@@ -132,12 +194,14 @@ static void pack_bias_panel(const Product& product, int64_t first, float* panel)
   for (int64_t group = 0; group < TILE_COLUMNS; group += LANES) {
     const int64_t count = max_of(0, min_of(LANES, product.num_columns - first - group));
     const bool wanted = product.bias != nullptr && count > 0;
-    store(panel + group, wanted ? load_widened_part(product.bias, first + group, count, product.dtype) : broadcast(0.0f));
+    const int64_t dtype = product.dtype == INT8 ? static_cast<int64_t>(FP32) : product.dtype;
+    store(panel + group, wanted ? load_widened_part(product.bias, first + group, count, dtype) : broadcast(0.0f));
   }
 }
 
 // Pack the rows from `first` on, at most TILE_ROWS.
 static Panel pack_x_panel(const Product& product, int64_t first, float* memory) {
+  if (product.dtype == INT8) return pack_x_bytes(product, first, memory);
   const int64_t H = product.hidden_size, num_rows = min_of(TILE_ROWS, product.num_rows - first);
   Panel panel = {memory, memory + H * num_rows, 0};
   for (int64_t i = 0; i < num_rows; i++) {
@@ -197,8 +261,49 @@ static void multiply_rows(int num_rows, const float* x, const float* weight, int
   if constexpr (ROWS > 1) multiply_rows<IN_PAIRS, ROWS - 1>(num_rows, x, weight, steps, tile);
 }
 
+// tile [ROWS, TILE_COLUMNS] = sums of products of bytes, times the scales of row and column.
+template <int ROWS>
+static void multiply_byte_panels(const Panel& x, const Panel& weight, int64_t num_words, float* tile) {
+  Words sums[ROWS][TILE_VECS];
+#pragma GCC unroll 16
+  for (int i = 0; i < ROWS; i++) {
+    int32_t correction;
+    __builtin_memcpy(&correction, x.pairs + ROWS + i, sizeof(correction));
+#pragma GCC unroll 4
+    for (int v = 0; v < TILE_VECS; v++) sums[i][v] = broadcast_word(correction);
+  }
+  for (int64_t k = 0; k < num_words; k++) {
+    Words columns[TILE_VECS];
+#pragma GCC unroll 4
+    for (int v = 0; v < TILE_VECS; v++) columns[v] = bits(load(weight.wide + k * TILE_COLUMNS + v * LANES));
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; i++) {
+      int32_t row;
+      __builtin_memcpy(&row, x.wide + k * ROWS + i, sizeof(row));
+#pragma GCC unroll 4
+      for (int v = 0; v < TILE_VECS; v++) sums[i][v] = dot_bytes(sums[i][v], columns[v], broadcast_word(row));
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < ROWS; i++) {
+#pragma GCC unroll 4
+    for (int v = 0; v < TILE_VECS; v++) {
+      const Vec scaled = to_float(sums[i][v]) * broadcast(x.pairs[i]);
+      store(tile + i * TILE_COLUMNS + v * LANES, scaled * load(weight.pairs + v * LANES));
+    }
+  }
+}
+
+template <int ROWS = TILE_ROWS>
+static void multiply_bytes(int num_rows, const Panel& x, const Panel& weight, int64_t num_words, float* tile) {
+  if (num_rows == ROWS) return multiply_byte_panels<ROWS>(x, weight, num_words, tile);
+  if constexpr (ROWS > 1) multiply_bytes<ROWS - 1>(num_rows, x, weight, num_words, tile);
+}
+
 // The product of two panels: in pairs where row and column are narrow, else in fp32.
-static void multiply(const Panel& x, int num_rows, const Panel& weight, int64_t H, float* tile) {
+static void multiply(const Panel& x, int num_rows, const Panel& weight, const Product& product, float* tile) {
+  const int64_t H = product.hidden_size;
+  if (product.dtype == INT8) return multiply_bytes(num_rows, x, weight, words_of(H), tile);
   if (x.narrow == 0 || weight.narrow == 0) return multiply_rows<false>(num_rows, x.wide, weight.wide, H, tile);
   if constexpr (HAS_PAIRS) {
     const uint32_t all_rows = ~0u >> (32 - num_rows), all_columns = ~0u >> (32 - TILE_COLUMNS);
@@ -229,7 +334,7 @@ static void bias_scale_and_cap(const Product& product, const float* bias_panel, 
 // The logits of one pair of panels, [num_rows, TILE_COLUMNS]; -inf in the columns from `num_columns` on.
 static void logit_tile(const Product& product, const Panel& x_panel, int num_rows, const Panel& weight_panel,
                        const float* bias_panel, int64_t num_columns, float* tile) {
-  multiply(x_panel, num_rows, weight_panel, product.hidden_size, tile);
+  multiply(x_panel, num_rows, weight_panel, product, tile);
   bias_scale_and_cap(product, bias_panel, num_rows, tile);
   for (int i = 0; i < num_rows; i++)
     for (int64_t c = num_columns; c < TILE_COLUMNS; c++) tile[i * TILE_COLUMNS + c] = -__builtin_inff();

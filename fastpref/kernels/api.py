@@ -20,10 +20,11 @@ from torch.distributed import ProcessGroup
 from fastpref.kernels import active, checks, plan_options
 from fastpref.kernels.engine import Head
 from fastpref.kernels.engines import resolve_backend
-from fastpref.kernels.ops import ForwardOptions, Operands, Settings
+from fastpref.kernels.ops import ForwardOptions, Operands, Screen, Settings
 from fastpref.kernels.outputs import STATISTICS, SequenceLogps
 from fastpref.kernels.reference import RowOutputs, reference_rows
 from fastpref.kernels.rows import check_rows, derive_rows, gather_rows, rows_on_device, segment_sum
+from fastpref.kernels.screening import ScreenedHead, check_screened
 from fastpref.kernels.transforms import score_rows
 from fastpref.kernels.vocab_parallel import shard_start, vocabulary_size
 from fastpref.kernels.weight_sum import check_is_current, check_weight_sum
@@ -47,7 +48,9 @@ def linear_logps(
     sequence_parallel: bool = False,
     main_grad: Tensor | None = None,
     weight_sum: Tensor | None = None,
+    screened: ScreenedHead | None = None,
     backend: str = "auto",
+    forward: str = "exact",
     backward: str = "auto",
     active_eps: float | None = None,
     cache_bytes: int | None = None,
@@ -86,8 +89,17 @@ def linear_logps(
         weight_sum: [H], what `sum_weight(weight)` returns, for "active", whose backward pass otherwise reads all of
             `weight` once to know it; under autocast too that of `weight` as it is given. One computed before the weight
             was last written to, through `.data` too, gives wrong gradients of `hidden`; `debug` finds out.
+        screened: what `screen_weight(weight)` returns, for forward="screened", which otherwise makes it anew in every
+            call. One of another weight or of an earlier version is refused.
         backend: "triton" (GPU), "torch" (tiled, any device; on a CPU with native passes where they are built),
             "reference" (holds the logits); "auto" = "triton" on a GPU that has it, else "torch".
+        forward: which logits are multiplied exactly:
+            "exact" - all.
+            "screened" - those of the active columns (see `backward`), which an int8 pass over all columns finds. What
+            that pass adds for the others is at most `active_eps` of a row's probability on average: on real text a
+            log-probability is off by 2e-4 nat (root mean square; docs/numerics.md). Labels, and the largest logits,
+            are exact. For a flat distribution, rows or weights that are not finite, and less than 4096 columns the
+            exact pass takes its place; `active_fraction` is 1.0 then, or what the exact pass finds.
         backward: which logits the backward pass looks at, and where it has them from:
             "active" - only of the columns that matter: all labels, and those that hold all but `active_eps` of the
             probability of a row on average, and more than that of any single row. The rest enters the gradient of
@@ -97,7 +109,7 @@ def linear_logps(
             "recompute" - all of them, multiplied out again block by block.
             "cached" - all of them, kept from the forward pass as bf16 exponentials, 2 bytes per row and column.
             "exact" - "cached" for 16-bit inputs that fit `cache_bytes`, else "recompute".
-            "auto" - "active" for 16-bit inputs, "exact" for others.
+            "auto" - "active" for 16-bit inputs and forward="screened", "exact" for others.
         active_eps: for "active", in (0, 1); None = 2**-8.
         cache_bytes: budget of "exact" and "cached" in bytes; None = 512 MiB on a GPU and 0 on a CPU for "exact", no
             limit for "cached".
@@ -117,7 +129,7 @@ def linear_logps(
     Memory: O(R * H) and a few tiles of logits, never R x V; "cached" holds its budget.
 
     Determinism: bitwise repeatable; a sequence's log-probabilities do not depend, bit for bit, on what else is in the
-    batch or on packing (excepted are fp64, meant for gradient checks, which BLAS rounds by position where H is odd, and
+    batch or on packing (excepted are forward="screened", whose active columns are those of the whole call; fp64, meant for gradient checks, which BLAS rounds by position where H is odd, and
     "reference", whose products have as many rows as the batch).
 
     Raises:
@@ -139,8 +151,9 @@ def linear_logps(
     checks.check_choice("backend", backend, checks.BACKENDS)
     backend = resolve_backend(backend, hidden)
     checks.check_main_grad(main_grad, hidden, weight, backend)
-    plan = plan_options.resolve_plan(backward, backend, hidden, softcap, active_eps, cache_bytes, stats)
+    plan = plan_options.resolve_plan(backward, backend, hidden, softcap, active_eps, cache_bytes, stats, forward)
     check_weight_sum(weight_sum, hidden, backward, plan.name)
+    check_screened(screened, given_weight, forward)
     group = checks.check_parallel(hidden, weight, tp_group, vocab_start, sequence_parallel, backend)
     for name, ids in (("labels", labels), ("nll_labels", nll_labels)):
         if ids is not None or name == "labels":
@@ -170,7 +183,13 @@ def linear_logps(
     activity: dict[str, Tensor] = {}
     if backend == "reference":
         head = Head(weight, bias, logit_scale, softcap)
-        outputs = reference_rows(gather_rows(hidden, index_R), head, targets_R, statistics)
+        outputs = reference_rows(
+            gather_rows(hidden, index_R),
+            head,
+            targets_R,
+            statistics,
+            plan.active_eps if forward == "screened" else None,
+        )
     else:
         group_name = None if group is None else group.group_name
         if vocab_start is not None:
@@ -181,7 +200,10 @@ def linear_logps(
         given_rows = rows if sequence_parallel and group is not None else index_R
         operands = Operands(hidden, weight, bias, given_rows, targets_R, weight_sum)
         settings = Settings(logit_scale, softcap, group_name, sequence_parallel, backend)
-        outputs, activity = _fused_rows(operands, settings, main_grad, statistics, plan, stats)
+        screen = Screen(forward == "screened")
+        if screened is not None:
+            screen = Screen(True, screened.values, screened.scales, weight is given_weight)
+        outputs, activity = _fused_rows(operands, settings, main_grad, statistics, plan, stats, screen)
     results = _sum_to_sequences(outputs, labels_R, nll_labels_R, ignore_index, bounds, "token_logps" in stats)
     return SequenceLogps(rows=rows, cu_rows=cu_rows, **results, **activity)
 
@@ -193,8 +215,9 @@ def _fused_rows(
     statistics: tuple[str, ...],
     plan: plan_options.BackwardPlan,
     stats: Sequence[str],
+    screen: Screen,
 ) -> tuple[RowOutputs, dict[str, Tensor]]:
-    """Score rows by the fused operator; also what it leaves out, where asked and where a gradient can follow.
+    """Score rows by the fused operator; also what it leaves out, where asked and where it leaves something out.
 
     Args:
         operands: see `ops`.
@@ -203,15 +226,16 @@ def _fused_rows(
         statistics: those that the operator computes.
         plan: of the backward pass.
         stats: everything that was asked for.
+        screen: of the forward pass.
     """
     inputs = [tensor for tensor in (operands.hidden, operands.weight, operands.bias) if tensor is not None]
     needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     name = plan.name if needs_gradient else "none"
     options = ForwardOptions(main_grad, statistics, name, plan.active_eps, plan.cache_bytes)
-    saved, report = score_rows(operands, settings, options)
+    saved, report = score_rows(operands, settings, options, screen)
     outputs = RowOutputs(saved.token_logps_R, dict(zip(statistics, report.statistics_KR.unbind(), strict=True)))
     asked = [stat for stat in checks.ACTIVITY_STATS if stat in stats]
-    if not needs_gradient or not asked:
+    if not asked or not (needs_gradient or screen.is_wanted):
         return outputs, {}
     sizes = operands.labels_R.shape[0], operands.weight.shape[0]
     found = active.summary(saved.num_active.detach(), report.cold_mass.detach(), *sizes)

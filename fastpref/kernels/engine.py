@@ -37,6 +37,27 @@ class Head(NamedTuple):
     softcap: float | None
 
 
+class Int8Rows(NamedTuple):
+    """Rows [N, H] of numbers, `values * scales` once they are rotated; see `screening`.
+
+    Attributes:
+        values_NH: int8 contiguous, none of them -128.
+        scales_N: fp32; NaN where a row has no scale: it holds a NaN or an infinity, or nothing but next to nothing.
+    """
+
+    values_NH: Tensor
+    scales_N: Tensor
+
+
+class Int8Head(NamedTuple):
+    """A head whose weight is int8; else as `Head`, with the bias in fp32."""
+
+    columns: Int8Rows
+    bias_V: Tensor | None
+    logit_scale: float
+    softcap: float | None
+
+
 class ExponentCache(NamedTuple):
     """The numerators of the softmax, kept from the forward pass: `exp(z) = values * 2**exponents`.
 
@@ -101,6 +122,20 @@ class Engine(Protocol):
             fields: what to reduce each row to, as `outputs.fields_of` returns it; no other field costs anything.
             bound_R: accumulation dtype [R], a lower bound of each row's log-sum-exp; None = no column masses.
             with_cache: keep the exponentials. Never with a softcap or fp64.
+        """
+
+    def screen_rows(
+        self,
+        rows: Int8Rows,
+        head: Int8Head,
+        labels_R: Tensor,
+        *,
+        fields: tuple[str, ...],
+        bound_R: Tensor | None,
+    ) -> ForwardRows:
+        """Reduce the logits of int8 rows over the columns of an int8 head, as `forward_rows` does, in fp32.
+
+        A sum of products is exact; it is rounded to fp32, then multiplied by the row's scale and by the column's.
         """
 
     def logit_gradient(

@@ -19,27 +19,29 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from fastpref.errors import ConfigError
-from fastpref.kernels.engine import ForwardRows, Head, RowScalars, row_chunks
+from fastpref.kernels.engine import ForwardRows, Head, Int8Head, Int8Rows, RowScalars, row_chunks
 from fastpref.kernels.outputs import FIELDS, Partials
 
 LIBRARY = Path(__file__).with_name("libfastpref_cpu.so")
 REBUILD = "`pip install -e .` in a checkout, or `python setup.py build_ext --inplace`, with a C++17 compiler"
 
 # The counterparts of csrc/cpu/abi.h.
-ABI_VERSION = 2
-BUILDS = ("avx512_bf16", "avx512", "avx2")
+ABI_VERSION = 3
+BUILDS = ("avx512_bf16", "avx512_vnni", "avx512", "avx_vnni", "avx2")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+INT8 = 3
 
 
 class _Product(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "labels")),
+        *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "x_scales", "weight_scales", "labels")),
         *((name, ctypes.c_int64) for name in ("num_rows", "num_columns", "hidden_size")),
         *((name, ctypes.c_int64) for name in ("x_stride", "weight_stride", "dtype")),
         *((name, ctypes.c_float) for name in ("logit_scale", "softcap")),
@@ -58,6 +60,18 @@ class _GradientArgs(ctypes.Structure):
     _fields_ = [
         ("product", _Product),
         *((name, ctypes.c_void_p) for name in ("coefficients", "row_max", "row_sum", "out", "covered")),
+        ("num_threads", ctypes.c_int64),
+    ]
+
+
+class _QuantiseArgs(ctypes.Structure):
+    _fields_ = [
+        ("rows", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("num_rows", "hidden_size", "stride", "dtype")),
+        ("signs", ctypes.c_void_p),
+        ("rotation_size", ctypes.c_int64),
+        ("out", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
         ("num_threads", ctypes.c_int64),
     ]
 
@@ -122,26 +136,49 @@ def forward_rows(
     Determinism: the same bits whatever the number of threads.
     """
     assert not with_cache, "the native engine keeps no exponentials"
-    num_rows, num_columns = x_RH.shape[0], head.weight_VH.shape[0]
+    sizes = x_RH.shape[0], head.weight_VH.shape[0]
+    return _reduce(lambda rows: _product(x_RH[rows], head, labels_R[rows]), *sizes, fields, bound_R)
+
+
+def screen_rows(
+    rows: Int8Rows, head: Int8Head, labels_R: Tensor, *, fields: tuple[str, ...], bound_R: Tensor | None
+) -> ForwardRows:
+    """Reduce the logits of int8 rows over the columns of an int8 head; see `engine.Engine`.
+
+    Memory: the rows, packed anew; else as `forward_rows`.
+    Determinism: the same bits whatever the number of threads, and whatever the build but for exp and tanh.
+    """
+    sizes = rows.scales_N.shape[0], head.columns.scales_N.shape[0]
+
+    def describe(part: slice) -> tuple[_Product, object]:
+        return _int8_product(Int8Rows(*(values[part] for values in rows)), head, labels_R[part])
+
+    return _reduce(describe, *sizes, fields, bound_R)
+
+
+Describe = Callable[[slice], tuple[_Product, object]]
+"""The operands of some rows, and what must outlive the call."""
+
+
+def _reduce(
+    describe: Describe, num_rows: int, num_columns: int, fields: tuple[str, ...], bound_R: Tensor | None
+) -> ForwardRows:
+    """Reduce rows, chunk by chunk where their column masses are wanted."""
     partials = Partials(fields, torch.empty(len(fields), num_rows, dtype=torch.float64, device="cpu"))
     if bound_R is None:
-        _forward(x_RH, head, labels_R, partials, None, None)
+        _forward(*describe(slice(None)), partials, None, None)
         return ForwardRows(partials, None, None)
     _pointer("bound", bound_R, torch.float32, (num_rows,))
     chunks = row_chunks(num_rows)
     mass_CV = torch.empty(len(chunks), num_columns, dtype=torch.float32, device="cpu")
     for chunk, mass_V in zip(chunks, mass_CV, strict=True):
-        part = Partials(fields, partials.values_FR[:, chunk])
-        _forward(x_RH[chunk], head, labels_R[chunk], part, bound_R[chunk], mass_V)
+        _forward(*describe(chunk), Partials(fields, partials.values_FR[:, chunk]), bound_R[chunk], mass_V)
     return ForwardRows(partials, mass_CV, None)
 
 
-def _forward(
-    x_RH: Tensor, head: Head, labels_R: Tensor, out: Partials, bound_R: Tensor | None, mass_V: Tensor | None
-) -> None:
+def _forward(product: _Product, keep: object, out: Partials, bound_R: Tensor | None, mass_V: Tensor | None) -> None:
     """Fill the partials of rows, and their column masses where there is a bound."""
-    num_rows, num_columns = x_RH.shape[0], head.weight_VH.shape[0]
-    product, keep = _product(x_RH, head, labels_R)
+    num_rows, num_columns = product.num_rows, product.num_columns
     args = _ForwardArgs(
         product=product,
         bound=None if bound_R is None else _pointer("bound", bound_R, torch.float32, (num_rows,)),
@@ -175,6 +212,52 @@ def logit_gradient(
     )
     _call("fastpref_logit_gradient", args)
     del keep
+
+
+def quantise_rows(rows_NH: Tensor, signs_H: Tensor, rotation_size: int) -> tuple[Tensor, Tensor]:
+    """Turn rows [N, H] into int8 and their scales; see `screening.quantise_rows`."""
+    num_rows, hidden_size = rows_NH.shape
+    assert hidden_size % rotation_size == 0
+    values_NH = torch.empty(num_rows, hidden_size, dtype=torch.int8, device="cpu")
+    scales_N = torch.empty(num_rows, dtype=torch.float32, device="cpu")
+    args = _QuantiseArgs(
+        rows=_pointer("rows", rows_NH, rows_NH.dtype, (num_rows, hidden_size), any_row_stride=True),
+        num_rows=num_rows,
+        hidden_size=hidden_size,
+        stride=rows_NH.stride(0),
+        dtype=DTYPES[rows_NH.dtype],
+        signs=_pointer("signs", signs_H, torch.float32, (hidden_size,)),
+        rotation_size=rotation_size,
+        out=_pointer("out", values_NH, torch.int8, (num_rows, hidden_size)),
+        scales=_pointer("scales", scales_N, torch.float32, (num_rows,)),
+        num_threads=torch.get_num_threads(),
+    )
+    _call("fastpref_quantise_rows", args)
+    return values_NH, scales_N
+
+
+def _int8_product(rows: Int8Rows, head: Int8Head, labels_R: Tensor) -> tuple[_Product, Tensor | None]:
+    """Describe int8 operands; the tensor that comes along must outlive the call."""
+    (num_rows, hidden_size), num_columns = rows.values_NH.shape, head.columns.scales_N.shape[0]
+    assert head.softcap is None or head.softcap > 0
+    bias_V = None if head.bias_V is None else head.bias_V.contiguous()
+    product = _Product(
+        x=_pointer("rows", rows.values_NH, torch.int8, (num_rows, hidden_size)),
+        weight=_pointer("columns", head.columns.values_NH, torch.int8, (num_columns, hidden_size)),
+        bias=None if bias_V is None else _pointer("bias", bias_V, torch.float32, (num_columns,)),
+        x_scales=_pointer("row scales", rows.scales_N, torch.float32, (num_rows,)),
+        weight_scales=_pointer("column scales", head.columns.scales_N, torch.float32, (num_columns,)),
+        labels=_pointer("labels", labels_R, torch.int64, (num_rows,)),
+        num_rows=num_rows,
+        num_columns=num_columns,
+        hidden_size=hidden_size,
+        x_stride=hidden_size,
+        weight_stride=hidden_size,
+        dtype=INT8,
+        logit_scale=head.logit_scale,
+        softcap=head.softcap or 0.0,
+    )
+    return product, bias_V
 
 
 def _product(x_RH: Tensor, head: Head, labels_R: Tensor) -> tuple[_Product, Tensor | None]:

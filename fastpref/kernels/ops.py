@@ -19,13 +19,14 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastpref.kernels.active import forward_with_activity
-from fastpref.kernels.engine import ExponentCache, Head, RowScalars, accumulation_dtype
+from fastpref.kernels.engine import ExponentCache, Head, Int8Rows, RowScalars, accumulation_dtype
 from fastpref.kernels.engines import engine_for
 from fastpref.kernels.outputs import fields_of
 from fastpref.kernels.partials import finish_rows
 from fastpref.kernels.plans import Kept, Wanted, backward_rows, caches
 from fastpref.kernels.registration import register, unflatten
 from fastpref.kernels.schedule import live_rows
+from fastpref.kernels.screened import forward_screened
 from fastpref.kernels.vocab_parallel import group_by_name, merge_shards, row_access
 
 
@@ -86,6 +87,22 @@ class ForwardOptions(NamedTuple):
     cache_bytes: int
 
 
+class Screen(NamedTuple):
+    """What a screened forward pass is told.
+
+    Attributes:
+        is_wanted: else the pass is exact.
+        values: int8 [V_local, H], with `scales` the int8 form of the weight; None makes it.
+        scales: fp32 [V_local].
+        is_of_weight: the form is of `Operands.weight` itself, not of what was cast to it: they can be compared.
+    """
+
+    is_wanted: bool = False
+    values: Tensor | None = None
+    scales: Tensor | None = None
+    is_of_weight: bool = False
+
+
 class Saved(NamedTuple):
     """Results that the backward pass needs; the last five are [0] where the plan has none.
 
@@ -94,7 +111,7 @@ class Saved(NamedTuple):
         row_max_R: [R], like `row_sum_R` as in `partials.RowResults`.
         row_sum_R: [R].
         is_active_V: bool [V_local], the active columns.
-        num_active: int64 [1], their number.
+        num_active: int64 [1], their number; also of a screened pass.
         shard_share_R: [R], the shard's share of each row's softmax.
         cache_RV: bf16 [R, V_local], the cache's values.
         cache_exponents_RN: int32 [R, N].
@@ -145,11 +162,11 @@ class Gradients(NamedTuple):
     bias: Tensor
 
 
-FORWARD_INPUTS, FORWARD_OUTPUTS = (Operands, Settings, ForwardOptions), (Saved, Report)
+FORWARD_INPUTS, FORWARD_OUTPUTS = (Operands, Settings, ForwardOptions, Screen), (Saved, Report)
 BACKWARD_INPUTS = (Upstream, Wanted, Saved, Operands, Settings)
 
 
-def _score(operands: Operands, settings: Settings, options: ForwardOptions) -> tuple[Tensor, ...]:
+def _score(operands: Operands, settings: Settings, options: ForwardOptions, screen: Screen) -> tuple[Tensor, ...]:
     """Compute the log-probabilities of rows, and what the plan of the backward pass needs."""
     hidden, weight, plan = operands.hidden, operands.weight, options.plan
     group = group_by_name(settings.group_name)
@@ -164,7 +181,21 @@ def _score(operands: Operands, settings: Settings, options: ForwardOptions) -> t
     cold_mass = hidden.new_empty(0, dtype=torch.float64)
     cache_RV = hidden.new_empty(0, 0, dtype=torch.bfloat16)
     cache_exponents_RN = hidden.new_empty(0, 0, dtype=torch.int32)
-    if plan == "active":
+    if screen.is_wanted:
+        local, (is_chosen_V, num_active, cold_mass), _ = forward_screened(
+            engine,
+            x_RH,
+            head,
+            operands.labels_R,
+            None if screen.values is None or screen.scales is None else Int8Rows(screen.values, screen.scales),
+            fields=fields,
+            active_eps=options.active_eps,
+            needs_gradient=plan == "active",
+            can_compare=screen.is_of_weight,
+            group=group,
+        )
+        is_active_V = is_chosen_V if plan == "active" else is_active_V
+    elif plan == "active":
         local, (is_active_V, num_active, cold_mass) = forward_with_activity(
             engine, x_RH, head, operands.labels_R, fields=fields, active_eps=options.active_eps, group=group
         )
@@ -191,10 +222,11 @@ def _score(operands: Operands, settings: Settings, options: ForwardOptions) -> t
     return (*saved, *Report(results.statistics, cold_mass))
 
 
-def _fake_score(operands: Operands, settings: Settings, options: ForwardOptions) -> tuple[Tensor, ...]:
+def _fake_score(operands: Operands, settings: Settings, options: ForwardOptions, screen: Screen) -> tuple[Tensor, ...]:
     hidden, num_rows, num_columns = operands.hidden, operands.rows.shape[0], operands.weight.shape[0]
     row = hidden.new_empty(num_rows, dtype=accumulation_dtype(hidden.dtype))
     is_active = options.plan == "active"
+    has_choice = is_active or screen.is_wanted
     cached: list[Any] = [0, 0, 0]
     if options.plan in ("cached", "exact") and options.cache_bytes:
         cached = [torch.library.get_ctx().new_dynamic_size() for _ in range(3)]
@@ -203,12 +235,12 @@ def _fake_score(operands: Operands, settings: Settings, options: ForwardOptions)
         row_max_R=row.clone(),
         row_sum_R=row.clone(),
         is_active_V=hidden.new_empty(num_columns if is_active else 0, dtype=torch.bool),
-        num_active=hidden.new_empty(1 if is_active else 0, dtype=torch.int64),
+        num_active=hidden.new_empty(1 if has_choice else 0, dtype=torch.int64),
         shard_share_R=row.clone() if is_active and settings.group_name is not None else row.new_empty(0),
         cache_RV=hidden.new_empty(cached[0], cached[1], dtype=torch.bfloat16),
         cache_exponents_RN=hidden.new_empty(cached[0], cached[2], dtype=torch.int32),
     )
-    cold_mass = hidden.new_empty(() if is_active else (0,), dtype=torch.float64)
+    cold_mass = hidden.new_empty(() if has_choice else (0,), dtype=torch.float64)
     return (*saved, *Report(row.new_empty(len(options.stats), num_rows), cold_mass))
 
 
@@ -281,7 +313,7 @@ linear_logps_bwd_into = register(
 
 def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """Keep what `differentiate_rows` needs."""
-    operands, ctx.settings, options = unflatten(inputs, FORWARD_INPUTS)
+    operands, ctx.settings, options, _ = unflatten(inputs, FORWARD_INPUTS)
     saved, _ = unflatten(output, FORWARD_OUTPUTS)
     # It stays out of what is saved: other microbatches may add to it in between.
     ctx.buffer = Buffer(options.main_grad)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastpref.kernels.checks import ACTIVITY_STATS, check_choice
 
+FORWARD_PLANS = ("exact", "screened")
 BACKWARD_PLANS = ("auto", "exact", "recompute", "active", "cached")
 DEFAULT_ACTIVE_EPS = 2.0**-8
 DEFAULT_DEVICE_CACHE_BYTES = 512 * 2**20
@@ -29,11 +30,11 @@ class BackwardPlan(NamedTuple):
     cache_bytes: int
 
 
-def plan_name(backward: str, dtype: torch.dtype) -> str:
-    """Return what `backward` stands for with inputs of `dtype`: "auto" is "active" in 16 bits, else "exact"."""
+def plan_name(backward: str, dtype: torch.dtype, forward: str = "exact") -> str:
+    """Return what `backward` stands for: "auto" is "active" in 16 bits and for a screened forward, else "exact"."""
     if backward != "auto":
         return backward
-    return "active" if dtype in (torch.bfloat16, torch.float16) else "exact"
+    return "active" if forward == "screened" or dtype in (torch.bfloat16, torch.float16) else "exact"
 
 
 def resolve_plan(
@@ -44,6 +45,7 @@ def resolve_plan(
     active_eps: float | None,
     cache_bytes: int | None,
     stats: Sequence[str],
+    forward: str = "exact",
 ) -> BackwardPlan:
     """Return the plan that `backward` stands for, or say why the combination of options cannot be.
 
@@ -52,14 +54,17 @@ def resolve_plan(
         ValueError: unknown name, a number out of range, or an option that the plan does not use.
     """
     check_choice("backward", backward, BACKWARD_PLANS)
-    name = plan_name(backward, hidden.dtype)
+    check_choice("forward", forward, FORWARD_PLANS)
+    name = plan_name(backward, hidden.dtype, forward)
+    if forward == "screened":
+        _check_screened(name, backward)
     if backend == "reference":
-        if backward not in ("auto", "exact"):
+        if backward not in ("auto", "exact") and (forward, backward) != ("screened", "active"):
             raise ValueError(
                 f"backend='reference' keeps the logits and differentiates them, got backward={backward!r}; use "
                 "backward='auto' or 'exact'"
             )
-        name = "exact"
+        name = "exact" if forward == "exact" else "active"
     if name == "cached" and (softcap is not None or hidden.dtype == torch.float64):
         raise ValueError(
             f"backward='cached' keeps bf16 exponentials, which serve neither a softcap nor fp64, got softcap={softcap} "
@@ -74,7 +79,7 @@ def resolve_plan(
             f"{cache_bytes} with {hidden.dtype} and softcap={softcap}, which it recomputes; leave it out"
         )
     for stat in stats:
-        if stat in ACTIVITY_STATS and name != "active":
+        if stat in ACTIVITY_STATS and (name != "active" or backend == "reference"):
             raise ValueError(
                 f"stats {stat!r} describes backward='active', got backward={backward!r} with {hidden.dtype}, which is "
                 f"{name!r}; leave it out, or pass backward='active'"
@@ -82,6 +87,14 @@ def resolve_plan(
     if cache_bytes is None:
         cache_bytes = 2**62 if name == "cached" else DEFAULT_DEVICE_CACHE_BYTES if hidden.is_cuda else 0
     return BackwardPlan(name, DEFAULT_ACTIVE_EPS if active_eps is None else float(active_eps), cache_bytes)
+
+
+def _check_screened(name: str, backward: str) -> None:
+    if name != "active":
+        raise ValueError(
+            f"forward='screened' has the exact logits of active columns only, got backward={backward!r}, which looks at "
+            "all of them; use backward='active' or 'auto'"
+        )
 
 
 def _check_active_eps(active_eps: float | None, name: str, backward: str) -> None:

@@ -14,7 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastpref.kernels import torch_tiles
 from fastpref.kernels.engine import Head
+from fastpref.kernels.outputs import LOGP_FIELDS
+from fastpref.kernels.screened import forward_screened
+from fastpref.kernels.screening import quantise_rows
 
 
 class RowOutputs(NamedTuple):
@@ -49,11 +53,16 @@ _STATISTICS: dict[str, Callable[[_Rows], Tensor]] = {
 }
 
 
-def reference_rows(x_RH: Tensor, head: Head, labels_R: Tensor, stats: Sequence[str]) -> RowOutputs:
+def reference_rows(
+    x_RH: Tensor, head: Head, labels_R: Tensor, stats: Sequence[str], screen_eps: float | None = None
+) -> RowOutputs:
     """Log-probabilities and statistics of each row's label under `log_softmax(z)`.
 
     `z = logit_scale * (x @ weight.T + bias)`, then `z = softcap * tanh(z / softcap)` if there is a softcap. The product
     is in the dtype of the inputs, everything after it in fp32 (fp64 for fp64 inputs).
+
+    With `screen_eps`, the tolerance of a screened pass, the logits of the columns that it leaves out are those of their
+    int8 form, and have the gradient of exact ones.
 
     Returns:
         RowOutputs. A label outside [0, V) gives logp NaN, hit 0, and no gradient.
@@ -64,12 +73,43 @@ def reference_rows(x_RH: Tensor, head: Head, labels_R: Tensor, stats: Sequence[s
     logits_RV = logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32)) * head.logit_scale
     if head.softcap is not None:
         logits_RV = head.softcap * torch.tanh(logits_RV / head.softcap)
+    if screen_eps is not None:
+        logits_RV = logits_RV + _screening_error(logits_RV.detach(), x_RH.detach(), head, labels_R, screen_eps)
     logps_RV = torch.log_softmax(logits_RV, dim=1)
     is_valid_R = (labels_R >= 0) & (labels_R < head.weight_VH.shape[0])
     ids_R1 = torch.where(is_valid_R, labels_R, 0).unsqueeze(1)
     token_logps_R = torch.where(is_valid_R, logps_RV.gather(1, ids_R1).squeeze(1), float("nan"))
     rows = _Rows(logits_RV.detach(), logps_RV.detach(), logits_RV.detach().gather(1, ids_R1), is_valid_R)
     return RowOutputs(token_logps_R, {name: _STATISTICS[name](rows).to(logps_RV.dtype) for name in stats})
+
+
+@torch.no_grad()
+def _screening_error(
+    logits_RV: Tensor, x_RH: Tensor, head: Head, labels_R: Tensor, screen_eps: float
+) -> Tensor | float:
+    """Return what a screened pass adds to the logits: nothing in its active columns. It is asked for those alone."""
+    found = forward_screened(
+        torch_tiles,
+        x_RH,
+        head,
+        labels_R,
+        None,
+        fields=LOGP_FIELDS,
+        active_eps=screen_eps,
+        needs_gradient=False,
+        can_compare=False,
+        group=None,
+    )
+    if found.is_exact:
+        return 0.0
+    rows, columns = quantise_rows(x_RH), quantise_rows(head.weight_VH)
+    int8_RV = (rows.values_NH.double() @ columns.values_NH.double().t()) * rows.scales_N.unsqueeze(1) * columns.scales_N
+    if head.bias_V is not None:
+        int8_RV = int8_RV + head.bias_V
+    int8_RV = int8_RV * head.logit_scale
+    if head.softcap is not None:
+        int8_RV = head.softcap * torch.tanh(int8_RV / head.softcap)
+    return torch.where(found.activity.is_active_V, 0.0, int8_RV - logits_RV).to(logits_RV.dtype)
 
 
 def _linear(x_RH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Tensor:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -23,7 +23,16 @@ import torch
 from torch import Tensor
 
 from fastpref.kernels import engine
-from fastpref.kernels.engine import ExponentCache, ForwardRows, Head, RowScalars, accumulation_dtype, operand_dtype
+from fastpref.kernels.engine import (
+    ExponentCache,
+    ForwardRows,
+    Head,
+    Int8Head,
+    Int8Rows,
+    RowScalars,
+    accumulation_dtype,
+    operand_dtype,
+)
 from fastpref.kernels.outputs import Partials
 from fastpref.kernels.partials import empty_partials, finite_shift, merge_partials
 from fastpref.kernels.tiles import CACHE_COLUMNS
@@ -130,7 +139,7 @@ def _pad_rows(values_R: Tensor, block_rows: int, value: float) -> Tensor:
     return torch.nn.functional.pad(values_R, padding, value=value)
 
 
-def _finish_logits(z_rv: Tensor, start: int, head: Head) -> Tensor:
+def _finish_logits(z_rv: Tensor, start: int, head: Head | Int8Head) -> Tensor:
     """Turn products [r, v] with the rows of the weight from `start` on into logits, in place."""
     if head.bias_V is not None:
         z_rv.add_(head.bias_V[start : start + z_rv.shape[1]])
@@ -207,28 +216,94 @@ def forward_rows(
 
     Memory: one tile of logits, the rows once in the operands' dtype, a chunk of the weight if it is 16-bit.
     """
-    num_rows, num_columns = x_RH.shape[0], head.weight_VH.shape[0]
+    num_columns = head.weight_VH.shape[0]
     block_rows, _, columns, *_ = tile_shape(x_RH.device)
-    cache = _empty_cache(num_rows, num_columns, columns, x_RH.device) if with_cache else None
-    x_RH = _pad_rows(x_RH.to(operand_dtype(x_RH)), block_rows, 0.0)
+    cache = _empty_cache(x_RH.shape[0], num_columns, columns, x_RH.device) if with_cache else None
+    padded_RH = _pad_rows(x_RH.to(operand_dtype(x_RH)), block_rows, 0.0)
+
+    def chunks() -> Iterator[_Chunk]:
+        for start, chunk_vH in _weight_chunks(head.weight_VH, columns):
+
+            def write(tile: slice, z_rv: Tensor, weight_vH: Tensor = chunk_vH) -> None:
+                product(padded_RH[tile], weight_vH.t(), z_rv)
+
+            yield _Chunk(start, chunk_vH.shape[0], write)
+
+    dtype = accumulation_dtype(x_RH.dtype)
+    return _reduce(chunks(), dtype, num_columns, head, labels_R, fields=fields, bound_R=bound_R, cache=cache)
+
+
+def screen_rows(
+    rows: Int8Rows, head: Int8Head, labels_R: Tensor, *, fields: tuple[str, ...], bound_R: Tensor | None
+) -> ForwardRows:
+    """See `engine.Engine`. Memory: a tile of logits and one of integers, the rows once."""
+    num_columns = head.columns.scales_N.shape[0]
+    block_rows, _, columns, *_ = tile_shape(labels_R.device)
+    x_RH, scales_R = (_pad_rows(values, block_rows, 0) for values in rows)
+
+    def chunks() -> Iterator[_Chunk]:
+        for start in range(0, num_columns, columns):
+            weight_vH, scales_v = (values[start : start + columns] for values in head.columns)
+
+            def write(tile: slice, z_rv: Tensor, weight_vH: Tensor = weight_vH, scales_v: Tensor = scales_v) -> None:
+                z_rv.copy_(_integer_product(x_RH[tile], weight_vH)).mul_(scales_R[tile].unsqueeze(1)).mul_(scales_v)
+
+            yield _Chunk(start, scales_v.shape[0], write)
+
+    return _reduce(chunks(), torch.float32, num_columns, head, labels_R, fields=fields, bound_R=bound_R, cache=None)
+
+
+def _integer_product(x_rH: Tensor, weight_vH: Tensor) -> Tensor:
+    """`x @ weight.T` of int8, exactly: int32, or on devices where PyTorch has no such product fp32 parts of it."""
+    if x_rH.device.type == "cpu":
+        return torch._int_mm(x_rH, weight_vH.t())
+    # fp32 holds sums of so many products of int8 numbers exactly.
+    total_rv = torch.zeros(x_rH.shape[0], weight_vH.shape[0], dtype=torch.int32, device=x_rH.device)
+    for x_rh, weight_vh in zip(x_rH.split(1024, dim=1), weight_vH.split(1024, dim=1), strict=True):
+        total_rv += (x_rh.float() @ weight_vh.float().t()).to(torch.int32)
+    return total_rv
+
+
+class _Chunk(NamedTuple):
+    """Columns of the vocabulary: the first one, their number, and what writes their products with a tile of rows."""
+
+    start: int
+    width: int
+    write: Callable[[slice, Tensor], None]
+
+
+def _reduce(
+    chunks: Iterator[_Chunk],
+    dtype: torch.dtype,
+    num_columns: int,
+    head: Head | Int8Head,
+    labels_R: Tensor,
+    *,
+    fields: tuple[str, ...],
+    bound_R: Tensor | None,
+    cache: ExponentCache | None,
+) -> ForwardRows:
+    """Turn products into logits of `dtype`, and reduce them tile by tile."""
+    num_rows, device = labels_R.shape[0], labels_R.device
+    block_rows, _, columns, *_ = tile_shape(device)
     labels_R = _pad_rows(labels_R, block_rows, -1)
     mass_CV = None
     if bound_R is not None:
         bound_R = _pad_rows(bound_R, block_rows, float("inf"))
-        mass_CV = x_RH.new_zeros(len(engine.row_chunks(num_rows)), num_columns, dtype=torch.float32)
-    merged = empty_partials(fields, x_RH.shape[0], x_RH.device)
+        mass_CV = bound_R.new_zeros(len(engine.row_chunks(num_rows)), num_columns, dtype=torch.float32)
+    merged = empty_partials(fields, labels_R.shape[0], device)
     parts_2FR = merged.values_FR.new_empty(2, *merged.values_FR.shape)
-    buffer = x_RH.new_empty(block_rows * min(columns, num_columns), dtype=accumulation_dtype(x_RH.dtype))
-    for start, chunk_vH in _weight_chunks(head.weight_VH, columns):
-        z_rv = buffer[: block_rows * chunk_vH.shape[0]].view(block_rows, -1)
-        for top in range(0, x_RH.shape[0], block_rows):
+    buffer = torch.empty(block_rows * min(columns, num_columns), dtype=dtype, device=device)
+    for start, width, write in chunks:
+        z_rv = buffer[: block_rows * width].view(block_rows, -1)
+        for top in range(0, labels_R.shape[0], block_rows):
             tile = slice(top, top + block_rows)
-            product(x_RH[tile], chunk_vH.t(), z_rv)
+            write(tile, z_rv)
             _finish_logits(z_rv, start, head)
             shift_r = _tile_partials(z_rv, labels_R[tile], start, Partials(fields, parts_2FR[1, :, tile]))
             if mass_CV is not None and bound_R is not None:
                 weight_r = (shift_r - bound_R[tile]).mul_(LOG2E).exp2_()
-                mass_CV[top // engine.CHUNK_ROWS, start : start + chunk_vH.shape[0]] += weight_r @ z_rv
+                mass_CV[top // engine.CHUNK_ROWS, start : start + width] += weight_r @ z_rv
             if cache is not None:
                 _store_exponentials(z_rv, shift_r, cache, tile, start // columns)
         parts_2FR[0] = merged.values_FR

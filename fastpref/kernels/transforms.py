@@ -19,7 +19,7 @@ from fastpref.kernels.registration import unflatten
 
 
 def score_rows(
-    operands: ops.Operands, settings: ops.Settings, options: ops.ForwardOptions
+    operands: ops.Operands, settings: ops.Settings, options: ops.ForwardOptions, screen: ops.Screen
 ) -> tuple[ops.Saved, ops.Report]:
     """Call `linear_logps_fwd` so that whatever transforms are in force are right, or refused.
 
@@ -37,7 +37,7 @@ def score_rows(
                 "main_grad is a buffer that a backward pass adds to, which torch.func has no rule for; leave it out"
             )
         score = _Forward.apply
-    saved, report = unflatten(score(*operands, *settings, *options), ops.FORWARD_OUTPUTS)
+    saved, report = unflatten(score(*operands, *settings, *options, *screen), ops.FORWARD_OUTPUTS)
     return saved, report
 
 

@@ -15,13 +15,26 @@ def small_tiles() -> Iterator[None]:
         yield
 
 
+# Builds that multiply floats differently; the others differ in products of bytes alone.
+FLOAT_BUILDS = ("avx512_bf16", "avx512", "avx2")
+
+
 @pytest.fixture(params=native.BUILDS)
+def screen_build(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    yield from _with_build(request.param, monkeypatch)
+
+
+@pytest.fixture(params=FLOAT_BUILDS)
 def build(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    use_build(monkeypatch, request.param)
+    yield from _with_build(request.param, monkeypatch)
+
+
+def _with_build(name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    use_build(monkeypatch, name)
     if not native.is_available():
         native._load.cache_clear()
-        pytest.skip(f"build {request.param}: {native.unavailable_reason()}")
-    yield request.param
+        pytest.skip(f"build {name}: {native.unavailable_reason()}")
+    yield name
     native._load.cache_clear()
 
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from fastpref import linear_logps
 from fastpref.kernels import active
-from fastpref.kernels.ops import FORWARD_OUTPUTS, linear_logps_fwd
+from fastpref.kernels.ops import FORWARD_OUTPUTS, Screen, linear_logps_fwd
 from fastpref.kernels.registration import unflatten
 from fastpref.testing.adversarial import HeadInputs
 
@@ -30,6 +30,7 @@ def active_columns(inputs: HeadInputs, active_eps: float) -> tuple[Tensor, Tenso
         plan="active",
         active_eps=active_eps,
         cache_bytes=0,
+        **Screen()._asdict(),
     )
     saved, report = unflatten(results, FORWARD_OUTPUTS)
     found = active.summary(saved.num_active, report.cold_mass, labels_T.shape[0], inputs.weight_VH.shape[0])

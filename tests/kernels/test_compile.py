@@ -5,12 +5,13 @@ import torch
 from head_oracle import tiles
 from torch import Tensor
 
-from fastpref import SequenceLogps, linear_logps, sum_weight
+from fastpref import SequenceLogps, linear_logps, screen_weight, sum_weight
 from fastpref.kernels.ops import (
     FORWARD_INPUTS,
     FORWARD_OUTPUTS,
     ForwardOptions,
     Operands,
+    Screen,
     Settings,
     linear_logps_bwd,
     linear_logps_bwd_into,
@@ -120,16 +121,16 @@ def test_linear_logps_compiled_by_inductor() -> None:
         torch.testing.assert_close(gradient, expected_gradient)
 
 
-PLANS = ("none", "recompute", "active", "cached")
+PLANS = ("none", "recompute", "active", "cached", "screened", "screened without gradient")
 
 
 def operator_arguments(plan: str, with_bias: bool) -> tuple:
-    inputs = ragged_inputs()
+    inputs = ragged_inputs(vocab_size=5000 if "screened" in plan else 97)
     rows = (inputs.labels_SL.flatten() >= 0).nonzero().squeeze(1)
     operands = Operands(
         hidden=inputs.hidden_SLH.requires_grad_(),
         weight=inputs.weight_VH.requires_grad_(),
-        bias=torch.randn(97, requires_grad=True) if with_bias else None,
+        bias=torch.randn(inputs.weight_VH.shape[0], requires_grad=True) if with_bias else None,
         rows=rows,
         labels_R=inputs.labels_SL.flatten()[rows],
         weight_sum=sum_weight(inputs.weight_VH.detach()) if plan == "active" and with_bias else None,
@@ -137,8 +138,13 @@ def operator_arguments(plan: str, with_bias: bool) -> tuple:
     softcap = 4.0 if with_bias and plan != "cached" else None
     settings = Settings(logit_scale=0.5, softcap=softcap, group_name=None, sequence_parallel=False, backend="torch")
     stats = tuple(STATISTICS) if with_bias else ()
+    screen = Screen()
+    if "screened" in plan:
+        form = screen_weight(inputs.weight_VH)
+        screen = Screen(True, form.values, form.scales, True) if with_bias else Screen(True)
+        plan = "active" if plan == "screened" else "none"
     options = ForwardOptions(main_grad=None, stats=stats, plan=plan, active_eps=2**-8, cache_bytes=2**20)
-    return (*operands, *settings, *options)
+    return (*operands, *settings, *options, *screen)
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
@@ -148,10 +154,10 @@ def test_forward_operator_is_registered_correctly(plan: str, with_bias: bool) ->
     torch.library.opcheck(linear_logps_fwd, operator_arguments(plan, with_bias))
 
 
-@pytest.mark.parametrize("plan", PLANS[1:])
+@pytest.mark.parametrize("plan", PLANS[1:-1])
 def test_backward_operators_are_registered_correctly(plan: str) -> None:
     arguments = operator_arguments(plan, True)
-    operands, settings, _ = unflatten(arguments, FORWARD_INPUTS)
+    operands, settings, *_ = unflatten(arguments, FORWARD_INPUTS)
     saved, _ = unflatten([values.detach() for values in linear_logps_fwd(*arguments)], FORWARD_OUTPUTS)
     operands = Operands(*(None if values is None else values.detach() for values in operands))
     for wanted in (Wanted(True, True, True), Wanted(False, True, False)):
