@@ -1,6 +1,7 @@
 """Benchmarks of fastpref beside its peers; `python -m bench --help` is the way in.
 
     python -m bench head --workload gemma3-270m    one row per implementation, stored as it is done
+    python -m bench score --workload gemma3-270m   the same without a gradient, as a reference model is scored
     python -m bench table                          the Markdown tables, from the stored rows
     python -m bench plot                           the figures, from the stored rows
     python -m bench gpu                            what matters most on a GPU, in fifteen minutes; --rehearse

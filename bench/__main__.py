@@ -14,6 +14,7 @@ def main() -> None:
 
 for command in (
     head.head,
+    head.score,
     head.sweep,
     head.ranks,
     head.machine,

@@ -22,7 +22,9 @@ import torch
 
 from bench.pages import replace_in
 from bench.workloads import ROOT, Case, draw_head, expected_active
-from fastpref import linear_logps
+from fastpref import SequenceLogps, linear_logps
+from fastpref.kernels import native
+from fastpref.kernels.engine import CHUNK_ROWS
 
 MEASURED = ROOT / "bench" / "results" / "active_error.json"
 RESULTS = ROOT / "bench" / "results" / "activity.json"
@@ -72,20 +74,44 @@ def expected_share(case: Case) -> tuple[str, float | None]:
 
 def active_share(case: Case) -> float:
     """The share of columns that get gradients in one pass of the active plan."""
+    active, _ = left_out(case)
+    return active
+
+
+def screened(case: Case) -> dict[str, Any]:
+    """The share of columns that a screened pass multiplies exactly, for how many rows at once, and how the others.
+
+    Where the exact pass takes its place all of them are.
+    """
+    active, cold_mass = left_out(case, has_gradient=False, forward="screened", screened=case.screened)
+    if case.weight_VH.is_cuda or case.backend == "triton":
+        path = "Triton"
+    else:
+        path = native.build_name() if native.supports(case.weight_VH.dtype) else "PyTorch operators"
+    rows = min(case.rows_R.numel(), CHUNK_ROWS)
+    return {"active_fraction": round(active, 4), "cold_mass": cold_mass, "chunk_rows": rows, "path": path}
+
+
+def left_out(
+    case: Case, *, active_eps: float = ACTIVE_EPS, has_gradient: bool = True, **options: Any
+) -> tuple[float, float]:
+    """The share of active columns, and the mass per row of the others, of one forward pass."""
     rows, cu_rows = case.host_rows
-    scores = linear_logps(
-        case.hidden_SLH.detach().requires_grad_(),
-        case.weight_VH,
-        case.labels_SL,
-        rows=rows,
-        cu_rows=cu_rows,
-        backward="active",
-        active_eps=ACTIVE_EPS,
-        stats=("active_fraction",),
-        backend=case.backend,
-    )
-    assert scores.active_fraction is not None
-    return float(scores.active_fraction)
+    with torch.set_grad_enabled(has_gradient):
+        scores: SequenceLogps = linear_logps(
+            case.hidden_SLH.detach().requires_grad_(),
+            case.weight_VH.detach(),
+            case.labels_SL,
+            rows=rows,
+            cu_rows=cu_rows,
+            backward="active",
+            active_eps=active_eps,
+            stats=("active_fraction", "cold_mass"),
+            backend=case.backend,
+            **options,
+        )
+    assert scores.active_fraction is not None and scores.cold_mass is not None
+    return float(scores.active_fraction), float(scores.cold_mass)
 
 
 def draw_points() -> list[dict[str, Any]]:

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,11 +27,14 @@ BARE_COLUMNS = 2048
 
 
 def bare_product(case: Case, hidden_SLH: Tensor, weight_VH: Tensor) -> None:
-    """X W^T over the response rows, a few columns at a time into one buffer: 2 RHV operations and nothing else."""
-    x_RH = hidden_SLH.detach().flatten(0, 1)[case.rows_R]
+    """X W^T over the response rows, a few columns at a time into one buffer: 2 RHV operations and nothing else.
+
+    In fp32: operands in 16 bits are widened, the weight a few columns at a time.
+    """
+    x_RH = hidden_SLH.detach().flatten(0, 1)[case.rows_R].float()
     tile_RV = torch.empty(x_RH.shape[0], BARE_COLUMNS, dtype=torch.float32)
     for weight in weight_VH.detach().split(BARE_COLUMNS):
-        torch.mm(x_RH, weight.t(), out=tile_RV[:, : weight.shape[0]])
+        torch.mm(x_RH, weight.float().t(), out=tile_RV[:, : weight.shape[0]])
 
 
 def _naive_rows(case: Case, hidden_SLH: Tensor, weight_VH: Tensor) -> Tensor:
@@ -69,7 +74,8 @@ def _naive_pairs(case: Case, hidden_SLH: Tensor, weight_VH: Tensor) -> Tensor:
     return logps_S
 
 
-def _ours(backward: str, case: Case, hidden_SLH: Tensor, weight_VH: Tensor) -> Tensor:
+def ours(case: Case, hidden_SLH: Tensor, weight_VH: Tensor, *, is_shared: bool = False, **options: Any) -> Tensor:
+    """The op with the options of a plan; `is_shared`: with the int8 form of the weight that is in the case."""
     from fastpref import linear_logps
 
     rows, cu_rows = case.host_rows
@@ -80,16 +86,46 @@ def _ours(backward: str, case: Case, hidden_SLH: Tensor, weight_VH: Tensor) -> T
         rows=rows,
         cu_rows=cu_rows,
         tp_group=case.tp_group,
-        backward=backward,
+        screened=case.screened if is_shared else None,
         backend=case.backend,
+        **options,
     ).logps
 
 
+def _screen(case: Case, weight_VH: Tensor) -> Case:
+    """A caller's int8 form of the weight, made once for as long as the weight stays what it is."""
+    from fastpref import screen_weight
+
+    if case.screened is not None:
+        return case
+    screened = replace(case, screened=screen_weight(weight_VH.detach()))
+    assert screened.host_rows is not None  # made here, as those of other cases are before a clock starts
+    return screened
+
+
 IMPLEMENTATIONS = {
-    "ours-active": Implementation(title="fastpref, active", logps=partial(_ours, "active"), is_ours=True),
-    "ours-cached": Implementation(title="fastpref, cached", logps=partial(_ours, "cached"), is_ours=True),
+    "ours-active": Implementation(title="fastpref, active", logps=partial(ours, backward="active"), is_ours=True),
+    "ours-cached": Implementation(title="fastpref, cached", logps=partial(ours, backward="cached"), is_ours=True),
     "ours-exact": Implementation(
-        title="fastpref, exact", logps=partial(_ours, "exact"), is_ours=True, is_exact=True, beside=("naive-rows",)
+        title="fastpref, exact",
+        logps=partial(ours, backward="exact"),
+        is_ours=True,
+        is_exact=True,
+        beside=("naive-rows",),
+    ),
+    "ours-screened": Implementation(
+        title="fastpref, screened",
+        logps=partial(ours, forward="screened", backward="active"),
+        is_ours=True,
+        is_screened=True,
+        beside=("ours-screened-shared", "ours-exact", "naive-rows", "cce", "torch-lce"),
+    ),
+    "ours-screened-shared": Implementation(
+        title="fastpref, screened, int8 copy shared",
+        logps=partial(ours, forward="screened", backward="active", is_shared=True),
+        prepare=_screen,
+        is_ours=True,
+        is_screened=True,
     ),
     "naive-rows": Implementation(
         title="naive torch, response rows", logps=_naive_rows, time_target=4.5, memory_target=5
@@ -102,8 +138,20 @@ IMPLEMENTATIONS = {
     ),
 } | PEERS
 """By name. The first of ours that this build has is what the others are compared with."""
+ALIKE_WITHOUT_GRADIENT = ("ours-active", "ours-cached")
+"""Whose pass without a gradient is that of "ours-exact"."""
 
 
 def names_on(device: str) -> list[str]:
     """Return the names of what is measured on "cpu" or "cuda"."""
     return [name for name, found in IMPLEMENTATIONS.items() if device in found.devices]
+
+
+def scorers_on(device: str) -> list[str]:
+    """Return the names of what can score without a gradient on "cpu" or "cuda", no pass twice."""
+    names = [name for name in names_on(device) if IMPLEMENTATIONS[name].logps is not None]
+    return [name for name in names if name not in ALIKE_WITHOUT_GRADIENT]
+
+
+NAMES_OF = {"head": names_on, "score": scorers_on}
+"""device -> names of what is measured, by the command that does it."""

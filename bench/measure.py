@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,8 +27,8 @@ from torch import Tensor
 
 from bench import activity
 from bench.implementations import BARE, IMPLEMENTATIONS, bare_product
-from bench.oracle import errors, truth
-from bench.registry import Implementation, call
+from bench.oracle import errors, token_errors, token_truth, truth
+from bench.registry import PASSES, call
 from bench.workloads import ROOT, Case, build
 from fastpref.errors import MissingDependencyError
 from fastpref.kernels import native
@@ -37,24 +38,44 @@ Row = dict[str, Any]
 GEMM_SIZE, COPY_BYTES = 2048, 2**29
 
 
-def check(workload: str, name: str) -> Row:
-    """Run one pass: errors against the oracle, and the highest resident memory above what was there before."""
-    implementation, case = IMPLEMENTATIONS[name], build(workload)
+def check(workload: str, name: str, kind: str = "head") -> Row:
+    """Run one pass: errors against the oracle, and the highest resident memory above what was there before.
+
+    Args:
+        workload: a name of `workloads.build`.
+        name: of `IMPLEMENTATIONS`.
+        kind: of the pass, a key of `PASSES`.
+    """
+    implementation, case, run = IMPLEMENTATIONS[name], build(workload), PASSES[kind]
     warm_up = case if implementation.is_compiled else case.tiny()
-    call(implementation, warm_up, warm_up.hidden_SLH, warm_up.weight_VH)
-    result, peak_mib = extra_peak_mib(lambda: call(implementation, case, case.hidden_SLH, case.weight_VH))
+    run(implementation, warm_up, warm_up.hidden_SLH, warm_up.weight_VH)
+    given = implementation.given(case, case.weight_VH)
+    result, peak_mib = extra_peak_mib(lambda: run(implementation, given, case.hidden_SLH, case.weight_VH))
     expected = truth(case)
     properties = case.shape | {"active_fraction": round(float(expected["active_fraction"]), 4)}
+    row: Row = {"shape": properties, "dtype": str(case.weight_VH.dtype).removeprefix("torch.")}
+    row |= {"activity": activity.compare(case), "errors": errors(result, expected)}
+    if kind == "score" or implementation.is_screened:
+        row["errors"] |= token_errors(implementation, given, token_truth(case))
+    if implementation.is_screened:
+        row["screened"] = activity.screened(given)
+    if given.screened is not None:
+        row["shared_mib"] = round(given.screened.num_bytes / 2**20, 1)
     peak = {"extra_peak_mib": round(peak_mib, 1), "threads": torch.get_num_threads()}
-    engine = native.unavailable_reason() or "native"
-    alike = activity.compare(case)
-    return {"shape": properties, "activity": alike, "errors": errors(result, expected), "engine": engine, **peak}
+    return row | {"engine": native.unavailable_reason() or "native"} | peak
 
 
-def time_in_turns(workload: str, names: list[str], repeats: int) -> Row:
-    """Time implementations and the bare product by turns, after one pass of each, on inputs that are new every time."""
+def time_in_turns(workload: str, names: list[str], repeats: int, kind: str = "head") -> Row:
+    """Time implementations and the bare product by turns, after one pass of each, on inputs that are new every time.
+
+    Args:
+        workload: a name of `workloads.build`.
+        names: of `IMPLEMENTATIONS`.
+        repeats: turns that count.
+        kind: of the pass, a key of `PASSES`.
+    """
     case = build(workload)
-    passes: dict[str, Callable[..., object]] = {name: _pass(IMPLEMENTATIONS[name]) for name in names}
+    passes: dict[str, Callable[..., object]] = {name: partial(PASSES[kind], IMPLEMENTATIONS[name]) for name in names}
     passes[BARE] = bare_product
     generator = torch.Generator().manual_seed(4)
     times: dict[str, dict[str, list[float]]] = {name: {"wall_s": [], "cpu_s": []} for name in passes}
@@ -63,10 +84,11 @@ def time_in_turns(workload: str, names: list[str], repeats: int) -> Row:
         hidden_SLH = fresh_hidden(case, generator)
         for name, run in passes.items():
             with torch.no_grad():
-                case.weight_VH.mul_(1.0 + (-1) ** turn * 2.0**-16)  # another tensor version, other bits
+                case.weight_VH.mul_(1.0 + (-1) ** turn * 2.0**-16)  # another tensor version; in fp32 other bits
+            given = case if name == BARE else IMPLEMENTATIONS[name].given(case, case.weight_VH)
             return_memory()
             wall, cpu = time.perf_counter(), time.process_time()
-            run(case, hidden_SLH, case.weight_VH)
+            run(given, hidden_SLH, case.weight_VH)
             wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
             if turn:
                 times[name]["wall_s"].append(round(wall, 4))
@@ -77,10 +99,9 @@ def time_in_turns(workload: str, names: list[str], repeats: int) -> Row:
 
 def fresh_hidden(case: Case, generator: torch.Generator) -> Tensor:
     """Hidden states [S, L, H] with new noise of a thousandth of their deviation; padding stays zero."""
-    noise_SLH = torch.randn(case.hidden_SLH.shape, generator=generator, dtype=torch.float32) * (
-        1e-3 * float(case.hidden_SLH.std())
-    )
-    return torch.where((case.hidden_SLH != 0).any(-1, keepdim=True), case.hidden_SLH + noise_SLH, 0.0)
+    scale, dtype = 1e-3 * float(case.hidden_SLH.float().std()), case.hidden_SLH.dtype
+    noise_SLH = torch.randn(case.hidden_SLH.shape, generator=generator, dtype=torch.float32) * scale
+    return torch.where((case.hidden_SLH != 0).any(-1, keepdim=True), case.hidden_SLH + noise_SLH, 0.0).to(dtype)
 
 
 def gemm_rate(repeats: int) -> Row:
@@ -176,10 +197,6 @@ def extra_peak_mib(run: Callable[[], Any]) -> tuple[Any, float]:
     before_mib = status_mib("VmRSS")
     result = run()
     return result, status_mib("VmHWM") - before_mib
-
-
-def _pass(implementation: Implementation) -> Callable[..., object]:
-    return lambda case, hidden_SLH, weight_VH: call(implementation, case, hidden_SLH, weight_VH)
 
 
 def return_memory() -> None:

@@ -6,11 +6,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bench.figures import dress, pyplot, save
+from bench.implementations import BARE
 from bench.measure import Row
-from bench.report import gflops, seconds
+from bench.report import gflops, peak_mib, ratio, seconds
 from bench.roofline import Ceilings, Point, draw_roofline, intensity
 
 STYLES = {
+    "ours-screened": ("fastpref, screened", "#7b2cbf", "h"),
+    "ours-screened-shared": ("fastpref, screened, int8 copy shared", "#b388eb", "p"),
     "ours-active": ("fastpref, active", "#c1121f", "o"),
     "ours-exact": ("fastpref, exact", "#f08a5d", "s"),
     "cce": ("Apple CCE", "#2a9d8f", "^"),
@@ -24,6 +27,8 @@ STYLES = {
 
 NOTE = "The kernels of Liger and CCE are made for GPUs; here both run as what torch.compile makes of them for a CPU."
 """On every figure with these two on a CPU."""
+IN_PRODUCTS = ("naive-rows", "cce", "ours-exact", "ours-active", "ours-screened")
+"""What is drawn in units of the bare product, from above."""
 
 _VOCAB_TICKS = {2**power: f"{2 ** (power - 10)}k" if power < 20 else "1M" for power in range(14, 21)}
 AXES: dict[str, tuple[str, dict[int, str] | None]] = {
@@ -47,7 +52,7 @@ def draw_bars(workload: str, rows: dict[str, Row], file: Path) -> None:
     figure, panels = pyplot().subplots(1, 2, figsize=(11, 0.42 * len(timed) + 1.9), layout="constrained", sharey=True)
     measures = {
         "Time, forward + backward (s)": [seconds(rows[name], name) for name in reversed(timed)],
-        "Extra peak memory (MiB)": [rows[name]["extra_peak_mib"] for name in reversed(timed)],
+        "Extra peak memory (MiB)": [peak_mib(rows[name]) for name in reversed(timed)],
     }
     for panel, (title, values) in zip(panels, measures.items(), strict=True):
         bars = panel.barh(labels, values, color=colours, height=0.68)
@@ -66,6 +71,35 @@ def draw_bars(workload: str, rows: dict[str, Row], file: Path) -> None:
         f"H = {shape['hidden']}, fp32"
     )
     save(figure, title, file, note=NOTE)
+
+
+def draw_products(workload: str, rows: dict[str, Row], file: Path) -> bool:
+    """Draw the time of passes forward and backward in units of the bare product, all from the turns of one row.
+
+    Args:
+        workload: name of the head, for the title.
+        rows: by implementation.
+        file: the PNG to write.
+
+    Returns:
+        Whether it is drawn: not while one of `IN_PRODUCTS` has no right row, or was not timed beside the screened pass.
+    """
+    right = {name for name in IN_PRODUCTS if rows.get(name, {}).get("status") == "ok"}
+    if right != set(IN_PRODUCTS) or not right <= set(rows["ours-screened"]["times"]):
+        return False
+    row, shape = rows["ours-screened"], rows["ours-screened"]["shape"]
+    names = [*reversed(IN_PRODUCTS)]
+    labels, colours, _ = zip(*(STYLES[name] for name in names), strict=True)
+    figure, panel = pyplot().subplots(figsize=(8, 0.42 * len(names) + 1.9), layout="constrained")
+    bars = panel.barh(labels, [ratio(row, name, BARE) for name in names], color=colours, height=0.68)
+    panel.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
+    panel.axvline(1.0, color="#333333", linewidth=1, linestyle=":")
+    panel.set_title("Time, forward + backward / time of one product X W^T", fontsize=10, loc="left")
+    panel.spines[["top", "right", "left"]].set_visible(False)
+    panel.tick_params(labelsize=9, left=False)
+    title = f"{workload} on {row['threads']} CPU cores: R = {shape['rows']}, V = {shape['vocab']:,}, fp32"
+    save(figure, title, file, note=NOTE)
+    return True
 
 
 def _time_over_ours(rows: dict[str, Row]) -> Callable[[str], float]:
@@ -89,9 +123,9 @@ def draw(rows: list[dict[str, Row]], axis: str, file: Path) -> None:
         x = [_position(row, axis) for row in found]
         style = {"label": label, "color": colour, "marker": marker, "markersize": 5, "linewidth": 1.6}
         if name.startswith("ours"):
-            style |= {"linewidth": 2.6, "zorder": 4 if name == "ours-active" else 3}
+            style |= {"linewidth": 2.6, "zorder": 3 if name == "ours-exact" else 4}
         left.plot(x, [seconds(row, name) for row in found], **style)
-        right.plot(x, [row["extra_peak_mib"] / 1024 for row in found], **style)
+        right.plot(x, [peak_mib(row) / 1024 for row in found], **style)
     shapes = [row["shape"] for workload in rows for row in workload.values() if row["status"] == "ok"]
     shape = max(shapes, key=lambda shape: (shape["vocab"], shape["positions"]))
     held = {

@@ -11,13 +11,14 @@ from statistics import median
 from bench.demo import TITLES, make_command
 from bench.implementations import BARE, IMPLEMENTATIONS
 from bench.measure import Row
-from bench.report import paired_ratio, ratio, read_rows, seconds
+from bench.report import paired_ratio, peak_mib, ratio, read_rows, seconds
 from bench.train import SETTINGS
 from bench.train_report import TUNED, step_seconds, stored_files, times_faster
 from bench.train_rows import ANCHOR
 
 OPEN = "<!-- table: python -m bench readme -->"
 OURS, EXACT, NAIVE = "ours-active", "ours-exact", "naive-rows"
+SCREENED, SHARED = "ours-screened", "ours-screened-shared"
 BEST = "shared-precomputed"
 HEADS = {"gemma3-270m": "Gemma-3-270m", "smollm2-135m": "SmolLM2-135M"}
 Line = tuple[str, str, str]
@@ -48,7 +49,7 @@ def table(results: Path) -> str:
     Args:
         results: directory of the stored results; what has no file there has no line.
     """
-    timed = (_heads, _trains, _packings, _references, _dropins, _saves, _save_memory, _demos)
+    timed = (_heads, _scores, _trains, _packings, _references, _dropins, _saves, _save_memory, _demos)
     checked = (_parity_trl, _parity_layouts, _parity_te, _kill_matrix, _soak)
     return f"{_table(timed, results)}\n\nChecked, not timed:\n\n{_table(checked, results)}"
 
@@ -76,6 +77,24 @@ def _head_headline(results: Path) -> Iterator[tuple[str, str]]:
             f"{error:.1e}. Exact ones take {ratio(exact, EXACT, NAIVE):.2f} of its time, "
             f"{exact['extra_peak_mib'] / naive['extra_peak_mib']:.2f} of its memory",
         )
+    if SCREENED in rows:
+        yield (
+            "the same head with a screened forward pass",
+            f"**{ratio(rows[SCREENED], SCREENED, BARE):.2f} x** one bare product `X @ W.T`, forward and backward; "
+            f"{_token_error(rows[SCREENED])}",
+        )
+    scores = _right_rows(results / "score-gemma3-270m.json")
+    if SHARED in scores:
+        yield (
+            "the same head, log-probs alone (reference passes, evaluation), screened",
+            f"**{ratio(scores[SHARED], SHARED, BARE):.2f} x** one bare product, "
+            f"{1 / ratio(scores[SHARED], SHARED, scores[SHARED]['ours']):.1f} x as fast as the exact pass",
+        )
+
+
+def _token_error(row: Row) -> str:
+    tokens = row["errors"]["token_logps"]
+    return f"log-prob of a token off by {tokens['rms']:.1e} nat (root mean square), {tokens['max']:.1e} at most"
 
 
 def _train_headline(results: Path) -> Iterator[tuple[str, str]]:
@@ -123,6 +142,7 @@ def _heads(results: Path) -> Iterator[Line]:
                 f"{exact['extra_peak_mib'] / naive['extra_peak_mib']:.2f} of its peak memory",
                 command,
             )
+        yield from _screened(rows, command)
         for name, row in rows.items():
             if not IMPLEMENTATIONS[name].is_ours:
                 yield (
@@ -131,6 +151,35 @@ def _heads(results: Path) -> Iterator[Line]:
                     f"{row['extra_peak_mib'] / ours['extra_peak_mib']:.1f} x the memory",
                     command,
                 )
+
+
+def _screened(rows: dict[str, Row], command: str) -> Iterator[Line]:
+    """The head with a screened forward pass; `rows` has ours."""
+    for name, what in ((SCREENED, "screened forward pass"), (SHARED, "the same, int8 copy of the weight shared")):
+        if name in rows:
+            row, errors = rows[name], rows[name]["errors"]
+            yield (
+                f"- with a {what}" if name == SCREENED else f"- {what}",
+                f"{seconds(row, name):.2f} s, **{ratio(row, name, BARE):.2f} x** the bare product, "
+                f"{ratio(row, name, OURS):.2f} x the active plan; peak +{peak_mib(row):.0f} MiB; {_token_error(row)}; "
+                f"error of the gradients {errors['d_hidden']['relative_l2']:.1e} (hidden), "
+                f"{errors['d_weight']['relative_l2']:.1e} (weight)",
+                command,
+            )
+
+
+def _scores(results: Path) -> Iterator[Line]:
+    """Passes without a gradient."""
+    for workload, model in HEADS.items():
+        rows = _right_rows(results / f"score-{workload}.json")
+        for name, row in rows.items():
+            anchor = "" if name == row["ours"] else f", {ratio(row, name, row['ours']):.2f} x the time of exact"
+            yield (
+                f"head of {model}, log-probs without a gradient, by {IMPLEMENTATIONS[name].title}",
+                f"{seconds(row, name):.2f} s, {ratio(row, name, BARE):.2f} x the bare product{anchor}; peak "
+                f"+{peak_mib(row):.0f} MiB; {_token_error(row)}",
+                f"python -m bench score --workload {workload}",
+            )
 
 
 def _packings(results: Path) -> Iterator[Line]:

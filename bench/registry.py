@@ -21,11 +21,11 @@ Run = Callable[[Case, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class HeadResult:
-    """What an implementation returns: log-probs [S] and both gradients, in the shapes of the inputs."""
+    """What a pass returns: log-probs [S] and, where it has them, both gradients, in the shapes of the inputs."""
 
     logps: Tensor
-    d_hidden: Tensor
-    d_weight: Tensor
+    d_hidden: Tensor | None = None
+    d_weight: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +44,8 @@ class Implementation:
     """(case, hidden, weight) -> mean negative log-prob of the response rows, of heads that make their gradient in the
     forward pass and so have no other loss. `run` is made of it, and returns the sum of all log-probs, [1].
     """
+    prepare: Callable[[Case, Tensor], Case] | None = None
+    """(case, weight) -> the case with what a caller has at hand before a pass; outside of the clock and of the peak."""
     loss: str = "dpo"
     """What is differentiated: a key of `LOSSES`."""
     devices: tuple[str, ...] = ("cpu", "cuda")
@@ -51,6 +53,8 @@ class Implementation:
     is_ours: bool = False
     is_exact: bool = False
     """Gated by the numeric rule with naive PyTorch as yardstick; else by relative errors."""
+    is_screened: bool = False
+    """Its log-probs are approximate like its gradients, and held to limits for each token; see `oracle.verdict`."""
     modules: tuple[str, ...] = ()
     """What must be importable."""
     install: str = ""
@@ -72,6 +76,10 @@ class Implementation:
         if self.run is None:
             assert (self.logps is None) != (self.mean_nll is None), f"{self.title} must have one way to run"
             object.__setattr__(self, "run", partial(_differentiate, self))
+
+    def given(self, case: Case, weight_VH: Tensor) -> Case:
+        """Return what a pass over this weight gets; what is in the case already is not made again."""
+        return case if self.prepare is None else self.prepare(case, weight_VH)
 
     def unavailable(self, device: torch.device) -> str | None:
         """Say why it cannot run here, or None."""
@@ -181,7 +189,8 @@ def _differentiate(implementation: Implementation, case: Case, hidden_SLH: Tenso
 
 
 def call(implementation: Implementation, case: Case, hidden_SLH: Tensor, weight_VH: Tensor) -> HeadResult:
-    """One pass; `weight_VH` may be reused afterwards, its gradient is taken off."""
+    """One pass, forward and backward; `weight_VH` may be reused afterwards, its gradient is taken off."""
+    case = implementation.given(case, weight_VH)
     hidden_SLH = hidden_SLH.detach().requires_grad_()
     weight_VH.requires_grad_()
     assert implementation.run is not None
@@ -190,6 +199,17 @@ def call(implementation: Implementation, case: Case, hidden_SLH: Tensor, weight_
     assert d_hidden_SLH is not None and d_weight_VH is not None
     weight_VH.grad = None
     return HeadResult(logps_S.detach(), d_hidden_SLH, d_weight_VH)
+
+
+@torch.no_grad()
+def score(implementation: Implementation, case: Case, hidden_SLH: Tensor, weight_VH: Tensor) -> HeadResult:
+    """One pass without a gradient, as a reference model or an evaluation is scored."""
+    assert implementation.logps is not None, f"{implementation.title} has no forward pass of its own"
+    return HeadResult(implementation.logps(implementation.given(case, weight_VH), hidden_SLH, weight_VH))
+
+
+PASSES: dict[str, Callable[[Implementation, Case, Tensor, Tensor], HeadResult]] = {"head": call, "score": score}
+"""What is measured on a CPU, by the command that does it."""
 
 
 def sum_rows(case: Case, logps_R: Tensor) -> Tensor:

@@ -62,6 +62,8 @@ class Setting:
 _PRECOMPUTE = {"precompute_ref_log_probs": True}
 _PACKED = {"packing": True}
 _SHARED = {"packing": True, "prefix_sharing": True}
+_ACTIVE = {"head_backward": "active"}
+_SCREENED = _ACTIVE | {"head_forward": "screened"}
 _RECOMPUTE = {"recompute_granularity": "full"}
 SETTINGS = {
     "trl": Setting(title="TRL", trl={}),
@@ -77,6 +79,16 @@ SETTINGS = {
     "shared": Setting(title="fastpref, packed, prompt shared", training=_SHARED),
     "shared-precomputed": Setting(
         title="fastpref, packed, prompt shared, precomputed reference", training=_SHARED, precomputed=True
+    ),
+    "shared-active": Setting(
+        title="fastpref, packed, prompt shared, precomputed reference, active head",
+        training=_SHARED | _ACTIVE,
+        precomputed=True,
+    ),
+    "shared-screened": Setting(
+        title="fastpref, packed, prompt shared, precomputed reference, screened head",
+        training=_SHARED | _SCREENED,
+        precomputed=True,
     ),
     "padded-recomputed": Setting(title="fastpref, padded", training=_RECOMPUTE),
     "shared-recomputed": Setting(

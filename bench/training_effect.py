@@ -1,4 +1,4 @@
-"""What the active plan's approximation does to a whole training run, beside what another order of the pairs does.
+"""What approximate heads do to a whole training run, beside what another order of the pairs does.
 
 Design decisions:
 - A run is an ordinary one: a `RunConfig` and `DPOTrainer`, DPO on packed rows with shared prompts and a precomputed
@@ -59,6 +59,7 @@ class Run:
 
     title: str
     seed: int = 0
+    head_forward: str = "exact"
     head_backward: str = "exact"
     active_eps: float | None = None
     bf16: bool = False
@@ -66,7 +67,7 @@ class Run:
     @property
     def is_exact(self) -> bool:
         """Whether nothing but the order of the pairs differs from another such run."""
-        return self.head_backward == "exact" and not self.bf16
+        return (self.head_forward, self.head_backward) == ("exact", "exact") and not self.bf16
 
 
 BASE = "exact"
@@ -75,6 +76,7 @@ RUNS = {
     BASE: Run(title="exact"),
     "active-8": Run(title="active, 2^-8", head_backward="active", active_eps=2.0**-8),
     "active-6": Run(title="active, 2^-6", head_backward="active", active_eps=2.0**-6),
+    "screened": Run(title="screened, 2^-8", head_forward="screened", head_backward="active", active_eps=2.0**-8),
     "seed-1": Run(title="exact, other order", seed=1),
     "seed-2": Run(title="exact, third order", seed=2),
     "bf16": Run(title="exact, bf16", bf16=True),
@@ -168,6 +170,7 @@ def run_config(plan: Plan, run: Run, work: Path, name: str) -> RunConfig:
         warmup_ratio=0.05,
         seed=run.seed,
         bf16=run.bf16,
+        head_forward=run.head_forward,
         head_backward=run.head_backward,
         active_eps=run.active_eps,
         logging_steps=1,

@@ -20,6 +20,7 @@ STYLES: dict[str, dict[str, Any]] = {
     BASE: {"color": "#1d3557", "marker": "s", "linewidth": 4.5, "alpha": 0.35},
     "active-8": {"color": "#2a9d8f", "marker": "o", "linewidth": 1.8},
     "active-6": {"color": "#c1121f", "marker": "o", "linewidth": 1.4, "linestyle": (0, (3, 2))},
+    "screened": {"color": "#7b2cbf", "marker": "h", "linewidth": 1.4, "linestyle": (0, (1, 1))},
 }
 """How each run is drawn, in this order: what agrees lies upon each other."""
 SEEDS = "exact, other orders"
@@ -157,8 +158,8 @@ def draw(content: Row, file: Path) -> None:
     _dress(held_out, "Held-out loss", "step")
     plan = content["plan"]
     title = (
-        f"Exact and active gradients through {plan['steps']} DPO steps of {plan['model']}: the same pairs in the same "
-        "order, beside other orders"
+        f"Exact, active and screened heads through {plan['steps']} DPO steps of {plan['model']}: the same pairs in the "
+        "same order, beside other orders"
     )
     save(figure, title, file, loss)
 

@@ -1,7 +1,8 @@
 """Inputs of the head: hidden states, vocabulary weight, labels and reference log-probs of preference pairs.
 
 Real workloads: final hidden states of a real model on real pairs, its own head. `random-init` has the shape of
-`gemma3-270m` with the flat softmax of an untrained model. Synthetic ones, for sweeps, imitate the real softmax: a logit
+`gemma3-270m` with the flat softmax of an untrained model. `<name>-bf16`: hidden states and weight rounded to bf16.
+Synthetic ones, for sweeps, imitate the real softmax: a logit
 is that of `popularity` plus noise of standard deviation `SPREAD`, plus 0 to 2 `PEAK` at one id of each row, itself
 log-uniform. Labels are drawn from that softmax. The number of active columns then follows `expected_active`, as in real
 models: it hardly depends on V or on the rows, so its share falls as V grows.
@@ -26,12 +27,13 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from fastpref.kernels.active import FLAT_SHARE
+from fastpref.kernels.screening import ScreenedHead
 
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = ROOT / "runs" / "bench"
 MODELS = {"gemma3-270m": "gemma3", "smollm2-135m": "smollm2"}
 PAIRS = ROOT / "examples" / "data_real" / "head_pairs.jsonl"
-NAMES = (*MODELS, "random-init", "dry")
+NAMES = (*MODELS, "gemma3-270m-bf16", "random-init", "dry")
 IGNORE = -100
 BETA = 0.1
 SLOPE, CURVE = 1.69, 0.2143
@@ -45,7 +47,7 @@ BLOCK_ROWS = {"cpu": 64, "cuda": 512}
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """What every implementation gets: on the CPU in fp32, or, after `to`, on a GPU in 16 bits.
+    """What every implementation gets: on the CPU in fp32 or bf16, or, after `to`, on a GPU in 16 bits.
 
     Derived index tensors are what a collator hands over.
     """
@@ -61,6 +63,8 @@ class Case:
     """What `linear_logps` is to run on."""
     tp_group: ProcessGroup | None = None
     """The ranks that hold the weight's parts, where `weight_VH` is one."""
+    screened: ScreenedHead | None = None
+    """The weight's int8 form, where an implementation gets it from its caller."""
 
     @property
     def num_pairs(self) -> int:
@@ -122,6 +126,15 @@ class Case:
             ref_logps_S=self.ref_logps_S.to(device),
         )
 
+    def by_rows(self) -> Case:
+        """The same rows, each a sequence of its own: a pass without a gradient returns the log-prob of every token."""
+        return replace(
+            self,
+            hidden_SLH=self.hidden_SLH.flatten(0, 1)[self.rows_R].unsqueeze(1),
+            labels_SL=self.row_labels_R.unsqueeze(1),
+            ref_logps_S=self.ref_logps_S.new_zeros(self.rows_R.numel()),
+        )
+
     def tiny(self) -> Case:
         """The first labels of the same case on 64 vocabulary rows: enough to wake threads and BLAS."""
         labels_SL = torch.where(self.labels_SL == IGNORE, IGNORE, self.labels_SL % 64)
@@ -132,12 +145,15 @@ def build(name: str) -> Case:
     """Make a workload, from the cache where its costly part is.
 
     Args:
-        name: one of `NAMES`, or `synthetic-v<V>-r<R>-f<R/T in percent>`.
+        name: one of `NAMES`, or `synthetic-v<V>-r<R>-f<R/T in percent>`; with "-bf16" behind it, in bf16.
 
     Raises:
         ValueError: an unknown name.
         FileNotFoundError: the model of a real workload is not there; the message says how to get it.
     """
+    if name.endswith("-bf16"):
+        case = build(name.removesuffix("-bf16")).to(torch.device("cpu"), torch.bfloat16)
+        return replace(case, name=name)
     synthetic = re.fullmatch(r"synthetic-v(\d+)-r(\d+)-f(\d+)", name)
     if name not in NAMES and not synthetic:
         raise ValueError(f"workload must be one of {', '.join(NAMES)} or synthetic-v<V>-r<R>-f<percent>; got {name!r}")
@@ -165,12 +181,26 @@ def is_drawn(name: str) -> bool:
     return name.startswith("synthetic-")
 
 
-def softmax_blocks(hidden_RH: Tensor, weight_VH: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Softmax [rows, V] of a few rows at a time, in the dtype given."""
+def softmax_blocks(
+    hidden_RH: Tensor, weight_VH: Tensor, logits_dtype: torch.dtype | None = None
+) -> Iterator[tuple[slice, Tensor]]:
+    """Softmax [rows, V] of a few rows at a time, in the dtype given; `logits_dtype` rounds the logits first."""
     height = BLOCK_ROWS[hidden_RH.device.type]
     for start in range(0, hidden_RH.shape[0], height):
         block = slice(start, min(start + height, hidden_RH.shape[0]))
-        yield block, torch.softmax(hidden_RH[block] @ weight_VH.t(), dim=1)
+        logits_RV = hidden_RH[block] @ weight_VH.t()
+        if logits_dtype is not None:
+            logits_RV = logits_RV.to(logits_dtype).to(hidden_RH.dtype)
+        yield block, torch.softmax(logits_RV, dim=1)
+
+
+def row_logps(case: Case, dtype: torch.dtype, logits_dtype: torch.dtype | None = None) -> Tensor:
+    """Log-prob [R] of every row's label, worked out in `dtype` from the inputs as they are."""
+    x_RH, weight_VH = case.hidden_SLH.flatten(0, 1)[case.rows_R].to(dtype), case.weight_VH.to(dtype)
+    logps_R = x_RH.new_empty(x_RH.shape[0])
+    for block, softmax_RV in softmax_blocks(x_RH, weight_VH, logits_dtype):
+        logps_R[block] = softmax_RV.gather(1, case.row_labels_R[block, None]).squeeze(1).log()
+    return logps_R
 
 
 def _finish(name: str, weight_VH: Tensor, hidden_SLH: Tensor, labels_SL: Tensor) -> Case:
@@ -188,9 +218,7 @@ def _finish(name: str, weight_VH: Tensor, hidden_SLH: Tensor, labels_SL: Tensor)
 
 def with_reference(case: Case) -> Case:
     """Give a case reference log-probs near the policy's own: a model some steps away from its reference."""
-    logps_R = torch.empty(case.rows_R.numel(), dtype=torch.float32, device=case.rows_R.device)
-    for block, softmax_RV in softmax_blocks(case.hidden_SLH.flatten(0, 1)[case.rows_R], case.weight_VH):
-        logps_R[block] = softmax_RV.gather(1, case.row_labels_R[block, None]).squeeze(1).log()
+    logps_R = row_logps(case, case.hidden_SLH.dtype).float()
     logps_S = torch.stack([part.sum() for part in logps_R.tensor_split(case.cu_rows[1:-1].cpu())])
     noise_S = torch.randn(logps_S.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float32) * 5.0
     return replace(case, ref_logps_S=(logps_S + noise_S.to(logps_S.device)).round())

@@ -11,8 +11,10 @@ from bench import report
 from bench.commands.head import SWEEPS
 from bench.commands.shared import out_option
 from bench.pages import replace_in
-from bench.plots import draw, draw_bars, draw_heads_roofline
-from bench.workloads import MODELS, NAMES, ROOT
+from bench.plots import draw, draw_bars, draw_heads_roofline, draw_products
+from bench.workloads import MODELS, ROOT
+
+MEASURE = "measure them with: python -m bench head --workload {}"
 
 
 @click.command()
@@ -20,12 +22,12 @@ from bench.workloads import MODELS, NAMES, ROOT
 @out_option
 def table(into: Path | None, out: Path) -> None:
     """Markdown tables of the workloads measured so far, sweeps excepted."""
-    files = [(name, out / f"head-{name}.json") for name in NAMES]
-    tables = "\n".join(report.table(name, report.read_rows(file)) for name, file in files if file.exists())
-    if into is None:
-        click.echo(tables)
-    else:
-        replace_in(into, tables, report.OPEN)
+    for kind, layout in report.LAYOUTS.items():
+        tables = report.tables(kind, out)
+        if into is None:
+            click.echo(tables)
+        else:
+            replace_in(into, tables, layout.mark)
 
 
 @click.command()
@@ -51,8 +53,12 @@ def plot(images: Path, out: Path) -> None:
         return
     for workload in MODELS:
         if (file := out / f"head-{workload}.json").exists():
-            draw_bars(workload, report.read_rows(file), images / f"bench-head-{workload}.png")
+            draw_bars(workload, rows := report.read_rows(file), images / f"bench-head-{workload}.png")
             click.echo(images / f"bench-head-{workload}.png")
+            if draw_products(workload, rows, images / f"bench-products-{workload}.png"):
+                click.echo(images / f"bench-products-{workload}.png")
+            else:
+                click.echo(f"{workload}: no rows yet for a figure in bare products; {MEASURE.format(workload)}")
     if (stored := out / "tensor-parallel.json").exists():
         from bench import ranks
 

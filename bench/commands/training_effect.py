@@ -1,4 +1,4 @@
-"""`training-effect`: what the active plan's approximation does to a training run."""
+"""`training-effect`: what the approximations of the head do to a training run."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def training_effect(
     out: Path,
     dry: bool,
 ) -> None:
-    """Whole DPO runs with exact and active gradients, beside runs with the pairs in another order."""
+    """Whole DPO runs with exact, active and screened heads, beside runs with the pairs in another order."""
     os.environ.update(QUIET, OMP_NUM_THREADS=str(threads))
     if into is not None:
         _write_tables(out / f"training-effect-{name}.json", into)

@@ -20,9 +20,9 @@ from bench import activity
 from bench.gpu import clock
 from bench.implementations import BARE, IMPLEMENTATIONS
 from bench.measure import Row
-from bench.oracle import Errors, errors, solve, verdict
-from bench.registry import Implementation, call
-from bench.workloads import Case
+from bench.oracle import Errors, errors, solve, token_errors, verdict
+from bench.registry import Implementation, call, score
+from bench.workloads import Case, row_logps
 
 ANCHOR = "ours-active"
 """What every row is timed beside, so that ratios are of one minute."""
@@ -51,6 +51,12 @@ class Prepared:
             self._expected = {loss: solve(self.case, loss)}
         return self._expected[loss]
 
+    @cached_property
+    def tokens_R(self) -> Tensor:
+        """The fp64 log-prob of every token."""
+        with torch.no_grad():
+            return row_logps(self.case, torch.float64)
+
     def naive_errors(self) -> Errors | None:
         """Errors of naive PyTorch, the yardstick of the numeric rule; None where it runs out of memory."""
         if self._naive is None:
@@ -64,7 +70,14 @@ class Prepared:
         """Errors of one pass."""
         case = self.case
         result = call(implementation, case, case.hidden_SLH, case.weight_VH)
-        return errors(result, self.expected(implementation.loss))
+        found = errors(result, self.expected(implementation.loss))
+        return found | (token_errors(implementation, case, self.tokens_R) if implementation.is_screened else {})
+
+    def reason(self, implementation: Implementation, found: Errors) -> str | None:
+        """What is wrong with errors, or None."""
+        yardstick = self.naive_errors() if implementation.is_exact else None
+        flags = {"is_exact": implementation.is_exact, "is_screened": implementation.is_screened}
+        return verdict(found, yardstick, dtype=self.case.hidden_SLH.dtype, **flags)
 
 
 def measure(prepared: Prepared, name: str, repeats: int = REPEATS) -> Row:
@@ -96,9 +109,12 @@ def measure(prepared: Prepared, name: str, repeats: int = REPEATS) -> Row:
         "activity": prepared.activity,
         "errors": found,
     }
-    yardstick = prepared.naive_errors() if implementation.is_exact else None
-    reason = verdict(found, yardstick, is_exact=implementation.is_exact, dtype=dtype)
-    if reason is not None:
+    case = implementation.given(case, case.weight_VH)
+    if implementation.is_screened:
+        row["screened"] = activity.screened(case)
+    if case.screened is not None:
+        row["shared_mib"] = round(case.screened.num_bytes / 2**20, 1)
+    if (reason := prepared.reason(implementation, found)) is not None:
         return row | {"status": "wrong", "reason": reason}
     passes = passes_of(implementation)
     gradients = case.hidden_SLH.nbytes + case.weight_VH.nbytes
@@ -120,14 +136,11 @@ def passes_of(implementation: Implementation) -> dict[str, Pass]:
         return passes
     logps = implementation.logps
 
-    def reference(case: Case, hidden_SLH: Tensor, weight_VH: Tensor) -> None:
-        with torch.no_grad():
-            logps(case, hidden_SLH, weight_VH)
-
     def forward(case: Case, hidden_SLH: Tensor, weight_VH: Tensor) -> None:
-        logps(case, hidden_SLH.detach().requires_grad_(), weight_VH.requires_grad_())
+        given = implementation.given(case, weight_VH)
+        logps(given, hidden_SLH.detach().requires_grad_(), weight_VH.requires_grad_())
 
-    return {"reference": reference, "forward": forward} | passes
+    return {"reference": partial(score, implementation), "forward": forward} | passes
 
 
 def bare_products(kind: str, case: Case, hidden_SLH: Tensor, weight_VH: Tensor) -> None:
@@ -140,7 +153,11 @@ def bare_products(kind: str, case: Case, hidden_SLH: Tensor, weight_VH: Tensor) 
 
 
 def time_in_turns(case: Case, kind: str, name: str, run: Pass, repeats: int) -> dict[str, list[float]]:
-    """Times in ms of a pass, of the anchor's and of the bare products, after one turn that warms up."""
+    """Times in ms of a pass, of the anchor's and of the bare products, after one turn that warms up.
+
+    What the implementation gets from its caller is made before.
+    """
+    case = IMPLEMENTATIONS[name].given(case, case.weight_VH)
     device = case.hidden_SLH.device
     passes: dict[str, Pass] = {BARE: partial(bare_products, kind)}
     passes[ANCHOR] = passes_of(IMPLEMENTATIONS[ANCHOR])[kind]

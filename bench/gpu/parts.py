@@ -22,7 +22,9 @@ DTYPE = torch.bfloat16
 MAIN = "llama3.1-8b-r8192"
 LARGE = "v262144-h4096-r8192"
 """The main workload with twice the vocabulary, where leaving columns out gains most."""
-OURS = ("ours-exact", "ours-active", "ours-cached")
+OURS = ("ours-exact", "ours-active", "ours-cached", "ours-screened")
+SHARED = "ours-screened-shared"
+"""The last one again, with the int8 form of the weight made before."""
 PEERS = (
     *("naive-rows", "liger-ce-scaled", "quack", "torch-lce", "cce-kernel", "trl", "liger-ce", "liger-ce-sm90"),
     *("liger", "verl", "megatron-fused", "naive-compiled", "liger-ce-tp", "megatron-linear"),
@@ -38,7 +40,7 @@ REAL = ("gemma3-270m-real", "smollm2-135m-real")
 MEASURED_MODELS = {"gemma3-270m": 1576, "smollm2-135m": 1614}
 """Rows on which the active columns of real activations were counted."""
 DRY_WORKLOADS = ("v130-h32-r16",)
-DRY_NAMES = (*OURS, "naive-rows", "naive-pairs")
+DRY_NAMES = (*OURS, SHARED, "naive-rows", "naive-pairs")
 RESERVE_S, RESERVE_COMPILED_S, RESERVE_STEPS_S = 12.0, 40.0, 45.0
 """A row is not begun with less time left; the second for what compiles first."""
 
@@ -79,7 +81,7 @@ def head_jobs(is_dry: bool) -> list[tuple[str, str]]:
     if is_dry:
         return [(workload, name) for workload in DRY_WORKLOADS for name in DRY_NAMES]
     tiers = [
-        ((MAIN, LARGE), OURS),
+        ((MAIN, LARGE), (*OURS, SHARED)),
         (OTHER_MODELS, OURS),
         ((MAIN,), PEERS),
         ((LARGE,), FEW),

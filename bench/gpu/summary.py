@@ -16,6 +16,7 @@ from bench.gpu.published import BEST, FORWARD, PER_ROW, Published, published_tab
 from bench.gpu.steps_table import steps_table
 from bench.implementations import BARE, IMPLEMENTATIONS
 from bench.measure import Row
+from bench.report import screened_text
 
 HEADER = (
     "| implementation | pass | time, ms | TFLOP/s | x bare products | time / ours | extra peak, MiB | of it returned "
@@ -169,6 +170,7 @@ def _heads(workload: str, rows: dict[str, Row]) -> str:
         lines += [line for name, row in right.items() for line in _lines(name, row)]
         bare = [f"{kind} {tflops(first, kind, BARE):.1f}" for kind in first["times_ms"]]
         lines += ["", f"Bare products in the turns of {first['title']}, TFLOP/s: {', '.join(bare)}."]
+        lines += [f"- {row['title']}: {screened_text(row)}." for row in right.values() if "screened" in row]
     others = [(name, row) for name, row in rows.items() if name not in right]
     if others:
         lines += ["", *(f"- {IMPLEMENTATIONS[name].title}: {row['status']}, {row['reason']}" for name, row in others)]
@@ -196,7 +198,8 @@ def _lines(name: str, row: Row) -> Iterator[str]:
             f"{tflops(row, kind, name):.1f}",
             f"{median(taken) / median(bare):.2f}",
             f"{median(taken) / median(ours):.2f}",
-            f"{row['extra_peak_mib'][kind]:.0f}",
+            f"{row['extra_peak_mib'][kind]:.0f}"
+            + (f" + {row['shared_mib']:.0f} shared" if "shared_mib" in row else ""),
             f"{row['returned_mib'][kind]:.0f}",
             *(f"{row['errors'][tensor]['relative_l2']:.1e}" for tensor in ("d_hidden", "d_weight")),
         ]

@@ -12,7 +12,6 @@ import torch
 from bench.gpu.heads import PRODUCTS, Prepared, passes_of
 from bench.gpu.inputs import build_on
 from bench.implementations import IMPLEMENTATIONS
-from bench.oracle import verdict
 
 pytest.importorskip("pytest_benchmark", reason="pip install pytest-benchmark")
 
@@ -31,8 +30,7 @@ def prepared(workload: str) -> Prepared:
 def gate(workload: str, name: str) -> str | None:
     """What is wrong with an entry, or None; each is checked once."""
     head, entry = prepared(workload), IMPLEMENTATIONS[name]
-    yardstick = head.naive_errors() if entry.is_exact else None
-    return verdict(head.errors_of(entry), yardstick, is_exact=entry.is_exact, dtype=DTYPE)
+    return head.reason(entry, head.errors_of(entry))
 
 
 @pytest.mark.parametrize(("name", "kind"), ENTRIES)
@@ -49,6 +47,7 @@ def test_head(name: str, kind: str, benchmark, request: pytest.FixtureRequest) -
     reason = gate(workload, name)
     assert reason is None, reason
     case = prepared(workload).case
+    case = entry.given(case, case.weight_VH)
     run = partial(passes_of(entry)[kind], case, case.hidden_SLH, case.weight_VH)
     benchmark.group = f"{workload} {kind}"
     benchmark.extra_info.update(case.shape | {"title": entry.title, "loss": entry.loss})

@@ -48,7 +48,9 @@ def test_rehearse_runs_the_steps_of_both_commands_dry(tmp_path: Path) -> None:
         assert {row["status"] for row in rows.values()} <= {"ok", "missing"}, rows
         assert f"# Command {number}" in (tmp_path / plan.summary_file(number)).read_text()
     rows = json.loads((tmp_path / "command-1.json").read_text())
-    assert set(rows["correct"]["plans"]) == {"ours-exact", "ours-active", "ours-cached"}
+    assert set(rows["correct"]["plans"]) == {"ours-exact", "ours-active", "ours-cached", "ours-screened"}
+    shared = rows[f"ours-screened-shared on {plan.MAIN}"]
+    assert shared["screened"]["path"] == "Triton" and "token_logps" in shared["errors"] and "shared_mib" in shared
     assert rows["phases at 10% active"]["plans"]["ours-active"]["times_ms"]["both"]["ours-active"]
     assert "no profile" in rows["phases at 10% active"]["plans"]["ours-exact"]["phases"]["both"]["reason"]
 
@@ -115,7 +117,7 @@ def test_the_larger_vocabulary_comes_first_with_every_peer_that_can_be_carried()
     kept = {
         name for workload, name in (step.arguments for step in heads if not step.is_extra) if workload == plan.LARGE
     }
-    assert kept == {"ours-active", "ours-exact", *plan.PEERS}
+    assert kept == {"ours-active", "ours-exact", "ours-screened", "ours-screened-shared", *plan.PEERS}
     assert {step.arguments[1] for step in heads if step.is_extra} == set(plan.HEAVY_PEERS)
     wanted = {"naive-rows", "cce-kernel", "liger-ce", "torch-lce", "trl", "liger-ce-scaled", "quack"}
     assert wanted <= {*plan.PEERS, *plan.HEAVY_PEERS}

@@ -15,6 +15,7 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 from bench.gpu.carried import fill, install, launches, sizes  # noqa: E402
 from bench.gpu.carried.keys import LIBRARY, Build, build_at  # noqa: E402
 from bench.gpu.carried.record import recorded  # noqa: E402
+from bench.gpu.fifteen import plan  # noqa: E402
 from fastpref.kernels import triton_engine  # noqa: E402
 from fastpref.kernels.engine import Head  # noqa: E402
 from fastpref.kernels.outputs import LOGP_FIELDS  # noqa: E402
@@ -82,6 +83,27 @@ def test_collect_finds_what_the_active_plan_launches(variants: launches.Variants
     assert all(one["signature"]["w_ref"] == "tensordesc<bf16[256, 64]>" for one in forwards)
     assert {one["signature"]["mass_ptr"] for one in forwards} == {"constexpr", "*fp32"}
     assert set(variants.origins.values()) == {"ours-active on v4096-h64-r64"} and not variants.incomplete
+
+
+@pytest.mark.parametrize("name", ["ours-screened", "ours-screened-shared"])
+def test_collect_finds_what_a_screened_pass_launches(name: str) -> None:
+    """The int8 kernel with masses and without, and the exact one on what is active; of operands of any size."""
+    found = launches.collect([("v262144-h4096-r8192", name)], has_tests=False, has_tiles=False)
+    content = [json.loads(text) for text in found.origins]
+    screening = [one for one in content if one["name"].endswith("_screen_kernel")]
+    assert {one["signature"]["mass_ptr"] for one in screening} == {"constexpr", "*fp32"}
+    kernels = {one["name"].rsplit(".", 1)[1] for one in content}
+    assert {"_linear_logps_fwd_kernel", "_logit_gradient_kernel"} <= kernels and not found.incomplete
+
+
+def test_the_plan_carries_what_its_screened_heads_launch() -> None:
+    carried = plan.carried_heads()
+    for workload, name in (
+        (plan.LARGE, "ours-screened"),
+        (plan.LARGE, "ours-screened-shared"),
+        (plan.MAIN, "ours-screened"),
+    ):
+        assert (workload, name) in carried
 
 
 def test_recorded_specialises_on_true_sizes_and_alignments() -> None:

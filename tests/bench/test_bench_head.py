@@ -7,14 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from peaked_case import peaked_case
 from torch import Tensor
 
 from bench import __main__ as cli
 from bench import activity, measure, oracle, workloads
-from bench.implementations import IMPLEMENTATIONS
-from bench.registry import dpo_loss
+from bench.implementations import IMPLEMENTATIONS, scorers_on
+from bench.registry import call, dpo_loss
+from fastpref.kernels import screened
 
-FAST = ["naive-rows", "naive-pairs", "ours-active", "ours-exact"]
+FAST = ["naive-rows", "naive-pairs", "ours-active", "ours-exact", "ours-screened-shared"]
+SCORED = ["naive-rows", "ours-exact", "ours-screened", "ours-screened-shared"]
 
 
 def run(*arguments: object) -> str:
@@ -28,9 +31,9 @@ def rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """Measure the dry workload with the given implementations and return the stored rows."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
-    def measured(*names: str) -> dict:
-        run("head", "--dry", "--repeats", 2, "--only", ",".join(names), "--out", tmp_path)
-        return json.loads((tmp_path / "head-dry.json").read_text())
+    def measured(*names: str, kind: str = "head") -> dict:
+        run(kind, "--dry", "--repeats", 2, "--only", ",".join(names), "--out", tmp_path)
+        return json.loads((tmp_path / f"{kind}-dry.json").read_text())
 
     return measured
 
@@ -164,3 +167,131 @@ def test_caches_of_drawn_cases_belong_to_their_law(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(workloads, "CURVE", 0.0)
     assert case.folder != before and case.folder.parent == before.parent
     assert real.folder == workloads.CACHE / "gemma3-270m"
+
+
+def test_score_dry_passes_the_gate_and_is_timed_beside_exact(rows, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = replace(IMPLEMENTATIONS["ours-screened"], beside=("ours-exact", "ours-screened-shared", "gone"))
+    monkeypatch.setitem(IMPLEMENTATIONS, "ours-screened", entry)
+    found = rows(*SCORED, kind="score")
+    assert set(found) == set(SCORED)
+    for name, row in found.items():
+        assert row["status"] == "ok" and row["ours"] == "ours-exact", row
+        assert set(row["errors"]) == {"logps", "token_logps"} and row["errors"]["token_logps"]["max"] < 1e-4
+        assert all(len(taken["wall_s"]) == 2 and min(taken["wall_s"]) > 0 for taken in row["times"].values())
+        assert {"ours-exact", name, "bare-product"} <= set(row["times"])
+    beside = {"ours-exact", "ours-screened", "ours-screened-shared", "bare-product"}
+    assert set(found["ours-screened"]["times"]) == beside
+    # Fewer columns than screening is for: all of them exactly.
+    assert found["ours-screened"]["screened"]["active_fraction"] == 1.0
+
+
+def test_score_takes_what_has_a_pass_without_a_gradient(tmp_path: Path) -> None:
+    assert {"naive-rows", "cce", "torch-lce", "trl", "ours-exact", "ours-screened"} <= set(scorers_on("cpu"))
+    for name in ("naive-pairs", "liger", "ours-active"):
+        result = CliRunner().invoke(cli.main, ["score", "--dry", "--only", name, "--out", str(tmp_path)])
+        assert result.exit_code == 2 and f"got {name}" in result.output and name not in scorers_on("cpu")
+
+
+def test_sweep_times_nothing_beside_its_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    timed = []
+
+    def fake(function, workload: str, *arguments: object) -> dict:
+        if function is measure.check:
+            return {"activity": {}, "errors": {}, "extra_peak_mib": 1.0, "dtype": "float32"}
+        timed.append((workload, arguments[0]))
+        return {"times": {}}
+
+    monkeypatch.setattr("bench.commands.head.in_child", fake)
+    run("sweep", "rows", "--only", "ours-exact", "--out", tmp_path)
+    assert timed == [
+        (f"synthetic-v131072-r{rows}-f50", ["ours-active", "ours-exact"]) for rows in (128, 256, 512, 1024)
+    ]
+
+
+@pytest.mark.parametrize("kind", ["head", "score"])
+def test_a_token_that_is_wrong_is_seen_where_its_sequence_is_right(
+    rows, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Errors of a hundredth of a nat and alternating signs, which every sum of two tokens hides."""
+    exact = IMPLEMENTATIONS["ours-exact"]
+
+    def wrong(case: workloads.Case, hidden_SLH: Tensor, weight_VH: Tensor) -> Tensor:
+        logps_S = exact.logps(case, hidden_SLH, weight_VH)
+        is_single = len(logps_S) == case.rows_R.numel()
+        return logps_S + 0.01 * (-1.0) ** torch.arange(len(logps_S)) if is_single else logps_S
+
+    entry = replace(IMPLEMENTATIONS["ours-screened"], logps=wrong, run=None)
+    monkeypatch.setitem(IMPLEMENTATIONS, "ours-screened", entry)
+    row = rows("ours-screened", kind=kind)["ours-screened"]
+    assert row["status"] == "wrong" and row["reason"].startswith("token_logps: rms error 1.00e-02 nat exceeds 3.0e-04")
+    assert row["errors"]["logps"]["max"] < 1e-3
+
+
+def test_token_errors_are_those_of_single_rows() -> None:
+    case, naive = workloads.build("dry"), IMPLEMENTATIONS["naive-rows"]
+    off_R = torch.zeros(96)
+    off_R[7], off_R[90] = 0.3, -0.4
+    shifted = replace(naive, logps=lambda *given: naive.logps(*given) + off_R, run=None)
+    (found,) = oracle.token_errors(shifted, case, oracle.token_truth(case)).values()
+    assert found["max"] == pytest.approx(0.4, abs=1e-4) and found["rms"] == pytest.approx(0.5 / 96**0.5, rel=1e-3)
+    logps_R = torch.log_softmax(case.hidden_SLH.double() @ case.weight_VH.double().t(), dim=-1).flatten(0, 1)[
+        case.rows_R
+    ]
+    expected_R = logps_R.gather(1, case.row_labels_R[:, None]).squeeze(1)
+    torch.testing.assert_close(oracle.token_truth(case), expected_R, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("measure_", "error", "is_right"),
+    [
+        ("rms", 2.9e-4, True),
+        ("rms", 3.1e-4, False),
+        ("max", 4.9e-3, True),
+        ("max", 5.1e-3, False),
+        ("rms", float("nan"), False),
+    ],
+)
+def test_screened_rows_are_held_to_limits_for_each_token(measure_: str, error: float, is_right: bool) -> None:
+    right = {"max": 1e-4, "rms": 1e-5, "relative_l2": 1e-7, "scale": 1.0}
+    found = {"logps": right, "token_logps": right | {measure_: error}}
+    for dtype in (torch.float32, torch.bfloat16):
+        assert (oracle.verdict(found, None, is_exact=False, is_screened=True, dtype=dtype) is None) == is_right
+    gradients = {"d_hidden": right | {"relative_l2": 3.4e-3}}
+    assert oracle.verdict(gradients, None, is_exact=False, is_screened=True) is None
+    assert oracle.verdict(gradients, None, is_exact=False) is not None
+    worse = {"d_hidden": right | {"relative_l2": 3.6e-3}}
+    assert oracle.verdict(worse, None, is_exact=False, is_screened=True) is not None
+
+
+def test_the_shared_copy_is_made_of_this_turn_s_weight_and_outside_of_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    quantise_rows = screened.quantise_rows
+    monkeypatch.setattr(screened, "quantise_rows", lambda rows: (made.append(len(rows)), quantise_rows(rows))[1])
+    monkeypatch.setattr(measure, "build", lambda name: peaked_case())
+    row = measure.check("dry", "ours-screened-shared")
+    assert row["screened"]["active_fraction"] < 0.5 and row["shared_mib"] == round(8192 * (64 + 4) / 2**20, 1)
+    # Another version of the weight in every turn: an old copy would be refused.
+    measure.time_in_turns("dry", ["ours-active", "ours-screened-shared"], 2)
+    assert 8192 not in made
+    monkeypatch.setattr(measure.activity, "screened", lambda case: {})
+    own = measure.check("dry", "ours-screened")
+    assert made.count(8192) == 2 and "shared_mib" not in own  # with gradients, and token by token
+    for error in own["errors"].values():
+        assert 0 < error["max"] < 0.1
+    assert own["errors"]["token_logps"] == row["errors"]["token_logps"]
+
+
+def test_an_implementation_that_makes_its_own_copy_is_never_given_one() -> None:
+    """Nor is one that multiplies everything exactly, for which the op would refuse it."""
+    case = peaked_case()
+    shared = IMPLEMENTATIONS["ours-screened-shared"].given(case, case.weight_VH)
+    assert shared.screened is not None and case.screened is None
+    assert IMPLEMENTATIONS["ours-screened-shared"].given(shared, case.weight_VH) is shared
+    for name in ("ours-active", "ours-screened"):
+        call(IMPLEMENTATIONS[name], shared, case.hidden_SLH, case.weight_VH)
+    with torch.no_grad():
+        case.weight_VH.mul_(2.0)
+    call(IMPLEMENTATIONS["ours-screened"], shared, case.hidden_SLH, case.weight_VH)
+    with pytest.raises(ValueError, match="screened is not of this weight as it is now"):
+        call(IMPLEMENTATIONS["ours-screened-shared"], shared, case.hidden_SLH, case.weight_VH)

@@ -1,6 +1,7 @@
 """Tables and figures say what the rows say."""
 
 import importlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +10,6 @@ import pytest
 from bench import demo, pages, plots, readme, report
 from bench.commands.shared import RESULTS
 from bench.implementations import names_on
-from bench.workloads import NAMES
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "benchmarks.md"
 
@@ -74,6 +74,80 @@ def test_table_compares_exact_with_naive_and_with_the_fallback(workload: str, ex
     assert f"- Active over exact: time {expected}." in table
 
 
+def screened(name: str, wall_s: float, peak_mib: float) -> dict:
+    """A row with a screened forward pass, exact and naive in its turns."""
+    found = row(name, wall_s, peak_mib)
+    found["errors"]["token_logps"] = {"max": 6e-3, "rms": 1.7e-4, "relative_l2": 0.0, "scale": 1.0}
+    found["screened"] = {"active_fraction": 0.072, "cold_mass": 4e-3, "chunk_rows": 50, "path": "avx512_vnni"}
+    for other, taken in (("ours-exact", 3.0), ("naive-rows", 4.0), ("cce", 3.5), ("bare-product", 1.0)):
+        found["times"][other] = {"wall_s": [taken] * 3, "cpu_s": [taken]}
+    return found
+
+
+@pytest.mark.parametrize(("workload", "expected"), [("random-init", "1.20 > 1.15"), ("gemma3-270m", "")])
+def test_table_says_what_a_screened_row_leaves_in_int8(workload: str, expected: str) -> None:
+    rows = {"ours-active": row("ours-active", 2.0, 100.0), "ours-screened": screened("ours-screened", 0.6, 120.0)}
+    rows["ours-screened-shared"] = screened("ours-screened-shared", 0.5, 20.0) | {"shared_mib": 160.0}
+    if workload == "random-init":
+        rows["ours-screened"]["times"]["ours-screened"]["wall_s"] = [3.6] * 3
+    table = report.table(workload, rows)
+    assert cells(table, "fastpref, screened, int8 copy shared")[5:7] == ["20 + 160 shared", "1.80"]
+    assert "- fastpref, screened: 7.2% of the columns multiplied exactly for 50 rows at once" in table
+    assert "(avx512_vnni); log-prob of a token off by **1.7e-04** <= 3e-04 nat" in table and "6.0e-03 > 5e-03" in table
+    assert ("- Screened over exact: time" in table) == bool(expected) and expected in table
+    if not expected:
+        assert cells(table, "fastpref, screened ")[2] == "**0.60** <= 0.7"
+        assert "- Screened over active with an exact forward pass: time **0.30** <= 1." in table
+
+
+def test_score_table_has_its_own_products_targets_and_errors(tmp_path: Path) -> None:
+    anchor = screened("ours-exact", 0.8, 100.0) | {"ours": "ours-exact"}
+    del anchor["screened"]
+    shared = screened("ours-screened-shared", 0.4, 20.0) | {"ours": "ours-exact", "shared_mib": 80.0}
+    shared["times"]["ours-exact"] = {"wall_s": [0.8] * 3}
+    rows = {"ours-exact": anchor, "ours-screened-shared": shared}
+    table = report.table("gemma3-270m", rows, "score")
+    assert "| error of a token, nat | largest |" in table
+    line = cells(table, "fastpref, screened, int8 copy shared")
+    assert line[2:9] == ["**0.40** <= 0.4", "0", "0.50", "20 + 80 shared", "1.00", "1.7e-04", "6.0e-03"]
+    assert "Screened over active" not in table
+    assert report.tables("score", tmp_path) == "Not measured yet: `python -m bench score --workload gemma3-270m`.\n"
+    (tmp_path / "score-gemma3-270m.json").write_text(json.dumps(rows))
+    assert report.tables("score", tmp_path) == table
+
+
+def test_readme_has_a_line_for_each_screened_row(tmp_path: Path) -> None:
+    rows = {"ours-active": row("ours-active", 2.0, 100.0), "ours-screened": screened("ours-screened", 0.6, 120.0)}
+    rows["ours-screened-shared"] = screened("ours-screened-shared", 0.5, 20.0) | {"shared_mib": 160.0}
+    (tmp_path / "head-gemma3-270m.json").write_text(json.dumps(rows))
+    score = screened("ours-screened-shared", 0.25, 20.0) | {"ours": "ours-exact", "shared_mib": 160.0}
+    score["times"]["ours-exact"] = {"wall_s": [0.75] * 3}
+    (tmp_path / "score-gemma3-270m.json").write_text(json.dumps({"ours-screened-shared": score}))
+    headline = readme.headline(tmp_path).splitlines()
+    assert "**0.60 x** one bare product" in headline[2] and "off by 1.7e-04 nat" in headline[2]
+    assert "**0.25 x** one bare product, 3.0 x as fast as the exact pass" in headline[3]
+    table = readme.table(tmp_path)
+    for text in (
+        "- with a screened forward pass | 0.60 s",
+        "copy of the weight shared | 0.50 s",
+        "0.30 x the active plan",
+    ):
+        assert text in table
+    assert "peak +180 MiB" in table and "0.33 x the time of exact" in table
+
+
+def test_draw_products_waits_for_all_of_its_rows(tmp_path: Path) -> None:
+    file = tmp_path / "products.png"
+    rows = {name: row(name, 3.0, 50.0) for name in ("ours-active", "ours-exact", "naive-rows", "cce")}
+    assert not plots.draw_products("dry", rows, file)
+    rows["ours-screened"] = screened("ours-screened", 0.6, 50.0)
+    for name in plots.IN_PRODUCTS:
+        assert not plots.draw_products("dry", rows | {name: {"status": "wrong"}}, file)
+    alone = rows["ours-screened"] | {"times": {"ours-screened": {"wall_s": [1.0]}, "bare-product": {"wall_s": [1.0]}}}
+    assert not plots.draw_products("dry", rows | {"ours-screened": alone}, file) and not file.exists()
+    assert plots.draw_products("dry", rows, file) and file.read_bytes()[:4] == b"\x89PNG"
+
+
 def test_replace_tables_keeps_the_text_around() -> None:
     document = f"before\n{report.OPEN}\nold\n{pages.CLOSE}\nafter\n"
     replaced = pages.replace_tables(document, "new\n", report.OPEN)
@@ -101,9 +175,10 @@ def test_replace_in_says_which_page_has_no_place(tmp_path: Path) -> None:
     ("module", "page", "arguments"),
     [
         ("active_error", "numerics.md", []),
-        ("activity", "benchmarks.md", ["--stored"]),
+        ("activity", "benchmarks.md", []),
         ("device_counts", "gpu-run.md", []),
         ("epilogue", "gpu-run.md", []),
+        ("screened_error", "numerics.md", []),
     ],
 )
 def test_pages_hold_the_stored_tables(
@@ -118,10 +193,9 @@ def test_pages_hold_the_stored_tables(
 
 
 def test_document_holds_the_tables_of_the_stored_rows() -> None:
-    files = [(name, RESULTS / f"head-{name}.json") for name in NAMES]
-    tables = "\n".join(report.table(name, report.read_rows(file)) for name, file in files if file.exists())
     document = DOCUMENT.read_text(encoding="utf-8")
-    assert pages.replace_tables(document, tables, report.OPEN) == document
+    for kind, layout in report.LAYOUTS.items():
+        assert pages.replace_tables(document, report.tables(kind, RESULTS), layout.mark) == document
 
 
 @pytest.mark.parametrize("axis", ["vocab", "rows", "fraction"])

@@ -20,6 +20,7 @@ from transformers import LlamaForCausalLM  # noqa: F401
 from bench import __main__ as cli
 from bench import training_effect
 from bench.train import write_tiny_model
+from bench.training_effect import RUNS as RUNS_OF
 from bench.training_effect import Plan, compared, measure_runs, split_pairs
 from bench.training_effect_report import OPEN, PARTS, SEEDS, comparisons, draw, tables
 from bench.weight_distance import distance
@@ -101,6 +102,16 @@ def test_runs_are_stored_resumed_and_reused(model: str, tmp_path: Path) -> None:
     assert first["curves"]["loss"][0] == pytest.approx(math.log(2), abs=1e-5)
     assert content["apart"]["exact seed-1"]["all"] > 0.1 * content["travelled"]["exact"]["all"] > 0
     assert not (work / "exact" / "checkpoints").exists()
+
+
+def test_the_screened_run_differs_in_its_head_alone(model: str, tmp_path: Path) -> None:
+    plan, heads = plan_of(model), ("head_forward", "head_backward", "active_eps")
+    configs = {name: training_effect.run_config(plan, RUNS_OF[name], tmp_path, "x") for name in ("exact", "screened")}
+    found = {name: vars(config.training) for name, config in configs.items()}
+    assert [found["screened"][field] for field in heads] == ["screened", "active", 2.0**-8]
+    assert {key for key, value in found["exact"].items() if value != found["screened"][key]} == set(heads)
+    assert not RUNS_OF["screened"].is_exact and RUNS_OF["exact"].is_exact
+    assert [*compared(["exact", "screened", "seed-1"])] == [("exact", "screened"), ("exact", "seed-1")]
 
 
 def test_a_run_goes_on_from_its_checkpoint(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,7 +254,7 @@ def test_into_puts_the_tables_between_the_marks(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         ([], "--data must name a file of preference pairs"),
-        (["--only", "exakt"], "--only takes exact, active-8, active-6, seed-1, seed-2, bf16; got exakt"),
+        (["--only", "exakt"], "--only takes exact, active-8, active-6, screened, seed-1, seed-2, bf16; got exakt"),
         (["--into", "x", "--out", "nowhere"], "is not there: train first"),
     ],
 )

@@ -14,6 +14,7 @@ from unittest import mock
 
 import pytest
 import torch
+from torch import Tensor
 
 from bench.device_counts import Masses
 from bench.gpu import heads, inputs
@@ -21,8 +22,10 @@ from bench.gpu.carried.record import CAPABILITY, recorded
 from bench.gpu.fifteen import plan
 from bench.gpu.parts import DTYPE
 from bench.implementations import IMPLEMENTATIONS
+from bench.simulated_device import SimulatedDevice
 from bench.workloads import IGNORE, ROOT, Case
-from fastpref.kernels import tile_trial, tuning
+from fastpref.kernels import screened, screening, tile_trial, tuning
+from fastpref.kernels.engine import Int8Rows
 from fastpref.kernels.tiles import CANDIDATES, TABLE
 
 STALE = 24
@@ -90,7 +93,8 @@ def _head(found: Variants, workload: str, name: str) -> None:
     labels_SL = masses.labels(len(responses) * length).view(len(responses), length)
     for sequence, response in enumerate(responses):
         labels_SL[sequence, : length - response] = IGNORE
-    with recorded(partial(found.add, f"{name} on {workload}"), masses.fill) as device:
+    note = partial(found.add, f"{name} on {workload}")
+    with recorded(note, masses.fill) as device, _int8_without_numbers(device):
         case = Case(
             name=workload,
             hidden_SLH=device.nothing(*labels_SL.shape, hidden, dtype=DTYPE),
@@ -100,6 +104,24 @@ def _head(found: Variants, workload: str, name: str) -> None:
         )
         for run in heads.passes_of(IMPLEMENTATIONS[name]).values():
             run(case, case.hidden_SLH, case.weight_VH)
+
+
+@contextlib.contextmanager
+def _int8_without_numbers(device: SimulatedDevice) -> Iterator[None]:
+    """Int8 forms of what has no numbers: they have none either, but good scales, and each is of its weight."""
+
+    def quantise_rows(rows_NH: Tensor) -> Int8Rows:
+        scales_N = torch.ones(rows_NH.shape[0], dtype=torch.float32, device="cpu")
+        return Int8Rows(device.nothing(*rows_NH.shape, dtype=torch.int8), device.put(scales_N))
+
+    def differs(columns: Int8Rows, weight_VH: Tensor, places_L: Tensor) -> Tensor:
+        return device.put(torch.zeros((), dtype=torch.bool, device="cpu"))
+
+    with (
+        mock.patch.object(screening, "quantise_rows", quantise_rows),
+        mock.patch.multiple(screened, quantise_rows=quantise_rows, _differs=differs),
+    ):
+        yield
 
 
 def _tiles(found: Variants) -> None:

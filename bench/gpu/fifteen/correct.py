@@ -12,8 +12,7 @@ from bench.gpu.fifteen.context import Context
 from bench.gpu.parts import DTYPE, OURS
 from bench.implementations import IMPLEMENTATIONS
 from bench.measure import Row
-from bench.oracle import verdict
-from bench.registry import HeadResult, call
+from bench.registry import HeadResult, call, score
 from bench.workloads import Case
 
 REPEATS, DRY_REPEATS = 20, 2
@@ -40,8 +39,7 @@ def _check_plan(prepared: heads.Prepared, name: str, repeats: int) -> Row:
     """Errors of one plan, and what is wrong with it as `reason`."""
     implementation, case = IMPLEMENTATIONS[name], prepared.case
     found = prepared.errors_of(implementation)
-    yardstick = prepared.naive_errors() if implementation.is_exact else None
-    wrong = [verdict(found, yardstick, is_exact=implementation.is_exact, dtype=case.hidden_SLH.dtype)]
+    wrong = [prepared.reason(implementation, found)]
     first = call(implementation, case, case.hidden_SLH, case.weight_VH)
     wrong.append(_differs_again(name, case, first, repeats))
     wrong.append(_differs_from_reference(name, case, first))
@@ -59,11 +57,8 @@ def _differs_again(name: str, case: Case, first: HeadResult, repeats: int) -> st
     return None
 
 
-@torch.no_grad()
 def _differs_from_reference(name: str, case: Case, first: HeadResult) -> str | None:
     """Say whether log-probs without a gradient, as a reference model is scored, have other bits than the policy's."""
-    logps = IMPLEMENTATIONS[name].logps
-    assert logps is not None
-    if torch.equal(logps(case, case.hidden_SLH, case.weight_VH), first.logps):
+    if torch.equal(score(IMPLEMENTATIONS[name], case, case.hidden_SLH, case.weight_VH).logps, first.logps):
         return None
     return "the reference pass gave other bits than the policy's"

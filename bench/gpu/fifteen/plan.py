@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from bench.gpu.parts import LARGE, MAIN, OURS
+from bench.gpu.parts import LARGE, MAIN, OURS, SHARED
 from bench.measure import Row
 
 COMMAND_S = 300.0
@@ -89,14 +89,14 @@ COMMANDS: dict[int, tuple[Step, ...]] = {
     1: (
         Step(name="device", run="tools:device", reserve_s=8),
         Step(name="correct", run="correct:check", reserve_s=24, arguments=(SMALL,)),
-        *_heads(LARGE, {"ours-active": 15, "ours-exact": 7, **PEERS}),
+        *_heads(LARGE, {"ours-active": 15, "ours-exact": 7, "ours-screened": 7, SHARED: 5, **PEERS}),
         *_heads(MAIN, {"ours-active": 14}),
         *(
             Step(name=f"phases at {share:.0%} active", run="speed:phases", reserve_s=14, arguments=(MAIN, share))
             for share in SHARES
         ),
         *_heads(MAIN, {"ours-exact": 7, **{name: COMPILED_BEFORE * kept for name, kept in PEERS.items()}}),
-        *_heads(MAIN, {"ours-cached": 5, **COMPILED_PEERS}),
+        *_heads(MAIN, {SHARED: 5, "ours-cached": 5, **COMPILED_PEERS}),
         *(step for workload in OTHER_HIDDEN for step in _heads(workload, {"ours-active": 10})),
         *(step for workload in (MAIN, LARGE) for step in _heads(workload, HEAVY_PEERS, is_extra=True)),
         Step(name="other heads", run="speed:others", reserve_s=10, is_extra=True),

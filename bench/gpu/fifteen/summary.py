@@ -11,6 +11,7 @@ from bench.gpu.heads import ANCHOR, PRODUCTS
 from bench.gpu.summary import tflops
 from bench.implementations import BARE
 from bench.measure import Row
+from bench.report import screened_text
 
 
 def write(command: int, folder: Folder) -> None:
@@ -71,6 +72,8 @@ def _head(name: str, row: Row, shape: Row) -> Iterator[str]:
     """Errors, times and phases of one implementation or plan."""
     for tensor, error in row.get("errors", {}).items():
         yield f"- {name}, {tensor}: relative error {error['relative_l2']:.2e}, largest {error['max']:.2e}"
+    if "screened" in row:
+        yield f"- {name}: {screened_text(row)}"
     for kind, times in row.get("times_ms", {}).items():
         for each, taken in times.items():
             label = f"{name}, " if each not in (BARE, ANCHOR) else ""
