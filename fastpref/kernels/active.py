@@ -90,7 +90,7 @@ class Activity(NamedTuple):
 
 
 def select_active(
-    mass_CV: Tensor, is_label_V: Tensor, num_rows: int, active_eps: float, num_shards: int = 1
+    mass_CV: Tensor, is_label_V: Tensor, num_rows: int, active_eps: float, num_shards: float = 1
 ) -> Activity:
     """Split the columns: one set for all rows.
 
@@ -102,7 +102,7 @@ def select_active(
         is_label_V: bool [V].
         num_rows: R.
         active_eps: tolerance.
-        num_shards: ranks that share it.
+        num_shards: ranks that share it; of a sample, by how many times its columns there are more.
     """
     is_one_chunk = mass_CV.shape[0] == 1
     peak_V = mass_CV[0] if is_one_chunk else mass_CV.amax(dim=0)

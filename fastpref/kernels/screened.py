@@ -129,11 +129,10 @@ class _Pass(NamedTuple):
             self.x_RH, sample, nowhere_R, fields=LOGP_FIELDS, bound_R=self.bound_R, with_cache=False
         )
         assert done.mass_CV is not None
-        # As if each stood for as many others of its mass.
-        mass_CN = done.mass_CV * (num_columns / SAMPLED)
-        found = select_active(
-            mass_CN, torch.zeros_like(places_N, dtype=torch.bool), self.x_RH.shape[0], self.active_eps, self.num_shards
-        )
+        # Each stands for as many others of its mass, so they may leave out less, as a shard may. What one column may
+        # hold of a row stays what it is.
+        nothing_N, share = torch.zeros_like(places_N, dtype=torch.bool), self.num_shards * num_columns / SAMPLED
+        found = select_active(done.mass_CV, nothing_N, self.x_RH.shape[0], self.active_eps, share)
         return (found.num_active > MOST_EXPECTED * SAMPLED).squeeze(0)
 
     def exact(self, needs_gradient: bool) -> Screened:

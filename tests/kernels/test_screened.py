@@ -1,5 +1,6 @@
 """The screened forward pass: exact on the active columns, in int8 on the others, and never silently wrong."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -133,6 +134,20 @@ def test_policy_and_reference_of_the_same_call_have_margin_zero() -> None:
     assert torch.equal(policy.active_fraction, reference.active_fraction)
     again, _ = score(**SCREENED)
     assert torch.equal(policy.token_logps, again.token_logps)
+
+
+@pytest.mark.parametrize(("heavy", "is_flat"), [(0.4, False), (0.6, True)])
+def test_a_sample_says_how_many_of_all_columns_are_active(heavy: float, is_flat: bool) -> None:
+    """Each column of it stands for 64; but what one column may hold of a row is not the more for that."""
+    num_columns, num_rows = 65536, 10_000
+    mass_N = torch.full((screened.SAMPLED,), EPS / 8)  # together half of what may be left out
+    mass_N[: round(heavy * screened.SAMPLED)] = 1.0
+    done = SimpleNamespace(mass_CV=mass_N.unsqueeze(0))
+    engine: Any = SimpleNamespace(forward_rows=lambda *_, **__: done)
+    head, labels_R = Head(torch.zeros(num_columns, 1), None, 1.0, None), torch.zeros(num_rows, dtype=torch.int64)
+    given = (torch.zeros(num_rows, 1), head, labels_R, torch.zeros(num_columns, dtype=torch.bool))
+    run = screened._Pass(engine, *given, torch.zeros(num_rows), ("max",), EPS, 1)
+    assert bool(run.looks_flat()) == is_flat
 
 
 def test_a_flat_distribution_gets_the_exact_pass() -> None:
