@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -25,7 +26,7 @@ from bench.implementations import IMPLEMENTATIONS
 from bench.simulated_device import SimulatedDevice
 from bench.workloads import IGNORE, ROOT, Case
 from fastpref.kernels import screened, screening, tile_trial, tuning
-from fastpref.kernels.engine import Int8Rows
+from fastpref.kernels.engine import Engine, Int8Rows
 from fastpref.kernels.tiles import CANDIDATES, TABLE
 
 STALE = 24
@@ -94,7 +95,7 @@ def _head(found: Variants, workload: str, name: str) -> None:
     for sequence, response in enumerate(responses):
         labels_SL[sequence, : length - response] = IGNORE
     note = partial(found.add, f"{name} on {workload}")
-    with recorded(note, masses.fill) as device, _int8_without_numbers(device):
+    with recorded(note, masses.fill) as device, _screening_without_numbers(device):
         case = Case(
             name=workload,
             hidden_SLH=device.nothing(*labels_SL.shape, hidden, dtype=DTYPE),
@@ -107,8 +108,16 @@ def _head(found: Variants, workload: str, name: str) -> None:
 
 
 @contextlib.contextmanager
-def _int8_without_numbers(device: SimulatedDevice) -> Iterator[None]:
-    """Int8 forms of what has no numbers: they have none either, but good scales, and each is of its weight."""
+def _screening_without_numbers(device: SimulatedDevice) -> Iterator[None]:
+    """Let a screened pass decide as on text, over operands without numbers.
+
+    Their int8 forms have none either, but good scales; each is of its weight; and bounds are finite.
+    """
+    bounds = screened.lower_bounds
+
+    def lower_bounds(engine: Engine, x_RH: Tensor, *others: Any) -> Tensor:
+        bounds(engine, x_RH, *others)
+        return device.put(torch.zeros(x_RH.shape[0], dtype=torch.float32, device="cpu"))
 
     def quantise_rows(rows_NH: Tensor) -> Int8Rows:
         scales_N = torch.ones(rows_NH.shape[0], dtype=torch.float32, device="cpu")
@@ -119,7 +128,7 @@ def _int8_without_numbers(device: SimulatedDevice) -> Iterator[None]:
 
     with (
         mock.patch.object(screening, "quantise_rows", quantise_rows),
-        mock.patch.multiple(screened, quantise_rows=quantise_rows, _differs=differs),
+        mock.patch.multiple(screened, lower_bounds=lower_bounds, quantise_rows=quantise_rows, _differs=differs),
     ):
         yield
 
