@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -142,8 +141,8 @@ def _jit_hook(note: Note) -> Iterator[None]:
         yield
 
 
-def _reduced(name: str, found: ForwardRows, *args: Any, tile: Any = None, **kwargs: Any) -> None:
-    right = getattr(torch_tiles, name)(*args, **kwargs)
+def _forward_rows(found: ForwardRows, *args: Any, tile: Any = None, **kwargs: Any) -> None:
+    right = torch_tiles.forward_rows(*args, **kwargs)
     pairs = [(found.partials.values_FR, right.partials.values_FR), (found.mass_CV, right.mass_CV)]
     if found.cache is not None and right.cache is not None:
         # On a CPU more columns share an exponent.
@@ -161,11 +160,7 @@ def _logit_gradient(found: None, x_rH: Tensor, head: Head, *others: Any) -> None
     torch_tiles.logit_gradient(x_rH.to(operand_dtype(x_rH)), head, *others)
 
 
-ENGINE: dict[str, Callable[..., None]] = {
-    "forward_rows": partial(_reduced, "forward_rows"),
-    "screen_rows": partial(_reduced, "screen_rows"),
-    "logit_gradient": _logit_gradient,
-}
+ENGINE: dict[str, Callable[..., None] | None] = {"forward_rows": _forward_rows, "logit_gradient": _logit_gradient}
 """What launches, and what gives its results their numbers, from numbers on the CPU."""
 
 
@@ -176,8 +171,7 @@ def _computed(name: str) -> Callable[..., Any]:
         result = launch(*args, **kwargs)
         given = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, DeviceTensor)]
         has_numbers = all(one.inner.device.type != "meta" for one in given)
-        rows, weight = (tree_flatten(operand)[0][0] for operand in args[:2])
-        if has_numbers and rows.shape[0] * weight.numel() <= MOST_PRODUCTS:
+        if has_numbers and args[0].shape[0] * args[1].weight_VH.numel() <= MOST_PRODUCTS:
             here, options = tree_map_only(DeviceTensor, lambda tensor: tensor.inner, (args, kwargs))
             with _disable_current_modes():
                 compute(result, *here, **options)
