@@ -66,7 +66,8 @@ def tiny_llama(seed: int, **overrides: Any) -> PreTrainedModel:
 
 def peaked(model: PreTrainedModel) -> PreTrainedModel:
     """Make some of the tokenizer's ids far more likely than the thousands behind them."""
-    model.lm_head.weight.data[:32] *= 6.0
+    model.lm_head.weight.data[:32] *= 8.0
+    model.lm_head.weight.data[32:] *= 0.1
     return model
 
 

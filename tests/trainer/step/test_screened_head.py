@@ -5,7 +5,7 @@ from unittest import mock
 
 import pytest
 import torch
-from peaked_models import EPS, PAIRS, SCREENED, peaked_model
+from peaked_models import COARSELY, EPS, PAIRS, peaked_model
 from screened_passes import counted_passes
 from torch import Tensor
 
@@ -22,7 +22,7 @@ def finish(quiet_args) -> Callable[..., DPOTrainer]:
     """Runs a trainer of peaked models to its end."""
 
     def run(models: list | None = None, reference: list | None = None, **settings: object) -> DPOTrainer:
-        args = quiet_args(**SCREENED | {"max_steps": 3} | settings)
+        args = quiet_args(**COARSELY | {"max_steps": 3} | settings)
         models = peaked_model() if models is None else models
         trainer = DPOTrainer(models, CONFIG, reference, args, train_dataset=PAIRS, eval_dataset=PAIRS[:7])
         trainer.train()
