@@ -46,6 +46,6 @@ def test_screened_head_trains_like_an_exact_one(rank_pool_2: RankPool, tmp_path:
             for metric in record.keys() - {"num_zeros_in_grad"}:  # one for each weight of a column that is left out
                 assert record[metric] == pytest.approx(exact[metric], rel=TOLERANCE, abs=TOLERANCE), metric
         for record in log[:STEPS]:
-            assert 0.0 < record["perf/active_vocab_fraction"] < 0.25
+            assert 0.0 < record["perf/active_vocab_fraction"] < 0.5
             assert 0.0 < record["perf/cold_mass"] <= 2**-8
     assert any(passes for _, passes in ran["screened"])
