@@ -10,14 +10,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from fastpref.errors import FastprefError
 from fastpref.losses import DPOConfig, expected_initial_loss
 from fastpref.trainer.ranks.platform import current_device
-from fastpref.trainer.reference.reference import (
-    MAX_SCREENING_DRIFT,
-    PrecomputedReference,
-    ReferenceModel,
-    drift_per_token,
-)
+from fastpref.trainer.reference.reference import PrecomputedReference, ReferenceModel, drift_per_token
 from fastpref.trainer.step.metrics import owns_results
-from fastpref.trainer.step.noise import TIE_DEVIATIONS, token_noise
+from fastpref.trainer.step.noise import TIE_DEVIATIONS, screening_drift, token_noise
 from fastpref.trainer.step.schedule import MicrobatchResult
 
 LOGIT_SCALE = 8.0
@@ -58,8 +53,8 @@ def check_first_step(
     if isinstance(reference, PrecomputedReference):
         drift, most = drift_per_token(results), reference.max_drift
         if not drift <= most:
-            part = MAX_SCREENING_DRIFT * screened_eps
-            screening = f" ({part:g} of it for the screened head)" if screened_eps else ""
+            part = screening_drift(screened_eps)
+            screening = f" ({part:g} of it for the screened head)" if part else ""
             raise FastprefError(
                 f"policy and reference start equal, so their log-probs may differ by at most {most:g} per token"
                 f"{screening} before the first update, but they differ by {drift:.3g}: the cache "

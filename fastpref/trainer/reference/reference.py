@@ -29,7 +29,7 @@ from fastpref.trainer.ranks.timing import DeviceTimer
 from fastpref.trainer.reference.frozen_copy import frozen_copy
 from fastpref.trainer.step.batch import Microbatch
 from fastpref.trainer.step.metrics import owns_results
-from fastpref.trainer.step.noise import token_noise
+from fastpref.trainer.step.noise import screening_drift, token_noise
 from fastpref.trainer.step.optimizer import check_model, to_precision
 from fastpref.trainer.step.schedule import MicrobatchResult, PreferenceSchedule, with_reference
 
@@ -38,9 +38,6 @@ MAX_DRIFT = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 
 Far above what other batches make of a real model, measured in docs/reference-cache.md: room for other layouts and GPUs.
 """
-MAX_SCREENING_DRIFT = 5e-3 / 2**-8
-"""The same between an exact and a screened forward pass, per unit of `active_eps`: the most that a single token may be
-off (docs/numerics.md), so more than any mean."""
 
 
 class ReferenceModel:
@@ -128,7 +125,7 @@ class PrecomputedReference:
         together(lambda: cache.require(datasets), "checking the reference cache")
         self.cache = cache
         self.token_noise = token_noise(args.params_dtype, args.screened_eps)
-        self.max_drift = MAX_DRIFT[args.params_dtype] + MAX_SCREENING_DRIFT * args.screened_eps
+        self.max_drift = MAX_DRIFT[args.params_dtype] + screening_drift(args.screened_eps)
         self._rows = together(
             lambda: {dataset.sha256: cache.read(dataset) for dataset in datasets.values()},
             "reading the reference cache",

@@ -46,6 +46,14 @@ def token_noise(dtype: torch.dtype, screened_eps: float = 0.0) -> float:
     return math.hypot(TOKEN_NOISE[dtype] * torch.finfo(dtype).eps, SCREENING_NOISE * screened_eps)
 
 
+def screening_drift(screened_eps: float) -> float:
+    """Largest mean distance of an exact and a screened forward pass, in nat per response token.
+
+    Errors of tokens that all point one way, as those of one quantised weight may.
+    """
+    return TIE_DEVIATIONS * SCREENING_NOISE * screened_eps
+
+
 def tie_noise(logps: PairLogps, noise: float, ld_alpha: float | None = None) -> Tensor:
     """Largest distance between the log-ratios of a pair that rounding accounts for.
 
