@@ -20,6 +20,7 @@ TOLERANCE = 1e-3
 FAMILIES: dict[str, tuple[str | None, dict[str, Any], dict[str, Any]]] = {
     "tied": ("TP2-SP", {}, {"policy": {**PEAKED, **SIZES, "tie_word_embeddings": True}}),
     "pipeline": ("PP2-VPP2", {}, {}),
+    "overlapped": ("DP2 overlapped reduce and gather", {}, {"policy": {**PEAKED, **SIZES}}),
     "experts over context": ("CP2", {}, {"policy": {**EXPERTS, **SIZES}}),
     "packed, prompts shared": (None, {"packing": True, "prefix_sharing": True}, {}),
     "adapters": (None, {}, {"lora": LoraConfig(r=4, lora_alpha=16.0)}),

@@ -131,7 +131,8 @@ class PrecisionArguments:
     """Whose layers compute: Transformer Engine's, or Megatron's own; None = the former where it runs (on a GPU)."""
     head_forward: Literal["exact", "screened"] = "exact"
     """Which logits the head multiplies exactly (`linear_logps`): all, or the active ones, which 8 bits tell from the
-    others; of policy, evaluation and a reference in memory. Precomputed scores are exact."""
+    others; of policy, evaluation and a reference in memory. Precomputed scores are exact. Screened log-probs depend in
+    their last bits on the microbatch."""
     head_backward: Literal["auto", "active", "exact", "recompute", "cached"] = "auto"
     """How the head's backward pass goes about the vocabulary (`linear_logps`): auto = active in 16 bits and with a
     screened forward pass, else exact."""

@@ -96,6 +96,14 @@ def test_policy_that_starts_at_its_reference_has_margin_0(finish) -> None:
     assert (log[0]["eval_rewards/margins"], log[1]["rewards/margins"]) == (0.0, 0.0)
 
 
+def test_trainer_says_what_screening_gives_up(finish, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "the last bits of a pair's log-probs depend on what else is in its microbatch"
+    finish(max_steps=1, disable_progress=False)
+    assert capsys.readouterr().err.count(text) == 1
+    finish(max_steps=1, disable_progress=False, head_forward="exact", head_backward="active")
+    assert text not in capsys.readouterr().err
+
+
 def test_evaluation_leaves_the_meters_of_training_alone(finish) -> None:
     trainer = finish(max_steps=1)
     assert 0.0 < trainer.log_history[0]["perf/active_vocab_fraction"] < 0.25
