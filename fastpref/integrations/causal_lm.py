@@ -42,6 +42,7 @@ from fastpref.integrations.logit_form import (
     foundation,
 )
 from fastpref.integrations.products import AnsweredProduct, Product, own_linear
+from fastpref.integrations.supported import refuse_unsupported
 from fastpref.kernels import linear_logps
 
 # Field of `TokenLogps` -> statistic of `linear_logps`.
@@ -99,7 +100,7 @@ def add_logps_head(
             layer; an unknown output. Calls raise it as well, where log-probs differ from those of the model's logits:
             the first call compares them, and the first after a change of the output layer.
     """
-    _refuse_unsupported(model)
+    refuse_unsupported(model)
     known = [field.name for field in fields(TokenLogps)]
     unknown = sorted(set(outputs) - set(known))
     if unknown:
@@ -378,42 +379,3 @@ def mean_logits(
     with torch.autocast(hidden_SLH.device.type, enabled=False):
         means_SL = hidden_SLH.float() @ weight_VH.mean(dim=0, dtype=torch.float32)
     return logit_scale * (means_SL if bias_V is None else means_SL + bias_V.float().mean())
-
-
-def _refuse_unsupported(model: PreTrainedModel) -> None:
-    """Refuse what is no text-only decoder with a plain output layer.
-
-    Raises:
-        ConfigError: names what was found.
-    """
-    name, config = type(model).__name__, model.config
-    if config.is_encoder_decoder:
-        raise ConfigError(f"the model must be a decoder, got the encoder-decoder {name}; use TRL's own trainer")
-    parts = [part for part in ("vision", "audio") if hasattr(config, f"{part}_config")]
-    if parts or config.get_text_config() is not config:
-        raise ConfigError(
-            f"the model must read text alone, got {name} with {' and '.join(parts) or 'several parts'}; load its text "
-            "model (AutoModelForCausalLM), or use TRL's own trainer"
-        )
-    head = model.get_output_embeddings()
-    if head is None or decoder_of(model) is model:
-        missing = "an output layer" if head is None else "a decoder apart from its output layer"
-        raise ConfigError(f"the model must have {missing}, got {name}; load it as AutoModelForCausalLM")
-    learned = [name for name, weight in model.named_parameters(recurse=False) if weight.requires_grad]
-    if learned:
-        raise ConfigError(
-            f"{name} must have no trainable weights outside of its decoder and output layer, got {', '.join(learned)}: "
-            "a number that its logits depend on would get no gradient; freeze them, or use TRL's own trainer"
-        )
-    quantized = sorted({str(weight.dtype) for weight in head.parameters() if not weight.is_floating_point()})
-    if quantized:
-        raise ConfigError(
-            f"the output layer of {name} must have floating-point weights, got {', '.join(quantized)}; leave it out of "
-            "quantization (llm_int8_skip_modules, modules_to_not_convert)"
-        )
-    # Trainable tokens of PEFT replace rows of the weight; every other adapter adds to the product.
-    if hasattr(head, "base_layer") and not hasattr(head, "trainable_tokens_delta"):
-        raise ConfigError(
-            f"the output layer of {name} must have no adapter, got {type(head).__name__}: an adapter adds to logits, "
-            "which are never made; take it out of target_modules, or train the layer itself by modules_to_save"
-        )
