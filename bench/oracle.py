@@ -162,7 +162,7 @@ def verdict(
         found: errors of the implementation.
         naive: errors of naive PyTorch on the same rows, the yardstick of the numeric rule.
         is_exact: hold to the numeric rule (`fastpref.testing.numerics`); else to the relative `LIMITS`, and single
-            tokens to `TOKEN_LIMITS`.
+            tokens to `TOKEN_LIMITS`, in 16 bits those of screened passes alone: others round their logits.
         is_screened: the forward pass is approximate as well.
         dtype: of the inputs and gradients; log-probs are in fp32.
         is_drawn: whether the activations are drawn; for fp32.
@@ -178,7 +178,7 @@ def verdict(
             if not error["max"] <= allowed:
                 return f"{name}: largest error {error['max']:.2e} exceeds {allowed:.2e} of the numeric rule"
         elif name == "token_logps":
-            for measure, limit in TOKEN_LIMITS.items():
+            for measure, limit in TOKEN_LIMITS.items() if is_screened or dtype == torch.float32 else ():
                 if not error[measure] <= limit:
                     return f"{name}: {measure} error {error[measure]:.2e} nat exceeds {limit:.1e}"
         elif not error["relative_l2"] <= limits[name]:

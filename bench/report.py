@@ -26,12 +26,14 @@ class Layout(NamedTuple):
 
     Attributes:
         mark: between which and the end of tables it stands in a page.
+        suffix: of the workload's name, for the heading of a section.
         products: of R V H multiply-adds, two operations each, that a pass must do.
         bare_targets: by implementation, what its time over the bare product should at most be.
         errors: the heading of each error column, its tensor, and which of its measures.
     """
 
     mark: str
+    suffix: str
     products: int
     bare_targets: dict[str, float]
     errors: dict[str, tuple[str, str]]
@@ -46,12 +48,14 @@ class Layout(NamedTuple):
 LAYOUTS = {
     "head": Layout(
         mark="<!-- tables: python -m bench table --into docs/benchmarks.md -->",
+        suffix="",
         products=3,
         bare_targets={"ours-active": 1.7, "ours-screened": 0.7},
         errors={"error dX": ("d_hidden", "relative_l2"), "error dW": ("d_weight", "relative_l2")},
     ),
     "score": Layout(
         mark="<!-- tables of scoring: python -m bench table --into docs/benchmarks.md -->",
+        suffix=", scoring",
         products=1,
         bare_targets={"ours-screened": 0.4, "ours-screened-shared": 0.4},
         errors={"error of a token, nat": ("token_logps", "rms"), "largest": ("token_logps", "max")},
@@ -104,7 +108,7 @@ def table(workload: str, rows: dict[str, Row], kind: str = "head") -> str:
     """One workload as a section: what was measured on what, one line per implementation, and the other targets."""
     right = {name: row for name, row in rows.items() if row["status"] in ("ok", "untimed")}
     timed = {name: row for name, row in right.items() if row["status"] == "ok"}
-    lines = [f"### {workload}", ""]
+    lines = [f"### {workload}{LAYOUTS[kind].suffix}", ""]
     if right:
         lines += [_describe(next(iter(right.values()))), "", LAYOUTS[kind].header()]
         lines += [_line(name, row, right, kind) for name, row in right.items()]

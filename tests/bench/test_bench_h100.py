@@ -171,7 +171,7 @@ def test_sanitizer_that_is_cut_short_says_how_far_it_came(tmp_path: Path, monkey
 
 def test_head_jobs_begin_with_ours_on_the_main_workload_and_reach_everything() -> None:
     jobs = parts.head_jobs(is_dry=False)
-    assert jobs[:3] == [(parts.MAIN, name) for name in parts.OURS] and len(set(jobs)) == len(jobs)
+    assert jobs[:5] == [(parts.MAIN, name) for name in (*parts.OURS, parts.SHARED)] and len(set(jobs)) == len(jobs)
     assert {name for _, name in jobs} == set(names_on("cuda"))
     assert sum(parts.BUDGETS_S.values()) <= 25 * 60 and max(parts.BUDGETS_S.values()) <= 9 * 60
 

@@ -107,7 +107,7 @@ def test_score_table_has_its_own_products_targets_and_errors(tmp_path: Path) -> 
     shared["times"]["ours-exact"] = {"wall_s": [0.8] * 3}
     rows = {"ours-exact": anchor, "ours-screened-shared": shared}
     table = report.table("gemma3-270m", rows, "score")
-    assert "| error of a token, nat | largest |" in table
+    assert "| error of a token, nat | largest |" in table and table.startswith("### gemma3-270m, scoring\n")
     line = cells(table, "fastpref, screened, int8 copy shared")
     assert line[2:9] == ["**0.40** <= 0.4", "0", "0.50", "20 + 80 shared", "1.00", "1.7e-04", "6.0e-03"]
     assert "Screened over active" not in table

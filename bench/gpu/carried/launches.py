@@ -29,6 +29,8 @@ from fastpref.kernels import screened, screening, tile_trial, tuning
 from fastpref.kernels.engine import Engine, Int8Rows
 from fastpref.kernels.tiles import CANDIDATES, TABLE
 
+FEW_ROWS = 64
+"""Rows that are turned into int8 for what that launches, which does not depend on their number."""
 STALE = 24
 """A test ends when so many launches in a row have brought no variant that is new."""
 
@@ -113,13 +115,14 @@ def _screening_without_numbers(device: SimulatedDevice) -> Iterator[None]:
 
     Their int8 forms have none either, but good scales; each is of its weight; and bounds are finite.
     """
-    bounds = screened.lower_bounds
+    bounds, quantise = screened.lower_bounds, screening.quantise_rows
 
     def lower_bounds(engine: Engine, x_RH: Tensor, *others: Any) -> Tensor:
         bounds(engine, x_RH, *others)
         return device.put(torch.zeros(x_RH.shape[0], dtype=torch.float32, device="cpu"))
 
     def quantise_rows(rows_NH: Tensor) -> Int8Rows:
+        quantise(rows_NH[:FEW_ROWS])
         scales_N = torch.ones(rows_NH.shape[0], dtype=torch.float32, device="cpu")
         return Int8Rows(device.nothing(*rows_NH.shape, dtype=torch.int8), device.put(scales_N))
 
