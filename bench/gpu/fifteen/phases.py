@@ -17,6 +17,7 @@ from bench.measure import Row
 PHASES = (
     ("forward kernel", r"linear_logps_fwd|gluon"),
     ("screening kernel", r"_screen_kernel"),
+    ("turning rows into int8", r"_quantise_kernel"),
     ("merge and sum of parts", r"_merge_|_sum_parts"),
     ("gradient of the logits", r"logit_gradient|cached_gradient"),
     ("products", r"gemm|gemv|nvjet|cutlass|cublas|xmma|splitK"),
