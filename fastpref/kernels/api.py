@@ -129,8 +129,9 @@ def linear_logps(
     Memory: O(R * H) and a few tiles of logits, never R x V; "cached" holds its budget.
 
     Determinism: bitwise repeatable; a sequence's log-probabilities do not depend, bit for bit, on what else is in the
-    batch or on packing (excepted are forward="screened", whose active columns are those of the whole call; fp64, meant for gradient checks, which BLAS rounds by position where H is odd, and
-    "reference", whose products have as many rows as the batch).
+    batch or on packing (excepted are forward="screened", whose active columns are those of the whole call; fp64, meant
+    for gradient checks, which BLAS rounds by position where H is odd; and "reference", whose products have as many
+    rows as the batch).
 
     Raises:
         TypeError, ValueError: arguments that do not fit, before any work is done; among them tensors that keep their

@@ -92,8 +92,8 @@ def resolve_plan(
 def _check_screened(name: str, backward: str) -> None:
     if name != "active":
         raise ValueError(
-            f"forward='screened' has the exact logits of active columns only, got backward={backward!r}, which looks at "
-            "all of them; use backward='active' or 'auto'"
+            f"forward='screened' has the exact logits of active columns only, got backward={backward!r}, which looks "
+            "at all of them; use backward='active' or 'auto'"
         )
 
 

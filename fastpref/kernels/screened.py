@@ -30,7 +30,8 @@ from fastpref.kernels.screening import quantise_rows, stale
 from fastpref.kernels.torch_tiles import tile_shape
 from fastpref.kernels.vocab_parallel import merge_bounds
 
-# Of the columns, expected to be active: with more, the products in int8 and the exact ones cost more than an exact pass.
+# Share of columns that are expected to be active: with more, the int8 products and the exact ones of the active columns
+# cost more than an exact pass.
 MOST_EXPECTED = 0.5
 SAMPLED = 1024
 # Of a smaller vocabulary pilot and sample are too large a part.

@@ -70,7 +70,7 @@ def test_native_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_native_with_unknown_switch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTPREF_NATIVE", "sse2")
     with pytest.raises(
-        ConfigError, match="FASTPREF_NATIVE must be 0, 1 or one of avx512_bf16, avx512_vnni, .*, avx2, got 'sse2'"
+        ConfigError, match=r"FASTPREF_NATIVE must be 0, 1 or one of avx512_bf16, avx512_vnni, .*, avx2, got 'sse2'"
     ):
         native.is_available()
 
