@@ -65,7 +65,7 @@ class Masses:
         return columns[torch.randint(0, len(columns), (count,), generator=self._generator)]
 
     def draw(self, shape: torch.Size) -> Tensor:
-        """Return masses [V] of one chunk, or [C, V] of several; of as many columns, evenly spread, where there are fewer."""
+        """Return masses [V] of one chunk, or [C, V] of several; where they are fewer, of columns at even distances."""
         step = self._is_shared_V.shape[0] // shape[-1]
         is_shared = self._is_shared_V[::step][: shape[-1]]
         is_own = torch.rand(shape, generator=self._generator) < OWN_SHARE

@@ -120,6 +120,10 @@ class DeviceTensor(Tensor):
         """What nobody may learn."""
         return False
 
+    def tolist(self) -> Any:
+        """Copy the numbers to the host, which PyTorch does below the dispatcher."""
+        return self.cpu().tolist()
+
     def __repr__(self) -> str:  # type: ignore[override]
         return f"DeviceTensor({tuple(self.shape)}, {self.dtype})"
 

@@ -85,16 +85,15 @@ class Tile:
 _HOPPER_16 = Tile(rows=128, columns=256, hidden=64, group_rows=16, slices=4, warps=8, stages=4)
 _SMALL_16 = Tile(rows=128, columns=128, hidden=32, group_rows=16, slices=4, warps=8, stages=4)
 _ANY_32 = Tile(rows=64, columns=128, hidden=16, group_rows=16, slices=2, warps=8, stages=3)
-# As many bytes in a step as with 16 bits.
-_HOPPER_8 = dataclasses.replace(_HOPPER_16, hidden=128)
+# As many bytes in a step as with 16 bits. Of fewer columns a program has fewer scales to keep in registers.
+_HOPPER_8 = dataclasses.replace(_HOPPER_16, rows=256, columns=128, hidden=128, slices=2)
 _SMALL_8 = dataclasses.replace(_SMALL_16, hidden=64)
 
 TABLE: dict[str, tuple[Tile, ...]] = {
     "sm_90/8": (_HOPPER_8,),
     "sm_90/16": (_HOPPER_16,),
     "sm_90/32": (_ANY_32,),
-    # Of int8 Triton has no product for Blackwell's own matrix unit.
-    "sm_100/8": (dataclasses.replace(_SMALL_8, hidden=128),),
+    "sm_100/8": (dataclasses.replace(_SMALL_8, hidden=128, slices=1),),
     "sm_100/16": (dataclasses.replace(_HOPPER_16, columns=128, slices=1),),
     "sm_100/32": (_ANY_32,),
     # 163 KiB of shared memory on an A100 ...

@@ -75,7 +75,7 @@ def multiply_tile(
         if INTERPRET and dtype == tl.float32:
             x = x.to(tl.float32)
             w = w.to(tl.float32)
-        acc = tl.dot(x, w.T, acc, input_precision="ieee")
+        acc = tl.dot(x, w.T, acc, input_precision="ieee", out_dtype=dtype)
     return acc
 
 

@@ -83,7 +83,7 @@ ENTRY = dataclasses.asdict(HOPPER)
         ([], "must name a tile table in JSON"),
         ({"sm_90/16": [{"rows": 128}]}, "must name a tile table in JSON"),
         ({"sm_90/16": [ENTRY | {"speed": 3}]}, "must name a tile table in JSON"),
-        ({"sm_91/16": [ENTRY]}, "'sm_91/16' must be one of sm_90/16"),
+        ({"sm_91/16": [ENTRY]}, "'sm_91/16' must be one of sm_90/8, sm_90/16"),
         ({"sm_90/16": []}, r"min_hidden of sm_90/16 must start at 0 and rise, got \[\]"),
         ({"sm_90/16": [ENTRY | {"min_hidden": 64}]}, r"must start at 0 and rise, got \[64\]"),
         ({"sm_90/16": [ENTRY, ENTRY]}, r"must start at 0 and rise, got \[0, 0\]"),
