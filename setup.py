@@ -36,6 +36,7 @@ FLAGS = [
     "-Wextra",
     # GCC before 13 takes the deliberately undefined operands in its own intrinsics for mistakes.
     "-Wno-maybe-uninitialized",
+    "-Wno-uninitialized",
 ]
 
 
@@ -68,7 +69,7 @@ def engine() -> list[Extension]:
     """Return the engine where its sources make sense; `optional`: a failed build is a warning."""
     if not sys.platform.startswith("linux") or platform.machine() not in ("x86_64", "AMD64"):
         return []
-    headers = [f"{SOURCES}/{name}.h" for name in ("abi", "simd", "tile")]
+    headers = [f"{SOURCES}/{name}.h" for name in ("abi", "simd", "operands", "tile")]
     kernels = [f"{SOURCES}/{name}.cpp" for name in ("dispatch", *KERNELS)]
     return [Extension("fastpref.kernels.libfastpref_cpu", kernels, depends=headers, language="c++", optional=True)]
 

@@ -2,7 +2,7 @@
 //
 // LANES rows at a time, one in each lane, so that a rotation adds and subtracts whole vectors: the same operations in
 // the same order for every row, whatever the instruction set.
-#include "tile.h"
+#include "operands.h"
 
 namespace FASTPREF_ISA {
 
@@ -77,7 +77,7 @@ static void store_rows(const QuantiseArgs& args, int64_t first, const Vec* value
 int quantise_rows(const QuantiseArgs& args) {
   const int64_t H = args.hidden_size, num_groups = ceil_div(args.num_rows, LANES);
   const int64_t num_threads = max_of(1, min_of(args.num_threads, num_groups));
-  const float factor = 1.0f / static_cast<float>(__builtin_sqrt(static_cast<double>(args.rotation_size)));
+  const float factor = static_cast<float>(1.0 / __builtin_sqrt(static_cast<double>(args.rotation_size)));
   Buffer memory(num_threads * H * LANES);
   if (!memory.data) return 1;
 #pragma omp parallel num_threads(static_cast<int>(num_threads))

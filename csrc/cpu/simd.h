@@ -78,7 +78,9 @@ static inline Words to_nearest(Vec a) { return _mm512_cvtps_epi32(a); }  // ties
 // sum + u0 s0 + u1 s1 + u2 s2 + u3 s3 in each lane, bytes of u unsigned, those of s signed.
 static inline Words dot_bytes(Words sum, Words u, Words s) {
 #if defined(__AVX512VNNI__)
-  return _mm512_dpbusd_epi32(sum, u, s);
+  // Not the intrinsic: GCC 12 copies and spills what it accumulates.
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(u), "v"(s));
+  return sum;
 #else
   const Words even = _mm512_set1_epi32(0x00ff00ff);
   const Words low = _mm512_madd_epi16(_mm512_and_si512(u, even), _mm512_srai_epi16(_mm512_slli_epi16(s, 8), 8));
@@ -135,7 +137,8 @@ static inline Vec to_float(Words a) { return _mm256_cvtepi32_ps(a); }
 static inline Words to_nearest(Vec a) { return _mm256_cvtps_epi32(a); }
 static inline Words dot_bytes(Words sum, Words u, Words s) {
 #if defined(__AVXVNNI__)
-  return _mm256_dpbusd_avx_epi32(sum, u, s);
+  asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(u), "x"(s));
+  return sum;
 #else
   const Words even = _mm256_set1_epi32(0x00ff00ff);
   const Words low = _mm256_madd_epi16(_mm256_and_si256(u, even), _mm256_srai_epi16(_mm256_slli_epi16(s, 8), 8));

@@ -90,19 +90,19 @@ def forward_screened(
         bound_R = merge_bounds(bound_R, group)
     num_shards = 1 if group is None else group.size()
     run = _Pass(engine, x_RH, head, labels_R, is_label_V, bound_R, fields, active_eps, num_shards)
-    if not num_rows or num_columns < LEAST_COLUMNS:
-        return run.exact(needs_gradient)
-    rows = quantise_rows(x_RH)
-    is_hopeless = run.looks_flat() | ~bound_R.isfinite().all() | rows.scales_N.isnan().any()
-    is_stale = torch.zeros_like(is_hopeless)
+    is_hopeless = is_stale = torch.zeros((), dtype=torch.bool, device=x_RH.device)
     if columns is not None and can_compare:
         is_stale = _differs(columns, head.weight_VH, pilot_L)
         if group is not None:  # all of them raise, or none
             dist.all_reduce(is_stale := is_stale.long(), group=group)
+    is_large = num_rows > 0 and num_columns >= LEAST_COLUMNS
+    if is_large:
+        rows = quantise_rows(x_RH)
+        is_hopeless = run.looks_flat() | ~bound_R.isfinite().all() | rows.scales_N.isnan().any()
     is_hopeless, is_stale = torch.stack([is_hopeless.long(), is_stale.long()]).tolist()
     if is_stale:
         raise stale()
-    if is_hopeless:
+    if is_hopeless or not is_large:
         return run.exact(needs_gradient)
     return run.screened(rows, columns or quantise_rows(head.weight_VH), needs_gradient)
 

@@ -133,8 +133,10 @@ def _quantise(rows_nH: Tensor, signs_H: Tensor, size: int) -> tuple[Tensor, Tens
     rotated_nH = rotate(rows_nH, signs_H, size)
     largest_n = rotated_nH.abs().amax(dim=1)
     is_fit_n = (largest_n >= LEAST) & largest_n.isfinite()
-    inverse_n = torch.where(is_fit_n, LARGEST / largest_n, 0.0)
-    scales_n = (largest_n / LARGEST * size**-0.5).masked_fill(~is_fit_n & (largest_n != 0), float("nan"))
+    # Tensors on both sides: PyTorch may divide by and into a number by way of its reciprocal, which rounds twice.
+    units_n = torch.full_like(largest_n, LARGEST)
+    inverse_n = torch.where(is_fit_n, units_n / largest_n, 0.0)
+    scales_n = (largest_n / units_n * size**-0.5).masked_fill(~is_fit_n & (largest_n != 0), float("nan"))
     return (rotated_nH * inverse_n.unsqueeze(1)).round_().nan_to_num_(0.0).to(torch.int8), scales_n
 
 

@@ -5,22 +5,33 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from head_oracle import peaked_inputs
 from native_problems import needs_library
 from screen_oracle import int8_logits
 from torch import Tensor
 
 from fastpref import SequenceLogps, linear_logps, screen_weight
-from fastpref.kernels import native, screened, screening, torch_tiles
-from fastpref.kernels.engine import Engine, Head, Int8Head
+from fastpref.kernels import native, screened, torch_tiles
+from fastpref.kernels.engine import Engine, ForwardRows, Head, Int8Head, Int8Rows
 from fastpref.kernels.outputs import FIELDS, STATISTICS
 from fastpref.kernels.screening import ScreenedHead, quantise_rows
 from fastpref.testing.adversarial import HeadInputs
 from fastpref.testing.workers import RankPool
 
-# 2^-6: with so few rows the default leaves out less.
 EPS = 2.0**-6
-INPUTS = peaked_inputs(num_rows=48, vocab_size=6000, hidden_size=64)
+
+
+def drawn_inputs() -> HeadInputs:
+    generator = torch.Generator().manual_seed(3)
+    weight_VH = torch.randn(6000, 64, generator=generator) * 0.2
+    hidden_SLH = torch.randn(2, 24, 64, generator=generator)
+    weight_VH[:, 0], hidden_SLH[..., 0] = -1.7 * torch.arange(1, 6001).log(), 1.0
+    logits_RV = hidden_SLH.flatten(0, 1) @ weight_VH.t()
+    labels_SL = torch.multinomial(logits_RV.softmax(dim=1), 1, generator=generator).view(2, 24)
+    return HeadInputs(hidden_SLH, weight_VH, labels_SL)
+
+
+# As on real text: a few columns are likely in every row, most of them in none.
+INPUTS = drawn_inputs()
 ENGINES: dict[str, Engine] = {"native": native, "torch": torch_tiles}
 HEADS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -100,7 +111,7 @@ def test_errors_are_a_small_part_of_what_is_left_out(dtype: torch.dtype) -> None
     (found, gradients), (truth, exact) = score(inputs, **SCREENED), score(inputs.cast(torch.float64))
     slack = {torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}.get(dtype, 0.0)
     error_R = (found.token_logps.double() - truth.token_logps).abs()
-    assert error_R.square().mean().sqrt() < 0.05 * EPS + slack and error_R.max() < 0.5 * EPS + slack
+    assert error_R.square().mean().sqrt() < 0.1 * EPS + slack and error_R.max() < 0.5 * EPS + slack
     torch.testing.assert_close(found.entropy.double(), truth.entropy, rtol=0.02, atol=0.05)
     torch.testing.assert_close(found.mean_logit.double(), truth.mean_logit, rtol=0.02, atol=0.05)
     assert torch.equal(found.hits, truth.hits.float().to(found.hits.dtype)) or slack
@@ -115,7 +126,7 @@ def test_the_backward_pass_is_that_of_the_active_plan() -> None:
     (found, gradients), (active, expected) = score(**SCREENED), score(backward="active", active_eps=EPS)
     assert abs(float(found.active_fraction) / float(active.active_fraction) - 1) < 0.05
     for name in gradients:
-        assert (gradients[name] - expected[name]).norm() < 2e-3 * expected[name].norm()
+        assert (gradients[name] - expected[name]).norm() < 0.5 * EPS * expected[name].norm()
 
 
 def test_a_form_that_is_handed_over_changes_no_bit() -> None:
@@ -257,9 +268,9 @@ def test_under_autocast_the_form_is_that_of_the_weight_as_it_is_given() -> None:
 
 REFUSED = {
     "a plan that looks at all": ({"backward": "exact"}, "has the exact logits of active columns only, got backward="),
-    "the specification, differentiated": (
+    "a plan of another backend": (
         {"backend": "reference", "backward": "recompute"},
-        "backend='reference' keeps",
+        "has the exact logits of active columns only, got backward='recompute'",
     ),
     "an unknown name": ({"forward": "screend"}, "must be one of 'exact', 'screened', got 'screend'; did you mean"),
     "a form without use": ({"forward": "exact", "screened": True}, "is used by forward='screened' only"),
@@ -337,21 +348,29 @@ def test_shards_refuse_together(rank_pool_2: RankPool) -> None:
         assert "not of this weight as it is now" in rank["error"]
 
 
-def test_planted_errors_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The int8 part of active columns left in, or no rotation: more than the tests allow."""
-    truth, _ = score(INPUTS.cast(torch.float64))
-
-    def rms() -> float:
-        return float((score(**SCREENED)[0].token_logps.double() - truth.token_logps).square().mean().sqrt())
-
-    right = rms()
-    real = screened._sum_at
-    monkeypatch.setattr(screened, "_exchange", lambda everything, part, exact: everything_of(everything, exact))
-    assert rms() > 20 * right
-    monkeypatch.undo()
-    assert screened._sum_at is real and screening.rotation_size(64) == 64
+PLANTED = ("the int8 part is not taken out", "the active columns are not multiplied exactly", "a stale form is taken")
 
 
-def everything_of(everything: Any, exact: Any) -> Any:
-    everything["target"], everything["max"] = exact["target"], everything["max"]
-    return everything
+@pytest.mark.parametrize("error", PLANTED)
+def test_a_planted_error_is_more_than_is_allowed(error: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of them seen by `test_errors_are_a_small_part_of_what_is_left_out`."""
+    real = torch_tiles.screen_rows
+    monkeypatch.setattr(native, "supports", lambda dtype: False)
+
+    def screen_rows(rows: Int8Rows, head: Int8Head, labels_R: Tensor, **options: Any) -> ForwardRows:
+        if error == PLANTED[2]:
+            columns = head.columns._replace(scales_N=head.columns.scales_N.roll(1))
+            head = head._replace(columns=columns)
+        found = real(rows, head, labels_R, **options)
+        if options["bound_R"] is None:  # the pass over the active columns
+            if error == PLANTED[0]:
+                found.partials["sum"] = 0.0
+            elif error == PLANTED[1]:
+                monkeypatch.setattr(torch_tiles, "forward_rows", lambda *_, **__: found)
+        return found
+
+    monkeypatch.setattr(torch_tiles, "screen_rows", screen_rows)
+    found = linear_logps(*INPUTS[:3], stats=("token_logps",), **SCREENED)
+    exact = linear_logps(*INPUTS[:3], stats=("token_logps",), backend="reference")
+    error_R = (found.token_logps - exact.token_logps).nan_to_num(10.0).abs()
+    assert error_R.square().mean().sqrt() > 0.3 * EPS, float(error_R.square().mean().sqrt())
