@@ -346,7 +346,7 @@ def faults(rows: Iterable[CompiledKernel], spill_limits: Mapping[str, int]) -> l
 def _expected_hardware(variant: Variant) -> tuple[tuple[str, ...], bool]:
     """Return the matrix units that will do, and whether tiles are loaded by the copy engine."""
     if variant.dtype == "fp32":
-        units = ("fma",)
+        units: tuple[str, ...] = ("fma",)
     else:
         units = {"sm_90": ("wgmma",), "sm_100": ("tcgen05",)}.get(variant.architecture, ("mma",))
     if variant.dtype == "int8" and variant.architecture == "sm_100":

@@ -1,7 +1,10 @@
 """The screening pass on a real device: the numbers of the formula, and a row's bits whatever stands beside it."""
 
+from typing import Any
+
 import pytest
 import torch
+from head_oracle import peaked_inputs
 from screening_oracle import Screening, assert_matches_formula, same_bits, screen, screening
 from triton_oracle import CASES
 
@@ -10,6 +13,8 @@ from fastpref.kernels.engine import Int8Rows
 from fastpref.kernels.screening import quantise_rows
 
 DEVICE = "cuda"
+# With so few rows the default leaves out less.
+EPS = 2.0**-6
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -53,23 +58,19 @@ def test_the_int8_form_is_that_of_the_cpu(hidden_size: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_linear_logps_screens(dtype: torch.dtype) -> None:
-    """A peaked head beside the exact pass, forward and gradient."""
-    generator = torch.Generator().manual_seed(0)
-    weight_VH = torch.randn(20000, 256, generator=generator) * 0.5
-    labels_T = torch.randint(0, 20000, (600,), generator=generator)
-    hidden_TH = weight_VH[labels_T] * 0.5 + 0.2 * torch.randn(600, 256, generator=generator)
-    leaves = [tensor.to(DEVICE, dtype).requires_grad_() for tensor in (hidden_TH, weight_VH)]
-    bounds, labels_T = torch.tensor([0, 250, 600], device=DEVICE), labels_T.to(DEVICE)
+    """A peaked head: log-probs of the exact pass, and gradients as near to the exact ones as the active plan's."""
+    inputs = peaked_inputs(num_rows=600, vocab_size=12000, hidden_size=64).cast(dtype)
+    leaves = [tensor.to(DEVICE).requires_grad_() for tensor in (inputs.hidden_SLH, inputs.weight_VH)]
+    labels_SL, upstream_R = inputs.labels_SL.to(DEVICE), torch.linspace(-1.0, 1.5, 600, device=DEVICE)
 
-    def score(**options: object) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        found = linear_logps(*leaves, labels_T, cu_seqlens=bounds, stats=("token_logps",), **options)
-        upstream = torch.linspace(-1.0, 1.0, 600, device=DEVICE)
-        return found.token_logps, torch.autograd.grad((found.token_logps * upstream).sum(), leaves)
+    def score(**options: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        logps_R = linear_logps(*leaves, labels_SL, stats=("token_logps",), **options).token_logps
+        return logps_R, [each.float() for each in torch.autograd.grad((logps_R * upstream_R).sum(), leaves)]
 
-    form = screen_weight(leaves[1])
-    logps, gradients = score(forward="screened", screened=form, backward="active")
-    assert torch.equal(score(forward="screened", backward="active")[0], logps)
-    exact, expected = score(backward="recompute")
-    assert (logps - exact).abs().max() < 2e-2
-    for found, wanted in zip(gradients, expected, strict=True):
-        assert (found - wanted).float().norm() < 1e-2 * wanted.float().norm()
+    form, screened = screen_weight(leaves[1]), {"forward": "screened", "active_eps": EPS}
+    found, gradients = score(screened=form, **screened)
+    assert torch.equal(score(**screened)[0], found)
+    (exact, wanted), (_, active) = score(backward="recompute"), score(backward="active", active_eps=EPS)
+    assert 0.0 < (found - exact).abs().max() < 0.5 * EPS
+    for mine, other, right in zip(gradients, active, wanted, strict=True):
+        assert (mine - right).norm() < 1.2 * (other - right).norm()
