@@ -31,6 +31,7 @@ from fastpref.kernels.tiles import CACHE_COLUMNS, CANDIDATES, TABLE, Tile, selec
 from fastpref.kernels.triton_backward import cached_gradient_call, logit_gradient_call
 from fastpref.kernels.triton_common import KernelCall
 from fastpref.kernels.triton_parts import TILE_FIELDS, TileParts, merge_call, sum_call
+from fastpref.kernels.triton_quantise import quantise_call
 from fastpref.kernels.triton_screen import screen_call
 
 # Architectures of the table, and the shared memory that a program can have there.
@@ -44,6 +45,7 @@ FLAGS = {
     "cached": ("scale", "places"),
     "merge": TILE_FIELDS,
     "sum": ("adds",),
+    "quantise": (),
 }
 # Sizes of the tensors that are described; only their divisibility by 16 enters the code.
 NUM_ROWS, HIDDEN_SIZE, VOCAB_SIZE = 8192, 4096, 131072
@@ -205,6 +207,9 @@ def describe(variant: Variant) -> KernelCall:
     if variant.kernel == "cached":
         places = labels if "places" in flags else None
         return cached_gradient_call(cache, places, 0, labels, scalars, scale, out)
+    if variant.kernel == "quantise":
+        values = new(NUM_ROWS, HIDDEN_SIZE, dtype=torch.int8)
+        return quantise_call(x, new(HIDDEN_SIZE), 128, values, row, 127.0, 2.0**-96)
     bias = new(VOCAB_SIZE, dtype=torch.float32 if variant.kernel == "screen" else dtype) if "bias" in flags else None
     head = Head(new(VOCAB_SIZE, HIDDEN_SIZE, dtype=dtype), bias, scale, 30.0 if "softcap" in flags else None)
     # Older devices have no copy engine; there the launcher passes pointers.

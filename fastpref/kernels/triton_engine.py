@@ -130,6 +130,20 @@ def screen_rows(
     return ForwardRows(*_reduce(launch, call, rows.values_NH, num_columns, labels_R, fields, fields, bound_R), None)
 
 
+def quantise_rows(
+    rows_NH: Tensor, signs_H: Tensor, rotation_size: int, largest: float, least: float
+) -> tuple[Tensor, Tensor]:
+    """Turn rows [N, H] into int8 and their scales; see `screening.quantise_rows`. Unit stride in H, no fp64."""
+    from fastpref.kernels.triton_quantise import quantise_call
+
+    values_NH = rows_NH.new_empty(rows_NH.shape, dtype=torch.int8)
+    scales_N = rows_NH.new_empty(rows_NH.shape[0], dtype=torch.float32)
+    if values_NH.numel():
+        with _device_guard(rows_NH.device):
+            quantise_call(rows_NH, signs_H, rotation_size, values_NH, scales_N, largest, least).launch()
+    return values_NH, scales_N
+
+
 def _reduce(
     launch: _Launch,
     call: Callable[..., KernelCall],

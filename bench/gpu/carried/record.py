@@ -23,8 +23,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from bench.simulated_device import DEVICE, DeviceTensor, SimulatedDevice, simulated
-from fastpref.kernels import torch_tiles, triton_engine, tuning
-from fastpref.kernels.engine import ForwardRows, Head, Int8Rows, operand_dtype
+from fastpref.kernels import screening, torch_tiles, triton_engine, tuning
+from fastpref.kernels.engine import ForwardRows, Head, Int8Head, operand_dtype
 from fastpref.kernels.triton_common import KernelCall
 
 CAPABILITY = (9, 0)
@@ -149,6 +149,11 @@ def _screen_rows(found: ForwardRows, *args: Any, tile: Any = None, **kwargs: Any
     _copy(found, torch_tiles.screen_rows(*args, **kwargs))
 
 
+def _quantise_rows(found: tuple[Tensor, ...], rows_NH: Tensor, signs_H: Tensor, size: int, *_: float) -> None:
+    for to, values in zip(found, screening._quantise(rows_NH.float(), signs_H, size), strict=True):
+        to.inner.copy_(values)
+
+
 def _copy(found: ForwardRows, right: ForwardRows) -> None:
     pairs = [(found.partials.values_FR, right.partials.values_FR), (found.mass_CV, right.mass_CV)]
     if found.cache is not None and right.cache is not None:
@@ -169,10 +174,17 @@ def _logit_gradient(found: None, x_rH: Tensor, head: Head, *others: Any) -> None
 
 ENGINE: dict[str, Callable[..., None]] = {
     "forward_rows": _forward_rows,
+    "quantise_rows": _quantise_rows,
     "screen_rows": _screen_rows,
     "logit_gradient": _logit_gradient,
 }
 """What launches, and what gives its results their numbers, from numbers on the CPU."""
+
+
+def _num_products(rows: Any, head: Any) -> int:
+    if isinstance(head, Int8Head):
+        return int(rows.values_NH.shape[0] * head.columns.values_NH.numel())
+    return int(rows.shape[0] * head.weight_VH.numel() if isinstance(head, Head) else rows.numel())
 
 
 def _computed(name: str) -> Callable[..., Any]:
@@ -182,11 +194,7 @@ def _computed(name: str) -> Callable[..., Any]:
         result = launch(*args, **kwargs)
         given = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, DeviceTensor)]
         has_numbers = all(one.inner.device.type != "meta" for one in given)
-        rows, head = args[:2]
-        x_RH, weight_VH = (
-            (rows.values_NH, head.columns.values_NH) if isinstance(rows, Int8Rows) else (rows, head.weight_VH)
-        )
-        if has_numbers and x_RH.shape[0] * weight_VH.numel() <= MOST_PRODUCTS:
+        if has_numbers and _num_products(*args[:2]) <= MOST_PRODUCTS:
             here, options = tree_map_only(DeviceTensor, lambda tensor: tensor.inner, (args, kwargs))
             with _disable_current_modes():
                 compute(result, *here, **options)

@@ -6,9 +6,10 @@ import pytest
 import torch
 from head_oracle import peaked_inputs, run
 from screening_oracle import Screening, assert_matches_formula, same_bits, screen, screening
-from triton_oracle import CASES, INF
+from triton_oracle import CASES, DTYPES, INF
 
 from fastpref.kernels import engine, screened, triton_engine
+from fastpref.kernels import screening as screening_rules
 from fastpref.kernels.engine import Int8Head, Int8Rows
 from fastpref.kernels.outputs import FIELDS, LOGP_FIELDS
 from fastpref.kernels.tiles import Tile
@@ -146,6 +147,29 @@ def test_screen_rows_on_any_tile(columns: int, slices: int) -> None:
     given = screening(41, 80, 300, bias=True)
     done = triton_engine.screen_rows(*given, fields=tuple(FIELDS), bound_R=given.bound_R, tile=tile)
     assert_matches_formula(done, given)
+
+
+SPECIAL = (0.0, 1e-30, 2.0**-97, torch.nan, torch.inf, -torch.inf, 3e38)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hidden_size", [1, 6, 40, 128, 160, 384])
+def test_quantise_rows_gives_the_bytes_of_other_engines(hidden_size: int, dtype: str) -> None:
+    """Rotations of 1 to 128 numbers; rows of zeros, of nearly nothing, with a NaN or an infinity have no scale or 0."""
+    generator = torch.Generator().manual_seed(hidden_size)
+    rows_NH = torch.randn(37, hidden_size, generator=generator) * torch.logspace(-3, 3, 37).unsqueeze(1)
+    for row, value in enumerate(SPECIAL):
+        rows_NH[row] = value if value in (0.0, 1e-30, 2.0**-97) else rows_NH[row]
+        rows_NH[row, 0] = value
+    rows_NH = rows_NH.to(DTYPES[dtype])
+    signs_H = screening_rules.rotation_signs(hidden_size, rows_NH.device)
+    size = screening_rules.rotation_size(hidden_size)
+    expected = screening_rules._quantise(rows_NH.float(), signs_H, size)
+    for given_NH in (rows_NH, torch.stack([rows_NH, rows_NH], dim=1)[:, 1]):
+        found = triton_engine.quantise_rows(given_NH, signs_H, size, screening_rules.LARGEST, screening_rules.LEAST)
+        assert torch.equal(found[0], expected[0])
+        assert torch.equal(found[1].nan_to_num(-1.0), expected[1].nan_to_num(-1.0))
+    assert expected[1].isnan().sum() >= 2 and (expected[1] == 0).any()
 
 
 SCREENED = {"forward": "screened", "backward": "active", "active_eps": 2.0**-6}
