@@ -151,6 +151,8 @@ def memory(estimate: MemoryEstimate, full_logits: int) -> Table:
         table.add_row("whole model", f"{whole} parameters, {active} per token")
     for name in ("reference", "gradients", "optimizer"):
         table.add_row(name, _size(getattr(estimate, name)))
+    if estimate.screened:
+        table.add_row("screened heads, int8", _size(estimate.screened))
     table.add_row("activations (estimate)", _size(estimate.activations))
     table.add_row("head, peak (estimate)", _size(estimate.head))
     table.add_row("total (estimate)", _size(estimate.total), style="bold")

@@ -20,8 +20,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -42,6 +42,7 @@ from fastpref.integrations.logit_form import (
     foundation,
 )
 from fastpref.integrations.products import AnsweredProduct, Product, own_linear
+from fastpref.integrations.supported import refuse_unsupported
 from fastpref.kernels import linear_logps
 
 # Field of `TokenLogps` -> statistic of `linear_logps`.
@@ -73,18 +74,25 @@ class TokenLogps(ModelOutput):
     aux_loss: Tensor | None = None
 
 
-def add_logps_head(model: PreTrainedModel, outputs: Sequence[str] = ("log_probs",), *, backward: str = "auto") -> None:
+def add_logps_head(
+    model: PreTrainedModel,
+    outputs: Sequence[str] = ("log_probs",),
+    *,
+    forward: str = "exact",
+    backward: str = "auto",
+) -> None:
     """Teach `model` to answer `model(..., labels=labels, fused_lm_head=True)` by `TokenLogps`.
 
     Equals: `log_softmax(model(...).logits[:, :-1])` at `labels[:, 1:]`, where these are not -100.
 
     `type(model)` becomes a subclass of the same name. Copies and pickles of the model are prepared, too; preparing one
-    again changes its outputs and its plan.
+    again changes its outputs and its plans.
 
     Args:
         model: a causal language model (the base model, where PEFT wraps it).
         outputs: fields of `TokenLogps` to compute; `log_probs` always is. `log_sum_sq_probs` costs a second forward
             pass of the output layer.
+        forward: forward plan of `linear_logps`; "screened" makes the int8 form of the output layer in every call.
         backward: backward plan of `linear_logps`.
 
     Raises:
@@ -92,7 +100,7 @@ def add_logps_head(model: PreTrainedModel, outputs: Sequence[str] = ("log_probs"
             layer; an unknown output. Calls raise it as well, where log-probs differ from those of the model's logits:
             the first call compares them, and the first after a change of the output layer.
     """
-    _refuse_unsupported(model)
+    refuse_unsupported(model)
     known = [field.name for field in fields(TokenLogps)]
     unknown = sorted(set(outputs) - set(known))
     if unknown:
@@ -102,7 +110,21 @@ def add_logps_head(model: PreTrainedModel, outputs: Sequence[str] = ("log_probs"
         model.__dict__["_forward_before"] = model.__dict__.pop("forward", None)
         own_class: Any = type(model)
         model.__class__ = _scoring_class(own_class)
-    model._logps_head = LogpsHead(tuple(outputs), backward)
+    model._logps_head = LogpsHead(tuple(outputs), forward, backward)
+
+
+@contextmanager
+def exact_forward(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, every logit of the prepared models in `model` is multiplied exactly, whatever their forward plan."""
+    heads = [module._logps_head for module in model.modules() if isinstance(module, ScoringModel)]
+    plans = [head.forward for head in heads]
+    try:
+        for head in heads:
+            head.forward = "exact"
+        yield
+    finally:
+        for head, plan in zip(heads, plans, strict=True):
+            head.forward = plan
 
 
 class ScoringModel:
@@ -159,12 +181,13 @@ class LogpsHead:
 
     Attributes:
         outputs: fields of `TokenLogps` to compute.
-        backward: backward plan of `linear_logps`.
+        forward: forward plan of `linear_logps`.
+        backward: its backward plan.
         forms: how the model's logits come about, by what that was found on; only what has passed the comparison.
     """
 
-    def __init__(self, outputs: tuple[str, ...], backward: str) -> None:
-        self.outputs, self.backward = outputs, backward
+    def __init__(self, outputs: tuple[str, ...], forward: str, backward: str) -> None:
+        self.outputs, self.forward, self.backward = outputs, forward, backward
         self.forms: dict[tuple[Any, ...], LogitForm] = {}
 
     def __call__(
@@ -191,7 +214,8 @@ class LogpsHead:
         found_on = foundation(model, labels_SL.device.type)
         form = self.forms.get(found_on)
         if form is None:
-            plain = LogpsHead(("log_probs",), self.backward)
+            # What is compared within the roundings of a logit is no place for 8 bits.
+            plain = LogpsHead(("log_probs",), "exact", self.backward)
             form = find_form(model, labels_SL, args, kwargs, lambda *given: plain.score(model, *given)["log_probs"])
             if labels_SL.numel() > 1:  # a single position would not show a layer that moves them
                 self.forms[found_on] = form
@@ -292,6 +316,7 @@ class _Answer:
             rows=rows_R,
             cu_rows=torch.arange(len(rows_R) + 1, dtype=torch.int64, device="cpu"),
             bias=bias_V,
+            forward=self.head.forward,
             backward=self.head.backward,
         )
         names = [name for name in STATS if name in outputs]
@@ -310,7 +335,7 @@ class _Answer:
         if "mean_logits_everywhere" in outputs:
             with torch.no_grad():
                 scores["mean_logits_everywhere"] = mean_logits(
-                    hidden_SLH, weight_VH, bias_V, form.logit_scale, form.softcap
+                    hidden_SLH, weight_VH, bias_V, form.logit_scale, form.softcap, self.head.forward
                 )
         return scores
 
@@ -321,11 +346,17 @@ class _Answer:
 
 
 def mean_logits(
-    hidden_SLH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, logit_scale: float, softcap: float | None
+    hidden_SLH: Tensor,
+    weight_VH: Tensor,
+    bias_V: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    forward: str = "exact",
 ) -> Tensor:
     """Mean over the vocabulary of every position's logits, fp32 [S, L].
 
-    Without a softcap it is linear in the hidden state: the product with the mean row of the weight.
+    Without a softcap it is linear in the hidden state: the product with the mean row of the weight. With one it takes
+    a forward pass, by the plan `forward`.
     """
     shape = hidden_SLH.shape[:2]
     if softcap is not None:
@@ -340,6 +371,7 @@ def mean_logits(
             bias=bias_V,
             logit_scale=logit_scale,
             softcap=softcap,
+            forward=forward,
             stats=("mean_logit",),
         )
         assert scored.mean_logit is not None
@@ -347,42 +379,3 @@ def mean_logits(
     with torch.autocast(hidden_SLH.device.type, enabled=False):
         means_SL = hidden_SLH.float() @ weight_VH.mean(dim=0, dtype=torch.float32)
     return logit_scale * (means_SL if bias_V is None else means_SL + bias_V.float().mean())
-
-
-def _refuse_unsupported(model: PreTrainedModel) -> None:
-    """Refuse what is no text-only decoder with a plain output layer.
-
-    Raises:
-        ConfigError: names what was found.
-    """
-    name, config = type(model).__name__, model.config
-    if config.is_encoder_decoder:
-        raise ConfigError(f"the model must be a decoder, got the encoder-decoder {name}; use TRL's own trainer")
-    parts = [part for part in ("vision", "audio") if hasattr(config, f"{part}_config")]
-    if parts or config.get_text_config() is not config:
-        raise ConfigError(
-            f"the model must read text alone, got {name} with {' and '.join(parts) or 'several parts'}; load its text "
-            "model (AutoModelForCausalLM), or use TRL's own trainer"
-        )
-    head = model.get_output_embeddings()
-    if head is None or decoder_of(model) is model:
-        missing = "an output layer" if head is None else "a decoder apart from its output layer"
-        raise ConfigError(f"the model must have {missing}, got {name}; load it as AutoModelForCausalLM")
-    learned = [name for name, weight in model.named_parameters(recurse=False) if weight.requires_grad]
-    if learned:
-        raise ConfigError(
-            f"{name} must have no trainable weights outside of its decoder and output layer, got {', '.join(learned)}: "
-            "a number that its logits depend on would get no gradient; freeze them, or use TRL's own trainer"
-        )
-    quantized = sorted({str(weight.dtype) for weight in head.parameters() if not weight.is_floating_point()})
-    if quantized:
-        raise ConfigError(
-            f"the output layer of {name} must have floating-point weights, got {', '.join(quantized)}; leave it out of "
-            "quantization (llm_int8_skip_modules, modules_to_not_convert)"
-        )
-    # Trainable tokens of PEFT replace rows of the weight; every other adapter adds to the product.
-    if hasattr(head, "base_layer") and not hasattr(head, "trainable_tokens_delta"):
-        raise ConfigError(
-            f"the output layer of {name} must have no adapter, got {type(head).__name__}: an adapter adds to logits, "
-            "which are never made; take it out of target_modules, or train the layer itself by modules_to_save"
-        )

@@ -213,11 +213,10 @@ def _exchange(everything: Partials, part: Partials, exact: Partials) -> Partials
     max_R = torch.where(exact["max"] == float("-inf"), everything["max"], exact["max"])
     shift_R = finite_shift(max_R)
     result["max"], result["target"] = max_R, exact["target"]
-    signed = [(1.0, everything), (-1.0, part)]
-    left_R = sum(sign * _sum_at(shift_R, partials) for sign, partials in signed).clamp_(min=0.0)
+    left_R = (_sum_at(shift_R, everything) - _sum_at(shift_R, part)).clamp_(min=0.0)
     result["sum"] = left_R + _sum_at(shift_R, exact)
     if "moment" in fields:
-        left_R = sum(sign * _moment_at(shift_R, partials) for sign, partials in signed)
+        left_R = _moment_at(shift_R, everything) - _moment_at(shift_R, part)
         result["moment"] = left_R + _moment_at(shift_R, exact)
     if "total" in fields:
         result["total"] = everything["total"] - part["total"] + exact["total"]

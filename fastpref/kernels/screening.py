@@ -161,5 +161,5 @@ def _signs(hidden_size: int) -> tuple[float, ...]:
 
 def rotation_signs(hidden_size: int, device: torch.device) -> Tensor:
     """Return the signs [H], each 1 or -1 in fp32."""
-    signs_H = torch.tensor(_signs(hidden_size), dtype=torch.float32)
+    signs_H = torch.tensor(_signs(hidden_size), dtype=torch.float32, device="cpu")
     return signs_H if device.type == "cpu" else signs_H.pin_memory().to(device, non_blocking=True)

@@ -17,6 +17,7 @@ from fastpref.run.config.arguments import TrainingArguments
 from fastpref.run.plan.announce import Meter, announce
 from fastpref.run.record.reporting import RunReporter
 from fastpref.trainer.engine import Engine
+from fastpref.trainer.model.head import weights_at_rest
 from fastpref.trainer.model.modes import evaluating
 from fastpref.trainer.ranks.agreement import together
 from fastpref.trainer.ranks.platform import background_group
@@ -166,7 +167,7 @@ def evaluate(engine: Engine, eval_dataset: Any = None) -> dict[str, float]:
     window, meter = MetricWindow(engine.metric_names), Meter(engine.args, "Evaluated", len(dataset))
     # A token mean divides by the tokens of the whole set, so they are counted first.
     totals = step_totals(itertools.chain.from_iterable(feed.eval_batches(dataset)), engine.loss)
-    with torch.no_grad(), evaluating(engine.wrapped):
+    with torch.no_grad(), evaluating(engine.wrapped), weights_at_rest(engine.wrapped):
         for batches in feed.eval_batches(dataset):
             batches = engine.attach_reference(batches, dataset)
             window.add(batches, engine.schedule.evaluate(engine.wrapped, batches, totals))

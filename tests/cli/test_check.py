@@ -85,6 +85,30 @@ def test_check_shows_what_the_head_costs_the_last_stage(project: Path, run_cli) 
     assert "Pipeline stages" not in run_cli("check", "run.yaml").output
 
 
+def test_check_shows_what_a_screened_head_takes(project: Path, run_cli) -> None:
+    settings = [f"model.config={json.dumps({**MODEL, 'vocab_size': 8192})}", "training.pipeline_model_parallel_size=2"]
+    screened = squeezed(run_cli("check", "run.yaml", *settings, "training.head_forward=screened").output)
+    # 8192 columns of 16 bytes and a scale, for the policy and its frozen copy
+    assert "screened heads, int8 0.3 MiB" in screened
+    exact = squeezed(run_cli("check", "run.yaml", *settings).output)
+    assert "int8" not in exact
+    of_exact, of_screened = (
+        float(re.search(r"Pipeline stages \(even\) .* 1 1 (\S+) \d", output)[1]) for output in (exact, screened)
+    )
+    # two passes forward and three back, of fp32; screened 0.5 + 0.25 and 0.25 of each
+    assert of_screened == pytest.approx(of_exact * (2 * 0.75 + 3 * 0.25) / 5, abs=0.02)
+
+
+def test_check_refuses_what_a_screened_head_cannot_go_back_by(project: Path, run_cli) -> None:
+    settings = ["training.head_forward=screened", "training.head_backward=cached"]
+    result = run_cli("check", "run.yaml", *settings)
+    assert result.exit_code == 2
+    assert (
+        "training.head_forward screened has the exact logits of active columns only, got head_backward 'cached'"
+        in squeezed(result.stderr)
+    )
+
+
 def test_check_refuses_a_world_that_the_layout_does_not_divide(project: Path, run_cli) -> None:
     result = run_cli("check", "run.yaml", "training.tensor_model_parallel_size=2", "--world-size", "3")
     assert result.exit_code == 2

@@ -147,6 +147,17 @@ def test_resume_says_which_changes_can_be_allowed(quiet_args, tmp_path) -> None:
     assert "weight_decay: saved" not in str(caught.value)
 
 
+def test_resume_changes_the_passes_of_the_head_on_purpose_only(quiet_args, tmp_path) -> None:
+    finish(quiet_args(save_steps=2))
+    changed = {"head_forward": "screened", "resume_from_checkpoint": checkpoint(tmp_path)}
+    with pytest.raises(CheckpointError) as caught:
+        finish(quiet_args(**changed))
+    assert "head_forward: saved 'exact', now 'screened'. " in str(caught.value)
+    assert str(caught.value).endswith("set resume_allow_changes: [head_forward]")
+    allowed = {**changed, "resume_allow_changes": ("head_forward",), "output_dir": str(tmp_path / "again")}
+    assert finish(quiet_args(**allowed)).log_history[0]["step"] == 3
+
+
 def test_resume_with_allowed_changes_follows_the_new_settings(quiet_args, tmp_path) -> None:
     options = {"lr_scheduler_type": "linear", "max_steps": 6}
     finish(quiet_args(save_steps=2, **options))

@@ -14,6 +14,7 @@ pytest.importorskip("trl", reason="the trainer that is replaced is TRL's (extra 
 import trl
 import trl_runs
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from screened_passes import counted_passes
 from transformers import PreTrainedTokenizerFast
 from trl_runs import (
     LargestResult,
@@ -220,6 +221,57 @@ def test_dpo_backward_plan_comes_from_the_class(build: Any) -> None:
 
     with pytest.raises(ValueError, match="backward must be one of"):
         one_batch(build(Exact, ref_model=tiny_llama(1)))
+
+
+class Screened(DPOTrainer):
+    forward = "screened"
+
+
+def peaked_llama(seed: int) -> torch.nn.Module:
+    return trl_runs.peaked(tiny_llama(seed, vocab_size=8192))
+
+
+@pytest.fixture
+def forward_plans(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Those of the calls of the op."""
+    plans: list[str] = []
+
+    def spied(*args: Any, **options: Any) -> Any:
+        plans.append(options["forward"])
+        return linear_logps(*args, **options)
+
+    monkeypatch.setattr(causal_lm, "linear_logps", spied)
+    return plans
+
+
+def test_dpo_forward_plan_comes_from_the_class(build: Any, forward_plans: list[str]) -> None:
+    models = {"model": peaked_llama(0), "ref_model": peaked_llama(1)}
+    _, exact_gradients, exact = one_batch(build(DPOTrainer, **models))
+    forward_plans.clear()
+    with counted_passes() as passes:
+        _, gradients, metrics = one_batch(build(Screened, **models))
+    # Policy and reference, each compared with its own logits.
+    assert sorted(forward_plans) == ["exact", "exact", "screened", "screened"]
+    assert passes == {"screened": 2}
+    assert metrics == pytest.approx(exact, rel=1e-3, abs=1e-3)
+    for name, gradient in exact_gradients.items():
+        assert (gradients[name] - gradient).norm() <= 2**-8 * gradient.norm() > 0, name
+
+
+def test_dpo_screens_policy_and_reference_to_the_same_bits(build: Any) -> None:
+    metrics = one_batch(build(Screened, model=peaked_llama(0), ref_model=peaked_llama(0)))[2]
+    assert (metrics["rewards/chosen"], metrics["rewards/margins"]) == (0.0, 0.0)
+
+
+def test_dpo_precomputes_the_reference_exactly(build: Any, forward_plans: list[str]) -> None:
+    settings = {"model": peaked_llama(0), "precompute_ref_log_probs": True}
+    exact = build(DPOTrainer, **settings).train_dataset
+    forward_plans.clear()
+    trainer = build(Screened, **settings)
+    assert trainer.train_dataset["ref_chosen_logps"] == exact["ref_chosen_logps"]
+    assert "screened" not in forward_plans
+    one_batch(trainer)
+    assert forward_plans[-1] == "screened"
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ pytest.importorskip("trl.experimental.orpo", reason="the trainer that is replace
 
 import trl_runs
 from peft import LoraConfig
+from screened_passes import counted_passes
 from transformers import PreTrainedTokenizerFast
 from trl.experimental import orpo
 from trl_runs import LargestResult, assert_same_batch, assert_same_metrics, one_batch, pairs, tiny_llama
@@ -67,6 +68,15 @@ def test_orpo_trains_like_trl(both: Any) -> None:
         assert_same_metrics(mine, other)
     torch.testing.assert_close(ours.model.state_dict(), theirs.model.state_dict())
     assert all(not torch.equal(weight, before[key]) for key, weight in ours.model.state_dict().items())
+
+
+def test_orpo_forward_plan_comes_from_the_class(both: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ORPOTrainer, "forward", "screened")
+    ours, theirs = both(trl_runs.peaked(tiny_llama(0, vocab_size=8192)))
+    with counted_passes() as passes:
+        metrics = one_batch(ours)[2]
+    assert passes == {"screened": 1}
+    assert metrics == pytest.approx(one_batch(theirs)[2], rel=1e-3, abs=1e-3)
 
 
 def test_orpo_makes_nothing_of_the_size_of_logits(both: Any) -> None:

@@ -64,6 +64,13 @@ def tiny_llama(seed: int, **overrides: Any) -> PreTrainedModel:
     return tiny_model("llama", seed, **overrides)
 
 
+def peaked(model: PreTrainedModel) -> PreTrainedModel:
+    """Make some of the tokenizer's ids far more likely than the thousands behind them."""
+    model.lm_head.weight.data[:32] *= 8.0
+    model.lm_head.weight.data[32:] *= 0.1
+    return model
+
+
 @functools.cache
 def text(start: int, count: int) -> str:
     return " ".join(WORDS[(start + 5 * step) % len(WORDS)] for step in range(count))

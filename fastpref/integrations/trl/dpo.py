@@ -13,13 +13,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from fastpref.errors import ConfigError
-from fastpref.integrations.causal_lm import add_logps_head
+from fastpref.integrations.causal_lm import add_logps_head, exact_forward
 from fastpref.integrations.trl.support import find, refuse_options, refuse_parallelism
 
-_trl: Any = find("trl.trainer.dpo_trainer", "DPOTrainer._compute_loss", "add_fused_lm_head")
+_USED = ("DPOTrainer._compute_loss", "DPOTrainer.compute_ref_log_probs", "add_fused_lm_head")
+_trl: Any = find("trl.trainer.dpo_trainer", *_USED)
 _TRLTrainer: Any = _trl.DPOTrainer
 _lock = threading.RLock()
 
@@ -28,12 +31,14 @@ class DPOTrainer(_TRLTrainer):
     """`trl.DPOTrainer` that computes log-probs by `linear_logps`: same arguments, config, data, losses and metrics.
 
     Attributes:
-        backward: backward plan of `linear_logps`, for all trainers of the class; a subclass may set "exact".
+        forward: forward plan of `linear_logps`, for all trainers of the class; a subclass may set "screened".
+        backward: its backward plan; a subclass may set "exact".
 
     Raises:
         ConfigError: an option or a model that the fused head cannot serve (docs/trl.md); names the remedy.
     """
 
+    forward = "exact"
     backward = "auto"
 
     # Whatever TRL's constructor takes, in the version that is installed.
@@ -42,7 +47,7 @@ class DPOTrainer(_TRLTrainer):
         models: list[PreTrainedModel] = []
 
         def add_head(model: PreTrainedModel, outputs: Sequence[str] = ("log_probs",)) -> None:
-            add_logps_head(model, outputs, backward=self.backward)
+            add_logps_head(model, outputs, forward=self.forward, backward=self.backward)
             models.append(model)
 
         with _replaced_head(add_head):
@@ -52,6 +57,11 @@ class DPOTrainer(_TRLTrainer):
                 "DPOTrainer of this TRL asked for no fused head, so its log-probs would be its own; install trl==1.16.*"
             )
         refuse_parallelism(self.accelerator)
+
+    def compute_ref_log_probs(self, model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
+        """Precompute a batch of the reference: exactly, as TRL keeps it for every later run on the data set."""
+        with exact_forward(model):
+            return super().compute_ref_log_probs(model, inputs)
 
 
 @contextmanager

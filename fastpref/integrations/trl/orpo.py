@@ -25,12 +25,14 @@ class ORPOTrainer(_TRLTrainer):
     """`trl.experimental.orpo.ORPOTrainer` that computes log-probs by `linear_logps`, with the same arguments.
 
     Attributes:
-        backward: backward plan of `linear_logps`, for all trainers of the class; a subclass may set "exact".
+        forward: forward plan of `linear_logps`, for all trainers of the class; a subclass may set "screened".
+        backward: its backward plan; a subclass may set "exact".
 
     Raises:
         ConfigError: an option or a model that the fused head cannot serve (docs/trl.md); names the remedy.
     """
 
+    forward = "exact"
     backward = "auto"
 
     # Whatever TRL's constructor takes, in the version that is installed.
@@ -44,7 +46,8 @@ class ORPOTrainer(_TRLTrainer):
             )
         refuse_parallelism(self.accelerator)
         model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        add_logps_head(model, ("log_probs", "mean_logits_everywhere"), backward=self.backward)
+        outputs = ("log_probs", "mean_logits_everywhere")
+        add_logps_head(model, outputs, forward=self.forward, backward=self.backward)
 
     def concatenated_forward(self, model: torch.nn.Module, batch: dict[str, Any]) -> tuple[Tensor, ...]:
         """Score both sides in one pass.

@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 
 from fastpref.errors import Problem
+from fastpref.kernels.plan_options import DEFAULT_ACTIVE_EPS
 from fastpref.run.config.layout import ParallelLayout, schedule_problems, size_problems
 from fastpref.validation import Rule, validate
 
@@ -29,7 +30,7 @@ REPORT_TARGETS = tuple(MISSING_WRITERS)
 CHANGEABLE = (
     *("learning_rate", "min_lr", "lr_scheduler_type", "warmup_steps", "total_steps", "weight_decay"),
     *("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
-    *("head_backward", "active_eps", "moe_aux_loss_coeff", "loss"),
+    *("head_forward", "head_backward", "active_eps", "moe_aux_loss_coeff", "loss"),
 )
 """What a run may go on with changed, by request. Any other change would lose or repeat pairs (seed, batch, data), or
 misread what was saved (model, adapters, number format, form of the optimizer)."""
@@ -128,10 +129,16 @@ class PrecisionArguments:
     """Recompute activations in the backward pass: whole layers, or the attention core only."""
     transformer_impl: Literal["transformer_engine", "local"] | None = None
     """Whose layers compute: Transformer Engine's, or Megatron's own; None = the former where it runs (on a GPU)."""
+    head_forward: Literal["exact", "screened"] = "exact"
+    """Which logits the head multiplies exactly (`linear_logps`): all, or the active ones, which 8 bits tell from the
+    others; of policy, evaluation and a reference in memory. Precomputed scores are exact. Screened log-probs depend in
+    their last bits on the microbatch."""
     head_backward: Literal["auto", "active", "exact", "recompute", "cached"] = "auto"
-    """How the head's backward pass goes about the vocabulary (`linear_logps`): auto = active in 16 bits, else exact."""
+    """How the head's backward pass goes about the vocabulary (`linear_logps`): auto = active in 16 bits and with a
+    screened forward pass, else exact."""
     active_eps: float | None = None
-    """Probability per row that an active backward pass may leave out; None = 2**-8."""
+    """Probability per row that an active backward pass may leave out, and a screened forward pass in 8 bits; None =
+    2**-8."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,14 +219,7 @@ class TrainingArguments(OptimizationArguments, PrecisionArguments, ParallelArgum
     def _combination_problems(self) -> Iterator[Problem]:
         if self.bf16 and self.fp16:
             yield Problem("bf16", "and fp16 exclude each other; set one of them", ("fp16",))
-        is_active = self.head_backward == "active" or (self.head_backward == "auto" and (self.bf16 or self.fp16))
-        if self.active_eps is not None and not is_active:
-            yield Problem(
-                "active_eps",
-                f"({self.active_eps}) is used by an active backward pass only, got head_backward "
-                f"{self.head_backward!r}; set head_backward to active, or leave active_eps out",
-                ("head_backward", "bf16", "fp16"),
-            )
+        yield from self._head_problems()
         if self.min_lr > self.learning_rate:
             text = f"({self.min_lr}) must not exceed learning_rate ({self.learning_rate})"
             yield Problem("min_lr", text, ("learning_rate",))
@@ -235,6 +235,25 @@ class TrainingArguments(OptimizationArguments, PrecisionArguments, ParallelArgum
         if self.overlap_param_gather and not (self.use_distributed_optimizer and self.overlap_grad_reduce):
             text = "needs use_distributed_optimizer and overlap_grad_reduce; set both or leave it out"
             yield Problem("overlap_param_gather", text, ("use_distributed_optimizer", "overlap_grad_reduce"))
+
+    def _head_problems(self) -> Iterator[Problem]:
+        is_screened, is_16_bit = self.head_forward == "screened", self.bf16 or self.fp16
+        is_active = self.head_backward == "active" or (self.head_backward == "auto" and (is_16_bit or is_screened))
+        if is_screened and not is_active:
+            yield Problem(
+                "head_forward",
+                "screened has the exact logits of active columns only, got head_backward "
+                f"{self.head_backward!r}, which looks at all of them; set head_backward to active or auto, or "
+                "head_forward to exact",
+                ("head_backward",),
+            )
+        elif self.active_eps is not None and not is_active:
+            yield Problem(
+                "active_eps",
+                f"({self.active_eps}) is used by an active backward pass only, got head_backward "
+                f"{self.head_backward!r}; set head_backward to active, or leave active_eps out",
+                ("head_backward", "head_forward", "bf16", "fp16"),
+            )
 
     def _packing_problems(self) -> Iterator[Problem]:
         for name in ("prefix_sharing", "pack_length"):
@@ -278,6 +297,13 @@ class TrainingArguments(OptimizationArguments, PrecisionArguments, ParallelArgum
     def params_dtype(self) -> torch.dtype:
         """Number format of parameters and activations."""
         return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
+
+    @property
+    def screened_eps(self) -> float:
+        """Probability per row that a screened forward pass leaves in 8 bits; 0.0 where the pass is exact."""
+        if self.head_forward == "exact":
+            return 0.0
+        return DEFAULT_ACTIVE_EPS if self.active_eps is None else self.active_eps
 
     @property
     def checkpoint_root(self) -> Path:

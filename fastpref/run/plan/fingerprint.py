@@ -28,7 +28,8 @@ LORA, LORA_BASE = "lora", "lora_base_checksum"
 """Entries of a run that trains adapters: their settings, and a checksum of the weights beside them."""
 _SETTINGS = (
     *("packing", "prefix_sharing", "pack_length"),
-    *("seed", "shuffle", "drop_last", "bf16", "fp16", "head_backward", "active_eps", "max_grad_norm"),
+    *("seed", "shuffle", "drop_last", "bf16", "fp16", "max_grad_norm"),
+    *("head_forward", "head_backward", "active_eps"),
     *("learning_rate", "min_lr", "lr_scheduler_type", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
     # Megatron stores the state of its two optimizers in different forms.
     "use_distributed_optimizer",

@@ -30,6 +30,7 @@ from fastpref.data import (
 from fastpref.data.chat import with_chat_template
 from fastpref.data.tokenizer import TOKENIZER_FILES
 from fastpref.errors import ConfigError, Problem, raise_if_any
+from fastpref.kernels.screened import LEAST_COLUMNS
 from fastpref.run.architecture.adapter_files import AdapterFiles
 from fastpref.run.architecture.adapters import adapted_linears
 from fastpref.run.architecture.architecture import Architecture
@@ -273,6 +274,14 @@ def _model_problems(config: RunConfig, arch: Architecture) -> Iterator[Problem]:
     if arch.experts is None and coefficient:
         text = f"({coefficient}) balances experts, and {arch.model_type} has none; leave it out"
         yield Problem("training.moe_aux_loss_coeff", text)
+    tp, is_screened = config.training.tensor_model_parallel_size, config.training.head_forward == "screened"
+    columns = -(-arch.vocab_size // tp)
+    if is_screened and columns < LEAST_COLUMNS:
+        text = (
+            f"screened needs {LEAST_COLUMNS} columns of the vocabulary on a rank, got {arch.vocab_size} on {tp}: the "
+            f"exact pass would take its place; set exact{', or lower tensor_model_parallel_size' if tp > 1 else ''}"
+        )
+        yield Problem("training.head_forward", text, ("training.tensor_model_parallel_size",))
 
 
 def _reference_problems(other: Architecture | None, arch: Architecture) -> Iterator[Problem]:

@@ -64,7 +64,7 @@ class StageLoad:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryEstimate:
-    """Bytes of the rank that needs most; weights to optimizer are exact, the last two are estimates."""
+    """Bytes of the rank that needs most; weights to screened are exact, the last two are estimates."""
 
     parameters: int
     """Parameters on the rank (a number, not bytes)."""
@@ -83,6 +83,8 @@ class MemoryEstimate:
     """The fp32 buffer that gradients are summed in."""
     optimizer: int
     """AdamW's moments, and fp32 weights where the model is in half precision."""
+    screened: int
+    """The int8 forms of the heads, of the policy and a reference with weights of its own; 0 with exact heads."""
     activations: int
     """What the layers keep for the backward pass, for microbatches of the longest rows."""
     head: int
@@ -91,7 +93,8 @@ class MemoryEstimate:
     @property
     def total(self) -> int:
         """Sum of the parts."""
-        return self.weights + self.reference + self.gradients + self.optimizer + self.activations + self.head
+        kept = self.weights + self.reference + self.gradients + self.optimizer + self.screened
+        return kept + self.activations + self.head
 
 
 def pair_views(run: PreparedRun, count: int = 2) -> list[PairView]:
@@ -177,6 +180,7 @@ def _stage_memories(run: PreparedRun) -> Iterator[MemoryEstimate]:
         parameters = shared + experts
         if lora is not None:
             shared, experts = adapters[stage], 0
+        has_head = stage == num_stages - 1
         yield MemoryEstimate(
             parameters=parameters + adapters[stage],
             trainable=shared + experts,
@@ -186,8 +190,9 @@ def _stage_memories(run: PreparedRun) -> Iterator[MemoryEstimate]:
             reference=parameters * width if has_copy else 0,
             gradients=(shared + experts) * 4,
             optimizer=shared * state_bytes // shards + experts * state_bytes // expert_shards,
+            screened=_screened_bytes(run) * (1 + has_copy) if has_head else 0,
             activations=_activation_bytes(run, plan, stage, num_tokens),
-            head=_head_bytes(run, num_tokens) if stage == num_stages - 1 else 0,
+            head=_head_bytes(run, num_tokens) if has_head else 0,
         )
 
 
@@ -292,6 +297,14 @@ def _microbatches_in_flight(args: TrainingArguments, stage: int) -> float:
     # The interleaved schedule warms up with this many chunks of a microbatch before the first one goes back.
     warmup_chunks = 2 * (pp - stage - 1) + (vpp - 1) * pp + 1
     return min(warmup_chunks / vpp, steps)
+
+
+def _screened_bytes(run: PreparedRun) -> int:
+    """Return the int8 form of one head: a byte for every weight, and a scale for every row."""
+    args, arch = run.config.training, run.architecture
+    if args.head_forward == "exact":
+        return 0
+    return -(-arch.vocab_size // args.tensor_model_parallel_size) * (arch.hidden_size + 4)
 
 
 def _head_bytes(run: PreparedRun, num_tokens: int) -> int:

@@ -13,7 +13,8 @@ Dims: S sequences, L positions, H hidden, T = L*S tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,10 +23,12 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 from torch import Tensor
 
 from fastpref.errors import ConfigError
-from fastpref.kernels import linear_logps, plan_name, sum_weight
+from fastpref.kernels import linear_logps, plan_name, screen_weight, sum_weight
+from fastpref.run.config.arguments import TrainingArguments
 from fastpref.trainer.model.chunks import unwrap, vocab_size_of
 from fastpref.trainer.model.context_parallel import sum_over_context_ranks
 from fastpref.trainer.model.request import PassRequest
+from fastpref.trainer.model.weight_forms import WeightForms
 from fastpref.trainer.ranks.platform import current_device
 from fastpref.trainer.ranks.timing import DeviceTimer
 
@@ -38,12 +41,29 @@ ACTIVITY = ("active_fraction", "active_imbalance", "cold_mass", "active_fallback
 class HeadOptions:
     """How the heads of a model score."""
 
+    forward: str = "exact"
+    """Forward plan of `linear_logps`."""
     backward: str = "auto"
     """Backward plan of `linear_logps`."""
     active_eps: float | None = None
-    """Its tolerance; None takes the default."""
+    """Tolerance of both; None takes the default."""
     overlaps_grad_reduce: bool = False
     """DDP waits for a gradient of every parameter during the backward pass."""
+
+    @classmethod
+    def of(cls, args: TrainingArguments) -> HeadOptions:
+        """How the policy of a run scores."""
+        return cls(
+            forward=args.head_forward,
+            backward=args.head_backward,
+            active_eps=args.active_eps,
+            overlaps_grad_reduce=args.overlap_grad_reduce,
+        )
+
+    @property
+    def of_reference(self) -> HeadOptions:
+        """How the reference in memory scores beside such a policy: by the same forward pass, so to the same bits."""
+        return HeadOptions(forward=self.forward, active_eps=self.active_eps if self.forward == "screened" else None)
 
 
 class ActivityMeter:
@@ -68,35 +88,6 @@ class ActivityMeter:
         return [0.0] * 4 if total_4 is None else total_4.tolist()
 
 
-class WeightSum:
-    """The sum over the rows of a weight, which microbatches between two writes of the weight share.
-
-    Nobody can tell from a tensor that it was written to (optimizers write through `.data`), so the sum lives as long as
-    one run of the schedule: the optimizer comes after it, and `forget_weight_sums` ends it whichever way it ends. It is
-    computed at the first use, when an overlapped gather of the parameters has delivered this one.
-    """
-
-    def __init__(self) -> None:
-        self._weight: Tensor | None = None
-        self._num_rows = 0
-        self._sum_H: Tensor | None = None
-
-    def __deepcopy__(self, memo: dict[int, object]) -> WeightSum:
-        """That of a copied model: another weight."""
-        return WeightSum()
-
-    def of(self, weight_VH: Tensor, num_rows: int) -> Tensor:
-        """Returns the sum [H] of the first `num_rows` rows."""
-        if self._sum_H is None or weight_VH is not self._weight or num_rows != self._num_rows:
-            self._weight, self._num_rows = weight_VH, num_rows
-            self._sum_H = sum_weight(weight_VH[:num_rows])
-        return self._sum_H
-
-    def forget(self) -> None:
-        """Lets go of it: the weight may change."""
-        self._weight = self._sum_H = None
-
-
 class LogpsHead(ColumnParallelLinear):
     """A vocabulary projection that answers a `PassRequest` with per-sequence sums instead of logits."""
 
@@ -105,7 +96,7 @@ class LogpsHead(ColumnParallelLinear):
     vocab_size: int
     timer: DeviceTimer
     activity: ActivityMeter
-    weight_sum: WeightSum
+    forms: WeightForms
 
     def forward(
         self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
@@ -125,7 +116,7 @@ class LogpsHead(ColumnParallelLinear):
         if request is None:
             return super().forward(input_, weight, runtime_gather_output)
         if request.is_reference:
-            return sum_over_context_ranks(self._score(input_, weight, request, HeadOptions())), None
+            return sum_over_context_ranks(self._score(input_, weight, request, self.options.of_reference)), None
         with self.timer:
             scores_SK = self._score(input_, weight, request, self.options)
         if scores_SK.requires_grad and input_.requires_grad:
@@ -141,15 +132,17 @@ class LogpsHead(ColumnParallelLinear):
         main_grad_VH = _main_grad(weight_VH)
         if main_grad_VH is not None and options.overlaps_grad_reduce:
             weight_VH = _AddedToMainGrad.apply(weight_VH)
-        plan = plan_name(options.backward, weight_VH.dtype)
+        is_active = plan_name(options.backward, weight_VH.dtype, options.forward) == "active"
         vocab_start = self.tp_group.rank() * self.output_size_per_partition
         # Rows that only pad the vocabulary to a multiple of the tensor-parallel size must not enter the softmax.
         num_real = min(max(self.vocab_size - vocab_start, 0), self.output_size_per_partition)
         if num_real < self.output_size_per_partition:
             weight_VH = weight_VH[:num_real]
-        has_gradient = torch.is_grad_enabled() and (input_.requires_grad or weight_VH.requires_grad)
-        is_shared = plan == "active" and has_gradient
         bias = None if self.bias is None else self.bias[:num_real]
+        operands = [operand for operand in (input_, weight_VH, bias) if operand is not None]
+        has_gradient = torch.is_grad_enabled() and any(operand.requires_grad for operand in operands)
+        leaves_out = is_active and has_gradient
+        is_screened = options.forward == "screened"
         scores = linear_logps(
             input_.flatten(0, 1),
             weight_VH,
@@ -162,12 +155,14 @@ class LogpsHead(ColumnParallelLinear):
             vocab_start=min(vocab_start, self.vocab_size) if self.tp_group.size() > 1 else None,
             sequence_parallel=self.sequence_parallel,
             main_grad=None if main_grad_VH is None else main_grad_VH[:num_real],
-            weight_sum=self.weight_sum.of(given_VH, num_real) if is_shared else None,
+            weight_sum=self.forms.get(sum_weight, given_VH, num_real) if leaves_out else None,
+            screened=self.forms.get(screen_weight, given_VH, num_real) if is_screened else None,
+            forward=options.forward,
             backward=options.backward,
             active_eps=options.active_eps,
-            stats=request.token_stats + (ACTIVITY_STATS if plan == "active" else ()),
+            stats=request.token_stats + (ACTIVITY_STATS if leaves_out else ()),
         )
-        if scores.active_fraction is not None and scores.cold_mass is not None and not request.is_reference:
+        if scores.active_fraction is not None and scores.cold_mass is not None:
             self.activity.add(scores.active_fraction, scores.cold_mass)
         return torch.stack([getattr(scores, name).float() for name in request.columns], dim=1)
 
@@ -203,11 +198,28 @@ def head_of(model: torch.nn.Module) -> LogpsHead | None:
     return chunk.output_layer if chunk.post_process else None
 
 
-def forget_weight_sums(models: Sequence[torch.nn.Module]) -> None:
-    """Lets go of what heads remember of their weights; to be called when a step is over, or has ended in an error."""
-    for head in map(head_of, models):
-        if isinstance(head, LogpsHead):
-            head.weight_sum.forget()
+def forget_forms(models: Sequence[torch.nn.Module]) -> None:
+    """Lets go of what heads computed of their weights; to be called when a step is over, or has ended in an error."""
+    for head in _scoring_heads(models):
+        head.forms.forget()
+
+
+@contextmanager
+def weights_at_rest(models: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """Inside, nobody writes to the weights: what heads compute of them serves every run of the schedule."""
+    heads = _scoring_heads(models)
+    for head in heads:
+        head.forms.is_at_rest = True
+    try:
+        yield
+    finally:
+        for head in heads:
+            head.forms.is_at_rest = False
+            head.forms.forget()
+
+
+def _scoring_heads(models: Sequence[torch.nn.Module]) -> list[LogpsHead]:
+    return [head for head in map(head_of, models) if isinstance(head, LogpsHead)]
 
 
 def read_activity(head: LogpsHead) -> dict[str, float]:
@@ -259,4 +271,4 @@ def install_heads(models: Sequence[torch.nn.Module], options: HeadOptions) -> No
         head.vocab_size = vocab_size_of(chunk)
         head.timer = DeviceTimer()
         head.activity = ActivityMeter()
-        head.weight_sum = WeightSum()
+        head.forms = WeightForms()

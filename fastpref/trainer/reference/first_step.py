@@ -10,9 +10,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from fastpref.errors import FastprefError
 from fastpref.losses import DPOConfig, expected_initial_loss
 from fastpref.trainer.ranks.platform import current_device
-from fastpref.trainer.reference.reference import MAX_DRIFT, PrecomputedReference, ReferenceModel, drift_per_token
+from fastpref.trainer.reference.reference import PrecomputedReference, ReferenceModel, drift_per_token
 from fastpref.trainer.step.metrics import owns_results
-from fastpref.trainer.step.noise import TIE_DEVIATIONS, token_noise
+from fastpref.trainer.step.noise import TIE_DEVIATIONS, screening_drift, token_noise
 from fastpref.trainer.step.schedule import MicrobatchResult
 
 LOGIT_SCALE = 8.0
@@ -25,6 +25,7 @@ def check_first_step(
     reference: ReferenceModel | PrecomputedReference,
     config: DPOConfig,
     model: TransformerConfig,
+    screened_eps: float = 0.0,
 ) -> None:
     """Requires that the first step of a run whose policy starts as its reference shows it; every rank calls it.
 
@@ -32,9 +33,9 @@ def check_first_step(
 
     With a model in memory both passes see the same batches, and the loss must be what its formula gives at zero margin;
     where a pass adds in an order that changes from run to run (`order_noise`), log-probs must agree up to its rounding.
-    A cache was scored in other batches and maybe in another layout, so that sums differ by rounding: there the
-    log-probs themselves must agree, within `MAX_DRIFT` per token. Where the policy draws random numbers (dropout,
-    jitter, forced routes) nothing is required.
+    A cache was scored in other batches and maybe in another layout, so that sums differ by rounding, and exactly, so
+    that those of a screened policy differ by its error: there the log-probs themselves must agree, within `max_drift`
+    per token. Where the policy draws random numbers (dropout, jitter, forced routes) nothing is required.
 
     Args:
         loss: mean over the pairs of the step.
@@ -42,6 +43,7 @@ def check_first_step(
         reference: what they were compared with.
         config: the preference loss.
         model: the policy's settings.
+        screened_eps: as in `TrainingArguments`.
 
     Raises:
         FastprefError: policy and reference do not agree on the first batch.
@@ -49,16 +51,18 @@ def check_first_step(
     if _is_random(model):
         return
     if isinstance(reference, PrecomputedReference):
-        drift, most = drift_per_token(results), MAX_DRIFT[model.params_dtype]
-        if drift > most:
+        drift, most = drift_per_token(results), reference.max_drift
+        if not drift <= most:
+            part = screening_drift(screened_eps)
+            screening = f" ({part:g} of it for the screened head)" if part else ""
             raise FastprefError(
-                f"policy and reference start equal, so their log-probs may differ by at most {most:g} per token "
-                f"before the first update, but they differ by {drift:.3g}: the cache {reference.cache.path} "
-                "was scored by other code or hardware, or the model answers differently in training and evaluation "
-                "mode. Score the reference again, or set check_initial_loss: false"
+                f"policy and reference start equal, so their log-probs may differ by at most {most:g} per token"
+                f"{screening} before the first update, but they differ by {drift:.3g}: the cache "
+                f"{reference.cache.path} was scored by other code or hardware, or the model answers differently in "
+                "training and evaluation mode. Score the reference again, or set check_initial_loss: false"
             )
         return
-    if noise := order_noise(model):
+    if noise := order_noise(model, screened_eps):
         _check_drift(results, noise)
         return
     expected = expected_initial_loss(config)
@@ -70,14 +74,15 @@ def check_first_step(
         )
 
 
-def order_noise(model: TransformerConfig) -> float:
+def order_noise(model: TransformerConfig, screened_eps: float = 0.0) -> float:
     """Standard deviation, in nat per response token, between two passes over the same rows; 0 where bits are equal.
 
     On a GPU Megatron adds the outputs of a token's experts in the order in which they arrive. Derivation: k terms are
     added in two orders, with 2 (k - 1) roundings of at most eps / 2 of a result, each of variance eps^2 / 12. The sum
     is a layer's share of the residual stream, which is a sum over layers itself, so that as a part of the stream the
     noise of all layers is that of one; `LOGIT_SCALE` takes it to log-probs. What rounding in the layers behind makes of
-    a disturbance, however small, comes on top: `token_noise`, measured between passes in other rows.
+    a disturbance, however small, comes on top: `token_noise`, measured between passes in other rows; a screened head,
+    whose numbers in int8 move by whole steps, is part of it.
 
     Everything else of a forward pass adds in one order: attention (its backward pass may not), products, norms, the
     scoring head. So do experts where one is chosen per token, where Transformer Engine's fused permutation adds them,
@@ -89,7 +94,7 @@ def order_noise(model: TransformerConfig) -> float:
         return 0.0
     roundings = 2 * (model.moe_router_topk - 1)
     relative = torch.finfo(model.params_dtype).eps * (roundings / 12) ** 0.5
-    return float((token_noise(model.params_dtype) ** 2 + (LOGIT_SCALE * relative) ** 2) ** 0.5)
+    return float((token_noise(model.params_dtype, screened_eps) ** 2 + (LOGIT_SCALE * relative) ** 2) ** 0.5)
 
 
 def _is_random(model: TransformerConfig) -> bool:

@@ -29,7 +29,7 @@ from fastpref.trainer.ranks.timing import DeviceTimer
 from fastpref.trainer.reference.frozen_copy import frozen_copy
 from fastpref.trainer.step.batch import Microbatch
 from fastpref.trainer.step.metrics import owns_results
-from fastpref.trainer.step.noise import token_noise
+from fastpref.trainer.step.noise import screening_drift, token_noise
 from fastpref.trainer.step.optimizer import check_model, to_precision
 from fastpref.trainer.step.schedule import MicrobatchResult, PreferenceSchedule, with_reference
 
@@ -50,13 +50,20 @@ class ReferenceModel:
             eval mode, or `ReferenceView`s of the policy.
         config: the preference loss.
         args: the run's settings (precision, packing).
+        head: how heads of their own score; None = exactly. A view has the policy's.
     """
 
-    def __init__(self, models: Sequence[torch.nn.Module], config: DPOConfig, args: TrainingArguments) -> None:
+    def __init__(
+        self,
+        models: Sequence[torch.nn.Module],
+        config: DPOConfig,
+        args: TrainingArguments,
+        head: HeadOptions | None = None,
+    ) -> None:
         self.models = list(models)
         if not isinstance(models[0], ReferenceView):
             settle_overlap([unwrap(model) for model in models])
-            install_heads(models, HeadOptions())
+            install_heads(models, HeadOptions() if head is None else head)
             if args.packing:
                 install_packing(models, prefix_sharing=args.prefix_sharing)
             self.models = to_precision(models, args)
@@ -84,15 +91,20 @@ class ReferenceModel:
 class PrecomputedReference:
     """Looks microbatches up in a cache; holds no weights.
 
-    The pairs were scored in other rows than the policy's, so that equal weights give equal sums up to rounding only.
+    The pairs were scored in other rows than the policy's, and exactly, so that equal weights give equal sums up to
+    rounding only, and up to the error of a policy that screens.
 
     Memory: 24 bytes per pair of the data sets, on the host of every rank.
 
     Args:
         cache: the scores.
         config: the preference loss.
-        args: the run's settings (precision).
+        args: the run's settings (precision, the policy's forward pass).
         datasets: the data sets whose pairs will be asked for, by what they are called in a message.
+
+    Attributes:
+        token_noise: standard deviation of that difference, in nat per response token.
+        max_drift: the largest mean of its size over tokens, in nat.
 
     Raises:
         ConfigError: a data set has no hash to find its scores by.
@@ -112,7 +124,8 @@ class PrecomputedReference:
                 )
         together(lambda: cache.require(datasets), "checking the reference cache")
         self.cache = cache
-        self.token_noise = token_noise(args.params_dtype)
+        self.token_noise = token_noise(args.params_dtype, args.screened_eps)
+        self.max_drift = MAX_DRIFT[args.params_dtype] + screening_drift(args.screened_eps)
         self._rows = together(
             lambda: {dataset.sha256: cache.read(dataset) for dataset in datasets.values()},
             "reading the reference cache",
@@ -216,8 +229,9 @@ def build_reference(
         return PrecomputedReference(ref_model, config, args, datasets)
     if ref_model is None and lora_of(policy) is not None:
         return ReferenceModel([ReferenceView(model) for model in to_precision(policy, args)], config, args)
+    head = HeadOptions.of(args).of_reference
     if ref_model is None:
-        return ReferenceModel([frozen_copy(unwrap(model)) for model in policy], config, args)
+        return ReferenceModel([frozen_copy(unwrap(model)) for model in policy], config, args, head)
     if len(ref_model) != len(policy):
         raise ConfigError(
             f"ref_model has {len(ref_model)} chunks on this rank and the policy has {len(policy)}; build both alike"
@@ -229,4 +243,4 @@ def build_reference(
             "ref_model shares parameters with the policy, which would freeze with it; leave ref_model out to compare "
             "with a copy of the policy as it is now, or load the reference once more"
         )
-    return ReferenceModel(ref_model, config, args)
+    return ReferenceModel(ref_model, config, args, head)

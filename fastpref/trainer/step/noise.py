@@ -1,13 +1,16 @@
-"""How far rounding alone puts two passes of one model apart, and which rewards are therefore ties.
+"""How far rounding and screening alone put two passes of one model apart, and which rewards are therefore ties.
 
 Kernels choose how they add by the shape of what they are given. A reference that scores the very microbatch of the
-policy rounds as the policy does, and equal weights give equal bits. Scores from a cache come from other rows: equal
-weights then give sums that differ in their last bits, and the sign of such a difference says nothing.
+policy rounds as the policy does, and equal weights give equal bits. Scores from a cache come from other rows, and from
+an exact forward pass, whatever the policy's is: equal weights then give sums that differ a little, and the sign of such
+a difference says nothing.
 
 Dims: B pairs.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -22,13 +25,33 @@ the square root of their number. Activations in fp32 add up the roundings of who
 in fp32 and only the results are rounded, so that there it is fewer eps, of a far larger eps.
 """
 
+SCREENING_NOISE = 0.06
+"""Standard deviation between an exact and a screened forward pass, in nat per response token and unit of `active_eps`.
+
+The columns that stay in int8 hold that much of a row's probability, and an int8 logit of a real model is off by 0.055
+(root mean square). Measured on real text: 0.045 (docs/numerics.md).
+"""
+
 TIE_DEVIATIONS = 4.0
 """Standard deviations within which a difference counts as rounding."""
 
 
-def token_noise(dtype: torch.dtype) -> float:
-    """Standard deviation, in nat per response token, between two passes of a model that computes in `dtype`."""
-    return TOKEN_NOISE[dtype] * torch.finfo(dtype).eps
+def token_noise(dtype: torch.dtype, screened_eps: float = 0.0) -> float:
+    """Standard deviation, in nat per response token, between two passes of a model in other rows.
+
+    Args:
+        dtype: what it computes in.
+        screened_eps: `active_eps` where one of them screens the vocabulary, else 0.
+    """
+    return math.hypot(TOKEN_NOISE[dtype] * torch.finfo(dtype).eps, SCREENING_NOISE * screened_eps)
+
+
+def screening_drift(screened_eps: float) -> float:
+    """Largest mean distance of an exact and a screened forward pass, in nat per response token.
+
+    Errors of tokens that all point one way, as those of one quantised weight may.
+    """
+    return TIE_DEVIATIONS * SCREENING_NOISE * screened_eps
 
 
 def tie_noise(logps: PairLogps, noise: float, ld_alpha: float | None = None) -> Tensor:

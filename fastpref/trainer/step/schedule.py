@@ -37,7 +37,7 @@ from fastpref.losses import (
 )
 from fastpref.trainer.model.chunks import forget_recomputation, unwrap
 from fastpref.trainer.model.context_parallel import local_positions
-from fastpref.trainer.model.head import forget_weight_sums
+from fastpref.trainer.model.head import forget_forms
 from fastpref.trainer.model.moe import forget_routing
 from fastpref.trainer.model.packing import packed_row
 from fastpref.trainer.model.request import PassRequest, ReferenceView, answering, score_columns
@@ -198,7 +198,7 @@ class PreferenceSchedule:
         finally:
             forget_routing(models)
             forget_recomputation(models)
-            forget_weight_sums(models)
+            forget_forms(models)
 
     def response_sums(self, scores_KS: Tensor) -> Tensor:
         """Response log-prob sums [S]; under LD-DPO the second column holds minus the sum over the shared length."""

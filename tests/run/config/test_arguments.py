@@ -57,12 +57,29 @@ from fastpref.trainer import TrainingArguments
         ),
         ({"active_eps": 1e-3}, "active_eps .* active backward pass only, got head_backward 'auto'; set head_backward"),
         ({"active_eps": 1.0, "bf16": True}, r"active_eps must be in \(0, 1\), got 1.0"),
+        (
+            {"head_forward": "screen"},
+            "head_forward must be one of exact, screened; got 'screen'; did you mean screened?",
+        ),
+        (
+            {"head_forward": "screened", "head_backward": "exact", "active_eps": 1e-3},
+            r"TrainingArguments: head_forward screened has .* got head_backward 'exact', which .* set head_backward to "
+            "active or auto, or head_forward to exact$",
+        ),
         ({"recompute_granularity": "half"}, "recompute_granularity must be one of full, selective; got 'half'"),
     ],
 )
 def test_arguments_refuse(change: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         TrainingArguments(**change)
+
+
+@pytest.mark.parametrize("head_backward", ["auto", "active"])
+def test_screened_head_has_a_tolerance(head_backward: str) -> None:
+    screened = {"head_forward": "screened", "head_backward": head_backward}
+    assert TrainingArguments(**screened).screened_eps == 2**-8
+    assert TrainingArguments(**screened, active_eps=1e-3).screened_eps == 1e-3
+    assert TrainingArguments(head_backward="active", active_eps=1e-3).screened_eps == 0.0
 
 
 def test_arguments_list_all_problems_at_once() -> None:

@@ -336,6 +336,44 @@ def test_memory_estimate_adds_up(project: Path) -> None:
     assert sharded.optimizer == 2 * size
 
 
+WIDE = f"model.config={json.dumps({**MODEL, 'vocab_size': 8200})}"
+SCREENED = "training.head_forward=screened"
+
+
+@pytest.mark.parametrize(
+    ("settings", "heads", "rows"),
+    [
+        ([], 2, 8200),  # the policy's, and that of a reference with weights of its own
+        (["reference.mode=precomputed"], 1, 8200),
+        (["loss.pref_loss=orpo"], 1, 8200),
+        (["lora.r=2"], 1, 8200),
+        (["training.tensor_model_parallel_size=2"], 2, 4100),
+    ],
+)
+def test_memory_estimate_counts_screened_heads(project: Path, settings: list[str], heads: int, rows: int) -> None:
+    world_size = 8200 // rows
+    exact, screened = (
+        preview.estimate_memory(prepared(WIDE, *settings, *plan, world_size=world_size)) for plan in ([], [SCREENED])
+    )
+    # 16 bytes and an fp32 scale a row
+    assert (exact.screened, screened.screened) == (0, heads * rows * 20)
+    assert screened.total == exact.total + screened.screened
+
+
+def test_last_stage_alone_has_a_screened_head(project: Path) -> None:
+    run = prepared(WIDE, SCREENED, "training.pipeline_model_parallel_size=2", world_size=2)
+    first, last = preview._stage_memories(run)
+    assert (first.screened, last.screened) == (0, 2 * 8200 * 20)
+
+
+def test_screened_head_needs_columns(project: Path) -> None:
+    message = refusal(SCREENED)
+    assert "training.head_forward screened needs 4096 columns of the vocabulary on a rank, got 32 on 1" in message
+    assert message.endswith("the exact pass would take its place; set exact")
+    shared = refusal(WIDE, SCREENED, "training.tensor_model_parallel_size=4", world_size=4)
+    assert "got 8200 on 4: " in shared and shared.endswith("set exact, or lower tensor_model_parallel_size")
+
+
 def test_full_logits_are_those_of_one_microbatch(project: Path) -> None:
     run = prepared("training.tensor_model_parallel_size=2", world_size=2)
     # 4 rows of 16 positions over half of 32 columns in fp32
