@@ -19,7 +19,8 @@ from torch import Tensor
 
 from bench.pages import replace_in
 from bench.simulated_device import SimulatedDevice, simulated
-from fastpref import linear_logps
+from fastpref import linear_logps, screen_weight
+from fastpref.kernels.screened import SAMPLED
 from fastpref.kernels.triton_common import KernelCall
 
 RESULTS = Path(__file__).parent / "results" / "device_counts.json"
@@ -30,12 +31,17 @@ SHARED_SHARE, OWN_SHARE = 0.08, 0.02
 
 
 class Call(NamedTuple):
-    """What is counted: shapes, plan and what else is asked of `linear_logps`."""
+    """What is counted: shapes, plan and what else is asked of `linear_logps`.
+
+    A screened pass looks at its operands, so these have numbers then; keep them small.
+    """
 
     num_rows: int = 8192
     num_columns: int = 128256
     hidden_size: int = 4096
     backward: str = "active"
+    forward: str = "exact"
+    has_screened: bool = False
     stats: tuple[str, ...] = ()
     needs_grad: bool = True
     device_rows: bool = False
@@ -59,15 +65,23 @@ class Masses:
         return columns[torch.randint(0, len(columns), (count,), generator=self._generator)]
 
     def draw(self, shape: torch.Size) -> Tensor:
-        """Return masses [V] of one chunk, or [C, V] of several."""
+        """Return masses [V] of one chunk, or [C, V] of several; where they are fewer, of columns at even distances."""
+        step = self._is_shared_V.shape[0] // shape[-1]
+        is_shared = self._is_shared_V[::step][: shape[-1]]
         is_own = torch.rand(shape, generator=self._generator) < OWN_SHARE
-        return torch.where(is_own | self._is_shared_V, 1.0, 1e-9)
+        return torch.where(is_own | is_shared, 1.0, 1e-9)
 
     def fill(self, call: KernelCall) -> None:
-        """Give the sums of column masses their numbers."""
-        sums = call.arguments.get("sums_ptr")
-        if sums is not None and sums.shape[-1] == self._is_shared_V.shape[0]:
+        """Give the sums of column masses their numbers, also of a sample; and the log-sum-exp of every row."""
+        sums, merged = call.arguments.get("sums_ptr"), call.arguments.get("merged_ptr")
+        num_columns = self._is_shared_V.shape[0]
+        if sums is not None and sums.shape[-1] in (num_columns, min(num_columns, SAMPLED)):
             sums.inner = self.draw(sums.shape)
+        if merged is not None and merged.inner.device.type == "cpu":
+            merged.inner.fill_(1.0)
+        if "scales_ptr" in call.arguments:  # of rows that are turned into int8
+            call.arguments["scales_ptr"].inner.fill_(1.0)
+            call.arguments["values_ptr"].inner.zero_()
 
 
 def count(call: Call, on_kernel: Callable[[KernelCall], None] = lambda _: None) -> SimulatedDevice:
@@ -88,9 +102,14 @@ def count(call: Call, on_kernel: Callable[[KernelCall], None] = lambda _: None) 
     rows = torch.arange(call.num_rows, dtype=torch.int64, device="cpu") * 2
     cu_rows = torch.linspace(0, call.num_rows, NUM_SEQUENCES + 1).long()
     with simulated(device, is_capturing=call.is_capturing):
-        hidden_TH = device.nothing(num_tokens, call.hidden_size, dtype=torch.bfloat16)
-        weight_VH = device.nothing(call.num_columns, call.hidden_size, dtype=torch.bfloat16)
+        hidden_TH, weight_VH = (
+            _operand(device, size, call.hidden_size, has_numbers=call.forward == "screened")
+            for size in (num_tokens, call.num_columns)
+        )
         options: dict[str, Any] = {}
+        if call.has_screened:
+            options["screened"] = screen_weight(weight_VH)
+            device.events.clear()
         if call.has_main_grad:
             options["main_grad"] = device.nothing(call.num_columns, call.hidden_size, dtype=torch.float32)
         if call.has_weight_sum:
@@ -106,12 +125,21 @@ def count(call: Call, on_kernel: Callable[[KernelCall], None] = lambda _: None) 
             rows=rows,
             cu_rows=cu_rows,
             backward=call.backward,
+            forward=call.forward,
             stats=call.stats,
             **options,
         )
         if call.needs_grad:
             result.logps.sum().backward()
     return device
+
+
+def _operand(device: SimulatedDevice, count: int, hidden_size: int, *, has_numbers: bool) -> Tensor:
+    if not has_numbers:
+        return device.nothing(count, hidden_size, dtype=torch.bfloat16)
+    generator = torch.Generator().manual_seed(count)
+    values = torch.randn(count, hidden_size, generator=generator, dtype=torch.float32, device="cpu")
+    return device.put(values.bfloat16())
 
 
 CASES = {

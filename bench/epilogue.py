@@ -18,13 +18,15 @@ import triton
 from bench.pages import replace_in
 from fastpref.kernels.machine_code import count_epilogue, disassemble, resource_usage
 from fastpref.kernels.tiles import TABLE
-from fastpref.kernels.triton_compile import Variant, build
+from fastpref.kernels.triton_compile import DTYPES, Variant, build, operands
 
 RESULTS = Path(__file__).parent / "results" / "epilogue.json"
 OPEN = "<!-- table: python -m bench.epilogue --into docs/gpu-run.md -->"
 KERNELS = {
     "forward": ("forward", ()),
     "forward with column masses": ("forward", ("mass",)),
+    "screening": ("screen", ()),
+    "screening with column masses": ("screen", ("mass",)),
     "gradient with covered mass": ("gradient", ("covered",)),
 }
 COUNTED = {"MUFU": ("MUFU",), "SHFL": ("SHFL",), "LDS+STS": ("LDS", "STS"), "BAR": ("BAR",), "FSEL": ("FSEL",)}
@@ -45,9 +47,11 @@ class Line:
 
 
 def count(kernel: str) -> Line:
-    """Compile one of KERNELS for bf16 and sm_90 and count."""
+    """Compile one of KERNELS for sm_90 and its most common operands, and count."""
     name, flags = KERNELS[kernel]
-    cubin = build(Variant(name, "sm_90", "bf16", flags, TABLE["sm_90/16"][0])).asm["cubin"]
+    dtype = operands(name)[0]
+    tile = TABLE[f"sm_90/{DTYPES[dtype].itemsize * 8}"][0]
+    cubin = build(Variant(name, "sm_90", dtype, flags, tile)).asm["cubin"]
     found = count_epilogue(disassemble(cubin))
     opcodes = {heading: found.count(*names) for heading, names in COUNTED.items()}
     return Line(kernel, "now", triton.__version__, *resource_usage(cubin), found.instructions, opcodes)

@@ -41,6 +41,8 @@ OPERATORS = {
     for definition in vars(module).values()
     if isinstance(definition, torch.library.CustomOpDef)
 }
+# The kernels whose launches are products of the plan, whatever they are given.
+PRODUCT_KERNELS = ("_logit_gradient_kernel", "_screen_kernel")
 PHASES = {"linear_logps_fwd": "forward", "linear_logps_bwd": "backward", "linear_logps_bwd_into": "backward"}
 ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "lift_fresh", "lift", "alias")
 FILLS = ("zeros", "new_zeros", "zeros_like", "full", "new_full", "full_like", "ones", "new_ones", "ones_like", "arange")
@@ -118,6 +120,10 @@ class DeviceTensor(Tensor):
         """What nobody may learn."""
         return False
 
+    def tolist(self) -> Any:
+        """Copy the numbers to the host, which PyTorch does below the dispatcher."""
+        return self.cpu().tolist()
+
     def __repr__(self) -> str:  # type: ignore[override]
         return f"DeviceTensor({tuple(self.shape)}, {self.dtype})"
 
@@ -162,18 +168,17 @@ class SimulatedDevice(TorchDispatchMode):
         tensors = [value for value in call.arguments.values() if isinstance(value, Tensor)]
         bases = [value.base for value in call.arguments.values() if hasattr(value, "block_shape")]
         name = call.kernel.__name__
-        is_product = name == "_logit_gradient_kernel" or (
-            name == "_linear_logps_fwd_kernel" and not self._is_pilot(call)
-        )
+        is_product = name in PRODUCT_KERNELS or (name == "_linear_logps_fwd_kernel" and not self._is_pilot(call))
         self._note(name, sum(map(_size, tensors + bases)), is_product=is_product)
         self._on_kernel(call)
 
     def _is_pilot(self, call: KernelCall) -> bool:
-        """A forward pass over a few columns comes before the one over all of them."""
-        return call.arguments["num_columns"] < self.num_columns
+        """A forward pass over a few columns comes before the one over all of them, in int8 or not."""
+        has_screened = any(event.name == "_screen_kernel" for event in self.events)
+        return call.arguments["num_columns"] < self.num_columns and not has_screened
 
     num_columns = 0
-    """V of the call that is counted; a forward kernel over fewer is no product of the plan."""
+    """V of the call that is counted; a forward kernel over fewer is no product, unless all were screened before it."""
 
     def _note(self, name: str, num_bytes: int, *, is_sync: bool = False, is_product: bool = False) -> None:
         self.events.append(Event(self._phase, name, True, is_sync, is_product, num_bytes))

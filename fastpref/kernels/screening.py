@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fastpref.kernels import native
+from fastpref.kernels import native, triton_engine
 from fastpref.kernels.checks import FLOAT_DTYPES, require_device, require_tensor
 from fastpref.kernels.engine import Int8Rows
 
@@ -120,6 +120,8 @@ def quantise_rows(rows_NH: Tensor) -> Int8Rows:
     size = rotation_size(hidden_size)
     if rows_NH.device.type == "cpu" and native.supports(rows_NH.dtype):
         return Int8Rows(*native.quantise_rows(rows_NH, signs_H, size))
+    if rows_NH.device.type == "cuda" and triton_engine.is_available():
+        return Int8Rows(*triton_engine.quantise_rows(rows_NH, signs_H, size, LARGEST, LEAST))
     values_NH = torch.empty(num_rows, hidden_size, dtype=torch.int8, device=rows_NH.device)
     scales_N = torch.empty(num_rows, dtype=torch.float32, device=rows_NH.device)
     at_once = ROWS_AT_ONCE["cpu" if rows_NH.device.type == "cpu" else "cuda"]

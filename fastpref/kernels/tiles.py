@@ -4,7 +4,7 @@ A table, not an autotuner: the cut of the vocabulary is part of a result's bits,
 run found today. `python -m fastpref.kernels.tuning` measures and writes a table of the same form; it is used where
 the environment variable FASTPREF_TILES names its file, instead of the entries here that it also has.
 
-A file is {"sm_90/16": [{"min_hidden": 0, "rows": 128, ...}, ...], ...}.
+A file is {"sm_90/16": [{"min_hidden": 0, "rows": 128, ...}, ...], ...}; /8 is the screening pass, of int8 operands.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ FIELD_CHOICES = {
     "programs_per_sm": (1, 2, 3, 4),
     "kernel": ("triton", "gluon"),
 }
+# A matrix instruction sums up so many products of int8.
+LEAST_HIDDEN_8 = 32
 # What the Gluon kernel is built for: two warpgroups of 64 rows, swizzles of 128 bytes, a ring of several buffers.
 GLUON_KEY = "sm_90/16"
 GLUON_CHOICES = {
@@ -83,19 +85,27 @@ class Tile:
 _HOPPER_16 = Tile(rows=128, columns=256, hidden=64, group_rows=16, slices=4, warps=8, stages=4)
 _SMALL_16 = Tile(rows=128, columns=128, hidden=32, group_rows=16, slices=4, warps=8, stages=4)
 _ANY_32 = Tile(rows=64, columns=128, hidden=16, group_rows=16, slices=2, warps=8, stages=3)
+# As many bytes in a step as with 16 bits. Of fewer columns a program has fewer scales to keep in registers.
+_HOPPER_8 = dataclasses.replace(_HOPPER_16, rows=256, columns=128, hidden=128, slices=2)
+_SMALL_8 = dataclasses.replace(_SMALL_16, hidden=64)
 
 TABLE: dict[str, tuple[Tile, ...]] = {
+    "sm_90/8": (_HOPPER_8,),
     "sm_90/16": (_HOPPER_16,),
     "sm_90/32": (_ANY_32,),
+    "sm_100/8": (dataclasses.replace(_SMALL_8, hidden=128, slices=1),),
     "sm_100/16": (dataclasses.replace(_HOPPER_16, columns=128, slices=1),),
     "sm_100/32": (_ANY_32,),
     # 163 KiB of shared memory on an A100 ...
+    "sm_80/8": (dataclasses.replace(_SMALL_8, hidden=128),),
     "sm_80/16": (dataclasses.replace(_SMALL_16, hidden=64, stages=4),),
     "sm_80/32": (_ANY_32,),
     # ... and 99 KiB on the others of its kind and on consumer Blackwell.
+    "sm_86/8": (_SMALL_8,),
     "sm_86/16": (_SMALL_16,),
     "sm_86/32": (_ANY_32,),
     # So small that a few rows and columns cross many tiles.
+    f"{INTERPRETER}/8": (Tile(rows=16, columns=64, hidden=32, group_rows=2, slices=4, warps=4, stages=1),),
     f"{INTERPRETER}/16": (Tile(rows=16, columns=64, hidden=16, group_rows=2, slices=4, warps=4, stages=1),),
     f"{INTERPRETER}/32": (Tile(rows=16, columns=64, hidden=16, group_rows=2, slices=2, warps=4, stages=1),),
 }
@@ -195,6 +205,8 @@ def _check_entry(path: str, key: str, tiles: tuple[Tile, ...]) -> None:
                 raise ConfigError(
                     f"{path}: {field} of {key} must be one of {', '.join(map(str, choices))}, got {value!r}"
                 )
+        if key.endswith("/8") and tile.hidden < LEAST_HIDDEN_8:
+            raise ConfigError(f"{path}: hidden of {key} must be at least {LEAST_HIDDEN_8}, got {tile.hidden}")
         if tile.kernel == "gluon":
             _check_gluon_entry(path, key, tile)
 

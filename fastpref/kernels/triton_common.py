@@ -50,9 +50,13 @@ def multiply_tile(
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
     USE_TMA: tl.constexpr,
+    dtype: tl.constexpr = tl.float32,
 ):
-    """Return `x[row0:, :] @ w[col0:, :].T` for one tile, fp32; what lies outside of x and w counts as 0."""
-    acc = tl.zeros((BLOCK_R, BLOCK_V), dtype=tl.float32)
+    """Return `x[row0:, :] @ w[col0:, :].T` for one tile; what lies outside of x and w counts as 0.
+
+    Of int8 operands the `dtype` of the sums is int32, which is exact.
+    """
+    acc = tl.zeros((BLOCK_R, BLOCK_V), dtype=dtype)
     offs_r = row0 + tl.arange(0, BLOCK_R)
     offs_v = col0 + tl.arange(0, BLOCK_V)
     for step in range(0, tl.cdiv(hidden_size, BLOCK_H)):
@@ -68,10 +72,10 @@ def multiply_tile(
             x = tl.load(x_ptrs, mask=(offs_r < num_rows)[:, None] & mask_h, other=0.0)
             w = tl.load(w_ptrs, mask=(offs_v < num_columns)[:, None] & mask_h, other=0.0)
         # The interpreter multiplies the bits of bf16 numbers as if they were integers.
-        if INTERPRET:
+        if INTERPRET and dtype == tl.float32:
             x = x.to(tl.float32)
             w = w.to(tl.float32)
-        acc = tl.dot(x, w.T, acc, input_precision="ieee")
+        acc = tl.dot(x, w.T, acc, input_precision="ieee", out_dtype=dtype)
     return acc
 
 

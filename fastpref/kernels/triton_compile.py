@@ -24,24 +24,28 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastpref.kernels import forward_kernel
-from fastpref.kernels.engine import ExponentCache, Head, RowScalars
+from fastpref.kernels.engine import ExponentCache, Head, Int8Head, Int8Rows, RowScalars
 from fastpref.kernels.machine_code import resource_usage
 from fastpref.kernels.outputs import FIELDS, LOGP_FIELDS, Partials
 from fastpref.kernels.tiles import CACHE_COLUMNS, CANDIDATES, TABLE, Tile, select_tile
 from fastpref.kernels.triton_backward import cached_gradient_call, logit_gradient_call
 from fastpref.kernels.triton_common import KernelCall
 from fastpref.kernels.triton_parts import TILE_FIELDS, TileParts, merge_call, sum_call
+from fastpref.kernels.triton_quantise import quantise_call
+from fastpref.kernels.triton_screen import screen_call
 
 # Architectures of the table, and the shared memory that a program can have there.
 SHARED_BYTES = {"sm_80": 166_912, "sm_86": 101_376, "sm_90": 232_448, "sm_100": 232_448}
 ARCHITECTURES = tuple(SHARED_BYTES)
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "int8": torch.int8}
 FLAGS = {
     "forward": ("pointers", "bias", "scale", "softcap", *TILE_FIELDS, "mass", "cache"),
+    "screen": ("pointers", "bias", "scale", "softcap", *TILE_FIELDS, "mass"),
     "gradient": ("pointers", "bias", "scale", "softcap", "covered"),
     "cached": ("scale", "places"),
     "merge": TILE_FIELDS,
     "sum": ("adds",),
+    "quantise": (),
 }
 # Sizes of the tensors that are described; only their divisibility by 16 enters the code.
 NUM_ROWS, HIDDEN_SIZE, VOCAB_SIZE = 8192, 4096, 131072
@@ -50,6 +54,7 @@ TYPE_NAMES = {
     torch.float16: "fp16",
     torch.float32: "fp32",
     torch.float64: "fp64",
+    torch.int8: "i8",
     torch.int32: "i32",
     torch.int64: "i64",
 }
@@ -97,6 +102,11 @@ class CompiledKernel:
     """32-bit index products of two run-time numbers, which could overflow; there should be none."""
 
 
+def operands(kernel: str) -> tuple[str, ...]:
+    """Return the dtypes that a kernel's operands may have, keys of DTYPES, the most common one first."""
+    return ("int8",) if kernel == "screen" else ("bf16", "fp16", "fp32")
+
+
 def variants(kernel: str, architecture: str, dtype: str) -> Iterator[Variant]:
     """Yield every combination of flags that a caller can reach, on the table's tile."""
     tile = select_tile(architecture, DTYPES[dtype], HIDDEN_SIZE)
@@ -135,12 +145,15 @@ def representative_variants() -> list[Variant]:
     """
     cover: list[Variant] = []
     for kernel in FLAGS:
-        by_dtype = {dtype: list(variants(kernel, "sm_90", dtype)) for dtype in DTYPES}
-        cover += pairwise(by_dtype["bf16"])
+        common, *others = operands(kernel)
+        cover += pairwise(variants(kernel, "sm_90", common))
         if kernel not in ("merge", "sum"):  # those read fp32 whatever the operands are
-            cover += [by_dtype["fp16"][0], by_dtype["fp32"][0]]
+            cover += [next(variants(kernel, "sm_90", dtype)) for dtype in others]
     shipped = TABLE["sm_90/16"][0]
     cover.append(Variant("gradient", "sm_90", "bf16", ("covered",), shipped))
+    for architecture in ARCHITECTURES:
+        tile = TABLE[f"{architecture}/8"][0]
+        cover.append(Variant("screen", architecture, "int8", ("mass",), tile))
     for tile in CANDIDATES["sm_90/16"]:
         if tile.group_rows == shipped.group_rows:
             cover.append(Variant("forward", "sm_90", "bf16", ("mass",), tile))
@@ -154,7 +167,8 @@ def all_variants() -> list[Variant]:
     """Return every kernel, architecture, dtype and combination of flags on the table's tiles, and every candidate."""
     everything = [
         variant
-        for kernel, architecture, dtype in itertools.product(FLAGS, ARCHITECTURES, DTYPES)
+        for kernel, architecture in itertools.product(FLAGS, ARCHITECTURES)
+        for dtype in operands(kernel)
         for variant in variants(kernel, architecture, dtype)
     ]
     for key, tiles in CANDIDATES.items():
@@ -193,25 +207,23 @@ def describe(variant: Variant) -> KernelCall:
     if variant.kernel == "cached":
         places = labels if "places" in flags else None
         return cached_gradient_call(cache, places, 0, labels, scalars, scale, out)
-    bias = new(VOCAB_SIZE, dtype=dtype) if "bias" in flags else None
+    if variant.kernel == "quantise":
+        values = new(NUM_ROWS, HIDDEN_SIZE, dtype=torch.int8)
+        return quantise_call(x, new(HIDDEN_SIZE), 128, values, row, 127.0, 2.0**-96)
+    bias = new(VOCAB_SIZE, dtype=torch.float32 if variant.kernel == "screen" else dtype) if "bias" in flags else None
     head = Head(new(VOCAB_SIZE, HIDDEN_SIZE, dtype=dtype), bias, scale, 30.0 if "softcap" in flags else None)
     # Older devices have no copy engine; there the launcher passes pointers.
     use_tma = "pointers" not in flags and variant.architecture in ("sm_90", "sm_100")
     if variant.kernel == "gradient":
         covered = new(num_tiles, NUM_ROWS) if "covered" in flags else None
         return logit_gradient_call(x, head, labels, scalars, out, covered, tile=tile, use_tma=use_tma, num_sms=132)
-    return forward_kernel.forward_call(tile)(
-        x,
-        head,
-        labels,
-        parts,
-        bound_R=row if "mass" in flags else None,
-        mass_MV=new(num_masses, VOCAB_SIZE) if "mass" in flags else None,
-        cache=cache if "cache" in flags else None,
-        tile=tile,
-        use_tma=use_tma,
-        num_sms=132,
-    )
+    bound, masses = (row, new(num_masses, VOCAB_SIZE)) if "mass" in flags else (None, None)
+    launch: dict[str, Any] = {"bound_R": bound, "mass_MV": masses, "tile": tile, "use_tma": use_tma, "num_sms": 132}
+    if variant.kernel == "screen":
+        int8_head = Int8Head(Int8Rows(head.weight_VH, new(VOCAB_SIZE)), *head[1:])
+        return screen_call(Int8Rows(x, row), int8_head, labels, parts, **launch)
+    kept = cache if "cache" in flags else None
+    return forward_kernel.forward_call(tile)(x, head, labels, parts, cache=kept, **launch)
 
 
 def build(variant: Variant) -> Any:
@@ -327,22 +339,25 @@ def faults(rows: Iterable[CompiledKernel], spill_limits: Mapping[str, int]) -> l
             messages.append(f"{name}: needs {row.shared_bytes} bytes of shared memory, a program can have {available}")
         if row.narrow_products:
             messages.append(f"{name}: {row.narrow_products} offsets are multiplied in 32 bits")
-        if row.variant.kernel in ("forward", "gradient"):
-            unit, uses_tma = _expected_hardware(row.variant)
-            if row.matrix_unit != unit:
-                messages.append(f"{name}: multiplies by {row.matrix_unit}, expected {unit}")
+        if row.variant.kernel in ("forward", "screen", "gradient"):
+            units, uses_tma = _expected_hardware(row.variant)
+            if row.matrix_unit not in units:
+                messages.append(f"{name}: multiplies by {row.matrix_unit}, expected {' or '.join(units)}")
             if bool(row.tma_loads) != uses_tma:
                 messages.append(f"{name}: {row.tma_loads} tensor copies, expected {'some' if uses_tma else 'none'}")
     return messages
 
 
-def _expected_hardware(variant: Variant) -> tuple[str, bool]:
-    """Return the matrix unit, and whether tiles are loaded by the copy engine."""
+def _expected_hardware(variant: Variant) -> tuple[tuple[str, ...], bool]:
+    """Return the matrix units that will do, and whether tiles are loaded by the copy engine."""
     if variant.dtype == "fp32":
-        unit = "fma"
+        units: tuple[str, ...] = ("fma",)
     else:
-        unit = {"sm_90": "wgmma", "sm_100": "tcgen05"}.get(variant.architecture, "mma")
-    return unit, variant.architecture in ("sm_90", "sm_100") and "pointers" not in variant.flags
+        units = {"sm_90": ("wgmma",), "sm_100": ("tcgen05",)}.get(variant.architecture, ("mma",))
+    if variant.dtype == "int8" and variant.architecture == "sm_100":
+        # Triton 3.6 has int8 on the older unit only, 3.9 on Blackwell's own.
+        units = ("tcgen05", "mma")
+    return units, variant.architecture in ("sm_90", "sm_100") and "pointers" not in variant.flags
 
 
 def main() -> None:

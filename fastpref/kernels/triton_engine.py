@@ -13,17 +13,21 @@ import contextlib
 import functools
 import importlib.util
 import os
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastpref.errors import MissingDependencyError
 from fastpref.kernels import engine, forward_kernel
-from fastpref.kernels.engine import ExponentCache, ForwardRows, Head, RowScalars
+from fastpref.kernels.engine import ExponentCache, ForwardRows, Head, Int8Head, Int8Rows, RowScalars
 from fastpref.kernels.outputs import Partials
 from fastpref.kernels.partials import empty_partials
 from fastpref.kernels.tiles import CACHE_COLUMNS, INTERPRETER, Tile, architecture_of, select_tile
+
+if TYPE_CHECKING:
+    from fastpref.kernels.triton_common import KernelCall
 
 
 def unavailable_reason() -> str | None:
@@ -74,48 +78,118 @@ def forward_rows(
     """
     if with_cache and head.softcap is not None:
         raise ValueError("with_cache=True cannot serve a softcap: its slope needs the logits; use backward='recompute'")
-    launch = _Launch.of(x_RH, head, tile)
-    from fastpref.kernels.triton_parts import TileParts, merge_call, sum_call
-
+    launch = _Launch.of(x_RH, tile)
     x_RH, head = launch.operands(x_RH, head)
     launch = launch._replace(tile=forward_kernel.settle(launch.tile, head.weight_VH))
     x_RH = forward_kernel.aligned(launch.tile, x_RH)
-    num_rows, num_columns = x_RH.shape[0], head.weight_VH.shape[0]
-    num_chunks = len(engine.row_chunks(num_rows))
-    mass_CV = None if bound_R is None else x_RH.new_empty(num_chunks, num_columns, dtype=torch.float32)
+    num_columns = head.weight_VH.shape[0]
     cache = _new_cache(x_RH, num_columns) if with_cache else None
-    if not num_rows or not num_columns:
-        return ForwardRows(
-            empty_partials(fields, num_rows, x_RH.device), None if mass_CV is None else mass_CV.zero_(), cache
-        )
     # Without a cap the total is no business of the kernel, see `_sums_of_logits`.
     reduced = tuple(field for field in fields if field != "total" or head.softcap is not None)
-    labels_R = labels_R.contiguous()
-    parts = TileParts.empty(x_RH, num_columns, reduced, launch.tile)
-    merged = Partials(fields, x_RH.new_empty(len(fields), num_rows, dtype=torch.float64))
-    num_masses = -(-num_rows // launch.tile.mass_rows)
-    mass_MV = None if mass_CV is None else x_RH.new_empty(num_masses, num_columns, dtype=torch.float32)
-    with launch.on_device():
-        forward_kernel.forward_call(launch.tile)(
-            x_RH,
-            head,
-            labels_R,
-            parts,
-            bound_R=None if bound_R is None else bound_R.contiguous(),
-            mass_MV=mass_MV,
-            cache=cache,
-            tile=launch.tile,
-            use_tma=launch.can_use_tma(x_RH, head),
-            num_sms=launch.num_sms,
-        ).launch()
-        merge_call(parts, labels_R, merged, num_columns, launch.tile).launch()
-        if mass_CV is not None and mass_MV is not None:
-            sum_call(mass_MV, mass_CV, engine.CHUNK_ROWS // launch.tile.mass_rows, adds=False).launch()
-    if "total" in fields and head.softcap is None:
+    call = functools.partial(
+        forward_kernel.forward_call(launch.tile),
+        x_RH,
+        head,
+        cache=cache,
+        tile=launch.tile,
+        use_tma=launch.can_use_tma(x_RH, head.weight_VH),
+        num_sms=launch.num_sms,
+    )
+    merged, mass_CV = _reduce(launch, call, x_RH, num_columns, labels_R, fields, reduced, bound_R)
+    if fields != reduced and merged["total"].numel() and num_columns:
         merged["total"] = _sums_of_logits(x_RH, head)
+    return ForwardRows(merged, mass_CV, cache)
+
+
+def screen_rows(
+    rows: Int8Rows,
+    head: Int8Head,
+    labels_R: Tensor,
+    *,
+    fields: tuple[str, ...],
+    bound_R: Tensor | None,
+    tile: Tile | None = None,
+) -> ForwardRows:
+    """Reduce the logits of int8 rows over the columns of an int8 head; see `engine.Engine.screen_rows`.
+
+    `tile` takes the place of the one in the table. Memory, determinism and errors are those of `forward_rows`.
+    """
+    launch = _Launch.of(rows.values_NH, tile)
+    from fastpref.kernels.triton_screen import screen_call
+
+    bias_V = None if head.bias_V is None else head.bias_V.contiguous()
+    call = functools.partial(
+        screen_call,
+        rows,
+        head._replace(bias_V=bias_V),
+        tile=launch.tile,
+        use_tma=launch.can_use_tma(rows.values_NH, head.columns.values_NH),
+        num_sms=launch.num_sms,
+    )
+    num_columns = head.columns.values_NH.shape[0]
+    return ForwardRows(*_reduce(launch, call, rows.values_NH, num_columns, labels_R, fields, fields, bound_R), None)
+
+
+def quantise_rows(
+    rows_NH: Tensor, signs_H: Tensor, rotation_size: int, largest: float, least: float
+) -> tuple[Tensor, Tensor]:
+    """Turn rows [N, H] into int8 and their scales; see `screening.quantise_rows`. Unit stride in H, no fp64."""
+    from fastpref.kernels.triton_quantise import quantise_call
+
+    values_NH = rows_NH.new_empty(rows_NH.shape, dtype=torch.int8)
+    scales_N = rows_NH.new_empty(rows_NH.shape[0], dtype=torch.float32)
+    if values_NH.numel():
+        with _device_guard(rows_NH.device):
+            quantise_call(rows_NH, signs_H, rotation_size, values_NH, scales_N, largest, least).launch()
+    return values_NH, scales_N
+
+
+def _reduce(
+    launch: _Launch,
+    call: Callable[..., KernelCall],
+    x_RH: Tensor,
+    num_columns: int,
+    labels_R: Tensor,
+    fields: tuple[str, ...],
+    reduced: tuple[str, ...],
+    bound_R: Tensor | None,
+) -> tuple[Partials, Tensor | None]:
+    """Let a kernel reduce the tiles of the logits, and merge what it leaves of them.
+
+    Args:
+        launch: on which device, by which tile.
+        call: describes the kernel's launch, given `(labels_R, parts, bound_R=, mass_MV=)`.
+        x_RH: its rows.
+        num_columns: V, may be 0.
+        labels_R: as in the engine.
+        fields: to return.
+        reduced: those of them that the kernel makes.
+        bound_R: as in the engine.
+
+    Returns:
+        (partials, column masses [C, V] or None).
+    """
+    from fastpref.kernels.triton_parts import TileParts, merge_call, sum_call
+
+    num_rows, tile = x_RH.shape[0], launch.tile
+    num_chunks = len(engine.row_chunks(num_rows))
+    mass_CV = None if bound_R is None else x_RH.new_empty(num_chunks, num_columns, dtype=torch.float32)
+    if not num_rows or not num_columns:
+        return empty_partials(fields, num_rows, x_RH.device), None if mass_CV is None else mass_CV.zero_()
+    labels_R = labels_R.contiguous()
+    parts = TileParts.empty(x_RH, num_columns, reduced, tile)
+    merged = Partials(fields, x_RH.new_empty(len(fields), num_rows, dtype=torch.float64))
+    num_masses = -(-num_rows // tile.mass_rows)
+    mass_MV = None if mass_CV is None else x_RH.new_empty(num_masses, num_columns, dtype=torch.float32)
+    bound_R = None if bound_R is None else bound_R.contiguous()
+    with launch.on_device():
+        call(labels_R, parts, bound_R=bound_R, mass_MV=mass_MV).launch()
+        merge_call(parts, labels_R, merged, num_columns, tile).launch()
+        if mass_CV is not None and mass_MV is not None:
+            sum_call(mass_MV, mass_CV, engine.CHUNK_ROWS // tile.mass_rows, adds=False).launch()
     if "size" in fields:
         merged["size"].fill_(num_columns)
-    return ForwardRows(merged, mass_CV, cache)
+    return merged, mass_CV
 
 
 def logit_gradient(
@@ -131,7 +205,7 @@ def logit_gradient(
         TypeError: fp64.
         ValueError: tensors on the CPU without the interpreter.
     """
-    launch = _Launch.of(x_rH, head)
+    launch = _Launch.of(x_rH)
     from fastpref.kernels.triton_backward import logit_gradient_call
     from fastpref.kernels.triton_parts import sum_call
 
@@ -149,7 +223,7 @@ def logit_gradient(
             out_rv,
             covered_Nr,
             tile=launch.tile,
-            use_tma=launch.can_use_tma(x_rH, head),
+            use_tma=launch.can_use_tma(x_rH, head.weight_VH),
             num_sms=launch.num_sms,
         ).launch()
         if covered_Nr is not None and covered_r is not None:
@@ -211,8 +285,8 @@ class _Launch(NamedTuple):
     device: torch.device
 
     @classmethod
-    def of(cls, x_RH: Tensor, head: Head, tile: Tile | None = None) -> _Launch:
-        """Check that the kernels can run on these operands, and choose their tile unless it is given."""
+    def of(cls, x_RH: Tensor, tile: Tile | None = None) -> _Launch:
+        """Check that the kernels can run on these rows, and choose their tile unless it is given."""
         if importlib.util.find_spec("triton") is None:
             raise MissingDependencyError(f"backend='triton' cannot run: {unavailable_reason()}")
         if x_RH.dtype == torch.float64:
@@ -233,11 +307,11 @@ class _Launch(NamedTuple):
         bias_V = None if head.bias_V is None else head.bias_V.contiguous()
         return x_RH.contiguous(), head._replace(weight_VH=weight_VH, bias_V=bias_V)
 
-    def can_use_tma(self, x_RH: Tensor, head: Head) -> bool:
+    def can_use_tma(self, x_RH: Tensor, weight_VH: Tensor) -> bool:
         """Tell whether both operands can be loaded by the copy engine."""
         from fastpref.kernels.triton_common import is_tma_ready
 
-        return self.has_tma and is_tma_ready(x_RH) and is_tma_ready(head.weight_VH)
+        return self.has_tma and is_tma_ready(x_RH) and is_tma_ready(weight_VH)
 
     def on_device(self) -> contextlib.AbstractContextManager[object]:
         """Make the operands' device the current one: Triton launches on that."""

@@ -55,6 +55,77 @@ def store_targets(target_ptrs, slices, column_of_label, SLICES: tl.constexpr):
     tl.store(target_ptrs, target, mask=column_of_label >= 0)
 
 
+@triton.jit
+def reduce_logits(product, row_tile, column_tile, outputs, SLICES: tl.constexpr):
+    """Write what a tile leaves of its rows, from its product in fp32; a None pointer leaves its part out."""
+    bias_ptr, labels_ptr, bound_ptr, parts_ptr, moment_ptr, total_ptr, targets_ptr, mass_ptr = outputs[:8]
+    values_ptr, exponents_ptr, num_rows, num_columns, logit_scale, softcap = outputs[8:]
+    BLOCK_R: tl.constexpr = product.shape[0]
+    BLOCK_V: tl.constexpr = product.shape[1]
+    SLICE_V: tl.constexpr = BLOCK_V // SLICES
+    row0 = row_tile * BLOCK_R
+    col0 = column_tile * BLOCK_V
+    offs_r = row0 + tl.arange(0, BLOCK_R)
+    mask_r = offs_r < num_rows
+    rows = offs_r.to(tl.int64)
+    offs_v = col0 + tl.arange(0, BLOCK_V)
+    z = finish_logits(product, offs_v, num_columns, bias_ptr, logit_scale, softcap)
+    if col0 + BLOCK_V > num_columns:
+        z = tl.where((offs_v < num_columns)[None, :], z, float("-inf"))
+    slices = split_columns(z, SLICES)
+    tile_max = row_maximum(slices, SLICES)
+    shift = tl.where(tile_max == float("-inf"), 0.0, tile_max)
+    slope, shift2, excess = base2_scaling(shift)
+    column_of_label = label_columns(labels_ptr, offs_r, num_rows, col0, num_columns, BLOCK_V)
+    # Most tiles hold no row's label.
+    if tl.max(column_of_label, axis=0) >= 0:
+        store_targets(targets_ptr + rows, slices, column_of_label, SLICES)
+    if bound_ptr is not None:
+        bound = tl.load(bound_ptr + offs_r, mask=mask_r, other=float("inf"))
+        to_bound = scale_to_bound(shift, bound, excess)
+    if exponents_ptr is not None:
+        to_exponent, exponent = exponent_of(shift, excess)
+        num_groups = tl.cdiv(num_columns, CACHE_V)
+        offs_g = column_tile * (BLOCK_V // CACHE_V) + tl.arange(0, BLOCK_V // CACHE_V)
+        exponent_ptrs = exponents_ptr + rows[:, None] * num_groups + offs_g[None, :]
+        exponents = exponent[:, None] + tl.zeros((1, BLOCK_V // CACHE_V), dtype=tl.int32)
+        tl.store(exponent_ptrs, exponents, mask=mask_r[:, None] & (offs_g < num_groups)[None, :])
+    sums = tl.zeros((BLOCK_R, ROW_LANES), dtype=tl.float32)
+    moment = tl.zeros((BLOCK_R, ROW_LANES), dtype=tl.float32)
+    total = tl.zeros((BLOCK_R, ROW_LANES), dtype=tl.float32)
+    masses = ()
+    for i in tl.static_range(SLICES):
+        slice_v = col0 + i * SLICE_V + tl.arange(0, SLICE_V)
+        mask_v = slice_v < num_columns
+        p = tl.exp2(fma(slices[i], slope[:, None], -shift2[:, None]))
+        sums += add_columns(p)
+        if moment_ptr is not None:
+            moment += add_columns(p * tl.maximum(slices[i] - shift[:, None], LOWEST_GAP))
+        if total_ptr is not None:
+            # Divided by a power of two: exact, and a sum of the largest floats does not overflow.
+            total += add_columns(tl.where(mask_v[None, :], slices[i], 0.0) * (1.0 / BLOCK_V))
+        if bound_ptr is not None:
+            masses += (weighted_column_sums(p, to_bound),)
+        if exponents_ptr is not None:
+            value_ptrs = values_ptr + rows[:, None] * num_columns + slice_v[None, :]
+            values = round_to(p * to_exponent[:, None], tl.bfloat16)
+            tl.store(value_ptrs, values, mask=mask_r[:, None] & mask_v[None, :])
+    if bound_ptr is not None:
+        mass_V = tl.sum(join_columns(masses, SLICES), axis=0)
+        tl.store(mass_ptr + row_tile.to(tl.int64) * num_columns + offs_v, mass_V, mask=offs_v < num_columns)
+    # By division: a row of one certain token has a sum of exactly 1.
+    unit = tl.exp2(excess)
+    total_exp = tl.div_rn(tl.sum(sums, axis=1), unit)
+    part_ptrs = parts_ptr + column_tile.to(tl.int64) * NUM_PARTS * num_rows + rows
+    tl.store(part_ptrs, tile_max, mask=mask_r)
+    tl.store(part_ptrs + num_rows, total_exp, mask=mask_r)
+    place = column_tile.to(tl.int64) * num_rows + rows
+    if moment_ptr is not None:
+        tl.store(moment_ptr + place, tl.sum(moment, axis=1) / unit, mask=mask_r)
+    if total_ptr is not None:
+        tl.store(total_ptr + place, tl.sum(total, axis=1), mask=mask_r)
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def _linear_logps_fwd_kernel(
     x_ref,
@@ -85,17 +156,14 @@ def _linear_logps_fwd_kernel(
     """Reduce tiles of logits; see `forward_call` for the arguments. A None pointer leaves its part out."""
     num_row_tiles = tl.cdiv(num_rows, BLOCK_R)
     num_column_tiles = tl.cdiv(num_columns, BLOCK_V)
-    SLICE_V: tl.constexpr = BLOCK_V // SLICES
     num_tiles = num_row_tiles * num_column_tiles
     for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=True):
         row_tile, column_tile = tile_position(tile, num_row_tiles, num_column_tiles, GROUP_R)
-        row0 = row_tile * BLOCK_R
-        col0 = column_tile * BLOCK_V
         acc = multiply_tile(
             x_ref,
             w_ref,
-            row0,
-            col0,
+            row_tile * BLOCK_R,
+            column_tile * BLOCK_V,
             num_rows,
             num_columns,
             hidden_size,
@@ -105,65 +173,23 @@ def _linear_logps_fwd_kernel(
             BLOCK_H,
             USE_TMA,
         )
-        offs_r = row0 + tl.arange(0, BLOCK_R)
-        mask_r = offs_r < num_rows
-        rows = offs_r.to(tl.int64)
-        offs_v = col0 + tl.arange(0, BLOCK_V)
-        z = finish_logits(acc, offs_v, num_columns, bias_ptr, logit_scale, softcap)
-        if col0 + BLOCK_V > num_columns:
-            z = tl.where((offs_v < num_columns)[None, :], z, float("-inf"))
-        slices = split_columns(z, SLICES)
-        tile_max = row_maximum(slices, SLICES)
-        shift = tl.where(tile_max == float("-inf"), 0.0, tile_max)
-        slope, shift2, excess = base2_scaling(shift)
-        column_of_label = label_columns(labels_ptr, offs_r, num_rows, col0, num_columns, BLOCK_V)
-        # Most tiles hold no row's label.
-        if tl.max(column_of_label, axis=0) >= 0:
-            store_targets(targets_ptr + rows, slices, column_of_label, SLICES)
-        if bound_ptr is not None:
-            bound = tl.load(bound_ptr + offs_r, mask=mask_r, other=float("inf"))
-            to_bound = scale_to_bound(shift, bound, excess)
-        if exponents_ptr is not None:
-            to_exponent, exponent = exponent_of(shift, excess)
-            num_groups = tl.cdiv(num_columns, CACHE_V)
-            offs_g = column_tile * (BLOCK_V // CACHE_V) + tl.arange(0, BLOCK_V // CACHE_V)
-            exponent_ptrs = exponents_ptr + rows[:, None] * num_groups + offs_g[None, :]
-            exponents = exponent[:, None] + tl.zeros((1, BLOCK_V // CACHE_V), dtype=tl.int32)
-            tl.store(exponent_ptrs, exponents, mask=mask_r[:, None] & (offs_g < num_groups)[None, :])
-        sums = tl.zeros((BLOCK_R, ROW_LANES), dtype=tl.float32)
-        moment = tl.zeros((BLOCK_R, ROW_LANES), dtype=tl.float32)
-        total = tl.zeros((BLOCK_R, ROW_LANES), dtype=tl.float32)
-        masses = ()
-        for i in tl.static_range(SLICES):
-            slice_v = col0 + i * SLICE_V + tl.arange(0, SLICE_V)
-            mask_v = slice_v < num_columns
-            p = tl.exp2(fma(slices[i], slope[:, None], -shift2[:, None]))
-            sums += add_columns(p)
-            if moment_ptr is not None:
-                moment += add_columns(p * tl.maximum(slices[i] - shift[:, None], LOWEST_GAP))
-            if total_ptr is not None:
-                # Divided by a power of two: exact, and a sum of the largest floats does not overflow.
-                total += add_columns(tl.where(mask_v[None, :], slices[i], 0.0) * (1.0 / BLOCK_V))
-            if bound_ptr is not None:
-                masses += (weighted_column_sums(p, to_bound),)
-            if exponents_ptr is not None:
-                value_ptrs = values_ptr + rows[:, None] * num_columns + slice_v[None, :]
-                values = round_to(p * to_exponent[:, None], tl.bfloat16)
-                tl.store(value_ptrs, values, mask=mask_r[:, None] & mask_v[None, :])
-        if bound_ptr is not None:
-            mass_V = tl.sum(join_columns(masses, SLICES), axis=0)
-            tl.store(mass_ptr + row_tile.to(tl.int64) * num_columns + offs_v, mass_V, mask=offs_v < num_columns)
-        # By division: a row of one certain token has a sum of exactly 1.
-        unit = tl.exp2(excess)
-        total_exp = tl.div_rn(tl.sum(sums, axis=1), unit)
-        part_ptrs = parts_ptr + column_tile.to(tl.int64) * NUM_PARTS * num_rows + rows
-        tl.store(part_ptrs, tile_max, mask=mask_r)
-        tl.store(part_ptrs + num_rows, total_exp, mask=mask_r)
-        place = column_tile.to(tl.int64) * num_rows + rows
-        if moment_ptr is not None:
-            tl.store(moment_ptr + place, tl.sum(moment, axis=1) / unit, mask=mask_r)
-        if total_ptr is not None:
-            tl.store(total_ptr + place, tl.sum(total, axis=1), mask=mask_r)
+        outputs = (
+            bias_ptr,
+            labels_ptr,
+            bound_ptr,
+            parts_ptr,
+            moment_ptr,
+            total_ptr,
+            targets_ptr,
+            mass_ptr,
+            values_ptr,
+            exponents_ptr,
+            num_rows,
+            num_columns,
+            logit_scale,
+            softcap,
+        )
+        reduce_logits(acc, row_tile, column_tile, outputs, SLICES)
 
 
 def forward_call(

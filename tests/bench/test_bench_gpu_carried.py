@@ -17,9 +17,10 @@ from bench.gpu.carried.keys import LIBRARY, Build, build_at  # noqa: E402
 from bench.gpu.carried.record import recorded  # noqa: E402
 from bench.gpu.fifteen import plan  # noqa: E402
 from fastpref.kernels import triton_engine  # noqa: E402
-from fastpref.kernels.engine import Head  # noqa: E402
+from fastpref.kernels.engine import Head, Int8Head  # noqa: E402
 from fastpref.kernels.outputs import LOGP_FIELDS  # noqa: E402
 from fastpref.kernels.partials import finish_rows  # noqa: E402
+from fastpref.kernels.screening import quantise_rows  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 INSTALLED = Path(triton.__file__).parents[1]
@@ -133,9 +134,15 @@ def test_recorded_gives_results_their_numbers() -> None:
         assert found.cache is not None and found.mass_CV is not None
         exponents_RV = found.cache.exponents_RN.repeat_interleave(found.cache.columns_per_group, dim=1)[:, :200].cpu()
         values_RV, mass_V = found.cache.values_RV.cpu(), found.mass_CV.cpu()[0]
+        rows, columns = (quantise_rows(values) for values in (given[0], given[1].weight_VH))
+        narrow = Int8Head(columns, None, 1.0, None)
+        screened_R = (
+            triton_engine.screen_rows(rows, narrow, given[2], fields=LOGP_FIELDS, bound_R=None).partials["max"].cpu()
+        )
     z_RV = x_RH.double() @ weight_VH.double().t()
     expected_R = torch.log_softmax(z_RV, dim=1).gather(1, labels_R[:, None]).squeeze(1)
     torch.testing.assert_close(logps_R.double(), expected_R, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(screened_R, z_RV.amax(dim=1), rtol=0.02, atol=0.2)
     torch.testing.assert_close(mass_V.double(), z_RV.exp().sum(0), rtol=1e-4, atol=0.0)
     torch.testing.assert_close(values_RV.double() * 2.0 ** exponents_RV.double(), z_RV.exp(), rtol=2**-8, atol=1e-30)
 

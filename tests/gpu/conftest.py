@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels" / "triton" / "interpreted"))
 
 from fastpref.kernels import triton_engine

@@ -13,7 +13,7 @@ import torch
 
 from bench.device_counts import Call, count
 from bench.simulated_device import SimulatedDevice, simulated
-from fastpref.kernels import active, ops, rows, torch_tiles
+from fastpref.kernels import active, ops, rows, screened, torch_tiles
 from fastpref.kernels.registration import unflatten
 from fastpref.kernels.tiles import CACHE_COLUMNS
 
@@ -30,6 +30,7 @@ class Budget(NamedTuple):
 
 # As counted with PyTorch 2.13; other versions may take operators apart in other ways.
 SMALL = {"num_columns": 8192, "hidden_size": 256}
+SCREENED = {"forward": "screened", "num_rows": 1000, **SMALL}
 STATS = ("entropy", "hits", "active_fraction", "cold_mass")
 BUDGETS = {
     "no gradient": (Call(needs_grad=False), Budget(0, 9, 11)),
@@ -43,6 +44,10 @@ BUDGETS = {
     "active, statistics": (Call(stats=STATS), Budget(1, 65, 34)),
     "active, main_grad": (Call(has_main_grad=True), Budget(1, 58, 20)),
     "active, weight_sum": (Call(has_weight_sum=True), Budget(1, 58, 20)),
+    # Whether to screen, and how many columns are active; the backward pass asks again.
+    "screened, no gradient": (Call(**SCREENED, has_screened=True, needs_grad=False), Budget(2, 138, 11)),
+    "screened": (Call(**SCREENED, has_screened=True), Budget(3, 166, 20)),
+    "screened, form made by the call": (Call(**SCREENED), Budget(3, 153, 20)),
 }
 
 
@@ -78,7 +83,7 @@ def test_syncs_do_not_grow_with_the_sizes(num_rows: int, num_columns: int) -> No
     assert count(Call(num_rows=num_rows, num_columns=num_columns)).count("sync") == 1
 
 
-@pytest.mark.parametrize("path", ["active", "no gradient, in a graph"])
+@pytest.mark.parametrize("path", ["active", "screened", "no gradient, in a graph"])
 @pytest.mark.parametrize("fault", ["sync", "launch", "copy"])
 def test_what_is_added_is_found(path: str, fault: str) -> None:
     """A number that is looked at, an operator more, and a copy from memory that is not pinned."""
@@ -110,6 +115,24 @@ def replaced_body(wrap: Callable) -> "mock._patch_dict":
         return wrap(lambda _, *rest: run(*values))(unflatten(values, ops.FORWARD_INPUTS)[0])
 
     return mock.patch.dict(simulated_device.OPERATORS, {operator: planted})
+
+
+def test_a_screened_pass_waits_twice_whatever_the_sizes() -> None:
+    """And makes three products: all columns, the active ones in int8, and these exactly."""
+    for num_rows, num_columns in ((1, 4096), (5000, 8192), (1000, 20011)):
+        given = SCREENED | {"num_rows": num_rows, "num_columns": num_columns}
+        device = count(Call(**given, has_screened=True, needs_grad=False))
+        assert device.count("sync", "forward") == device.count("sync") == 2
+        products = [event.name for event in device.events if event.is_product]
+        assert products == ["_screen_kernel", "_screen_kernel", "_linear_logps_fwd_kernel"]
+
+
+def test_a_flat_distribution_is_told_by_one_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is multiplied in int8 then."""
+    monkeypatch.setattr(screened, "MOST_EXPECTED", 0.0)
+    device = count(Call(**SCREENED, has_screened=True, needs_grad=False))
+    assert device.count("sync") == 1
+    assert [event.name for event in device.events if event.is_product] == ["_linear_logps_fwd_kernel"]
 
 
 def test_bytes_beside_the_products() -> None:
@@ -158,14 +181,15 @@ def run_ragged(sizes: list[int], **options: object) -> None:
         count(Call(num_rows=num_rows, **SMALL, **options), on_kernel=ask_for_kernel)
 
 
-@pytest.mark.parametrize("backward", ["active", "recompute", "cached"])
-def test_ragged_numbers_of_rows_compile_nothing_anew(compiled_keys: Counting, backward: str) -> None:
-    sizes = RAGGED if backward == "active" else EDGES
+@pytest.mark.parametrize("plan", ["active", "recompute", "cached", "screened"])
+def test_ragged_numbers_of_rows_compile_nothing_anew(compiled_keys: Counting, plan: str) -> None:
+    sizes = RAGGED if plan == "active" else EDGES
     assert len(RAGGED) == 50
-    run_ragged([5000], backward=backward)
+    options = {"forward": plan, "has_screened": True} if plan == "screened" else {"backward": plan}
+    run_ragged([5000], **options)
     first = {name: set(keys) for name, keys in compiled_keys.keys.items()}
     assert len(first) >= 3 and all(first.values())
-    run_ragged(sizes, backward=backward)
+    run_ragged(sizes, **options)
     assert {name: len(keys) for name, keys in compiled_keys.keys.items()} == {
         name: len(keys) for name, keys in first.items()
     }

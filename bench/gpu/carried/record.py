@@ -23,8 +23,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from bench.simulated_device import DEVICE, DeviceTensor, SimulatedDevice, simulated
-from fastpref.kernels import torch_tiles, triton_engine, tuning
-from fastpref.kernels.engine import ForwardRows, Head, operand_dtype
+from fastpref.kernels import screening, torch_tiles, triton_engine, tuning
+from fastpref.kernels.engine import ForwardRows, Head, Int8Head, operand_dtype
 from fastpref.kernels.triton_common import KernelCall
 
 CAPABILITY = (9, 0)
@@ -142,7 +142,19 @@ def _jit_hook(note: Note) -> Iterator[None]:
 
 
 def _forward_rows(found: ForwardRows, *args: Any, tile: Any = None, **kwargs: Any) -> None:
-    right = torch_tiles.forward_rows(*args, **kwargs)
+    _copy(found, torch_tiles.forward_rows(*args, **kwargs))
+
+
+def _screen_rows(found: ForwardRows, *args: Any, tile: Any = None, **kwargs: Any) -> None:
+    _copy(found, torch_tiles.screen_rows(*args, **kwargs))
+
+
+def _quantise_rows(found: tuple[Tensor, ...], rows_NH: Tensor, signs_H: Tensor, size: int, *_: float) -> None:
+    for to, values in zip(found, screening._quantise(rows_NH.float(), signs_H, size), strict=True):
+        to.inner.copy_(values)
+
+
+def _copy(found: ForwardRows, right: ForwardRows) -> None:
     pairs = [(found.partials.values_FR, right.partials.values_FR), (found.mass_CV, right.mass_CV)]
     if found.cache is not None and right.cache is not None:
         # On a CPU more columns share an exponent.
@@ -160,8 +172,19 @@ def _logit_gradient(found: None, x_rH: Tensor, head: Head, *others: Any) -> None
     torch_tiles.logit_gradient(x_rH.to(operand_dtype(x_rH)), head, *others)
 
 
-ENGINE: dict[str, Callable[..., None] | None] = {"forward_rows": _forward_rows, "logit_gradient": _logit_gradient}
+ENGINE: dict[str, Callable[..., None]] = {
+    "forward_rows": _forward_rows,
+    "quantise_rows": _quantise_rows,
+    "screen_rows": _screen_rows,
+    "logit_gradient": _logit_gradient,
+}
 """What launches, and what gives its results their numbers, from numbers on the CPU."""
+
+
+def _num_products(rows: Any, head: Any) -> int:
+    if isinstance(head, Int8Head):
+        return int(rows.values_NH.shape[0] * head.columns.values_NH.numel())
+    return int(rows.shape[0] * head.weight_VH.numel() if isinstance(head, Head) else rows.numel())
 
 
 def _computed(name: str) -> Callable[..., Any]:
@@ -171,7 +194,7 @@ def _computed(name: str) -> Callable[..., Any]:
         result = launch(*args, **kwargs)
         given = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, DeviceTensor)]
         has_numbers = all(one.inner.device.type != "meta" for one in given)
-        if has_numbers and args[0].shape[0] * args[1].weight_VH.numel() <= MOST_PRODUCTS:
+        if has_numbers and _num_products(*args[:2]) <= MOST_PRODUCTS:
             here, options = tree_map_only(DeviceTensor, lambda tensor: tensor.inner, (args, kwargs))
             with _disable_current_modes():
                 compute(result, *here, **options)

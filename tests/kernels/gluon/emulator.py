@@ -182,7 +182,7 @@ class Program:
             div_rn=torch.div,
             join=lambda left, right: torch.stack((left, right), dim=-1),
             xor_sum=exclusive_or,
-            dot=lambda a, b, acc, input_precision: acc + (a.float() @ b.float()),
+            dot=lambda a, b, acc, input_precision, out_dtype: acc + (a.float() @ b.float()),
             convert_layout=lambda values, layout: values,
             SliceLayout=lambda *_: None,
             NVMMADistributedLayout=lambda *_: None,

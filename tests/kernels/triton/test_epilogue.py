@@ -3,7 +3,9 @@
 import dataclasses
 import functools
 import os
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,12 +18,13 @@ from row_results import product_layouts, row_results
 
 from bench.epilogue import KERNELS, OPEN, Line, count, stored, table
 from bench.pages import CLOSE
+from fastpref.kernels.machine_code import disassemble
 from fastpref.kernels.tiles import TABLE, Tile
-from fastpref.kernels.triton_compile import Variant, build
+from fastpref.kernels.triton_compile import DTYPES, Variant, build, operands
 
 HOPPER = TABLE["sm_90/16"][0]
 # What the device was promised; less is recorded.
-LIMITS = {"forward": 870, "forward with column masses": 1400}
+LIMITS = {"forward": 870, "forward with column masses": 1400, "screening with column masses": 2100}
 RECORDED = {(line.kernel, line.triton): line for line in stored() if line.code == "now"}
 # What both passes of a head have -> what only one of them may have. A cache serves no softcap, and a total of logits
 # is the kernel's business with one only.
@@ -71,16 +74,42 @@ def test_page_shows_what_is_recorded() -> None:
 
 
 @functools.cache
-def code_of(*flags: str, kernel: str = "forward", tile: Tile = HOPPER) -> str:
-    return str(build(Variant(kernel, "sm_90", "bf16", flags, tile)).asm["ttgir"])
+def built(*flags: str, kernel: str = "forward", architecture: str = "sm_90", tile: Tile | None = None) -> Any:
+    dtype = operands(kernel)[0]
+    tile = tile or TABLE[f"{architecture}/{8 * DTYPES[dtype].itemsize}"][0]
+    return build(Variant(kernel, architecture, dtype, flags, tile)).asm
 
 
-@pytest.mark.parametrize(("head", "extras"), EXTRAS)
-def test_row_results_are_made_alike_with_and_without_extras(head: str, extras: str) -> None:
-    """The policy's pass has column masses, the reference's has none; their margin must be exactly 0."""
-    plain, full = row_results(code_of(*head.split())), row_results(code_of(*head.split(), *extras.split()))
+def code_of(*flags: str, kernel: str = "forward", tile: Tile | None = None) -> str:
+    return str(built(*flags, kernel=kernel, tile=tile)["ttgir"])
+
+
+@pytest.mark.parametrize(
+    ("kernel", "head", "extras"), [*(("forward", *extras) for extras in EXTRAS), ("screen", "", "mass")]
+)
+def test_row_results_are_made_alike_with_and_without_extras(kernel: str, head: str, extras: str) -> None:
+    """The policy's pass has column masses, the reference's has none; their margin must be exactly 0.
+
+    So it is of the screening pass: from the sums over all columns those over the active ones are taken.
+    """
+    plain, full = (row_results(code_of(*flags.split(), kernel=kernel)) for flags in (head, f"{head} {extras}"))
     for name, digests in plain.items():
         assert set(digests) == set(full[name]), name
+
+
+# Of sm_100 Triton 3.6 uses its predecessors' unit, later ones Blackwell's own.
+INT8_PRODUCTS = {
+    "sm_80": ("IMMA.16832.S8.S8",),
+    "sm_90": ("IGMMA.64x128x32.S8.S8",),
+    "sm_100": ("UTCIMMA", "IMMA.16832.S8.S8"),
+}
+
+
+@pytest.mark.parametrize("architecture", INT8_PRODUCTS)
+def test_screening_multiplies_int8_on_matrix_units(architecture: str) -> None:
+    listing = disassemble(built("mass", kernel="screen", architecture=architecture)["cubin"])
+    assert any(instruction in listing for instruction in INT8_PRODUCTS[architecture])
+    assert not re.search(r"\b(HMMA|HGMMA|QGMMA|UTCHMMA|IDP)", listing)
 
 
 @pytest.mark.parametrize("change", [{"slices": 2}, {"columns": 128, "warps": 4}, {"columns": 128}], ids=str)

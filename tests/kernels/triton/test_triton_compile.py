@@ -24,6 +24,7 @@ from fastpref.kernels.triton_compile import (
     describe,
     faults,
     format_table,
+    operands,
     pairwise,
     representative_variants,
     variants,
@@ -49,11 +50,16 @@ def test_default_variants_may_not_spill() -> None:
     """The plain pass and the one with column masses; the gradient with and without what it covers."""
     for kernel, flags in (("forward", ()), ("forward", ("mass",)), ("gradient", ()), ("gradient", ("covered",))):
         assert Variant(kernel, "sm_90", "bf16", flags, TILE).name not in SPILL_LIMITS
+    for key, (tile, *_) in TABLE.items():
+        architecture, bits = key.split("/")
+        if bits == "8":
+            for flags in ((), ("mass",)):
+                assert Variant("screen", architecture, "int8", flags, tile).name not in SPILL_LIMITS
 
 
 @pytest.mark.parametrize("kernel", FLAGS)
 def test_pairwise_covers_every_pair(kernel: str) -> None:
-    everything = list(variants(kernel, "sm_90", "bf16"))
+    everything = list(variants(kernel, "sm_90", operands(kernel)[0]))
     cover = pairwise(everything)
     assert len(cover) <= len(everything)
     for first in FLAGS[kernel]:
@@ -67,7 +73,9 @@ def test_representative_variants_cover_kernels_dtypes_architectures_and_shapes()
     cover = representative_variants()
     assert {variant.kernel for variant in cover} == set(FLAGS)
     assert {variant.dtype for variant in cover if variant.kernel == "forward"} == {"bf16", "fp16", "fp32"}
-    assert {variant.architecture for variant in cover} == {"sm_80", "sm_86", "sm_90", "sm_100"}
+    for kernel in ("forward", "screen", "gradient"):
+        reached = {variant.architecture for variant in cover if variant.kernel == kernel}
+        assert reached == {"sm_80", "sm_86", "sm_90", "sm_100"}
     shapes = {variant.name.split()[3] for variant in cover if variant.architecture == "sm_90"}
     for tile in (*CANDIDATES["sm_90/16"], *TABLE["sm_90/16"]):
         assert Variant("forward", "sm_90", "bf16", (), tile).name.split()[3] in shapes
@@ -76,7 +84,7 @@ def test_representative_variants_cover_kernels_dtypes_architectures_and_shapes()
 
 def test_kernels_have_at_most_25_arguments() -> None:
     for kernel in FLAGS:
-        assert len(describe(next(variants(kernel, "sm_90", "bf16"))).kernel.arg_names) <= 25
+        assert len(describe(next(variants(kernel, "sm_90", operands(kernel)[0]))).kernel.arg_names) <= 25
 
 
 def test_faults_names_what_is_wrong() -> None:

@@ -56,9 +56,9 @@ def test_every_tile_holds_whole_groups_of_the_cache_and_whole_slices() -> None:
         assert tile.columns % CACHE_COLUMNS == 0 and tile.columns % tile.slices == 0
 
 
-def test_every_architecture_has_both_widths() -> None:
+def test_every_architecture_has_every_width() -> None:
     for architecture in ("sm_80", "sm_86", "sm_90", "sm_100", INTERPRETER):
-        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.int8):
             assert isinstance(select_tile(architecture, dtype, 1), Tile)
 
 
@@ -83,12 +83,13 @@ ENTRY = dataclasses.asdict(HOPPER)
         ([], "must name a tile table in JSON"),
         ({"sm_90/16": [{"rows": 128}]}, "must name a tile table in JSON"),
         ({"sm_90/16": [ENTRY | {"speed": 3}]}, "must name a tile table in JSON"),
-        ({"sm_91/16": [ENTRY]}, "'sm_91/16' must be one of sm_90/16"),
+        ({"sm_91/16": [ENTRY]}, "'sm_91/16' must be one of sm_90/8, sm_90/16"),
         ({"sm_90/16": []}, r"min_hidden of sm_90/16 must start at 0 and rise, got \[\]"),
         ({"sm_90/16": [ENTRY | {"min_hidden": 64}]}, r"must start at 0 and rise, got \[64\]"),
         ({"sm_90/16": [ENTRY, ENTRY]}, r"must start at 0 and rise, got \[0, 0\]"),
         ({"sm_90/16": [ENTRY | {"columns": 192}]}, "columns of sm_90/16 must be one of 64, 128, 256, got 192"),
         ({"sm_90/16": [ENTRY | {"warps": True}]}, "warps of sm_90/16 must be one of .*, got True"),
+        ({"sm_90/8": [ENTRY | {"hidden": 16}]}, "hidden of sm_90/8 must be at least 32, got 16"),
     ],
 )
 def test_select_tile_refuses_a_bad_file(
