@@ -16,11 +16,6 @@ from fastpref.testing.numerics import FACTORS, SLACK_EPS
 
 LIMITS = {"logps": 1e-4, "d_hidden": 3e-3, "d_weight": 5e-4}
 """Largest relative L2 error of approximate plans and of peers, inputs in fp32: what is promised on text."""
-DRAWN_LIMITS = LIMITS | {"d_hidden": 2.0**-8}
-"""The same on drawn activations. Their law has the number of active columns of real ones, not the directions of their
-weights: drawn independently, cold weights have less in common that their mean could stand for, and of few rows the 5 %
-that make most of the error are a handful. So rows are held to what the default tolerance says: a part of the gradient
-is lost no larger than the part of the probability that is left out."""
 SCREENED_LIMITS = LIMITS | {"d_hidden": 3.5e-3}
 """The same with a screened forward pass, whose normaliser is approximate too."""
 TOKEN_LIMITS = {"rms": 3e-4, "max": 5e-3}
@@ -154,7 +149,6 @@ def verdict(
     is_exact: bool,
     is_screened: bool = False,
     dtype: torch.dtype = torch.float32,
-    is_drawn: bool = False,
 ) -> str | None:
     """Say what is wrong, or None.
 
@@ -165,10 +159,9 @@ def verdict(
             tokens to `TOKEN_LIMITS`, in 16 bits those of screened passes alone: others round their logits.
         is_screened: the forward pass is approximate as well.
         dtype: of the inputs and gradients; log-probs are in fp32.
-        is_drawn: whether the activations are drawn; for fp32.
     """
     limits = SCREENED_LIMITS if is_screened else LIMITS
-    limits = LIMITS_16 if dtype != torch.float32 else DRAWN_LIMITS if is_drawn else limits
+    limits = LIMITS_16 if dtype != torch.float32 else limits
     for name, error in found.items():
         if is_exact and naive is not None:
             is_logps = name in ("logps", "token_logps")

@@ -17,7 +17,7 @@ from bench.commands.shared import command_line, out_option, store, threads_optio
 from bench.implementations import IMPLEMENTATIONS, NAMES_OF
 from bench.measure import Row, ceilings, check, in_child, probe, surroundings, time_in_turns
 from bench.oracle import verdict
-from bench.workloads import build, is_drawn
+from bench.workloads import build
 
 SWEEPS = {
     "vocab": [f"synthetic-v{2**power}-r512-f50" for power in range(14, 21)],
@@ -181,7 +181,7 @@ def _measure_one(job: _Job, name: str, naive_errors: Any) -> Row:
     try:
         row = job.run(check, job.workload, name, job.kind)
         reason = row["activity"].get("reason")
-        flags |= {"dtype": getattr(torch, row["dtype"]), "is_drawn": is_drawn(job.workload)}
+        flags |= {"dtype": getattr(torch, row["dtype"])}
         reason = reason or verdict(row["errors"], naive_errors, **flags)
         if reason is not None:
             return row | {"status": "wrong", "reason": reason}

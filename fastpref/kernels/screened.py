@@ -25,6 +25,7 @@ from fastpref.kernels.active import FLAT_SHARE, Activity, lower_bounds, mark_lab
 from fastpref.kernels.engine import Engine, Head, Int8Head, Int8Rows
 from fastpref.kernels.outputs import LOGP_FIELDS, Partials
 from fastpref.kernels.partials import finite_shift
+from fastpref.kernels.rows import is_recorded
 from fastpref.kernels.schedule import selected_columns
 from fastpref.kernels.screening import quantise_rows, stale
 from fastpref.kernels.torch_tiles import tile_shape
@@ -80,8 +81,13 @@ def forward_screened(
         group: ranks that hold the other shards.
 
     Raises:
-        ValueError: `columns` is of another weight.
+        ValueError: `columns` is of another weight, or a CUDA graph is recorded.
     """
+    if is_recorded(x_RH):
+        raise ValueError(
+            "forward='screened' waits for the device to learn which columns matter, which a CUDA graph cannot record; "
+            "use forward='exact' in the graph"
+        )
     num_rows, num_columns = x_RH.shape[0], head.weight_VH.shape[0]
     is_label_V = mark_labels(labels_R, num_columns)
     pilot_L = pilot_columns(is_label_V, num_rows)

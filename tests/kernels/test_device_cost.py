@@ -117,6 +117,12 @@ def replaced_body(wrap: Callable) -> "mock._patch_dict":
     return mock.patch.dict(simulated_device.OPERATORS, {operator: planted})
 
 
+def test_a_graph_takes_no_screened_pass() -> None:
+    call = Call(**SCREENED, has_screened=True, needs_grad=False, device_rows=True, is_capturing=True)
+    with pytest.raises(ValueError, match="which a CUDA graph cannot record; use forward='exact' in the graph"):
+        count(call)
+
+
 def test_a_screened_pass_waits_twice_whatever_the_sizes() -> None:
     """And makes three products: all columns, the active ones in int8, and these exactly."""
     for num_rows, num_columns in ((1, 4096), (5000, 8192), (1000, 20011)):
