@@ -99,7 +99,7 @@ def linear_logps(
             that pass adds for the others is at most `active_eps` of a row's probability on average: on real text a
             log-probability is off by 2e-4 nat (root mean square; docs/numerics.md). Labels, and the largest logits,
             are exact. For a flat distribution, rows or weights that are not finite, and less than 4096 columns the
-            exact pass takes its place; `active_fraction` is 1.0 then, or what the exact pass finds. Not in a CUDA graph.
+            exact pass takes its place; `active_fraction` is 1.0 then, or what the exact pass finds. No CUDA graph.
         backward: which logits the backward pass looks at, and where it has them from:
             "active" - only of the columns that matter: all labels, and those that hold all but `active_eps` of the
             probability of a row on average, and more than that of any single row. The rest enters the gradient of
